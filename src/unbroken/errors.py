@@ -1,0 +1,141 @@
+"""Every error that unbroken raises on purpose, grouped by what a caller would do about it.
+
+    UnbrokenError
+    ├── ConfigError (ValueError)              fix the configuration or the call
+    ├── DataError (ValueError)                fix the data set or the loader
+    ├── CaptureError (TypeError)              take out, or wrap, the value that cannot be stored
+    ├── RunDirectoryError (OSError)           choose another run directory, or repair this one
+    │   └── LockHeldError                     stop the other process first
+    ├── SaveError (OSError)                   make room or repair the disk; nothing saved before is lost
+    └── CheckpointError
+        ├── CheckpointNotFoundError (FileNotFoundError)   name another checkpoint
+        ├── CorruptCheckpointError            use another checkpoint; this one is damaged
+        ├── NewerFormatError                  upgrade unbroken
+        └── StateMismatchError (ValueError)   make the model, optimizer, ... fit the checkpoint
+
+Each message reads *where: what: expected X, found Y*; what to do about it is the hint,
+kept as a note (PEP 678) so that a traceback shows it. The facts are attributes.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class UnbrokenError(Exception):
+    """The root of all errors that unbroken raises on purpose.
+
+    Args:
+        where: The place: a checkpoint, a file, a field of the configuration.
+        what: What is wrong there.
+        expected: The value that would have been right, if there is one.
+        found: The value that is there, if there is one.
+        hint: What to do about it; shown under the message.
+
+    Attributes:
+        exit_code: The exit status of the command line for this class of error.
+
+    Example:
+        >>> print(ConfigError("learning_rate", "must be positive", found=-1.0))
+        learning_rate: must be positive: found -1.0
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        where: str,
+        what: str = "",
+        *,
+        expected: object = None,
+        found: object = None,
+        hint: str | None = None,
+    ) -> None:
+        self.where = where
+        self.what = what
+        self.expected = expected
+        self.found = found
+        self.hint = hint
+        self.message = _sentence(where, what, expected, found)
+        super().__init__(self.message)
+        if hint is not None:
+            self.add_note(hint)
+
+    def __str__(self) -> str:
+        """Return *where: what: expected X, found Y*, without the hint."""
+        return self.message
+
+
+def _sentence(where: str, what: str, expected: object, found: object) -> str:
+    values = []
+    if expected is not None:
+        values.append(f"expected {expected}")
+    if found is not None:
+        values.append(f"found {found}")
+    return ": ".join(part for part in (where, what, ", ".join(values)) if part)
+
+
+class ConfigError(UnbrokenError, ValueError):
+    """A setting or an argument is wrong; nothing was started."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class DataError(UnbrokenError, ValueError):
+    """The data set or the loader cannot give what training needs."""
+
+    exit_code: ClassVar[int] = 3
+
+
+class CaptureError(UnbrokenError, TypeError):
+    """A value of the training state cannot be stored; `where` is its path."""
+
+    exit_code: ClassVar[int] = 4
+
+
+class RunDirectoryError(UnbrokenError, OSError):
+    """The run directory is unusable: something else lives there, or it is not writable."""
+
+    exit_code: ClassVar[int] = 5
+
+
+class LockHeldError(RunDirectoryError):
+    """Another live process works in the run directory; `found` names it."""
+
+    exit_code: ClassVar[int] = 6
+
+
+class SaveError(UnbrokenError, OSError):
+    """A checkpoint could not be stored; all earlier checkpoints are as they were."""
+
+    exit_code: ClassVar[int] = 7
+
+
+class CheckpointError(UnbrokenError):
+    """A checkpoint cannot be used."""
+
+    exit_code: ClassVar[int] = 8
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """No such checkpoint exists, or none that is intact."""
+
+    exit_code: ClassVar[int] = 9
+
+
+class CorruptCheckpointError(CheckpointError):
+    """The bytes of a checkpoint are not those that its manifest promises."""
+
+    exit_code: ClassVar[int] = 10
+
+
+class NewerFormatError(CheckpointError):
+    """The checkpoint was written in a format that is newer than this version reads."""
+
+    exit_code: ClassVar[int] = 11
+
+
+class StateMismatchError(CheckpointError, ValueError):
+    """The checkpoint does not fit the live model, optimizer or other object; nothing was changed."""
+
+    exit_code: ClassVar[int] = 12
