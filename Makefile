@@ -1,0 +1,44 @@
+# Two commands do everything on a fresh machine with Python 3.11 and a C compiler:
+#   make demo    the main job on real text: a run killed again and again equals one that was not
+#   make test    all tests
+# Both make their own virtual environment on first use.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check lint types layers fast sweep clean
+
+demo: $(READY)
+	$(BIN)/unbroken demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+check: lint types layers test
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+layers: $(READY)
+	$(BIN)/lint-imports
+
+fast: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow and not sweep"
+
+sweep: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m sweep
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis runs

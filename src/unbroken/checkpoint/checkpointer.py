@@ -1,0 +1,200 @@
+"""Checkpointer: saves live objects into a run directory, and brings them back."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from unbroken.capture import capture, capture_rng, encode, pretrained_files
+from unbroken.checkpoint.environment import environment_facts
+from unbroken.checkpoint.policy import Cadence, Timer
+from unbroken.checkpoint.report import ResumeReport
+from unbroken.checkpoint.resuming import STATE_FILE, Resumption, state_bytes
+from unbroken.checkpoint.selection import ResumeFrom, Selection
+from unbroken.errors import ConfigError
+from unbroken.storage import LocalStorage, Storage
+from unbroken.store import CheckpointWriter, KeepPolicy, Manifest, RunDirectory, VerifiedCache, prune
+
+_RESERVED = ("rng", "values")
+
+
+class Checkpointer:
+    """Saves objects of a training run, and resumes them bit for bit.
+
+    A save is atomic and durable: when `save` returns, the checkpoint survives a power cut; when
+    it does not return, all earlier checkpoints are as they were. `resume` uses a checkpoint only
+    if every byte is the one that was saved. The states of all global random generators (Python,
+    NumPy, PyTorch on every device) belong to each checkpoint.
+
+    Args:
+        directory: The run directory; made, and locked, when first used.
+        save_steps: `save_if_due` saves every so many steps.
+        save_minutes: ... and every so many minutes.
+        keep: Which checkpoints stay; applied after each commit. None: all.
+        types: Classes of namedtuples and enums inside the state, which are never looked up by
+            the name that a file holds.
+        clock: Monotonic seconds.
+        wall_clock: Seconds since 1970, for the dates in manifests.
+        objects: What to save, by name: modules, optimizers, schedulers, a GradScaler, random
+            generators, tensors, anything with `state_dict` and `load_state_dict`, and lists and
+            dicts of these. The object called `model` gives the parameters their names.
+
+    Attributes:
+        values: The plain values that were saved with the checkpoint resumed last.
+        best_step: The step of the best checkpoint so far, which is never removed.
+
+    Example:
+        >>> import tempfile, torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> with Checkpointer(tempfile.mkdtemp(), model=model) as checkpointer:
+        ...     print(checkpointer.resume().resumed)
+        ...     path = checkpointer.save(1)
+        ...     _ = torch.nn.init.zeros_(model.weight)
+        ...     print(checkpointer.resume().step, bool(model.weight.any()))
+        False
+        1 True
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str] | Storage,
+        /,
+        *,
+        save_steps: int | None = None,
+        save_minutes: float | None = None,
+        keep: KeepPolicy | None = None,
+        types: Iterable[type] = (),
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+        **objects: object,
+    ) -> None:
+        for name in _RESERVED:
+            if name in objects:
+                raise ConfigError(f"Checkpointer({name}=...)", "this name is taken: choose another")
+        self.objects: dict[str, object] = objects
+        self.keep = KeepPolicy() if keep is None else keep
+        self.best_step: int | None = None
+        self.values: Any = None
+        self._directory = directory
+        self._types = tuple(types)
+        self._wall_clock = wall_clock
+        self._timer = Timer(Cadence(save_steps, save_minutes), clock)
+        self._run: RunDirectory | None = None
+        self._verified = VerifiedCache()
+        self._origin: str | None = None
+
+    @property
+    def run(self) -> RunDirectory:
+        """The run directory, opened and locked by the first use."""
+        if self._run is None:
+            storage = self._directory
+            if isinstance(storage, str | os.PathLike):
+                storage = LocalStorage(Path(storage))
+            self._run = RunDirectory.open(storage, clock=self._wall_clock)
+        return self._run
+
+    def resume(self, which: ResumeFrom = "auto") -> ResumeReport:
+        """Put a saved state into the objects, or leave them as they are for a fresh start.
+
+        Checkpoints of a later step than the one resumed are set aside by name: they can never
+        win again. The lines that metrics.jsonl got after the resumed save are cut off.
+
+        Args:
+            which: "auto": the newest intact checkpoint, or a fresh start if there is none;
+                True, "must", "latest" or "last": the newest intact one, or an error; False or
+                "never": a fresh start; "best"; a step number; the path of a checkpoint folder.
+
+        Returns:
+            What was found and done.
+
+        Raises:
+            CheckpointNotFoundError: If the checkpoint asked for does not exist, or if there
+                are checkpoints but not one is intact.
+            CorruptCheckpointError: If the one checkpoint asked for is damaged.
+            StateMismatchError: If the checkpoint does not fit the objects; none was changed.
+        """
+        resumption = Resumption(self.run, self.objects, self._types)
+        report = resumption.start(Selection.parse(which))
+        self.values = resumption.values
+        self.best_step = resumption.best_step
+        self._origin = resumption.origin
+        self._timer.done()
+        return report
+
+    def save_if_due(self, step: int, values: Any = None) -> str | None:
+        """Save if the cadence says so; return the folder of the checkpoint, or None."""
+        return self.save(step, values) if self.is_due(step) else None
+
+    def is_due(self, step: int) -> bool:
+        """Return whether the cadence asks for a save after `step` steps."""
+        return self._timer.due(step)
+
+    def save(self, step: int, values: Any = None, *, facts: Mapping[str, Any] | None = None) -> str:
+        """Save the objects as they are now; when this returns, the checkpoint is durable.
+
+        Args:
+            step: Completed optimizer steps.
+            values: Plain values and tensors to get back in `self.values` on resume.
+            facts: JSON values for the manifest, shown by `unbroken show`.
+
+        Returns:
+            The folder of the checkpoint, as a path.
+
+        Raises:
+            CaptureError: If something cannot be stored; the message names its path and type.
+            SaveError: If the disk fails or is full; all earlier checkpoints are as they were.
+        """
+        manifest = self._write(self.run, step, values, facts or {})
+        self._timer.done()
+        self.run.history.append({"event": "saved", "step": step, "digest": manifest.state_digest})
+        best = frozenset() if self.best_step is None else frozenset({self.best_step})
+        prune(self.run.storage, self.keep, run_id=self.run.run_id, best_steps=best, verified=self._verified)
+        return self.run.storage.describe(f"checkpoint-{step}")
+
+    def _write(self, run: RunDirectory, step: int, values: Any, facts: Mapping[str, Any]) -> Manifest:
+        tree = {**capture(self.objects), "values": values, "rng": capture_rng()}
+        encoded = encode(tree)
+        run.metrics.sync()  # the checkpoint must never promise lines that a power cut can take
+        writer = CheckpointWriter(run.storage, step=step, run_id=run.run_id, clock=self._wall_clock)
+        try:
+            writer.write_leaves(encoded.leaves)
+            writer.write_file(STATE_FILE, state_bytes(encoded.structure))
+            for name, data in pretrained_files(self.objects.get("model")).items():
+                writer.write_file(name, data)
+            return writer.commit({**self._facts(run), **facts})
+        except BaseException:
+            writer.abandon()
+            raise
+
+    def _facts(self, run: RunDirectory) -> dict[str, Any]:
+        return {
+            "environment": environment_facts(),
+            "metrics_bytes": run.metrics.nbytes,
+            "best_step": self.best_step,
+            "origin": self._origin,
+        }
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl: there exactly once, however often the run is killed."""
+        self.run.metrics.append(record)
+
+    def close(self) -> None:
+        """Release the run directory. Calling it twice is harmless."""
+        if self._run is not None:
+            self._run.close()
+            self._run = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,200 @@
+"""Resuming: choose a checkpoint, put it into the objects, and clear the way for what follows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from unbroken.capture import StoredTensor, check, decode, live_types, restore, restore_rng
+from unbroken.checkpoint.report import ResumeReport
+from unbroken.checkpoint.selection import Selection
+from unbroken.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    RunDirectoryError,
+)
+from unbroken.storage import LocalStorage
+from unbroken.store import CheckpointReader, Rejection, RunDirectory
+
+STATE_FILE = "state.json"
+
+
+def state_bytes(structure: Any) -> bytes:
+    """Return the text of state.json."""
+    return json.dumps(structure, separators=(",", ":"), ensure_ascii=True).encode("ascii")
+
+
+class Resumption:
+    """One attempt to bring a run's objects back; used once by `Checkpointer.resume`.
+
+    Args:
+        run: The open run directory.
+        objects: The live objects, by name.
+        types: Classes of namedtuples and enums inside the state.
+
+    Attributes:
+        values: The plain values of the resumed checkpoint, or None.
+        best_step: The best step that it knew, or None.
+        origin: The folder outside the run directory from which this run began, or None.
+    """
+
+    def __init__(
+        self, run: RunDirectory, objects: Mapping[str, object], types: tuple[type, ...]
+    ) -> None:
+        self.values: Any = None
+        self.best_step: int | None = None
+        self.origin: str | None = None
+        self._run = run
+        self._objects = objects
+        self._types = types
+
+    def start(self, selection: Selection) -> ResumeReport:
+        """Resume what `selection` asks for, or make ready for a fresh start."""
+        rejected: list[Rejection] = []
+        reader = None
+        for candidate in self._candidates(selection):
+            if isinstance(candidate, Rejection):
+                rejected.append(candidate)
+                continue
+            try:
+                self._load(candidate)
+            except CorruptCheckpointError as error:
+                if selection.kind in ("step", "path", "best"):
+                    raise
+                rejected.append(Rejection(candidate.folder, candidate.step, str(error)))
+            else:
+                reader = candidate
+                break
+        self._refuse_nothing_found(selection, reader, rejected)
+        return self._clear_the_way(selection, reader, tuple(rejected))
+
+    def _candidates(self, selection: Selection) -> Iterator[CheckpointReader | Rejection]:
+        catalog = self._run.catalog
+        if selection.kind in ("auto", "must"):
+            yield from catalog.newest_first()
+        elif selection.kind == "step" and selection.step is not None:
+            yield self._at_step(selection.step)
+        elif selection.kind == "best":
+            yield self._at_step(self._best_step())
+        elif selection.kind == "path" and selection.path is not None:
+            yield from self._at_path(selection.path)
+
+    def _at_step(self, step: int) -> CheckpointReader:
+        folders = self._run.catalog.folders()
+        if step not in dict(folders):
+            raise CheckpointNotFoundError(
+                self._run.storage.describe(),
+                "no such checkpoint",
+                expected=f"one of the steps {[known for known, _ in folders]}",
+                found=step,
+            )
+        return self._run.catalog.open(step)
+
+    def _best_step(self) -> int:
+        for candidate in self._run.catalog.newest_first():
+            if isinstance(candidate, CheckpointReader):
+                step = candidate.manifest.facts.get("best_step")
+                if isinstance(step, int):
+                    return step
+        raise CheckpointNotFoundError(
+            self._run.storage.describe(), "no checkpoint knows which one is the best"
+        )
+
+    def _at_path(self, path: Path) -> Iterator[CheckpointReader | Rejection]:
+        """Yield the checkpoint at `path`; but a run that already began there goes on instead."""
+        folder = path.resolve()
+        if folder.parent == Path(self._run.storage.describe()).resolve():
+            yield CheckpointReader(self._run.storage, folder.name)
+            return
+        if not (folder / "manifest.json").exists():
+            raise CheckpointNotFoundError(
+                str(path), "is no checkpoint", expected="a folder with a manifest.json"
+            )
+        origin = str(folder)
+        for candidate in self._run.catalog.newest_first():
+            if isinstance(candidate, Rejection) or candidate.manifest.facts.get("origin") == origin:
+                yield candidate
+        self.origin = origin
+        yield CheckpointReader(LocalStorage(folder.parent), folder.name)
+
+    def _load(self, reader: CheckpointReader) -> None:
+        """Check all that can be checked, fill the objects, and last the random generators."""
+        structure = json.loads(reader.read_file(STATE_FILE))
+        stored = partial(StoredTensor, reader)
+        types = (*self._types, *live_types(self._objects))
+        rng, values = (structure.pop(name) for name in ("rng", "values"))
+        tree = decode(structure, stored, types=types)
+        check(self._objects, tree)
+        restore(self._objects, tree)
+        self.values = decode(values, lambda leaf: stored(leaf).load(), types=types)
+        restore_rng(decode(rng, lambda leaf: stored(leaf).load()))
+        reader.check_rest()
+        self._remember(reader.manifest.facts)
+
+    def _remember(self, facts: Mapping[str, Any]) -> None:
+        self.best_step = facts.get("best_step")
+        self.origin = self.origin or facts.get("origin")
+
+    def _refuse_nothing_found(
+        self, selection: Selection, reader: CheckpointReader | None, rejected: list[Rejection]
+    ) -> None:
+        if reader is not None or selection.kind == "never":
+            return
+        if rejected:
+            raise CheckpointNotFoundError(
+                self._run.storage.describe(),
+                "not one checkpoint is intact",
+                found="; ".join(f"{item.folder}: {item.reason}" for item in rejected),
+                hint='`unbroken verify` lists all damage; to start anew: resume_from_checkpoint="never"',
+            )
+        if selection.kind == "must":
+            raise CheckpointNotFoundError(
+                self._run.storage.describe(),
+                "no checkpoint to resume",
+                hint='"auto" starts a new run where there is none',
+            )
+
+    def _clear_the_way(
+        self, selection: Selection, reader: CheckpointReader | None, rejected: tuple[Rejection, ...]
+    ) -> ResumeReport:
+        """Set aside what belongs to another future, cut the metrics, and tell the history."""
+        own = reader is not None and reader.storage is self._run.storage
+        step = 0 if reader is None else reader.step
+        moved = tuple(
+            (folder, self._run.catalog.set_aside(later, f"a run from step {step} began"))
+            for later, folder in self._run.catalog.folders()
+            if not (own and later <= step)
+        )
+        metrics = reader.manifest.facts["metrics_bytes"] if reader is not None and own else 0
+        notes = self._cut_metrics(metrics, keep_copy=selection.kind != "auto")
+        report = ResumeReport(
+            step=step,
+            checkpoint=None if reader is None else reader.storage.describe(reader.folder),
+            rejected=rejected,
+            set_aside=moved,
+            previous_owner=self._run.previous_owner,
+            notes=notes,
+        )
+        self._run.history.append({"event": "started", **report.to_json()})
+        return report
+
+    def _cut_metrics(self, nbytes: int, *, keep_copy: bool) -> tuple[str, ...]:
+        """Cut metrics.jsonl back to what it was at the checkpoint."""
+        metrics = self._run.metrics
+        if metrics.nbytes < nbytes:
+            raise RunDirectoryError(
+                self._run.storage.describe("metrics.jsonl"),
+                "is shorter than when the checkpoint was saved",
+                expected=f"at least {nbytes} bytes",
+                found=f"{metrics.nbytes} bytes",
+                hint="bring the file back from a backup, or resume by the path of a copy of the "
+                "checkpoint in a new run directory",
+            )
+        if metrics.nbytes == nbytes:
+            return ()
+        copy = self._run.set_aside_metrics() if keep_copy else None
+        metrics.cut(nbytes)
+        return () if copy is None else (f"set aside: the old metrics.jsonl is now {copy}",)

@@ -1,0 +1,93 @@
+"""From a configuration to the parts that a Trainer is made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from unbroken.data import BatchSource, batch_source
+from unbroken.errors import ConfigError
+from unbroken.store import Interval, KeepPolicy
+from unbroken.training.config import TrainerConfig
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device that `TrainerConfig.device` names.
+
+    Raises:
+        ConfigError: If PyTorch knows no such device, or it is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError("device", expected='"auto" or a torch.device', found=name) from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device", "there is no CUDA device here", found=name)
+    return device
+
+
+def make_source(
+    dataset: Any, config: TrainerConfig, collate_fn: Callable[[list[Any]], Any] | None
+) -> BatchSource:
+    """Return the source of training batches."""
+    return batch_source(
+        dataset,
+        seed=config.seed if config.data_seed is None else config.data_seed,
+        global_batch_size=config.batch_size,
+        micro_batch_size=config.per_forward,
+        shuffle=config.shuffle,
+        drop_last=config.dataloader_drop_last,
+        epoch_size=config.samples_per_epoch,
+        collate_fn=collate_fn,
+        num_workers=config.dataloader_num_workers,
+        pin_memory=config.dataloader_pin_memory,
+        prefetch_factor=config.dataloader_prefetch_factor,
+    )
+
+
+def count_steps(config: TrainerConfig, source: BatchSource | None) -> int:
+    """Return the optimizer steps of the whole run.
+
+    Raises:
+        ConfigError: If only `num_train_epochs` is given and an epoch has no known length.
+    """
+    if config.max_steps != -1:
+        return config.max_steps
+    if source is None:
+        return 0
+    if source.samples_per_epoch is None:
+        raise ConfigError("max_steps", "must be given: the length of an epoch is not known")
+    return math.ceil(config.num_train_epochs * source.samples_per_epoch / config.batch_size)
+
+
+def keep_policy(config: TrainerConfig) -> KeepPolicy:
+    """Return which checkpoints stay."""
+    every = config.keep_every_n_steps
+    return KeepPolicy(
+        last=config.save_total_limit,
+        every=() if every is None else (Interval(every),),
+    )
+
+
+def prepared_for_forward(model: nn.Module, config: TrainerConfig) -> nn.Module:
+    """Return what the loop calls: the model itself, or its compiled form.
+
+    Raises:
+        ConfigError: If gradient checkpointing is asked of a model that has none.
+    """
+    if config.gradient_checkpointing:
+        enable = getattr(model, "gradient_checkpointing_enable", None)
+        if enable is None:
+            raise ConfigError(
+                "gradient_checkpointing",
+                "the model has no gradient_checkpointing_enable()",
+                found=type(model).__name__,
+            )
+        enable()
+    return torch.compile(model) if config.torch_compile else model  # type: ignore[return-value]

@@ -1,0 +1,295 @@
+"""TrainerConfig: every setting of a run, checked when it is made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, Self, get_type_hints
+
+import typeguard
+
+from unbroken.errors import ConfigError
+from unbroken.training.config_file import nearest, read_mapping, write_mapping
+
+Schedule = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_min_lr",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "reduce_lr_on_plateau",
+]
+Optim = Literal["adamw_torch", "adamw_torch_fused", "sgd", "adafactor"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """All settings of a run, with the names of `transformers.TrainingArguments`.
+
+    Raises:
+        ConfigError: If a value has the wrong type or is out of range, or if two values do not
+            fit together; the message names the field and shows the value.
+
+    Example:
+        >>> config = TrainerConfig(output_dir="runs/gpt2", batch_size=32, micro_batch_size=8)
+        >>> config.gradient_accumulation_steps
+        4
+    """
+
+    output_dir: str = "runs/default"
+    """The run directory: checkpoints, history and metrics."""
+    resume_from_checkpoint: bool | int | str = "auto"
+    """"auto", "must", "never", "best", a step, or the path of a checkpoint."""
+
+    batch_size: int = 8
+    """Samples in one optimizer step, over all ranks and micro-batches (the global batch)."""
+    micro_batch_size: int | None = None
+    """Samples in one forward pass of one process; None: the whole global batch."""
+    max_steps: int = -1
+    """Optimizer steps of the whole run; -1: `num_train_epochs` decides."""
+    num_train_epochs: float = 3.0
+    """Passes over the data, when `max_steps` is -1; the last step is completed."""
+    shuffle: bool = True
+    """Whether each epoch has an order of its own."""
+    dataloader_drop_last: bool = False
+    """Leave out the samples at the end of an epoch that fill no batch, instead of going on
+    with the next epoch inside the batch."""
+    samples_per_epoch: int | None = None
+    """Use only so many samples of each epoch's order; None: all."""
+    dataloader_num_workers: int = 0
+    """Worker processes that load data; the bits do not depend on it."""
+    dataloader_prefetch_factor: int | None = None
+    """Batches that each worker loads ahead; None: PyTorch's default."""
+    dataloader_pin_memory: bool = False
+    """Whether batches are put into pinned memory, for faster copies to a GPU."""
+
+    optim: Optim = "adamw_torch"
+    """The optimizer, unless one is given to the Trainer."""
+    learning_rate: float = 5e-5
+    """The highest learning rate, reached after warm-up."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; one-dimensional parameters (biases, norms) are left out."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    sgd_momentum: float = 0.0
+    """Momentum of `optim="sgd"`."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0: no clipping."""
+    lr_scheduler_type: Schedule = "linear"
+    """How the learning rate goes on after warm-up."""
+    lr_scheduler_kwargs: dict[str, float] | None = None
+    """Settings of the schedule: `min_lr_rate`, `num_cycles`, `power`, `lr_end`, ..."""
+    warmup_steps: float = 0
+    """Steps in which the learning rate rises from 0; below 1: a share of all steps."""
+
+    bf16: bool = False
+    """Autocast to bfloat16."""
+    fp16: bool = False
+    """Autocast to float16, with gradient scaling."""
+    torch_compile: bool = False
+    """Run the model through `torch.compile`."""
+    gradient_checkpointing: bool = False
+    """Save memory by computing activations again; the model must support it."""
+    device: str = "auto"
+    """"auto": the first GPU if there is one, else the CPU; or a `torch.device` string."""
+    full_determinism: bool = True
+    """Only deterministic kernels, so that a run repeats bit for bit on a GPU too."""
+    seed: int = 42
+    """All randomness of the run is derived from it."""
+    data_seed: int | None = None
+    """The seed of the order of the data; None: `seed`."""
+
+    logging_steps: int | None = 10
+    """Write statistics every so many steps; None: not by steps."""
+    logging_minutes: float | None = None
+    eval_steps: int | None = None
+    """Evaluate every so many steps; None: not by steps."""
+    eval_minutes: float | None = None
+    eval_batch_size: int | None = None
+    """Samples in one forward pass of the evaluation; None: the micro-batch size."""
+    save_steps: int | None = 500
+    """Save a checkpoint every so many steps; None: not by steps."""
+    save_minutes: float | None = None
+    save_at_start: bool = True
+    """Save `checkpoint-0` before the first step, so that a run killed before its first
+    regular checkpoint starts again from the same weights."""
+    save_total_limit: int | None = None
+    """Keep only so many of the newest intact checkpoints; None: all."""
+    keep_every_n_steps: int | None = None
+    """Keep, besides, every checkpoint whose step is a multiple of this."""
+    max_time: float | str | None = None
+    """Save and stop after so many seconds, or "HH:MM:SS", in this process."""
+
+    metric_for_best_model: str = "eval_loss"
+    """The evaluation metric that decides which checkpoint is the best."""
+    greater_is_better: bool = False
+    load_best_model_at_end: bool = False
+    """Put the weights of the best checkpoint into the model when training ends."""
+    early_stopping_patience: int | None = None
+    """Stop after so many evaluations in a row without a better metric; None: never."""
+    early_stopping_threshold: float = 0.0
+    """How much better the metric must be to count."""
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._check_ranges()
+        self._check_combinations()
+
+    def _check_types(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            value = getattr(self, field.name)
+            wrong_bool = isinstance(value, bool) and not _admits_bool(field.name)
+            try:
+                typeguard.check_type(value, hints[field.name])
+            except typeguard.TypeCheckError:
+                wrong_bool = True
+            if wrong_bool:
+                raise ConfigError(field.name, expected=field.type, found=repr(value))
+
+    def _check_ranges(self) -> None:
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(name, "must be positive", found=value)
+        for name in _NOT_NEGATIVE:
+            value = getattr(self, name)
+            if value is not None and not (value >= 0 and math.isfinite(value)):
+                raise ConfigError(name, "must not be negative", found=value)
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise ConfigError("max_steps", expected="-1 or a positive number", found=self.max_steps)
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(name, expected="a number in [0, 1)", found=getattr(self, name))
+
+    def _check_combinations(self) -> None:
+        if self.batch_size % self.per_forward != 0:
+            raise ConfigError(
+                "batch_size",
+                "must be a multiple of micro_batch_size",
+                expected=f"a multiple of {self.per_forward}",
+                found=self.batch_size,
+            )
+        if self.fp16 and self.bf16:
+            raise ConfigError("fp16", "cannot be combined with bf16: choose one")
+        if self.early_stopping_patience is not None and not self.evaluates:
+            raise ConfigError("early_stopping_patience", "needs eval_steps or eval_minutes")
+        if self.load_best_model_at_end and not self.evaluates:
+            raise ConfigError("load_best_model_at_end", "needs eval_steps or eval_minutes")
+        self.max_seconds()
+
+    @property
+    def per_forward(self) -> int:
+        """Samples in one forward pass of one process."""
+        return self.batch_size if self.micro_batch_size is None else self.micro_batch_size
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Forward passes of one process in one optimizer step."""
+        return self.batch_size // self.per_forward
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether evaluation happens during training."""
+        return self.eval_steps is not None or self.eval_minutes is not None
+
+    def max_seconds(self) -> float | None:
+        """Return `max_time` in seconds.
+
+        Example:
+            >>> TrainerConfig(max_time="01:30:00").max_seconds()
+            5400.0
+        """
+        if self.max_time is None or isinstance(self.max_time, int | float):
+            return self.max_time
+        parts = self.max_time.split(":")
+        if len(parts) != 3 or not all(part.isdecimal() for part in parts):
+            raise ConfigError("max_time", expected='seconds or "HH:MM:SS"', found=self.max_time)
+        hours, minutes, seconds = map(int, parts)
+        return float(hours * 3600 + minutes * 60 + seconds)
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with some fields changed, checked again."""
+        _refuse_unknown(changes, where="TrainerConfig")
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as plain values, for YAML or JSON."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "TrainerConfig") -> Self:
+        """Return the configuration with these fields; all others have their defaults.
+
+        Raises:
+            ConfigError: If a field does not exist; the message names the nearest that does.
+
+        Example:
+            >>> TrainerConfig.from_dict({"learning_rte": 1e-3})
+            Traceback (most recent call last):
+                ...
+            unbroken.errors.ConfigError: TrainerConfig: unknown field learning_rte
+            did you mean learning_rate?
+        """
+        _refuse_unknown(values, where)
+        return cls(**values)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """Read a `.yaml`, `.yml` or `.json` file.
+
+        Raises:
+            ConfigError: If the file is missing, unreadable, or holds an unknown or wrong field.
+        """
+        return cls.from_dict(read_mapping(Path(path)), where=str(path))
+
+    def to_file(self, path: str | Path) -> None:
+        """Write all fields to a `.yaml`, `.yml` or `.json` file."""
+        write_mapping(Path(path), self.to_dict())
+
+
+_POSITIVE = (
+    "batch_size",
+    "micro_batch_size",
+    "num_train_epochs",
+    "samples_per_epoch",
+    "dataloader_prefetch_factor",
+    "adam_epsilon",
+    "logging_steps",
+    "logging_minutes",
+    "eval_steps",
+    "eval_minutes",
+    "eval_batch_size",
+    "save_steps",
+    "save_minutes",
+    "save_total_limit",
+    "keep_every_n_steps",
+    "early_stopping_patience",
+)
+_NOT_NEGATIVE = (
+    "dataloader_num_workers",
+    "learning_rate",
+    "weight_decay",
+    "sgd_momentum",
+    "max_grad_norm",
+    "warmup_steps",
+    "seed",
+    "data_seed",
+    "early_stopping_threshold",
+)
+
+
+def _admits_bool(name: str) -> bool:
+    return "bool" in str(TrainerConfig.__annotations__[name])
+
+
+def _refuse_unknown(values: dict[str, Any], where: str) -> None:
+    known = [field.name for field in fields(TrainerConfig)]
+    for name in values:
+        if name not in known:
+            raise ConfigError(where, f"unknown field {name}", hint=nearest(name, known))

@@ -1,0 +1,80 @@
+"""What a run shows: a progress bar on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+_SHOWN = {
+    "epoch": ".3g",
+    "loss": ".4f",
+    "eval_loss": ".4f",
+    "learning_rate": ".3g",
+    "grad_norm": ".3g",
+    "tokens_per_second": ",.0f",
+}
+
+
+class Display:
+    """Shows notes and statistics of a run.
+
+    Args:
+        console: Where to write; rich finds out whether it is a terminal.
+
+    Example:
+        >>> display = Display(Console(width=100))
+        >>> display.start(total=100, step=0)
+        >>> display.statistics(10, {"loss": 2.5, "learning_rate": 1e-4})
+        step 10/100  loss 2.5000  learning_rate 0.0001
+        >>> display.close()
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = Console() if console is None else console
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._total = 0
+
+    def start(self, *, total: int, step: int) -> None:
+        """Begin to show the way from `step` to `total` steps."""
+        self._total = total
+        if not self._console.is_terminal:
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=self._console, transient=True)
+        self._task = self._bar.add_task(f"step {step}/{total}", total=total, completed=step)
+        self._bar.start()
+
+    def note(self, text: str) -> None:
+        """Show one line of text."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def advance(self, step: int) -> None:
+        """Show that `step` steps are completed."""
+        if self._bar is not None and self._task is not None:
+            text = f"step {step}/{self._total}"
+            self._bar.update(self._task, completed=step, description=text)
+
+    def statistics(self, step: int, record: Mapping[str, Any]) -> None:
+        """Show statistics in one line."""
+        parts = [f"{key} {record[key]:{form}}" for key, form in _SHOWN.items() if key in record]
+        self.note("  ".join([f"step {step}/{self._total}", *parts]))
+
+    def close(self) -> None:
+        """Take the progress bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+class Silence(Display):
+    """A display that shows nothing."""
+
+    def start(self, *, total: int, step: int) -> None:
+        """Show nothing."""
+
+    def note(self, text: str) -> None:
+        """Show nothing."""

@@ -1,0 +1,37 @@
+"""The optimizer that the configuration names."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.optim import SGD, Adafactor, AdamW, Optimizer
+
+from unbroken.training.config import TrainerConfig
+
+
+def make_optimizer(model: nn.Module, config: TrainerConfig) -> Optimizer:
+    """Return the optimizer over the parameters of `model` that require a gradient.
+
+    One-dimensional parameters (biases, norms) and scalars get no weight decay.
+    """
+    groups = parameter_groups(model, config.weight_decay)
+    if config.optim == "sgd":
+        return SGD(groups, lr=config.learning_rate, momentum=config.sgd_momentum)
+    if config.optim == "adafactor":
+        return Adafactor(groups, lr=config.learning_rate)
+    return AdamW(
+        groups,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=True if config.optim == "adamw_torch_fused" else None,
+    )
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Return the trained parameters in two groups: with and without weight decay."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, object]] = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

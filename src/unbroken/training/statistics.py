@@ -1,0 +1,107 @@
+"""What a run reports about itself; part of its state, so that nothing is counted twice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unbroken.errors import ConfigError
+from unbroken.training.config import TrainerConfig
+
+
+class Statistics:
+    """Sums since the last log line, the best metric, and the wall time of all segments.
+
+    The loss is summed in float64 on its own device: no synchronisation per step.
+    """
+
+    def __init__(self) -> None:
+        self.best_metric: float | None = None
+        self.best_step: int | None = None
+        self.evaluations_without_gain = 0
+        self.seconds = 0.0
+        self._loss_sum: Tensor | float = 0.0
+        self._steps = 0
+        self._grad_norm: Tensor | float | None = None
+        self._logged_tokens = 0
+        self._logged_seconds = 0.0
+
+    def add_step(self, loss: Tensor, grad_norm: Tensor | None) -> None:
+        """Count one optimizer step with its mean loss and its gradient norm."""
+        self._loss_sum = self._loss_sum + loss.detach().to(torch.float64)
+        self._grad_norm = None if grad_norm is None else grad_norm.detach()
+        self._steps += 1
+
+    def log(self, tokens: int) -> dict[str, Any]:
+        """Return the mean loss, gradient norm and speed since the last call, and start anew.
+
+        Args:
+            tokens: Tokens used since the start of the run.
+        """
+        seconds = self.seconds - self._logged_seconds
+        record: dict[str, Any] = {"loss": float(self._loss_sum) / max(1, self._steps)}
+        if self._grad_norm is not None:
+            record["grad_norm"] = float(self._grad_norm)
+        record["seconds"] = round(self.seconds, 3)
+        if tokens and seconds > 0:
+            record["tokens_per_second"] = round((tokens - self._logged_tokens) / seconds, 1)
+        self._loss_sum, self._steps = 0.0, 0
+        self._logged_tokens, self._logged_seconds = tokens, self.seconds
+        return record
+
+    @property
+    def steps_since_log(self) -> int:
+        """Steps that no log line reports yet."""
+        return self._steps
+
+    def consider(self, metrics: Mapping[str, float], step: int, config: TrainerConfig) -> bool:
+        """Take note of an evaluation; return whether it is the best so far.
+
+        Raises:
+            ConfigError: If `metric_for_best_model` is not among the metrics.
+        """
+        name = config.metric_for_best_model
+        if name not in metrics:
+            raise ConfigError("metric_for_best_model", expected=sorted(metrics), found=name)
+        gain = self._gain(float(metrics[name]), config.greater_is_better)
+        gained = gain is None or gain > config.early_stopping_threshold  # NaN is no gain
+        self.evaluations_without_gain = 0 if gained else self.evaluations_without_gain + 1
+        if gain is not None and not gain > 0:
+            return False
+        self.best_metric, self.best_step = float(metrics[name]), step
+        return True
+
+    def _gain(self, value: float, greater_is_better: bool) -> float | None:
+        """Return how much better `value` is than the best so far; None when it is the first."""
+        if self.best_metric is None:
+            return None
+        return value - self.best_metric if greater_is_better else self.best_metric - value
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything, the unfinished sums included."""
+        return {
+            "best_metric": self.best_metric,
+            "best_step": self.best_step,
+            "evaluations_without_gain": self.evaluations_without_gain,
+            "seconds": self.seconds,
+            "loss_sum": float(self._loss_sum),
+            "steps": self._steps,
+            "grad_norm": None if self._grad_norm is None else float(self._grad_norm),
+            "logged_tokens": self._logged_tokens,
+            "logged_seconds": self._logged_seconds,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        self.best_metric = state["best_metric"]
+        self.best_step = state["best_step"]
+        self.evaluations_without_gain = state["evaluations_without_gain"]
+        self.seconds = state["seconds"]
+        self._loss_sum = state["loss_sum"]
+        self._steps = state["steps"]
+        self._grad_norm = state["grad_norm"]
+        self._logged_tokens = state["logged_tokens"]
+        self._logged_seconds = state["logged_seconds"]

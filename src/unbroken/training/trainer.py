@@ -1,0 +1,426 @@
+"""Trainer: the training loop, which any kill may interrupt and the same command continues."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from unbroken.checkpoint import (
+    Cadence,
+    Checkpointer,
+    Preemption,
+    ResumeFrom,
+    ResumeReport,
+    Timer,
+    TrainingStopped,
+)
+from unbroken.data import MicroBatch, RandomScope, derive_key
+from unbroken.errors import ConfigError
+from unbroken.training.assembly import (
+    count_steps,
+    keep_policy,
+    make_source,
+    pick_device,
+    prepared_for_forward,
+)
+from unbroken.training.callback import Callback
+from unbroken.training.config import TrainerConfig
+from unbroken.training.determinism import deterministic_kernels
+from unbroken.training.display import Display, Silence
+from unbroken.training.evaluation import evaluation_loader, mean_loss
+from unbroken.training.loss import LossFn, compute_loss, to_device, tokens_of
+from unbroken.training.optimizers import make_optimizer
+from unbroken.training.precision import Precision
+from unbroken.training.progress import Progress
+from unbroken.training.schedules import make_scheduler
+from unbroken.training.statistics import Statistics
+from unbroken.training.window import Window
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        progress: Where it ended.
+        stopped_by: Why it ended before `max_steps`, or None.
+        best_metric: The best value of `metric_for_best_model`, or None.
+        resume_report: How this process's part of the run began.
+    """
+
+    progress: Progress
+    stopped_by: str | None
+    best_metric: float | None
+    resume_report: ResumeReport
+
+
+class Trainer:
+    """Trains a model; killed at any moment and started again, it is the same run, bit for bit.
+
+    What the bits depend on is either derived from (seed, position) - the order of the data,
+    the randomness of each sample, collator and forward pass - or captured in each checkpoint.
+
+    Args:
+        model: Any module; a Hugging Face model returns its own loss. It is moved to the device.
+        config: All settings.
+        train_dataset: A map-style data set; or a loader or iterable of micro-batches, resumed
+            through its `state_dict` if it has one, else by counting and skipping.
+        eval_dataset: A map-style data set, or an iterable of batches.
+        callbacks: Followers of the run; their state is saved.
+        optimizer: None: the one that the configuration names.
+        scheduler: None: the one that the configuration names. Stepped after each optimizer
+            step; a ReduceLROnPlateau after each evaluation.
+        collate_fn: Makes a batch of samples; None: PyTorch's default.
+        loss_fn: Called as `loss_fn(outputs, labels)`; None: the model returns its loss.
+        state: More objects to save, by name: an EMA model, a `torch.Generator`, anything that
+            `Checkpointer` takes.
+        types: Classes of namedtuples and enums inside saved state.
+        display: What to show where; None: a progress bar on a terminal, lines elsewhere.
+        clock: Monotonic seconds.
+        wall_clock: Seconds since 1970.
+
+    Raises:
+        ConfigError: If settings and arguments do not fit together.
+        DataError: If the data set is empty or shorter than a batch.
+
+    Example:
+        >>> import tempfile
+        >>> data = [(torch.tensor([float(i)]), torch.tensor([2.0 * i])) for i in range(8)]
+        >>> config = TrainerConfig(output_dir=tempfile.mkdtemp(), max_steps=2, batch_size=4)
+        >>> trainer = Trainer(
+        ...     nn.Linear(1, 1), config, data, loss_fn=nn.MSELoss(), display=Silence()
+        ... )
+        >>> trainer.train().progress.samples
+        8
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainerConfig | None = None,
+        train_dataset: Any = None,
+        *,
+        eval_dataset: Any = None,
+        callbacks: Sequence[Callback] = (),
+        optimizer: Optimizer | None = None,
+        scheduler: LRScheduler | None = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        loss_fn: LossFn | None = None,
+        state: Mapping[str, object] | None = None,
+        types: Sequence[type] = (),
+        display: Display | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.config = config = TrainerConfig() if config is None else config
+        self.device = pick_device(config.device)
+        self.model = model.to(self.device)
+        self.eval_dataset = eval_dataset
+        self.callbacks = list(callbacks)
+        self.precision = Precision(config, self.device)
+        self.source = None if train_dataset is None else make_source(train_dataset, config, collate_fn)
+        self.max_steps = count_steps(config, self.source)
+        self.optimizer = make_optimizer(model, config) if optimizer is None else optimizer
+        if scheduler is None:
+            scheduler = make_scheduler(self.optimizer, config, self.max_steps)
+        self.scheduler = scheduler
+        self.statistics = Statistics()
+        self.progress = Progress()
+        self.resume_report: ResumeReport | None = None
+        self._collate_fn = collate_fn
+        self._loss_fn = loss_fn
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._display = Display() if display is None else display
+        self._forward = prepared_for_forward(model, config)
+        self._random = RandomScope(cuda=self.device.type == "cuda")
+        self._window = Window(model)
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        self._counted_until = clock()
+        self._learning_rate = 0.0
+        self._stop_reason: str | None = None
+        self._saved: Progress | None = None
+        self._slowest_step = self._slowest_save = 0.0
+        self._log_timer = Timer(Cadence(config.logging_steps, config.logging_minutes), clock)
+        self._eval_timer = Timer(Cadence(config.eval_steps, config.eval_minutes), clock)
+        self.checkpointer = Checkpointer(
+            config.output_dir,
+            save_steps=config.save_steps,
+            save_minutes=config.save_minutes,
+            keep=keep_policy(config),
+            types=types,
+            clock=clock,
+            wall_clock=wall_clock,
+            **self._objects(state or {}),
+        )
+
+    def _objects(self, more: Mapping[str, object]) -> dict[str, object]:
+        callbacks = {f"{i}-{type(c).__name__}": c for i, c in enumerate(self.callbacks)}
+        objects: dict[str, object] = {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "scaler": self.precision.scaler,
+            "data": self.source,
+            "statistics": self.statistics,
+            "callbacks": callbacks,
+            "gradients": self._window,
+        }
+        for name in more:
+            if name in objects:
+                raise ConfigError(f"state[{name!r}]", "this name is taken: choose another")
+        return {name: value for name, value in {**objects, **more}.items() if value is not None}
+
+    def train(self, resume_from_checkpoint: ResumeFrom = None) -> TrainResult:
+        """Train from the newest intact checkpoint, or from the start, to the end of the run.
+
+        Args:
+            resume_from_checkpoint: As `Checkpointer.resume` takes it; None: what the
+                configuration says ("auto" by default).
+
+        Returns:
+            How the run ended.
+
+        Raises:
+            TrainingStopped: After a save, if a signal or a deadline asked for a stop; left
+                alone, it ends the process with exit status 75.
+            CheckpointError: If the checkpoint asked for cannot be used.
+            SaveError: If a checkpoint could not be saved; earlier ones are as they were.
+        """
+        if self.source is None:
+            raise ConfigError("train_dataset", "is needed for training")
+        with ExitStack() as stack:
+            stack.callback(self.checkpointer.close)
+            stack.callback(self._display.close)
+            stack.callback(self.source.close)
+            stack.enter_context(deterministic_kernels(self.config.full_determinism, self.device))
+            preemption = stack.enter_context(self._preemption())
+            report = self._begin(resume_from_checkpoint)
+            self._loop(preemption)
+            return self._end(report)
+
+    def _loop(self, preemption: Preemption) -> None:
+        for micro_batches in self._windows():
+            self._train_step(micro_batches)
+            self._at_step_edge()
+            reason = preemption.reason()
+            if reason is not None and not self._finished():
+                self._stop(reason)
+            preemption.margin_seconds = self._slowest_step + 2 * self._slowest_save
+
+    def _windows(self) -> Iterator[list[MicroBatch]]:
+        """Yield the micro-batches of one optimizer step after the other, until the end."""
+        if self._finished():
+            return
+        batches = iter(self.source.from_(self.progress.samples))
+        while not self._finished():
+            missing = self.config.gradient_accumulation_steps - self.progress.pending
+            yield list(islice(batches, missing))
+
+    def _finished(self) -> bool:
+        return self.progress.step >= self.max_steps or self._stop_reason is not None
+
+    def _train_step(self, micro_batches: list[MicroBatch]) -> None:
+        with self._random:
+            for micro, share in zip(micro_batches, self._window.shares(micro_batches), strict=True):
+                self._random.seed(derive_key(self.config.seed, "forward", micro.first_position))
+                self._micro_step(micro, share)
+            self._optimizer_step()
+        self.progress = self.progress.after_step()
+        self._slowest_step = max(self._slowest_step, self._count_time())
+
+    def _micro_step(self, micro: MicroBatch, share: float) -> None:
+        data = to_device(micro.data, self.device)
+        with self.precision.autocast():
+            loss = compute_loss(self._forward, data, self._loss_fn) * share
+        self.precision.backward(loss)
+        self._window.add(loss)
+        self.progress = self.progress.after_micro_batch(
+            samples=micro.samples, tokens=tokens_of(micro.data), epoch=micro.epoch
+        )
+        for callback in self.callbacks:
+            callback.on_micro_batch_end(self)
+
+    def _optimizer_step(self) -> None:
+        self._learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        norm, stepped = self.precision.step(self.optimizer, self._trained)
+        if stepped and not isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.statistics.add_step(self._window.loss, norm)
+        self._window.clear()
+
+    def _at_step_edge(self) -> None:
+        """Do what is due between two steps; saving comes last and so holds all the rest."""
+        step, last = self.progress.step, self._finished()
+        for callback in self.callbacks:
+            callback.on_step_end(self)
+        if self._log_timer.due(step) or last:
+            self._log()
+        improved = False
+        if self.config.evaluates and (self._eval_timer.due(step) or last):
+            improved = self._evaluate_and_judge()
+        keep_it = improved and self.config.load_best_model_at_end
+        if self.checkpointer.is_due(step) or keep_it or self._finished():
+            self.save_checkpoint()
+        self._display.advance(step)
+
+    def _log(self) -> None:
+        self._count_time()
+        record = {
+            "step": self.progress.step,
+            "epoch": round(self.progress.epoch, 6),
+            "samples": self.progress.samples,
+            "tokens": self.progress.tokens,
+            "learning_rate": self._learning_rate,
+            **self.statistics.log(self.progress.tokens),
+        }
+        self._record(record)
+        for callback in self.callbacks:
+            callback.on_log(self, record)
+
+    def _record(self, record: Mapping[str, Any]) -> None:
+        self.checkpointer.log(record)
+        self._display.statistics(self.progress.step, record)
+        self._log_timer.done()
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the metrics of the model on the evaluation data; the run is not changed by it.
+
+        Override it to add metrics of your own; `metric_for_best_model` may name any of them.
+
+        Raises:
+            DataError: If there is no evaluation data.
+        """
+        if self.eval_dataset is None:
+            raise ConfigError("eval_dataset", "is needed for evaluation")
+        key = derive_key(self.config.seed, "evaluate")
+        batch_size = self.config.eval_batch_size or self.config.per_forward
+        loader = evaluation_loader(self.eval_dataset, batch_size, self._collate_fn, key)
+        with self._random:
+            self._random.seed(key)
+            loss = mean_loss(
+                self._forward,
+                loader,
+                loss_fn=self._loss_fn,
+                precision=self.precision,
+                device=self.device,
+            )
+        return {"eval_loss": loss}
+
+    def _evaluate_and_judge(self) -> bool:
+        """Evaluate; return whether the model is the best so far."""
+        metrics = self.evaluate()
+        self._eval_timer.done()
+        self._record({"step": self.progress.step, "epoch": round(self.progress.epoch, 6), **metrics})
+        best = self.statistics.consider(metrics, self.progress.step, self.config)
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(metrics[self.config.metric_for_best_model])
+        patience = self.config.early_stopping_patience
+        if patience is not None and self.statistics.evaluations_without_gain >= patience:
+            self.stop(f"early stopping: {patience} evaluations without a better metric")
+        for callback in self.callbacks:
+            callback.on_evaluate(self, metrics)
+        return best
+
+    def stop(self, reason: str = "stop() was called") -> None:
+        """End the run after the current step, as if it had reached `max_steps`."""
+        self._stop_reason = reason
+
+    def save_checkpoint(self) -> str:
+        """Save everything as it is now into the run directory; return the checkpoint's folder.
+
+        Inside an accumulation window the gradients so far are saved with it.
+
+        Raises:
+            SaveError: If it could not be saved; earlier checkpoints are as they were.
+        """
+        self._count_time()
+        self.checkpointer.best_step = self.statistics.best_step
+        values = {"progress": asdict(self.progress), "stop_reason": self._stop_reason}
+        facts = {"progress": asdict(self.progress), "config": self.config.to_dict()}
+        path = self.checkpointer.save(self.progress.step, values, facts=facts)
+        self._slowest_save = max(self._slowest_save, self._count_time())
+        for callback in self.callbacks:
+            callback.on_save(self, path)
+        return path
+
+    def load_checkpoint(self, which: ResumeFrom = "latest") -> ResumeReport:
+        """Put a saved state into the model, the optimizer and all the rest; `train` goes on there.
+
+        Args:
+            which: As `Checkpointer.resume` takes it.
+
+        Raises:
+            CheckpointError: If the checkpoint cannot be used.
+        """
+        report = self.resume_report = self.checkpointer.resume(which)
+        if report.resumed:
+            values = self.checkpointer.values
+            self.progress = Progress(**values["progress"])
+            self._stop_reason = values["stop_reason"]
+        return report
+
+    def _begin(self, which: ResumeFrom) -> ResumeReport:
+        loaded = self.resume_report if which is None else None
+        if loaded is None:
+            which = self.config.resume_from_checkpoint if which is None else which
+            loaded = self.load_checkpoint(which)
+        self._counted_until = self._clock()
+        for line in loaded.lines():
+            self._display.note(line)
+        self._display.start(total=self.max_steps, step=self.progress.step)
+        if not loaded.resumed:
+            self._start_afresh()
+        for callback in self.callbacks:
+            callback.on_train_begin(self)
+        return loaded
+
+    def _start_afresh(self) -> None:
+        # A model in evaluation mode as a whole was only loaded that way; one with some frozen
+        # parts in evaluation mode was put so on purpose.
+        if not self.model.training:
+            self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        seed_ambient(self.config.seed)
+        if self.config.save_at_start:
+            self.save_checkpoint()
+
+    def _end(self, report: ResumeReport) -> TrainResult:
+        best = self.statistics.best_step
+        if self.config.load_best_model_at_end and best is not None:
+            self.checkpointer.load(best, ["model"])
+        for callback in self.callbacks:
+            callback.on_train_end(self)
+        self.resume_report = None
+        metric = self.statistics.best_metric
+        return TrainResult(self.progress, self._stop_reason, metric, report)
+
+    def _stop(self, reason: str) -> None:
+        if self._saved != self.progress:
+            self.save_checkpoint()
+        stopped = TrainingStopped(self.progress.step, reason)
+        self.checkpointer.run.history.append({"event": "stopped", "step": stopped.step, "by": reason})
+        self._display.note(str(stopped))
+        raise stopped
+
+    def _preemption(self) -> Preemption:
+        return Preemption(
+            max_seconds=self.config.max_seconds(), clock=self._clock, wall_clock=self._wall_clock
+        )
+
+    def _count_time(self) -> float:
+        """Add the seconds since the last call to the run's; return them."""
+        now = self._clock()
+        seconds, self._counted_until = now - self._counted_until, now
+        self.statistics.seconds += seconds
+        return seconds

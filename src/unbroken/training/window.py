@@ -1,0 +1,61 @@
+"""The accumulation window: the micro-batches of one optimizer step, finished or not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from unbroken.capture import capture_gradients, restore_gradients
+from unbroken.data import MicroBatch
+from unbroken.training.loss import weight_of
+
+
+class Window:
+    """What an unfinished optimizer step has gathered: gradients, loss, and the labels in all.
+
+    It is part of the state of a run, so that a save inside the window loses nothing; at a step
+    edge it is empty.
+
+    Args:
+        model: Whose parameters hold the gradients.
+
+    Attributes:
+        loss: The weighted mean loss of the micro-batches so far, or None before the first.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.loss: Tensor | None = None
+        self._model = model
+        self._weight = 0
+
+    def shares(self, micro_batches: Sequence[MicroBatch]) -> list[float]:
+        """Return each micro-batch's share of the step's mean loss.
+
+        Each label counts the same, in whatever micro-batch it stands. (Equal shares would give
+        the labels of short sequences more weight: transformers#34191.)
+        """
+        weights = [weight_of(micro.data, micro.samples) for micro in micro_batches]
+        if self.loss is None:
+            self._weight = sum(weights)
+        return [weight / max(1, self._weight) for weight in weights]
+
+    def add(self, loss: Tensor) -> None:
+        """Count the loss of one micro-batch, already multiplied by its share."""
+        loss = loss.detach()
+        self.loss = loss if self.loss is None else self.loss + loss
+
+    def clear(self) -> None:
+        """Begin the next window."""
+        self.loss, self._weight = None, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the gradients by parameter name, the loss and the labels in all."""
+        gradients = capture_gradients(self._model)
+        return {"parameters": gradients, "loss": self.loss, "weight": self._weight}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned; parameters without a gradient have none."""
+        restore_gradients(self._model, state["parameters"])
+        self.loss, self._weight = state["loss"], state["weight"]
