@@ -1,0 +1,243 @@
+"""Files and folders on a local disk (or anything mounted as one)."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat as modes
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Self
+
+from unbroken.storage.interface import Bytes, Stat
+from unbroken.storage.paths import check_path
+from unbroken.storage.process_lock import ProcessLock, take_process_lock
+from unbroken.storage.rename import rename_no_replace
+
+_MAX_CALL_BYTES = 64 << 20  # of one read or write; Linux itself stops at 2 GiB
+_FULL_SYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: fsync stops at the drive
+_WRITE_FLAGS = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+# O_NONBLOCK: opening a named pipe that someone put there must not wait for ever.
+_READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+
+
+class LocalStorage:
+    """Keep files below a folder of the local disk. Durable means fsync.
+
+    Args:
+        root: The folder. It is made, with its parents and durably, unless `create` is False.
+        create: Whether to make it; False touches nothing, for those who only read.
+
+    Raises:
+        OSError: The folder cannot be made; `FileExistsError` if a file stands there.
+
+    Example:
+        >>> import tempfile
+        >>> storage = LocalStorage(tempfile.mkdtemp() + "/runs/gpt2")
+        >>> with storage.create("note.txt") as file:
+        ...     file.write(b"kept")
+        ...     file.sync()
+        >>> storage.list("")
+        ['note.txt']
+    """
+
+    def __init__(self, root: str | os.PathLike[str], *, create: bool = True) -> None:
+        self._root = os.path.abspath(root)
+        if create:
+            _make_folder_durably(self._root)
+
+    def describe(self, path: str = "") -> str:
+        """Return the absolute path."""
+        return os.path.join(self._root, check_path(path)) if path else self._root
+
+    def create(self, path: str) -> LocalWriteHandle:
+        """Create a file that did not exist."""
+        return LocalWriteHandle(
+            os.open(self.describe(path), _WRITE_FLAGS | os.O_CREAT | os.O_EXCL, 0o666)
+        )
+
+    def open(self, path: str) -> LocalReadHandle:
+        """Open a regular file for reading; a link or a device is refused."""
+        return LocalReadHandle(self.describe(path))
+
+    def append(self, path: str, data: bytes) -> None:
+        """Write `data` at the end of a file, which is created if missing."""
+        flags = _WRITE_FLAGS | os.O_CREAT | os.O_APPEND
+        with LocalWriteHandle(os.open(self.describe(path), flags, 0o666)) as file:
+            file.write(data)
+
+    def truncate(self, path: str, nbytes: int) -> None:
+        """Cut a file to its first `nbytes` bytes."""
+        with _opened(self.describe(path), _WRITE_FLAGS) as fd:
+            found = os.fstat(fd).st_size
+            if nbytes > found:
+                raise ValueError(f"{self.describe(path)}: cannot cut {found} bytes to {nbytes}")
+            os.ftruncate(fd, nbytes)
+
+    def sync_file(self, path: str) -> None:
+        """Make the bytes of a file durable."""
+        with _opened(self.describe(path), _READ_FLAGS) as fd:
+            _sync(fd)
+
+    def make_folder(self, path: str) -> None:
+        """Make a folder that did not exist."""
+        os.mkdir(self.describe(path))
+
+    def sync_folder(self, path: str) -> None:
+        """Make the names in a folder durable."""
+        _sync_folder(self.describe(path))
+
+    def rename(self, source: str, target: str) -> None:
+        """Move a file or folder in one atomic step, replacing nothing."""
+        rename_no_replace(self.describe(source), self.describe(target))
+
+    def link(self, source: str, target: str) -> None:
+        """Give a file a second name (a hard link)."""
+        os.link(self.describe(source), self.describe(target), follow_symlinks=False)
+
+    def remove_file(self, path: str) -> None:
+        """Remove the name of a file."""
+        os.unlink(self.describe(path))
+
+    def remove_folder(self, path: str) -> None:
+        """Remove an empty folder."""
+        os.rmdir(self.describe(path))
+
+    def list(self, path: str) -> list[str]:
+        """Return the sorted names in a folder."""
+        return sorted(os.listdir(self.describe(path)))
+
+    def stat(self, path: str) -> Stat | None:
+        """Return what is known of a file or folder, or None; a link is not followed."""
+        try:
+            found = os.lstat(self.describe(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        is_folder = modes.S_ISDIR(found.st_mode)
+        nbytes = 0 if is_folder else found.st_size
+        return Stat(nbytes, is_folder, found.st_mtime_ns, f"{found.st_dev}:{found.st_ino}")
+
+    def free_bytes(self) -> int:
+        """Return how many bytes this user can still write."""
+        found = os.statvfs(self._root)
+        return found.f_bavail * found.f_frsize
+
+    def lock(self, path: str, owner: str) -> ProcessLock:
+        """Take the lock at `path` for this process."""
+        return take_process_lock(self.describe(path), owner)
+
+
+class _Handle:
+    """An open descriptor that is closed once."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def close(self) -> None:
+        """Close the descriptor; closing twice is allowed."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None:
+        self.close()
+
+
+class LocalWriteHandle(_Handle):
+    """A new local file, made by `LocalStorage.create`."""
+
+    _failed: OSError | None = None
+
+    def write(self, data: Bytes, /) -> None:
+        """Write all of `data`, in as many calls as the system wants."""
+        rest = memoryview(data).cast("B")
+        while len(rest) > 0:
+            written = os.write(self._fd, rest[:_MAX_CALL_BYTES])
+            rest = rest[written:]
+
+    def sync(self) -> None:
+        """Make every byte written so far durable; after a failure, fail for ever.
+
+        Linux marks the pages of a failed fsync clean and reports success the next time
+        (Rebello et al., "Can Applications Recover from fsync Failures?", ATC 2020).
+        """
+        if self._failed is not None:
+            raise OSError(self._failed.errno, "an earlier fsync of this file failed")
+        try:
+            _sync(self._fd)
+        except OSError as error:
+            self._failed = error
+            raise
+
+
+class LocalReadHandle(_Handle):
+    """An open local file, made by `LocalStorage.open`."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(os.open(path, _READ_FLAGS))
+        found = os.fstat(self._fd)
+        if not modes.S_ISREG(found.st_mode):
+            self.close()
+            code = errno.EISDIR if modes.S_ISDIR(found.st_mode) else errno.EINVAL
+            raise OSError(code, "is not a regular file", path)
+        self.nbytes = found.st_size
+        self._path = path
+
+    def read_into(self, offset: int, buffer: memoryview, /) -> None:
+        """Fill `buffer` by reads straight into it; nothing is mapped, so nothing can SIGBUS."""
+        rest = buffer.cast("B")
+        while len(rest) > 0:
+            count = os.preadv(self._fd, [rest[:_MAX_CALL_BYTES]], offset)
+            if count == 0:
+                raise EOFError(f"{self._path}: ends at byte {offset}, {len(rest)} bytes short")
+            rest = rest[count:]
+            offset += count
+
+
+@contextlib.contextmanager
+def _opened(path: str, flags: int) -> Iterator[int]:
+    fd = os.open(path, flags)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _sync(fd: int) -> None:
+    if _FULL_SYNC is None:
+        os.fsync(fd)
+    else:
+        fcntl.fcntl(fd, _FULL_SYNC)
+
+
+def _make_folder_durably(path: str) -> None:
+    """Make a folder and its missing parents, each name synced before anything is put below it."""
+    parent = os.path.dirname(path)
+    if os.path.isdir(path):
+        # Perhaps an earlier start was killed between making it and syncing its name.
+        with contextlib.suppress(PermissionError):
+            _sync_folder(parent)
+        return
+    _make_folder_durably(parent)
+    try:
+        os.mkdir(path)
+    except FileExistsError:
+        if not os.path.isdir(path):
+            raise
+    _sync_folder(parent)
+
+
+def _sync_folder(path: str) -> None:
+    with _opened(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) as fd:
+        _sync(fd)

@@ -1,0 +1,41 @@
+"""The format: checkpoints of bytes, their manifests, their commit, and the run's directory."""
+
+from __future__ import annotations
+
+from unbroken.store.canonical import Json as Json
+from unbroken.store.catalog import Catalog as Catalog
+from unbroken.store.catalog import Rejection as Rejection
+from unbroken.store.journal import Journal as Journal
+from unbroken.store.leaf import Leaf as Leaf
+from unbroken.store.manifest import FileEntry as FileEntry
+from unbroken.store.manifest import Manifest as Manifest
+from unbroken.store.manifest import Region as Region
+from unbroken.store.reader import CheckpointReader as CheckpointReader
+from unbroken.store.reader import Damage as Damage
+from unbroken.store.retention import Interval as Interval
+from unbroken.store.retention import KeepPolicy as KeepPolicy
+from unbroken.store.retention import Pruned as Pruned
+from unbroken.store.retention import prune as prune
+from unbroken.store.run_directory import RunDirectory as RunDirectory
+from unbroken.store.verified import VerifiedCache as VerifiedCache
+from unbroken.store.writer import CheckpointWriter as CheckpointWriter
+
+__all__ = [
+    "Catalog",
+    "CheckpointReader",
+    "CheckpointWriter",
+    "Damage",
+    "FileEntry",
+    "Interval",
+    "Journal",
+    "Json",
+    "KeepPolicy",
+    "Leaf",
+    "Manifest",
+    "Pruned",
+    "Region",
+    "Rejection",
+    "RunDirectory",
+    "VerifiedCache",
+    "prune",
+]

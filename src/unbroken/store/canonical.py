@@ -1,0 +1,94 @@
+"""JSON that has one spelling: the same value is always the same bytes, and nothing else is read.
+
+Keys are sorted, nothing is put between tokens, and everything beyond ASCII is escaped:
+`json.dumps(value, sort_keys=True, separators=(",", ":"))`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import NoReturn, TypeAlias
+
+from unbroken.errors import CaptureError
+
+Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
+
+MAX_DEPTH = 64
+
+
+class MalformedError(ValueError):
+    """Bytes that are not what the format says; readers turn it into an error with a place."""
+
+    def __init__(self, what: str, expected: object = None, found: object = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.expected = expected
+        self.found = found
+
+
+def to_canonical(value: Json, where: str = "value") -> bytes:
+    """Return the one spelling of a JSON value.
+
+    Args:
+        value: None, bool, int, finite float, str, and sequences and string-keyed mappings of these.
+        where: How messages call it.
+
+    Raises:
+        CaptureError: JSON has no spelling for a part of it; `where` names the part.
+
+    Example:
+        >>> to_canonical({"step": 10, "facts": (1.5, None)})
+        b'{"facts":[1.5,null],"step":10}'
+    """
+    plain = _plain(value, where, MAX_DEPTH)
+    return json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _plain(value: object, where: str, depth: int) -> object:
+    """Return `value` with plain lists and dicts, refusing what `json.dumps` would bend."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    if depth > 0 and isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{i}]", depth - 1) for i, item in enumerate(value)]
+    if depth > 0 and isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise CaptureError(where, "has a key that is not a string", found=repr(key))
+        return {key: _plain(item, f"{where}.{key}", depth - 1) for key, item in value.items()}
+    raise CaptureError(where, "cannot be written as JSON", found=repr(value)[:100])
+
+
+def from_strict(raw: bytes) -> Json:
+    """Return the JSON value that `raw` spells, and nothing that JSON does not have.
+
+    Raises:
+        MalformedError: Not JSON, a key given twice, NaN or Infinity, or nested absurdly deep.
+
+    Example:
+        >>> from_strict(b'{"step":10}')
+        {'step': 10}
+    """
+    try:
+        value: Json = json.loads(raw, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except MalformedError:
+        raise
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise MalformedError(f"is not JSON ({error})") from None
+    return value
+
+
+def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+    found: dict[str, Json] = {}
+    for key, value in pairs:
+        if key in found:
+            raise MalformedError("gives a key twice", found=repr(key))
+        found[key] = value
+    return found
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise MalformedError("has a number that JSON does not have", found=name)

@@ -1,0 +1,169 @@
+"""Which checkpoints a run has, and which of them are good."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from unbroken.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    NewerFormatError,
+)
+from unbroken.storage import Storage
+from unbroken.store.layout import SET_ASIDE, checkpoint_name, step_of, step_of_replaced
+from unbroken.store.reader import CheckpointReader
+from unbroken.store.removal import ensure_folder, free_name, move_durably, settle_replaced
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A checkpoint that cannot be used, and why.
+
+    Attributes:
+        folder: Its folder.
+        step: Its step, by the name of the folder.
+        reason: What is wrong with it, as a sentence.
+
+    Example:
+        >>> Rejection("checkpoint-10", 10, "state.json is missing").step
+        10
+    """
+
+    folder: str
+    step: int
+    reason: str
+
+
+class Catalog:
+    """List, open and set aside the checkpoints of a run. Reading needs no lock.
+
+    Args:
+        storage: The run directory.
+        run_id: Take no checkpoint of another run; None takes all.
+
+    Example:
+        >>> from unbroken.storage import MemoryStorage
+        >>> from unbroken.store import CheckpointWriter
+        >>> storage = MemoryStorage()
+        >>> for step in (5, 10):
+        ...     manifest = CheckpointWriter(storage, step=step, run_id="a" * 32).commit({})
+        >>> Catalog(storage).folders()
+        [(5, 'checkpoint-5'), (10, 'checkpoint-10')]
+        >>> reader, rejections = Catalog(storage).newest_intact()
+        >>> reader.step, rejections
+        (10, ())
+    """
+
+    def __init__(self, storage: Storage, run_id: str | None = None) -> None:
+        self._storage = storage
+        self._run_id = run_id
+
+    def folders(self) -> list[tuple[int, str]]:
+        """Return step and folder of every checkpoint by name, good or not, in rising order.
+
+        The folder is "checkpoint-<step>"; or, where a process was killed while it replaced that
+        one, the name under which it still counts.
+        """
+        found: dict[int, str] = {}
+        if self._storage.stat(SET_ASIDE) is not None:
+            for name in self._storage.list(SET_ASIDE):
+                step = step_of_replaced(name)
+                if step is not None:
+                    found[step] = f"{SET_ASIDE}/{name}"
+        for name in self._storage.list(""):
+            step = step_of(name)
+            if step is not None:
+                found[step] = name
+        return sorted(found.items())
+
+    def open(self, step: int) -> CheckpointReader:
+        """Open the checkpoint of a step; its manifest and all file sizes are checked.
+
+        Raises:
+            CheckpointNotFoundError: There is none.
+            CorruptCheckpointError: It is damaged, or of another step or run than its name says.
+            NewerFormatError: A newer version of unbroken wrote it.
+        """
+        folder = dict(self.folders()).get(step)
+        if folder is None:
+            where = self._storage.describe(checkpoint_name(step))
+            raise CheckpointNotFoundError(where, "there is no such checkpoint")
+        return self._open(step, folder)
+
+    def newest_first(self) -> Iterator[CheckpointReader | Rejection]:
+        """Yield all checkpoints from the newest on, opened, or else why they cannot be.
+
+        Raises:
+            NewerFormatError: At a checkpoint that a newer version wrote. It may be perfect:
+                to go on from an older one would lose its steps without a word.
+        """
+        for step, folder in reversed(self.folders()):
+            try:
+                yield self._open(step, folder)
+            except NewerFormatError:
+                raise
+            except CheckpointError as error:
+                yield Rejection(folder, step, str(error))
+
+    def newest_intact(self) -> tuple[CheckpointReader | None, tuple[Rejection, ...]]:
+        """Return the newest checkpoint of which every byte was read and matched.
+
+        Returns:
+            Its reader, or None if there is none; and the newer ones that were rejected.
+
+        Raises:
+            NewerFormatError: As `newest_first`.
+        """
+        rejections: list[Rejection] = []
+        for candidate in self.newest_first():
+            if isinstance(candidate, Rejection):
+                rejections.append(candidate)
+                continue
+            try:
+                candidate.check_rest()
+            except CorruptCheckpointError as error:
+                rejections.append(Rejection(candidate.folder, candidate.step, str(error)))
+            else:
+                return candidate, tuple(rejections)
+        return None, tuple(rejections)
+
+    def set_aside(self, step: int, reason: str) -> str:
+        """Rename a checkpoint, durably, so that it is kept but never found again.
+
+        Args:
+            step: Its step.
+            reason: Why; kept beside it in a text file.
+
+        Returns:
+            Its new folder, "set-aside/checkpoint-10.1"; the reason stands in the same name
+            with ".txt".
+
+        Raises:
+            CheckpointNotFoundError: There is none.
+            OSError: The storage fails; the checkpoint is where it was.
+        """
+        settle_replaced(self._storage)
+        name = checkpoint_name(step)
+        if self._storage.stat(name) is None:
+            raise CheckpointNotFoundError(self._storage.describe(name), "there is none")
+        ensure_folder(self._storage, SET_ASIDE)
+        target = free_name(self._storage, SET_ASIDE, name)
+        with self._storage.create(f"{target}.txt") as file:
+            file.write(f"{reason}\n".encode())
+            file.sync()
+        move_durably(self._storage, name, target)
+        return target
+
+    def _open(self, step: int, folder: str) -> CheckpointReader:
+        reader = CheckpointReader(self._storage, folder)
+        where = self._storage.describe(folder)
+        if reader.step != step:
+            what = "holds another step than its name says"
+            raise CorruptCheckpointError(where, what, expected=step, found=reader.step)
+        run_id = reader.manifest.run_id
+        if self._run_id is not None and run_id != self._run_id:
+            what = "belongs to another run"
+            raise CorruptCheckpointError(where, what, expected=self._run_id, found=run_id)
+        return reader

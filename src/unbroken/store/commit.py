@@ -1,0 +1,105 @@
+"""The one commit point: a staging folder, complete and durable, becomes a checkpoint by a rename.
+
+Why the steps stand in this order is told in `docs/design/0001-commit-protocol.md`.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from unbroken.errors import CheckpointError
+from unbroken.storage import Storage
+from unbroken.store.layout import MANIFEST_NAME, SET_ASIDE, checkpoint_name
+from unbroken.store.manifest import Manifest
+from unbroken.store.reader import CheckpointReader
+from unbroken.store.removal import ensure_folder, move_durably, remove_staging, settle_replaced
+
+
+def commit_staging(storage: Storage, staging: str, manifest: Manifest) -> Manifest:
+    """Make a checkpoint of a staging folder whose files, but for the manifest, are durable.
+
+    A checkpoint of the same step is never overwritten. If it is intact and holds the same
+    state, it stays and the staging folder goes; else it is set aside, and counts until the
+    new one stands in its place.
+
+    Args:
+        storage: The run directory.
+        staging: The staging folder.
+        manifest: What is in it.
+
+    Returns:
+        The manifest of the checkpoint that is now there, durably.
+
+    Raises:
+        OSError: Nothing was committed; everything that was there before still is.
+    """
+    _write_manifest(storage, staging, manifest)
+    target = checkpoint_name(manifest.step)
+    kept = _same_state(storage, target, manifest)
+    if kept is not None:
+        _sync_checkpoint(storage, target, kept)
+        with suppress(OSError):  # the next start sweeps it
+            remove_staging(storage, staging)
+        return kept
+    _make_way(storage, target)
+    _swing(storage, staging, target)
+    with suppress(OSError):  # the next start settles it; the new checkpoint is durable
+        settle_replaced(storage)
+    return manifest
+
+
+def _write_manifest(storage: Storage, staging: str, manifest: Manifest) -> None:
+    with storage.create(f"{staging}/{MANIFEST_NAME}") as file:
+        file.write(manifest.to_bytes())
+        file.sync()
+    storage.sync_folder(staging)
+
+
+def _swing(storage: Storage, staging: str, target: str) -> None:
+    """The commit. A failure takes it back, so that trying again starts from new names."""
+    try:
+        storage.rename(staging, target)
+        storage.sync_folder("")
+    except OSError:
+        with suppress(OSError):
+            if storage.stat(staging) is None:
+                storage.rename(target, staging)
+            settle_replaced(storage)
+        raise
+
+
+def _same_state(storage: Storage, folder: str, manifest: Manifest) -> Manifest | None:
+    """Return the manifest of an intact checkpoint in `folder` that holds the same state."""
+    if storage.stat(folder) is None:
+        return None
+    try:
+        reader = CheckpointReader(storage, folder)
+        found = reader.manifest
+        same = (found.state_digest, found.step, found.run_id) == (
+            manifest.state_digest,
+            manifest.step,
+            manifest.run_id,
+        )
+        if same:
+            reader.check_rest()
+    except CheckpointError:
+        return None
+    return found if same else None
+
+
+def _sync_checkpoint(storage: Storage, folder: str, manifest: Manifest) -> None:
+    """Make durable what may have been copied here, or renamed just before a kill."""
+    for file in manifest.files:
+        storage.sync_file(f"{folder}/{file.name}")
+    storage.sync_file(f"{folder}/{MANIFEST_NAME}")
+    storage.sync_folder(folder)
+    storage.sync_folder("")
+
+
+def _make_way(storage: Storage, target: str) -> None:
+    """Move what stands at `target` to a name under which it still counts."""
+    if storage.stat(target) is None:
+        return
+    ensure_folder(storage, SET_ASIDE)
+    settle_replaced(storage)
+    move_durably(storage, target, f"{SET_ASIDE}/{target}.replaced")

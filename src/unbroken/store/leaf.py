@@ -1,0 +1,62 @@
+"""What a checkpoint stores, as the store sees it: named bytes with a shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+
+class Leaf(Protocol):
+    """Something whose bytes a checkpoint stores.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Plain:
+        ...     path: str
+        ...     file: str
+        ...     name: str
+        ...     dtype: str
+        ...     shape: tuple[int, ...]
+        ...     data: bytes
+        ...     @property
+        ...     def nbytes(self):
+        ...         return len(self.data)
+        ...     def chunks(self):
+        ...         yield memoryview(self.data)
+        >>> leaf: Leaf = Plain("model.w", "model.safetensors", "w", "U8", (2,), b"ab")
+    """
+
+    @property
+    def path(self) -> str:
+        """Where it belongs in the training state; unique in the checkpoint."""
+        ...
+
+    @property
+    def file(self) -> str:
+        """The safetensors file it goes into."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """Its key in that file."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """The safetensors name of its type: "F32", "BF16", "U8", ..."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape; () for a scalar."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """The length of its bytes."""
+        ...
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Yield its bytes in C order, little-endian, at most 16 MiB at a time."""
+        ...

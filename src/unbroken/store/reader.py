@@ -1,0 +1,243 @@
+"""Reading a checkpoint: no byte is given out, or counted as good, before its digest matched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from unbroken.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    StateMismatchError,
+)
+from unbroken.storage import ReadHandle, Storage
+from unbroken.store.checkpoint_folder import CheckpointFolder
+from unbroken.store.digest import Digester
+from unbroken.store.layout import MANIFEST_NAME, PINNED_NAME
+from unbroken.store.manifest import FileEntry
+
+_CHUNK_BYTES = 4 << 20  # of one read: hashed while it is still in the processor's cache
+_MAX_WHOLE_BYTES = 1 << 30  # of a file that is read into memory as a whole
+_WRONG_SIZE = "has another size"
+_WRONG_DIGEST = "is damaged"
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One thing that is wrong with a checkpoint.
+
+    Attributes:
+        file: The file, by its name in the checkpoint folder.
+        kind: "missing", "size", "digest", "unreadable", or "stray": a file that the manifest
+            does not list, which harms nobody who reads by the manifest.
+        path: The tensor whose bytes are wrong; None if it is not a tensor.
+        what: The whole story in words.
+
+    Example:
+        >>> print(Damage("notes.txt", "stray", None, "is not in the manifest"))
+        notes.txt: is not in the manifest
+    """
+
+    file: str
+    kind: Literal["missing", "size", "digest", "unreadable", "stray"]
+    path: str | None
+    what: str
+
+    def __str__(self) -> str:
+        """Return *file: path: what*."""
+        return ": ".join(part for part in (self.file, self.path, self.what) if part)
+
+
+class CheckpointReader:
+    """Read one checkpoint. Its manifest, and the size of every file, are checked at once.
+
+    Extra memory does not grow with the checkpoint: tensors are read straight into the buffer
+    that the caller gives, in pieces.
+
+    Args:
+        storage: Where the checkpoint is.
+        folder: Its folder, of any name: "checkpoint-10".
+
+    Attributes:
+        storage: As given.
+        folder: As given.
+        manifest: What the checkpoint consists of.
+
+    Raises:
+        CheckpointNotFoundError: There is no such folder.
+        CorruptCheckpointError: The manifest is missing or damaged, or a file has another size.
+        NewerFormatError: A newer version of unbroken wrote it.
+
+    Example:
+        >>> from unbroken.storage import MemoryStorage
+        >>> from unbroken.store import CheckpointWriter
+        >>> storage = MemoryStorage()
+        >>> writer = CheckpointWriter(storage, step=10, run_id="a" * 32)
+        >>> writer.write_file("state.json", b"{}")
+        >>> manifest = writer.commit({})
+        >>> CheckpointReader(storage, "checkpoint-10").read_file("state.json")
+        b'{}'
+    """
+
+    def __init__(self, storage: Storage, folder: str) -> None:
+        self.storage = storage
+        self.folder = folder
+        self._at = CheckpointFolder(storage, folder)
+        self.manifest = self._at.read_manifest()
+        self._files = {file.name: file for file in self.manifest.files}
+        self._tensors = {
+            region.path: (file, number)
+            for file in self.manifest.files
+            for number, region in enumerate(file.regions)
+            if region.path is not None
+        }
+        self._verified: set[tuple[str, int]] = set()  # (file, number of the region)
+        self._scratch = memoryview(b"")
+        self._check_sizes()
+
+    @property
+    def step(self) -> int:
+        """How many optimizer steps were completed."""
+        return self.manifest.step
+
+    def read_file(self, name: str) -> bytes:
+        """Return a whole file whose digest matched.
+
+        Raises:
+            CheckpointNotFoundError: The manifest does not list the file.
+            CorruptCheckpointError: Its bytes are not those of the manifest, or it is too large.
+        """
+        file = self._entry(name)
+        if file.nbytes > _MAX_WHOLE_BYTES:
+            expected = f"at most {_MAX_WHOLE_BYTES} bytes"
+            raise self._at.corrupt(name, "is too large to read whole", expected, file.nbytes)
+        data = bytearray(file.nbytes)
+        with memoryview(data) as view, self._at.open(name) as handle:
+            for number, region in enumerate(file.regions):
+                part = view[region.offset : region.offset + region.nbytes]
+                self._read_region(handle, file, number, part)
+        return bytes(data)
+
+    def read_leaf_into(self, path: str, buffer: memoryview, /) -> None:
+        """Read a tensor straight into `buffer`; return only if its digest matched.
+
+        Args:
+            path: The path of the tensor.
+            buffer: Writable and contiguous, exactly as many bytes as the tensor has. After an
+                error its content is undefined.
+
+        Raises:
+            CheckpointNotFoundError: The checkpoint has no such tensor.
+            CorruptCheckpointError: The bytes are not those of the manifest.
+            StateMismatchError: The buffer has another length.
+        """
+        if path not in self._tensors:
+            raise CheckpointNotFoundError(self._at.where(path), "the checkpoint has no such tensor")
+        file, number = self._tensors[path]
+        wanted = file.regions[number]
+        target = buffer.cast("B")
+        if len(target) != wanted.nbytes:
+            what, found = "has another length", f"a buffer of {len(target)} bytes"
+            expected = f"{wanted.nbytes} bytes"
+            raise StateMismatchError(self._at.where(path), what, expected=expected, found=found)
+        with self._at.open(file.name) as handle:
+            self._read_region(handle, file, number, target)
+
+    def check_rest(self) -> None:
+        """Check every region that no reading has checked yet.
+
+        When it returns, every byte of every file has matched the manifest since this reader
+        was made.
+
+        Raises:
+            CorruptCheckpointError: At the first region that does not match.
+        """
+        for file in self.manifest.files:
+            rest = [n for n in range(len(file.regions)) if (file.name, n) not in self._verified]
+            if rest:
+                with self._at.open(file.name) as handle:
+                    for number in rest:
+                        self._read_region(handle, file, number, None)
+
+    def verify(self) -> list[Damage]:
+        """Read every byte again, and list all that is wrong instead of stopping at the first.
+
+        Returns:
+            The damage, by file and place; "stray" for files that the manifest does not list.
+        """
+        found: list[Damage] = []
+        for file in self.manifest.files:
+            found += self._damage_of(file)
+        listed = {file.name for file in self.manifest.files} | {MANIFEST_NAME, PINNED_NAME}
+        strays = sorted(set(self.storage.list(self.folder)) - listed)
+        return found + [Damage(name, "stray", None, "is not in the manifest") for name in strays]
+
+    def _damage_of(self, file: FileEntry) -> list[Damage]:
+        try:
+            self._check_size(file)
+            handle = self._at.open(file.name)
+        except CorruptCheckpointError as error:
+            return [self._as_damage(file.name, None, error)]
+        found = []
+        with handle:
+            for number, region in enumerate(file.regions):
+                try:
+                    self._read_region(handle, file, number, None)
+                except CorruptCheckpointError as error:
+                    found.append(self._as_damage(file.name, region.path, error))
+        return found
+
+    def _as_damage(self, name: str, path: str | None, error: CorruptCheckpointError) -> Damage:
+        kind: Literal["missing", "size", "digest", "unreadable"] = "unreadable"
+        if self.storage.stat(f"{self.folder}/{name}") is None:
+            kind = "missing"
+        elif error.what == _WRONG_SIZE:
+            kind = "size"
+        elif error.what == _WRONG_DIGEST:
+            kind = "digest"
+        what = f"{error.what}: expected {error.expected}, found {error.found}"
+        return Damage(name, kind, path, what if error.expected is not None else error.what)
+
+    def _check_sizes(self) -> None:
+        for file in self.manifest.files:
+            self._check_size(file)
+
+    def _check_size(self, file: FileEntry) -> None:
+        found = self.storage.stat(f"{self.folder}/{file.name}")
+        if found is None:
+            raise self._at.corrupt(file.name, "is missing")
+        if found.is_folder:
+            raise self._at.corrupt(file.name, "is a folder")
+        if found.nbytes != file.nbytes:
+            raise self._at.corrupt(
+                file.name, _WRONG_SIZE, f"{file.nbytes} bytes", f"{found.nbytes} bytes"
+            )
+
+    def _entry(self, name: str) -> FileEntry:
+        if name not in self._files:
+            raise CheckpointNotFoundError(self._at.where(name), "the checkpoint has no such file")
+        return self._files[name]
+
+    def _read_region(
+        self, handle: ReadHandle, file: FileEntry, number: int, target: memoryview | None
+    ) -> None:
+        """Read a region into `target`, or past a scratch buffer, and compare its digest."""
+        region = file.regions[number]
+        where = region.path or file.name
+        digester = Digester()
+        for start in range(0, region.nbytes, _CHUNK_BYTES):
+            stop = min(start + _CHUNK_BYTES, region.nbytes)
+            piece = self._scratch_of(stop - start) if target is None else target[start:stop]
+            with self._at.reading(where):
+                handle.read_into(region.offset + start, piece)
+            digester.update(piece)
+        if digester.digest() != region.digest:
+            raise self._at.corrupt(
+                where, _WRONG_DIGEST, f"digest {region.digest}", f"digest {digester.digest()}"
+            )
+        self._verified.add((file.name, number))
+
+    def _scratch_of(self, nbytes: int) -> memoryview:
+        if len(self._scratch) < nbytes:
+            self._scratch = memoryview(bytearray(nbytes))
+        return self._scratch[:nbytes]

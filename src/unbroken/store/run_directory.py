@@ -1,0 +1,247 @@
+"""One run, one directory, one owner."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Self
+
+from unbroken.errors import RunDirectoryError, UnbrokenError
+from unbroken.storage import LocalStorage, Lock, Storage
+from unbroken.store.catalog import Catalog
+from unbroken.store.identity import RunIdentity, has_identity, read_identity, write_identity
+from unbroken.store.journal import Journal
+from unbroken.store.layout import (
+    HISTORY_NAME,
+    LOCK_NAME,
+    METRICS_NAME,
+    NEW_RUN_NAME,
+    SET_ASIDE,
+)
+from unbroken.store.removal import copy_file, ensure_folder, free_name, sweep
+from unbroken.store.retention import KeepPolicy, Pruned, prune
+from unbroken.store.verified import VerifiedCache
+
+# What a start that was killed before it wrote run.json may have left ...
+_OWN_BEGINNINGS = {LOCK_NAME, NEW_RUN_NAME}
+# ... and what operating systems put into folders unasked.
+_TOLERATED = {".DS_Store", "Thumbs.db", "desktop.ini", "lost+found"}
+
+Place = Storage | str | os.PathLike[str]
+
+
+def _now_as_text(clock: Callable[[], float]) -> str:
+    return datetime.fromtimestamp(clock(), UTC).isoformat(timespec="milliseconds")
+
+
+def _random_id() -> str:
+    return os.urandom(16).hex()
+
+
+class RunDirectory:
+    """The directory of one run: its identity, its checkpoints, its journals, its lock.
+
+    Make it with `open`, to work in it as its only owner, or with `open_readonly`, to look.
+
+    Attributes:
+        storage: Where it is.
+        run_id: Names the run for ever.
+        created: When the run began, in UTC.
+        catalog: Its checkpoints.
+        history: What happened to the run: starts, saves, rejections.
+        metrics: What the training measured.
+        verified: The checkpoints that this process has read whole.
+        previous_owner: Who held the lock before and ended without giving it back; None: nobody.
+        left_over: What stands in our own folders but is not ours, and was not swept.
+
+    Example:
+        >>> from unbroken.storage import MemoryStorage
+        >>> with RunDirectory.open(MemoryStorage(), new_id=lambda: "a" * 32) as run:
+        ...     run.run_id, run.catalog.folders()
+        ('aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa', [])
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        identity: RunIdentity,
+        lock: Lock | None,
+        left_over: tuple[str, ...] = (),
+    ) -> None:
+        self.storage = storage
+        self.run_id = identity.id
+        self.created = identity.created
+        self.catalog = Catalog(storage, identity.id)
+        self.history = Journal(storage, HISTORY_NAME)
+        self.metrics = Journal(storage, METRICS_NAME)
+        self.verified = VerifiedCache()
+        self.previous_owner = None if lock is None else lock.previous_owner
+        self.left_over = left_over
+        self._lock = lock
+
+    @classmethod
+    def open(
+        cls,
+        where: Place,
+        *,
+        clock: Callable[[], float] = time.time,
+        owner: str | None = None,
+        new_id: Callable[[], str] = _random_id,
+    ) -> Self:
+        """Take the directory of a run, or begin one in a directory that is empty or not there.
+
+        What killed processes left half done is finished or swept. A directory that holds
+        something else is refused before anything in it is touched.
+
+        Args:
+            where: The directory, or the storage that is one.
+            clock: Seconds since 1970.
+            owner: What others read when they find it locked; by default host, process, boot
+                and time.
+            new_id: Where the identity of a new run comes from.
+
+        Raises:
+            LockHeldError: A live process works in it.
+            RunDirectoryError: It holds something else, is of a newer version, is a file, or
+                cannot be written.
+        """
+        with _as_directory_error(where):
+            storage = _storage_of(where, create=True)
+            _refuse_foreign(storage)
+            lock = storage.lock(LOCK_NAME, owner or _describe_owner(clock))
+            try:
+                identity = _identity_of(storage, clock, new_id)
+                return cls(storage, identity, lock, tuple(sweep(storage)))
+            except BaseException:
+                with suppress(OSError):
+                    lock.release()
+                raise
+
+    @classmethod
+    def open_readonly(cls, where: Place) -> Self:
+        """Look at a run without locking it and without writing or making anything.
+
+        Args:
+            where: The directory, or the storage that is one.
+
+        Raises:
+            RunDirectoryError: It is not the directory of a run.
+        """
+        with _as_directory_error(where):
+            storage = _storage_of(where, create=False)
+            found = storage.stat("")
+            if found is None or not found.is_folder or not has_identity(storage):
+                hint = "give a directory that holds a run.json"
+                raise RunDirectoryError(storage.describe(), "is not a run's directory", hint=hint)
+            return cls(storage, read_identity(storage), None)
+
+    @property
+    def is_readonly(self) -> bool:
+        """Whether this process is not the owner: it was opened to look, or is closed."""
+        return self._lock is None
+
+    def prune(self, policy: KeepPolicy, *, best_steps: Collection[int] = frozenset()) -> Pruned:
+        """Remove the checkpoints that no rule keeps; see `unbroken.store.prune`.
+
+        Raises:
+            RunDirectoryError: This process is not the owner, or the storage fails.
+        """
+        with _as_directory_error(self.storage):
+            if self.is_readonly:
+                raise RunDirectoryError(self.storage.describe(), "is open for reading only")
+            return prune(
+                self.storage,
+                policy,
+                run_id=self.run_id,
+                best_steps=best_steps,
+                verified=self.verified,
+            )
+
+    def set_aside_metrics(self) -> str:
+        """Copy metrics.jsonl, durably, to where nothing reads it again, and return the name.
+
+        Raises:
+            RunDirectoryError: The storage fails.
+        """
+        with _as_directory_error(self.storage):
+            ensure_folder(self.storage, SET_ASIDE)
+            target = free_name(self.storage, SET_ASIDE, METRICS_NAME)
+            copy_file(self.storage, METRICS_NAME, target)
+            return target
+
+    def close(self) -> None:
+        """Give the directory back; closing twice is allowed."""
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None:
+        self.close()
+
+
+def _storage_of(where: Place, *, create: bool) -> Storage:
+    if isinstance(where, str | os.PathLike):
+        return LocalStorage(where, create=create)
+    return where
+
+
+def _refuse_foreign(storage: Storage) -> None:
+    """Refuse a directory with something in it that no run left there."""
+    if has_identity(storage):
+        read_identity(storage)
+        return
+    foreign = [name for name in storage.list("") if name not in _OWN_BEGINNINGS | _TOLERATED]
+    if foreign:
+        raise RunDirectoryError(
+            storage.describe(),
+            "holds something else",
+            expected="a run.json, or an empty directory",
+            found=", ".join(foreign[:3]) + (", ..." if foreign[3:] else ""),
+            hint="choose another directory for the run",
+        )
+
+
+def _identity_of(
+    storage: Storage, clock: Callable[[], float], new_id: Callable[[], str]
+) -> RunIdentity:
+    """Return the run's identity; under the lock, so that two starts cannot both give one."""
+    if not has_identity(storage):
+        _refuse_foreign(storage)
+        write_identity(storage, RunIdentity(new_id(), _now_as_text(clock)))
+    return read_identity(storage)
+
+
+def _describe_owner(clock: Callable[[], float]) -> str:
+    boot = "unknown"
+    with suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        boot = file.read().strip()
+    host, now = os.uname().nodename, _now_as_text(clock)
+    return f"host {host}, process {os.getpid()}, boot {boot}, since {now}"
+
+
+@contextmanager
+def _as_directory_error(where: Place) -> Iterator[None]:
+    """Turn what the disk says into the error that names the run directory."""
+    try:
+        yield
+    except UnbrokenError:
+        raise
+    except OSError as error:
+        place = os.fspath(where) if isinstance(where, str | os.PathLike) else where.describe()
+        hint = "choose a directory on a disk that can be written, or repair this one"
+        raise RunDirectoryError(
+            str(error.filename or place), "cannot be used", found=error.strerror, hint=hint
+        ) from error

@@ -1,0 +1,89 @@
+"""Writing the files of a checkpoint into its staging folder, hashed on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from unbroken.errors import CaptureError
+from unbroken.storage import Storage, WriteHandle
+from unbroken.store.digest import Digester, digest_of
+from unbroken.store.layout import is_file_name
+from unbroken.store.leaf import Leaf
+from unbroken.store.manifest import FileEntry, Region
+from unbroken.store.safetensors import header_of, in_file_order
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A safetensors file before it is written: its header, and its leaves in file order."""
+
+    name: str
+    header: bytes
+    leaves: Sequence[Leaf]
+
+
+def plan_files(leaves: Iterable[Leaf]) -> list[Plan]:
+    """Return the files that hold the leaves; everything about them is checked before a write.
+
+    Raises:
+        CaptureError: A leaf has a name, type, shape or length that no file can hold.
+    """
+    by_file: dict[str, list[Leaf]] = {}
+    for leaf in leaves:
+        by_file.setdefault(leaf.file, []).append(leaf)
+    plans = []
+    for name in sorted(by_file):
+        ordered = in_file_order(by_file[name])
+        plans.append(Plan(name, header_of(ordered), ordered))
+    return plans
+
+
+def write_plan(storage: Storage, folder: str, plan: Plan) -> FileEntry:
+    """Write a safetensors file, durably, and return what the manifest will say of it."""
+    with storage.create(f"{folder}/{plan.name}") as file:
+        file.write(plan.header)
+        regions = [Region(0, len(plan.header), digest_of(plan.header))]
+        end = len(plan.header)
+        for leaf in plan.leaves:
+            digest = _write_leaf(file, leaf)
+            regions.append(Region(end, leaf.nbytes, digest, leaf.path, leaf.dtype, leaf.shape))
+            end += leaf.nbytes
+        file.sync()
+    return FileEntry(plan.name, end, tuple(regions))
+
+
+def _write_leaf(file: WriteHandle, leaf: Leaf) -> str:
+    digester = Digester()
+    written = 0
+    for chunk in leaf.chunks():
+        digester.update(chunk)
+        file.write(chunk)
+        written += chunk.nbytes
+    if written != leaf.nbytes:
+        what = "gives another number of bytes than it said"
+        raise CaptureError(leaf.path, what, expected=leaf.nbytes, found=written)
+    return digester.digest()
+
+
+def write_plain(storage: Storage, folder: str, name: str, data: bytes) -> FileEntry:
+    """Write a file as it is, durably, and return what the manifest will say of it."""
+    with storage.create(f"{folder}/{name}") as file:
+        file.write(data)
+        file.sync()
+    return FileEntry(name, len(data), (Region(0, len(data), digest_of(data)),))
+
+
+def check_new_names(names: Iterable[str], taken: Iterable[str]) -> None:
+    """Refuse file names that a manifest cannot list, or that mean one file on some disk.
+
+    Raises:
+        CaptureError: `where` is the name.
+    """
+    seen = {name.casefold() for name in taken}
+    for name in names:
+        if not is_file_name(name):
+            raise CaptureError(name, "is not a name that a checkpoint's file can have")
+        if name.casefold() in seen:
+            raise CaptureError(name, "is already the name of a file of this checkpoint")
+        seen.add(name.casefold())

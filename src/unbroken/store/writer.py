@@ -1,0 +1,186 @@
+"""Writing a checkpoint."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Self
+
+from unbroken.errors import CaptureError, SaveError
+from unbroken.storage import Storage
+from unbroken.store.canonical import Json, from_strict, to_canonical
+from unbroken.store.commit import commit_staging
+from unbroken.store.layout import STAGING, checkpoint_name
+from unbroken.store.leaf import Leaf
+from unbroken.store.manifest import FileEntry, Manifest
+from unbroken.store.removal import ensure_folder, free_name, remove_staging
+from unbroken.store.staged import check_new_names, plan_files, write_plain, write_plan
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class CheckpointWriter:
+    """Write one checkpoint: everything becomes a checkpoint at `commit`, or nothing does.
+
+    Until `commit` returns, all earlier checkpoints are as they were, whatever fails or is
+    killed. The first failure ends the attempt: its files are removed as far as the disk allows,
+    and a new writer may try again.
+
+    Args:
+        storage: The run directory.
+        step: How many optimizer steps were completed.
+        run_id: The run that writes it.
+        clock: Seconds since 1970; for the date in the manifest only.
+
+    Raises:
+        SaveError: The staging folder cannot be made.
+
+    Example:
+        >>> from unbroken.storage import MemoryStorage
+        >>> storage = MemoryStorage()
+        >>> with CheckpointWriter(storage, step=10, run_id="a" * 32) as writer:
+        ...     writer.write_file("state.json", b"{}")
+        ...     manifest = writer.commit({"loss": 0.5})
+        >>> storage.list("checkpoint-10")
+        ['manifest.json', 'state.json']
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        step: int,
+        run_id: str,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._storage = storage
+        self._step = step
+        self._run_id = run_id
+        self._clock = clock
+        self._files: dict[str, FileEntry] = {}
+        self._paths: set[str] = set()
+        self._is_over = False
+        self._folder: str | None = None
+        with self._attempt():
+            self._folder = self._make_staging()
+
+    def write_leaves(self, leaves: Iterable[Leaf]) -> None:
+        """Write the bytes of all leaves, each into the safetensors file that it names.
+
+        When it returns, the bytes are durable. One call writes a file whole.
+
+        Raises:
+            CaptureError: A leaf's path, name, type, shape or length is impossible.
+            SaveError: The storage fails or is full.
+        """
+        with self._attempt() as folder:
+            plans = plan_files(leaves)
+            check_new_names((plan.name for plan in plans), self._files)
+            self._check_paths(leaf.path for plan in plans for leaf in plan.leaves)
+            for plan in plans:
+                self._files[plan.name] = write_plan(self._storage, folder, plan)
+
+    def write_file(self, name: str, data: bytes) -> None:
+        """Write a file that is not tensors; when it returns, its bytes are durable.
+
+        Args:
+            name: Letters, digits, ".", "_" and "-", the first not "." or "-".
+            data: The whole content.
+
+        Raises:
+            CaptureError: The name is impossible or taken.
+            SaveError: The storage fails or is full.
+        """
+        with self._attempt() as folder:
+            check_new_names([name], self._files)
+            self._files[name] = write_plain(self._storage, folder, name, data)
+
+    def commit(self, facts: Mapping[str, Json]) -> Manifest:
+        """Make it a checkpoint. When it returns, the checkpoint survives a power cut.
+
+        If an intact checkpoint of this step with the same state is there, it is kept as it is.
+
+        Args:
+            facts: What `unbroken show` and later tools may want to know without reading a file.
+
+        Returns:
+            The manifest of the checkpoint.
+
+        Raises:
+            CaptureError: The facts are not JSON.
+            SaveError: The storage fails or is full; nothing was committed.
+        """
+        with self._attempt() as folder:
+            manifest = self._manifest(facts)
+            committed = commit_staging(self._storage, folder, manifest)
+        self._is_over = True
+        return committed
+
+    def abandon(self) -> None:
+        """Give the attempt up and remove its files as far as possible. Never raises `OSError`."""
+        folder, self._folder, self._is_over = self._folder, None, True
+        if folder is not None:
+            with suppress(OSError):  # the next start sweeps what is left
+                remove_staging(self._storage, folder)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None:
+        if not self._is_over:
+            self.abandon()
+
+    def _make_staging(self) -> str:
+        ensure_folder(self._storage, STAGING)
+        folder = free_name(self._storage, STAGING, checkpoint_name(self._step))
+        self._storage.make_folder(folder)
+        return folder
+
+    def _manifest(self, facts: Mapping[str, Json]) -> Manifest:
+        plain = from_strict(to_canonical(facts, "facts"))
+        if not isinstance(plain, dict):
+            raise CaptureError("facts", "must be a mapping", found=type(facts).__name__)
+        created = datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="milliseconds")
+        files = tuple(self._files[name] for name in sorted(self._files))
+        return Manifest(self._step, self._run_id, created, files, plain)
+
+    def _check_paths(self, paths: Iterable[str]) -> None:
+        for path in paths:
+            if path in self._paths:
+                raise CaptureError(path, "two leaves have this path")
+            self._paths.add(path)
+
+    @contextmanager
+    def _attempt(self) -> Iterator[str]:
+        """Give the staging folder; whatever goes wrong ends the attempt."""
+        if self._is_over:
+            where = self._storage.describe(checkpoint_name(self._step))
+            raise SaveError(where, "this attempt is over", hint="make a new CheckpointWriter")
+        try:
+            yield self._folder or ""
+        except OSError as error:
+            self.abandon()
+            raise self._save_error(error) from error
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _save_error(self, error: OSError) -> SaveError:
+        if isinstance(error, SaveError):
+            return error
+        place = error.filename or self._storage.describe(checkpoint_name(self._step))
+        saved = "all earlier checkpoints are as they were"
+        hint = f"make room, then save again; {saved}" if error.errno in _NO_ROOM else saved
+        failure = SaveError(str(place), "cannot be written", found=str(error.strerror), hint=hint)
+        failure.errno = error.errno
+        return failure
