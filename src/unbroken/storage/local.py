@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
-from unbroken.storage.interface import Bytes, Stat
+from unbroken.storage.interface import Bytes, Stat, WriteHandle
 from unbroken.storage.paths import check_path
 from unbroken.storage.process_lock import ProcessLock, take_process_lock
 from unbroken.storage.rename import rename_no_replace
@@ -52,7 +52,7 @@ class LocalStorage:
         """Return the absolute path."""
         return os.path.join(self._root, check_path(path)) if path else self._root
 
-    def create(self, path: str) -> LocalWriteHandle:
+    def create(self, path: str) -> WriteHandle:
         """Create a file that did not exist."""
         return LocalWriteHandle(
             os.open(self.describe(path), _WRITE_FLAGS | os.O_CREAT | os.O_EXCL, 0o666)

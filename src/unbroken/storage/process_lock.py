@@ -25,13 +25,15 @@ class ProcessLock:
     def __init__(self, fd: int, key: tuple[int, int, int], previous_owner: str | None) -> None:
         self._fd = fd
         self._key = key
+        self._is_released = False
         self.previous_owner = previous_owner
 
     def release(self) -> None:
         """Empty the file and give the lock back. In a forked child this does nothing."""
         # A child inherits this object, not the lock: the text and the lock are its parent's.
-        if self._key[0] != os.getpid() or self._key not in _held:
+        if self._key[0] != os.getpid() or self._is_released:
             return
+        self._is_released = True
         del _held[self._key]
         try:
             os.ftruncate(self._fd, 0)

@@ -1,0 +1,42 @@
+"""Helpers for tests, of unbroken and of what is built on it. Names are loaded when first used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from unbroken.testing.faulty import POWER_CUT_MODES as POWER_CUT_MODES
+    from unbroken.testing.faulty import FaultyStorage as FaultyStorage
+    from unbroken.testing.faulty import PowerCut as PowerCut
+    from unbroken.testing.faulty import PowerCutMode as PowerCutMode
+    from unbroken.testing.killing import KillingStorage as KillingStorage
+    from unbroken.testing.storage_contract import SharedStorageContract as SharedStorageContract
+    from unbroken.testing.storage_contract import StorageContract as StorageContract
+
+_HOME = {
+    "POWER_CUT_MODES": "faulty",
+    "FaultyStorage": "faulty",
+    "KillingStorage": "killing",
+    "PowerCut": "faulty",
+    "PowerCutMode": "faulty",
+    "SharedStorageContract": "storage_contract",
+    "StorageContract": "storage_contract",
+}
+
+__all__ = [
+    "POWER_CUT_MODES",
+    "FaultyStorage",
+    "KillingStorage",
+    "PowerCut",
+    "PowerCutMode",
+    "SharedStorageContract",
+    "StorageContract",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used: pytest, say, only for the contract suites."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,38 @@
+"""Each storage of the project runs the public contract."""
+
+from __future__ import annotations
+
+import pytest
+
+from unbroken.storage import LocalStorage, MemoryStorage
+from unbroken.testing import FaultyStorage, KillingStorage, SharedStorageContract, StorageContract
+
+
+class TestLocalStorage(SharedStorageContract):
+    @pytest.fixture
+    def open_again(self, tmp_path):
+        return lambda: LocalStorage(tmp_path / "root")
+
+
+class TestKillingStorage(SharedStorageContract):
+    @pytest.fixture
+    def open_again(self, tmp_path):
+        return lambda: KillingStorage(tmp_path / "root")
+
+
+class TestMemoryStorage(StorageContract):
+    @pytest.fixture
+    def storage(self):
+        return MemoryStorage()
+
+
+class TestFaultyStorage(StorageContract):
+    @pytest.fixture
+    def storage(self):
+        return FaultyStorage()
+
+
+class TestFaultyStorageAfterAKill(StorageContract):
+    @pytest.fixture
+    def storage(self):
+        return FaultyStorage().after_kill()
