@@ -2,8 +2,78 @@
 
 The public names are loaded when first used (PEP 562), so that `import unbroken` and the
 commands that only look at files do not pay for importing torch.
+
+Example:
+    >>> import unbroken
+    >>> unbroken.TrainerConfig(max_steps=100).max_steps
+    100
 """
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from unbroken.checkpoint import EXIT_STOPPED as EXIT_STOPPED
+    from unbroken.checkpoint import Checkpointer as Checkpointer
+    from unbroken.checkpoint import ResumeReport as ResumeReport
+    from unbroken.checkpoint import TrainingStopped as TrainingStopped
+    from unbroken.data import TokenDataset as TokenDataset
+    from unbroken.errors import CaptureError as CaptureError
+    from unbroken.errors import CheckpointError as CheckpointError
+    from unbroken.errors import CheckpointNotFoundError as CheckpointNotFoundError
+    from unbroken.errors import ConfigError as ConfigError
+    from unbroken.errors import CorruptCheckpointError as CorruptCheckpointError
+    from unbroken.errors import DataError as DataError
+    from unbroken.errors import LockHeldError as LockHeldError
+    from unbroken.errors import NewerFormatError as NewerFormatError
+    from unbroken.errors import RunDirectoryError as RunDirectoryError
+    from unbroken.errors import SaveError as SaveError
+    from unbroken.errors import StateMismatchError as StateMismatchError
+    from unbroken.errors import UnbrokenError as UnbrokenError
+    from unbroken.store import Interval as Interval
+    from unbroken.store import KeepPolicy as KeepPolicy
+    from unbroken.training import Callback as Callback
+    from unbroken.training import Progress as Progress
+    from unbroken.training import Trainer as Trainer
+    from unbroken.training import TrainerConfig as TrainerConfig
+    from unbroken.training import TrainResult as TrainResult
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "unbroken.checkpoint": ("EXIT_STOPPED", "Checkpointer", "ResumeReport", "TrainingStopped"),
+    "unbroken.data": ("TokenDataset",),
+    "unbroken.errors": (
+        "CaptureError",
+        "CheckpointError",
+        "CheckpointNotFoundError",
+        "ConfigError",
+        "CorruptCheckpointError",
+        "DataError",
+        "LockHeldError",
+        "NewerFormatError",
+        "RunDirectoryError",
+        "SaveError",
+        "StateMismatchError",
+        "UnbrokenError",
+    ),
+    "unbroken.store": ("Interval", "KeepPolicy"),
+    "unbroken.training": ("Callback", "Progress", "TrainResult", "Trainer", "TrainerConfig"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted([*_HOME_OF, "__version__"])  # noqa: PLE0605 (a list of strings)
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name from its module when it is first used."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'unbroken' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return __all__

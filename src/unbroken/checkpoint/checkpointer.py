@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from unbroken.capture import capture, capture_rng, encode, pretrained_files
+from unbroken.capture import capture, capture_rng, encode, files_for, pretrained_files
 from unbroken.checkpoint.environment import environment_facts
 from unbroken.checkpoint.policy import Cadence, Timer
 from unbroken.checkpoint.report import ResumeReport
@@ -17,7 +17,12 @@ from unbroken.checkpoint.resuming import STATE_FILE, Resumption, state_bytes
 from unbroken.checkpoint.selection import ResumeFrom, Selection
 from unbroken.errors import ConfigError
 from unbroken.storage import LocalStorage, Storage
-from unbroken.store import CheckpointWriter, KeepPolicy, Manifest, RunDirectory, VerifiedCache, prune
+from unbroken.store import (
+    CheckpointWriter,
+    KeepPolicy,
+    Manifest,
+    RunDirectory,
+)
 
 _RESERVED = ("rng", "values")
 
@@ -84,7 +89,6 @@ class Checkpointer:
         self._wall_clock = wall_clock
         self._timer = Timer(Cadence(save_steps, save_minutes), clock)
         self._run: RunDirectory | None = None
-        self._verified = VerifiedCache()
         self._origin: str | None = None
 
     @property
@@ -125,6 +129,15 @@ class Checkpointer:
         self._timer.done()
         return report
 
+    def load(self, step: int, names: Iterable[str]) -> None:
+        """Put only some objects back, from the checkpoint of `step`; the run goes on as it is.
+
+        Raises:
+            CheckpointError: If the checkpoint does not exist, is damaged or does not fit.
+        """
+        objects = {name: self.objects[name] for name in names}
+        Resumption(self.run, objects, self._types).load_only(step)
+
     def save_if_due(self, step: int, values: Any = None) -> str | None:
         """Save if the cadence says so; return the folder of the checkpoint, or None."""
         return self.save(step, values) if self.is_due(step) else None
@@ -151,24 +164,23 @@ class Checkpointer:
         manifest = self._write(self.run, step, values, facts or {})
         self._timer.done()
         self.run.history.append({"event": "saved", "step": step, "digest": manifest.state_digest})
-        best = frozenset() if self.best_step is None else frozenset({self.best_step})
-        prune(self.run.storage, self.keep, run_id=self.run.run_id, best_steps=best, verified=self._verified)
+        self.run.prune(self.keep, best_steps=() if self.best_step is None else (self.best_step,))
         return self.run.storage.describe(f"checkpoint-{step}")
 
-    def _write(self, run: RunDirectory, step: int, values: Any, facts: Mapping[str, Any]) -> Manifest:
+    def _write(
+        self, run: RunDirectory, step: int, values: Any, facts: Mapping[str, Any]
+    ) -> Manifest:
         tree = {**capture(self.objects), "values": values, "rng": capture_rng()}
-        encoded = encode(tree)
-        run.metrics.sync()  # the checkpoint must never promise lines that a power cut can take
-        writer = CheckpointWriter(run.storage, step=step, run_id=run.run_id, clock=self._wall_clock)
-        try:
+        encoded = encode(tree, file_of=files_for(self.objects))
+        run.metrics.sync()  # a checkpoint must never promise lines that a power cut can take
+        with CheckpointWriter(
+            run.storage, step=step, run_id=run.run_id, clock=self._wall_clock
+        ) as writer:
             writer.write_leaves(encoded.leaves)
             writer.write_file(STATE_FILE, state_bytes(encoded.structure))
             for name, data in pretrained_files(self.objects.get("model")).items():
                 writer.write_file(name, data)
             return writer.commit({**self._facts(run), **facts})
-        except BaseException:
-            writer.abandon()
-            raise
 
     def _facts(self, run: RunDirectory) -> dict[str, Any]:
         return {

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from unbroken.capture import StoredTensor, check, decode, live_types, restore, restore_rng
+from unbroken.capture import capture, decode, load_tensors, restore, restore_rng, types_in
 from unbroken.checkpoint.report import ResumeReport
 from unbroken.checkpoint.selection import Selection
 from unbroken.errors import (
@@ -71,6 +70,11 @@ class Resumption:
         self._refuse_nothing_found(selection, reader, rejected)
         return self._clear_the_way(selection, reader, tuple(rejected))
 
+    def load_only(self, step: int) -> None:
+        """Fill these objects alone from the checkpoint of `step`."""
+        tree = self._tree(self._at_step(step))
+        restore(self._objects, {name: tree[name] for name in self._objects})
+
     def _candidates(self, selection: Selection) -> Iterator[CheckpointReader | Rejection]:
         catalog = self._run.catalog
         if selection.kind in ("auto", "must"):
@@ -121,18 +125,24 @@ class Resumption:
         yield CheckpointReader(LocalStorage(folder.parent), folder.name)
 
     def _load(self, reader: CheckpointReader) -> None:
-        """Check all that can be checked, fill the objects, and last the random generators."""
-        structure = json.loads(reader.read_file(STATE_FILE))
-        stored = partial(StoredTensor, reader)
-        types = (*self._types, *live_types(self._objects))
-        rng, values = (structure.pop(name) for name in ("rng", "values"))
-        tree = decode(structure, stored, types=types)
-        check(self._objects, tree)
+        """Fill the objects, after all that can be checked was; the random generators last."""
+        tree = self._tree(reader)
+        rng, values = tree.pop("rng"), tree.pop("values")
         restore(self._objects, tree)
-        self.values = decode(values, lambda leaf: stored(leaf).load(), types=types)
-        restore_rng(decode(rng, lambda leaf: stored(leaf).load()))
+        self.values = load_tensors(values)
+        restore_rng(load_tensors(rng))
         reader.check_rest()
         self._remember(reader.manifest.facts)
+
+    def _tree(self, reader: CheckpointReader) -> dict[str, Any]:
+        structure = json.loads(reader.read_file(STATE_FILE))
+        types = (*self._types, *types_in(capture(self._objects)))
+        tree = decode(structure, reader, types=types, lazy=True)
+        if not isinstance(tree, dict):
+            raise CorruptCheckpointError(
+                reader.folder, STATE_FILE, expected="objects by name", found=type(tree).__name__
+            )
+        return tree
 
     def _remember(self, facts: Mapping[str, Any]) -> None:
         self.best_step = facts.get("best_step")
@@ -148,7 +158,8 @@ class Resumption:
                 self._run.storage.describe(),
                 "not one checkpoint is intact",
                 found="; ".join(f"{item.folder}: {item.reason}" for item in rejected),
-                hint='`unbroken verify` lists all damage; to start anew: resume_from_checkpoint="never"',
+                hint="`unbroken verify` lists all damage; "
+                'resume_from_checkpoint="never" starts anew',
             )
         if selection.kind == "must":
             raise CheckpointNotFoundError(

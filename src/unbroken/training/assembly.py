@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -61,9 +62,10 @@ def count_steps(config: TrainerConfig, source: BatchSource | None) -> int:
         return config.max_steps
     if source is None:
         return 0
-    if source.samples_per_epoch is None:
+    if source.steps_per_epoch is None:
         raise ConfigError("max_steps", "must be given: the length of an epoch is not known")
-    return math.ceil(config.num_train_epochs * source.samples_per_epoch / config.batch_size)
+    # By its decimal digits: 0.1 epochs of 10 steps are one step, not 1.00000000000000000555.
+    return math.ceil(Fraction(repr(config.num_train_epochs)) * source.steps_per_epoch)
 
 
 def keep_policy(config: TrainerConfig) -> KeepPolicy:

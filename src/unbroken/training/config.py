@@ -107,6 +107,8 @@ class TrainerConfig:
     logging_steps: int | None = 10
     """Write statistics every so many steps; None: not by steps."""
     logging_minutes: float | None = None
+    log_data_digest: bool = False
+    """Log a running digest of all training batches used: proof of the order of the data."""
     eval_steps: int | None = None
     """Evaluate every so many steps; None: not by steps."""
     eval_minutes: float | None = None
@@ -155,12 +157,14 @@ class TrainerConfig:
     def _check_ranges(self) -> None:
         for name in _POSITIVE:
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ConfigError(name, "must be positive", found=value)
         for name in _NOT_NEGATIVE:
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise ConfigError(name, "must not be negative", found=value)
+        if not self.output_dir:
+            raise ConfigError("output_dir", expected="a folder", found=repr(self.output_dir))
         if self.max_steps != -1 and self.max_steps < 1:
             raise ConfigError("max_steps", expected="-1 or a positive number", found=self.max_steps)
         for name in ("adam_beta1", "adam_beta2"):
@@ -205,8 +209,12 @@ class TrainerConfig:
             >>> TrainerConfig(max_time="01:30:00").max_seconds()
             5400.0
         """
-        if self.max_time is None or isinstance(self.max_time, int | float):
-            return self.max_time
+        if self.max_time is None:
+            return None
+        if isinstance(self.max_time, int | float):
+            if not self.max_time > 0:
+                raise ConfigError("max_time", "must be positive", found=self.max_time)
+            return float(self.max_time)
         parts = self.max_time.split(":")
         if len(parts) != 3 or not all(part.isdecimal() for part in parts):
             raise ConfigError("max_time", expected='seconds or "HH:MM:SS"', found=self.max_time)

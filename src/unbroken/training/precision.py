@@ -29,9 +29,7 @@ class Precision:
         self.scaler = GradScaler(device.type) if config.fp16 else None
         self._device = device
         self._max_grad_norm = config.max_grad_norm
-        self._dtype = (
-            torch.float16 if config.fp16 else torch.bfloat16 if config.bf16 else None
-        )
+        self._dtype = torch.float16 if config.fp16 else torch.bfloat16 if config.bf16 else None
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context for a forward pass."""
@@ -43,7 +41,9 @@ class Precision:
         """Add the gradients of `loss`, scaled when a scaler is at work."""
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
 
-    def step(self, optimizer: Optimizer, parameters: Iterable[Tensor]) -> tuple[Tensor | None, bool]:
+    def step(
+        self, optimizer: Optimizer, parameters: Iterable[Tensor]
+    ) -> tuple[Tensor | None, bool]:
         """Clip and step.
 
         Returns:

@@ -17,8 +17,8 @@ class Progress:
         epoch: Completed passes over the data, with the started one as a fraction.
 
     Example:
-        >>> progress = Progress().after_micro_batch(samples=8, tokens=512, epoch=0.25)
-        >>> progress.after_step()
+        >>> progress = Progress().after_micro_batch(samples=8, tokens=512)
+        >>> progress.after_step(epoch=0.25)
         Progress(step=1, samples=8, tokens=512, pending=0, epoch=0.25)
     """
 
@@ -28,16 +28,15 @@ class Progress:
     pending: int = 0
     epoch: float = 0.0
 
-    def after_micro_batch(self, *, samples: int, tokens: int, epoch: float) -> Progress:
-        """Return the progress after one more forward and backward pass."""
-        return replace(
-            self,
-            samples=self.samples + samples,
-            tokens=self.tokens + tokens,
-            pending=self.pending + 1,
-            epoch=epoch,
-        )
+    def after_micro_batch(self, *, samples: int, tokens: int) -> Progress:
+        """Return the progress after one more forward and backward pass.
 
-    def after_step(self) -> Progress:
+        Args:
+            samples: All samples used by then.
+            tokens: Tokens in this micro-batch.
+        """
+        return replace(self, samples=samples, tokens=self.tokens + tokens, pending=self.pending + 1)
+
+    def after_step(self, epoch: float) -> Progress:
         """Return the progress after the optimizer's step."""
-        return replace(self, step=self.step + 1, pending=0)
+        return replace(self, step=self.step + 1, pending=0, epoch=epoch)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
 from unbroken.errors import ConfigError
 from unbroken.training.config import TrainerConfig
+from unbroken.training.step import Stepped
 
 
 class Statistics:
@@ -23,17 +25,32 @@ class Statistics:
         self.best_step: int | None = None
         self.evaluations_without_gain = 0
         self.seconds = 0.0
+        self.data_digest: str | None = None
         self._loss_sum: Tensor | float = 0.0
         self._steps = 0
         self._grad_norm: Tensor | float | None = None
+        self._learning_rate = 0.0
         self._logged_tokens = 0
         self._logged_seconds = 0.0
 
-    def add_step(self, loss: Tensor, grad_norm: Tensor | None) -> None:
-        """Count one optimizer step with its mean loss and its gradient norm."""
-        self._loss_sum = self._loss_sum + loss.detach().to(torch.float64)
-        self._grad_norm = None if grad_norm is None else grad_norm.detach()
+    def add_step(self, stepped: Stepped) -> None:
+        """Count one optimizer step."""
+        self._loss_sum = self._loss_sum + stepped.loss.to(torch.float64)
+        self._grad_norm = stepped.grad_norm
+        self._learning_rate = stepped.learning_rate
         self._steps += 1
+
+    def add_data(self, data: Any) -> None:
+        """Take the bytes of a batch into the running digest of all batches used.
+
+        The digest is a chain, so that one short text is its whole state:
+        digest = xxh3-128(previous digest, bytes of every tensor in the batch).
+        """
+        chain = xxhash.xxh3_128((self.data_digest or "").encode())
+        for tensor in _tensors_in(data):
+            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            chain.update(memoryview(flat.numpy()))
+        self.data_digest = chain.hexdigest()
 
     def log(self, tokens: int) -> dict[str, Any]:
         """Return the mean loss, gradient norm and speed since the last call, and start anew.
@@ -42,9 +59,14 @@ class Statistics:
             tokens: Tokens used since the start of the run.
         """
         seconds = self.seconds - self._logged_seconds
-        record: dict[str, Any] = {"loss": float(self._loss_sum) / max(1, self._steps)}
+        record: dict[str, Any] = {
+            "learning_rate": self._learning_rate,
+            "loss": float(self._loss_sum) / max(1, self._steps),
+        }
         if self._grad_norm is not None:
             record["grad_norm"] = float(self._grad_norm)
+        if self.data_digest is not None:
+            record["data_digest"] = self.data_digest
         record["seconds"] = round(self.seconds, 3)
         if tokens and seconds > 0:
             record["tokens_per_second"] = round((tokens - self._logged_tokens) / seconds, 1)
@@ -87,9 +109,11 @@ class Statistics:
             "best_step": self.best_step,
             "evaluations_without_gain": self.evaluations_without_gain,
             "seconds": self.seconds,
+            "data_digest": self.data_digest,
             "loss_sum": float(self._loss_sum),
             "steps": self._steps,
             "grad_norm": None if self._grad_norm is None else float(self._grad_norm),
+            "learning_rate": self._learning_rate,
             "logged_tokens": self._logged_tokens,
             "logged_seconds": self._logged_seconds,
         }
@@ -100,8 +124,21 @@ class Statistics:
         self.best_step = state["best_step"]
         self.evaluations_without_gain = state["evaluations_without_gain"]
         self.seconds = state["seconds"]
+        self.data_digest = state["data_digest"]
         self._loss_sum = state["loss_sum"]
         self._steps = state["steps"]
         self._grad_norm = state["grad_norm"]
+        self._learning_rate = state["learning_rate"]
         self._logged_tokens = state["logged_tokens"]
         self._logged_seconds = state["logged_seconds"]
+
+
+def _tensors_in(data: Any) -> Iterator[Tensor]:
+    if isinstance(data, Tensor):
+        yield data
+    elif isinstance(data, Mapping):
+        for key in sorted(data):
+            yield from _tensors_in(data[key])
+    elif isinstance(data, list | tuple):
+        for part in data:
+            yield from _tensors_in(part)

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -23,8 +22,10 @@ from unbroken.checkpoint import (
     Timer,
     TrainingStopped,
 )
-from unbroken.data import MicroBatch, RandomScope, derive_key
+from unbroken.data import BatchSource, KeyedRandom, MicroBatch, derive_key
 from unbroken.errors import ConfigError
+from unbroken.storage import Storage
+from unbroken.training.ambient import seed_ambient
 from unbroken.training.assembly import (
     count_steps,
     keep_policy,
@@ -35,14 +36,15 @@ from unbroken.training.assembly import (
 from unbroken.training.callback import Callback
 from unbroken.training.config import TrainerConfig
 from unbroken.training.determinism import deterministic_kernels
-from unbroken.training.display import Display, Silence
+from unbroken.training.display import Display
 from unbroken.training.evaluation import evaluation_loader, mean_loss
-from unbroken.training.loss import LossFn, compute_loss, to_device, tokens_of
+from unbroken.training.loss import LossFn, tokens_of
 from unbroken.training.optimizers import make_optimizer
 from unbroken.training.precision import Precision
 from unbroken.training.progress import Progress
 from unbroken.training.schedules import make_scheduler
 from unbroken.training.statistics import Statistics
+from unbroken.training.step import Stepper
 from unbroken.training.window import Window
 
 
@@ -84,6 +86,7 @@ class Trainer:
         state: More objects to save, by name: an EMA model, a `torch.Generator`, anything that
             `Checkpointer` takes.
         types: Classes of namedtuples and enums inside saved state.
+        storage: Where the run directory is; None: `output_dir` on the local disk.
         display: What to show where; None: a progress bar on a terminal, lines elsewhere.
         clock: Monotonic seconds.
         wall_clock: Seconds since 1970.
@@ -94,6 +97,7 @@ class Trainer:
 
     Example:
         >>> import tempfile
+        >>> from unbroken.training import Silence
         >>> data = [(torch.tensor([float(i)]), torch.tensor([2.0 * i])) for i in range(8)]
         >>> config = TrainerConfig(output_dir=tempfile.mkdtemp(), max_steps=2, batch_size=4)
         >>> trainer = Trainer(
@@ -117,6 +121,7 @@ class Trainer:
         loss_fn: LossFn | None = None,
         state: Mapping[str, object] | None = None,
         types: Sequence[type] = (),
+        storage: Storage | None = None,
         display: Display | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
@@ -127,7 +132,9 @@ class Trainer:
         self.eval_dataset = eval_dataset
         self.callbacks = list(callbacks)
         self.precision = Precision(config, self.device)
-        self.source = None if train_dataset is None else make_source(train_dataset, config, collate_fn)
+        self.source = (
+            None if train_dataset is None else make_source(train_dataset, config, collate_fn)
+        )
         self.max_steps = count_steps(config, self.source)
         self.optimizer = make_optimizer(model, config) if optimizer is None else optimizer
         if scheduler is None:
@@ -142,18 +149,26 @@ class Trainer:
         self._wall_clock = wall_clock
         self._display = Display() if display is None else display
         self._forward = prepared_for_forward(model, config)
-        self._random = RandomScope(cuda=self.device.type == "cuda")
+        self._random = KeyedRandom(cuda=self.device.type == "cuda")
         self._window = Window(model)
-        self._trained = [p for p in model.parameters() if p.requires_grad]
+        self._stepper = Stepper(
+            self._forward,
+            self.optimizer,
+            scheduler,
+            precision=self.precision,
+            window=self._window,
+            loss_fn=loss_fn,
+            device=self.device,
+            seed=config.seed,
+        )
         self._counted_until = clock()
-        self._learning_rate = 0.0
         self._stop_reason: str | None = None
         self._saved: Progress | None = None
         self._slowest_step = self._slowest_save = 0.0
         self._log_timer = Timer(Cadence(config.logging_steps, config.logging_minutes), clock)
         self._eval_timer = Timer(Cadence(config.eval_steps, config.eval_minutes), clock)
         self.checkpointer = Checkpointer(
-            config.output_dir,
+            config.output_dir if storage is None else storage,
             save_steps=config.save_steps,
             save_minutes=config.save_minutes,
             keep=keep_policy(config),
@@ -180,6 +195,12 @@ class Trainer:
                 raise ConfigError(f"state[{name!r}]", "this name is taken: choose another")
         return {name: value for name, value in {**objects, **more}.items() if value is not None}
 
+    @property
+    def _batches(self) -> BatchSource:
+        if self.source is None:
+            raise ConfigError("train_dataset", "is needed for training")
+        return self.source
+
     def train(self, resume_from_checkpoint: ResumeFrom = None) -> TrainResult:
         """Train from the newest intact checkpoint, or from the start, to the end of the run.
 
@@ -196,12 +217,10 @@ class Trainer:
             CheckpointError: If the checkpoint asked for cannot be used.
             SaveError: If a checkpoint could not be saved; earlier ones are as they were.
         """
-        if self.source is None:
-            raise ConfigError("train_dataset", "is needed for training")
         with ExitStack() as stack:
             stack.callback(self.checkpointer.close)
             stack.callback(self._display.close)
-            stack.callback(self.source.close)
+            stack.callback(self._batches.close)
             stack.enter_context(deterministic_kernels(self.config.full_determinism, self.device))
             preemption = stack.enter_context(self._preemption())
             report = self._begin(resume_from_checkpoint)
@@ -221,43 +240,32 @@ class Trainer:
         """Yield the micro-batches of one optimizer step after the other, until the end."""
         if self._finished():
             return
-        batches = iter(self.source.from_(self.progress.samples))
+        batches = self._batches.from_()
         while not self._finished():
-            missing = self.config.gradient_accumulation_steps - self.progress.pending
-            yield list(islice(batches, missing))
+            yield list(islice(batches, self._batches.left_in_step()))
 
     def _finished(self) -> bool:
         return self.progress.step >= self.max_steps or self._stop_reason is not None
 
     def _train_step(self, micro_batches: list[MicroBatch]) -> None:
-        with self._random:
-            for micro, share in zip(micro_batches, self._window.shares(micro_batches), strict=True):
-                self._random.seed(derive_key(self.config.seed, "forward", micro.first_position))
-                self._micro_step(micro, share)
-            self._optimizer_step()
-        self.progress = self.progress.after_step()
+        stepped = self._stepper.run(micro_batches, after_each=self._after_micro_batch)
+        self.progress = self.progress.after_step(epoch=self._epoch(micro_batches[-1]))
+        self.statistics.add_step(stepped)
         self._slowest_step = max(self._slowest_step, self._count_time())
 
-    def _micro_step(self, micro: MicroBatch, share: float) -> None:
-        data = to_device(micro.data, self.device)
-        with self.precision.autocast():
-            loss = compute_loss(self._forward, data, self._loss_fn) * share
-        self.precision.backward(loss)
-        self._window.add(loss)
+    def _after_micro_batch(self, micro: MicroBatch) -> None:
+        self._batches.used(micro)
+        if self.config.log_data_digest:
+            self.statistics.add_data(micro.data)
         self.progress = self.progress.after_micro_batch(
-            samples=micro.samples, tokens=tokens_of(micro.data), epoch=micro.epoch
+            samples=micro.after.samples, tokens=tokens_of(micro.data)
         )
         for callback in self.callbacks:
             callback.on_micro_batch_end(self)
 
-    def _optimizer_step(self) -> None:
-        self._learning_rate = float(self.optimizer.param_groups[0]["lr"])
-        norm, stepped = self.precision.step(self.optimizer, self._trained)
-        if stepped and not isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.statistics.add_step(self._window.loss, norm)
-        self._window.clear()
+    def _epoch(self, last: MicroBatch) -> float:
+        length = self._batches.steps_per_epoch
+        return float(last.epoch if length is None else (self.progress.step + 1) / length)
 
     def _at_step_edge(self) -> None:
         """Do what is due between two steps; saving comes last and so holds all the rest."""
@@ -281,7 +289,6 @@ class Trainer:
             "epoch": round(self.progress.epoch, 6),
             "samples": self.progress.samples,
             "tokens": self.progress.tokens,
-            "learning_rate": self._learning_rate,
             **self.statistics.log(self.progress.tokens),
         }
         self._record(record)
@@ -321,7 +328,9 @@ class Trainer:
         """Evaluate; return whether the model is the best so far."""
         metrics = self.evaluate()
         self._eval_timer.done()
-        self._record({"step": self.progress.step, "epoch": round(self.progress.epoch, 6), **metrics})
+        self._record(
+            {"step": self.progress.step, "epoch": round(self.progress.epoch, 6), **metrics}
+        )
         best = self.statistics.consider(metrics, self.progress.step, self.config)
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(metrics[self.config.metric_for_best_model])
@@ -349,6 +358,7 @@ class Trainer:
         values = {"progress": asdict(self.progress), "stop_reason": self._stop_reason}
         facts = {"progress": asdict(self.progress), "config": self.config.to_dict()}
         path = self.checkpointer.save(self.progress.step, values, facts=facts)
+        self._saved = self.progress
         self._slowest_save = max(self._slowest_save, self._count_time())
         for callback in self.callbacks:
             callback.on_save(self, path)
@@ -391,7 +401,7 @@ class Trainer:
         if not self.model.training:
             self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        seed_ambient(self.config.seed)
+        seed_ambient(derive_key(self.config.seed, "ambient"))
         if self.config.save_at_start:
             self.save_checkpoint()
 
@@ -409,7 +419,9 @@ class Trainer:
         if self._saved != self.progress:
             self.save_checkpoint()
         stopped = TrainingStopped(self.progress.step, reason)
-        self.checkpointer.run.history.append({"event": "stopped", "step": stopped.step, "by": reason})
+        self.checkpointer.run.history.append(
+            {"event": "stopped", "step": stopped.step, "by": reason}
+        )
         self._display.note(str(stopped))
         raise stopped
 

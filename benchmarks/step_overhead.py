@@ -1,0 +1,201 @@
+"""Steps per second of our Trainer over a bare PyTorch loop of the same arithmetic, beside peers.
+
+    python benchmarks/step_overhead.py [--rounds 5]
+
+Each measurement has its own process; the methods take turns. The time is taken from the end of
+step WARM to the end of the last step but one, so that no start, no save and no end is in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from machine import measured_in_a_fresh_process, median, write
+
+METHODS = ("bare", "unbroken", "transformers", "lightning")
+SIZES = {
+    "tiny": {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 64, "block": 8, "batch": 2},
+    "small": {"n_layer": 6, "n_embd": 320, "n_head": 5, "vocab_size": 8192, "block": 64, "batch": 4},
+}
+STEPS = {"tiny": 1200, "small": 40}
+WARM = {"tiny": 200, "small": 5}
+LEARNING_RATE, LOGGING_STEPS, SEED = 1e-4, 10, 0
+
+
+def model_and_data(size: str):
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = dict(SIZES[size])
+    block, batch = shape.pop("block"), shape.pop("batch")
+    torch.manual_seed(SEED)
+    config = GPT2Config(**shape, n_positions=block, bos_token_id=0, eos_token_id=0)
+    tokens = torch.randint(0, shape["vocab_size"], (64, block))
+    data = [{"input_ids": row, "labels": row} for row in tokens]
+    return GPT2LMHeadModel(config), data, batch
+
+
+class Watch:
+    """Notes the time at the end of two steps."""
+
+    def __init__(self, size: str) -> None:
+        self.first, self.last = WARM[size], STEPS[size] - 1
+        self.times: dict[int, float] = {}
+
+    def step(self, step: int) -> None:
+        if step in (self.first, self.last):
+            self.times[step] = time.perf_counter()
+
+    def seconds_per_step(self) -> float:
+        return (self.times[self.last] - self.times[self.first]) / (self.last - self.first)
+
+
+def bare(size: str, watch: Watch, folder: str) -> None:
+    import torch
+
+    model, data, batch = model_and_data(size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    steps = STEPS[size]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    loader = torch.utils.data.DataLoader(data, batch_size=batch, shuffle=True)
+    model.train()
+    step, total = 0, 0.0
+    while step < steps:
+        for inputs in loader:
+            loss = model(**inputs).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            total += loss.item()
+            step += 1
+            watch.step(step)
+            if step >= steps:
+                return
+
+
+def unbroken(size: str, watch: Watch, folder: str) -> None:
+    from unbroken.training import Callback, Silence, Trainer, TrainerConfig
+
+    class Stopwatch(Callback):
+        def on_step_end(self, trainer) -> None:
+            watch.step(trainer.progress.step)
+
+    model, data, batch = model_and_data(size)
+    config = TrainerConfig(
+        output_dir=folder,
+        batch_size=batch,
+        max_steps=STEPS[size],
+        learning_rate=LEARNING_RATE,
+        logging_steps=LOGGING_STEPS,
+        save_steps=None,
+        seed=SEED,
+    )
+    Trainer(model, config, data, callbacks=[Stopwatch()], display=Silence()).train()
+
+
+def transformers(size: str, watch: Watch, folder: str) -> None:
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class Stopwatch(TrainerCallback):
+        def on_step_end(self, args, state, control, **_) -> None:
+            watch.step(state.global_step)
+
+    model, data, batch = model_and_data(size)
+    arguments = TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=batch,
+        max_steps=STEPS[size],
+        learning_rate=LEARNING_RATE,
+        logging_steps=LOGGING_STEPS,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        use_cpu=True,
+        seed=SEED,
+    )
+    Trainer(model, arguments, train_dataset=data, callbacks=[Stopwatch()]).train()
+
+
+def lightning(size: str, watch: Watch, folder: str) -> None:
+    import lightning as L
+    import torch
+
+    class Module(L.LightningModule):
+        def __init__(self, model) -> None:
+            super().__init__()
+            self.model = model
+
+        def training_step(self, batch, index):
+            loss = self.model(**batch).loss
+            self.log("loss", loss)
+            return loss
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.AdamW(self.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+            steps = STEPS[size]
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    class Stopwatch(L.Callback):
+        def on_train_batch_end(self, trainer, *_) -> None:
+            watch.step(trainer.global_step)
+
+    model, data, batch = model_and_data(size)
+    model.train()
+    trainer = L.Trainer(
+        max_steps=STEPS[size],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        gradient_clip_val=1.0,
+        log_every_n_steps=LOGGING_STEPS,
+        callbacks=[Stopwatch()],
+        default_root_dir=folder,
+    )
+    loader = torch.utils.data.DataLoader(data, batch_size=batch, shuffle=True)
+    trainer.fit(Module(model), loader)
+
+
+def measure(method: str, size: str) -> None:
+    watch = Watch(size)
+    with tempfile.TemporaryDirectory() as folder:
+        globals()[method](size, watch, folder)
+    print(json.dumps({"seconds": watch.seconds_per_step()}))
+
+
+def compare(rounds: int) -> dict:
+    result = {}
+    for size in SIZES:
+        seconds: dict[str, list[float]] = {method: [] for method in METHODS}
+        for _ in range(rounds):
+            for method in METHODS:
+                one = measured_in_a_fresh_process(__file__, "--measure", method, size)
+                seconds[method].append(one["seconds"])
+        medians = {method: median(values) for method, values in seconds.items()}
+        speed = {method: medians["bare"] / value for method, value in medians.items()}
+        result[size] = {"seconds_per_step": medians, "speed_over_bare": speed, "all": seconds}
+        for method in METHODS:
+            print(f"{size:6} {method:13} {medians[method] * 1e6:10.0f} us  {speed[method]:.3f}")
+    return result
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--measure", nargs=2, metavar=("METHOD", "SIZE"))
+    arguments = parser.parse_args()
+    if arguments.measure:
+        sys.path.insert(0, str(Path(__file__).parent))
+        measure(*arguments.measure)
+    else:
+        write("step_overhead", {"rounds": arguments.rounds, "sizes": compare(arguments.rounds)})

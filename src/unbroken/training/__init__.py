@@ -1,0 +1,19 @@
+"""The Trainer: one loop, its configuration, and what follows a run."""
+
+from unbroken.training.callback import Callback as Callback
+from unbroken.training.config import TrainerConfig as TrainerConfig
+from unbroken.training.display import Display as Display
+from unbroken.training.display import Silence as Silence
+from unbroken.training.progress import Progress as Progress
+from unbroken.training.trainer import Trainer as Trainer
+from unbroken.training.trainer import TrainResult as TrainResult
+
+__all__ = [
+    "Callback",
+    "Display",
+    "Progress",
+    "Silence",
+    "TrainResult",
+    "Trainer",
+    "TrainerConfig",
+]

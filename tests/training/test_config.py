@@ -1,0 +1,110 @@
+"""TrainerConfig refuses what cannot be meant, by name and with the value."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import FrozenInstanceError, fields
+
+import pytest
+from transformers import TrainingArguments
+
+from unbroken.errors import ConfigError
+from unbroken.training import TrainerConfig
+
+BAD_VALUES = {
+    "batch_size": (0, -8, 1.5, "8", True),
+    "micro_batch_size": (0, -1),
+    "max_steps": (0, -2, 1.5),
+    "num_train_epochs": (0.0, -1.0),
+    "learning_rate": (-1e-3, float("nan"), "fast"),
+    "adam_beta1": (1.0, -0.1),
+    "weight_decay": (-0.1,),
+    "save_steps": (0, -1),
+    "save_total_limit": (0,),
+    "lr_scheduler_type": ("cosinus",),
+    "optim": ("adam_w",),
+    "max_time": ("ten minutes", "1:2", -5.0),
+    "seed": (-1, 1.5),
+    "dataloader_num_workers": (-1,),
+    "early_stopping_patience": (3,),  # without evaluation
+    "load_best_model_at_end": (True,),  # without evaluation
+    "output_dir": ("", 3),
+}
+CASES = [(name, value) for name, values in BAD_VALUES.items() for value in values]
+
+
+@pytest.mark.parametrize(("name", "value"), CASES)
+def test_a_bad_value_is_refused_by_the_name_of_its_field(name, value):
+    with pytest.raises(ConfigError, match=name):
+        TrainerConfig(**{name: value})
+
+
+def test_a_batch_that_micro_batches_do_not_divide_is_refused():
+    with pytest.raises(ConfigError, match=r"batch_size: .* expected a multiple of 3, found 8"):
+        TrainerConfig(batch_size=8, micro_batch_size=3)
+
+
+def test_both_half_precisions_at_once_are_refused():
+    with pytest.raises(ConfigError, match="fp16"):
+        TrainerConfig(fp16=True, bf16=True)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("learning_rte", "learning_rate"), ("max_step", "max_steps"), ("bachsize", "batch_size")],
+)
+def test_an_unknown_field_is_answered_with_the_nearest_one(wrong, right):
+    with pytest.raises(ConfigError, match=wrong) as raised:
+        TrainerConfig.from_dict({wrong: 1})
+    assert raised.value.hint == f"did you mean {right}?"
+
+
+def test_a_configuration_cannot_be_changed_by_accident():
+    with pytest.raises(FrozenInstanceError):
+        TrainerConfig().seed = 1
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".yml", ".json"])
+def test_a_configuration_survives_its_file(suffix, tmp_path):
+    config = TrainerConfig(learning_rate=3e-4, max_time="01:00:00", micro_batch_size=4)
+    config.to_file(tmp_path / f"config{suffix}")
+    assert TrainerConfig.from_file(tmp_path / f"config{suffix}") == config
+
+
+def test_yaml_reads_3e_minus_4_as_a_number(tmp_path):
+    (tmp_path / "config.yaml").write_text("learning_rate: 3e-4\n")
+    assert TrainerConfig.from_file(tmp_path / "config.yaml").learning_rate == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.yaml", "- 1\n- 2\n"), ("b.json", "{"), ("c.yaml", "a: [1"), ("d.toml", "a = 1")],
+)
+def test_a_file_that_is_no_configuration_is_refused_by_its_path(name, text, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=name[0]):
+        TrainerConfig.from_file(tmp_path / name)
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(ConfigError, match="nowhere.yaml: no such file"):
+        TrainerConfig.from_file("nowhere.yaml")
+
+
+# Ours alone, each for a reason: the global batch, minutes beside steps, and this library's own work.
+OWN = {
+    "batch_size", "micro_batch_size", "shuffle", "samples_per_epoch", "sgd_momentum", "device",
+    "logging_minutes", "log_data_digest", "eval_minutes", "eval_batch_size", "save_minutes",
+    "save_at_start", "keep_every_n_steps", "max_time", "early_stopping_patience",
+    "early_stopping_threshold",
+}  # fmt: skip
+
+
+def test_every_other_name_is_one_of_transformers():
+    theirs = {field.name for field in fields(TrainingArguments)}
+    ours = {field.name for field in fields(TrainerConfig)}
+    assert ours - theirs == OWN
+
+
+def test_all_fields_are_plain_json():
+    assert json.loads(json.dumps(TrainerConfig().to_dict())) == TrainerConfig().to_dict()
