@@ -1,0 +1,61 @@
+"""Live objects <-> state tree <-> typed JSON and leaves. No pickle, no loss of a bit."""
+
+from unbroken.capture.decode import decode as decode
+from unbroken.capture.encode import Encoded as Encoded
+from unbroken.capture.encode import encode as encode
+from unbroken.capture.gradients import capture_gradients as capture_gradients
+from unbroken.capture.gradients import restore_gradients as restore_gradients
+from unbroken.capture.leaves import FileOf as FileOf
+from unbroken.capture.leaves import TensorLeaf as TensorLeaf
+from unbroken.capture.leaves import file_layout as file_layout
+from unbroken.capture.leaves import file_of as file_of
+from unbroken.capture.modules import named_buffers as named_buffers
+from unbroken.capture.modules import named_modules as named_modules
+from unbroken.capture.modules import named_parameters as named_parameters
+from unbroken.capture.modules import unwrapped as unwrapped
+from unbroken.capture.names import ParameterNames as ParameterNames
+from unbroken.capture.objects import capture as capture
+from unbroken.capture.objects import check as check
+from unbroken.capture.objects import files_for as files_for
+from unbroken.capture.objects import restore as restore
+from unbroken.capture.pretrained import pretrained_files as pretrained_files
+from unbroken.capture.rng import capture_rng as capture_rng
+from unbroken.capture.rng import restore_rng as restore_rng
+from unbroken.capture.stored import LeafSource as LeafSource
+from unbroken.capture.stored import StoredTensor as StoredTensor
+from unbroken.capture.stored import load_tensors as load_tensors
+from unbroken.capture.text import structure_from_bytes as structure_from_bytes
+from unbroken.capture.text import structure_to_bytes as structure_to_bytes
+from unbroken.capture.tree import Captured as Captured
+from unbroken.capture.tree import types_in as types_in
+
+__all__ = [
+    "Captured",
+    "Encoded",
+    "FileOf",
+    "LeafSource",
+    "ParameterNames",
+    "StoredTensor",
+    "TensorLeaf",
+    "capture",
+    "capture_gradients",
+    "capture_rng",
+    "check",
+    "decode",
+    "encode",
+    "file_layout",
+    "file_of",
+    "files_for",
+    "load_tensors",
+    "named_buffers",
+    "named_modules",
+    "named_parameters",
+    "pretrained_files",
+    "restore",
+    "restore_gradients",
+    "restore_rng",
+    "structure_from_bytes",
+    "structure_to_bytes",
+    "types_in",
+    "unwrapped",
+]

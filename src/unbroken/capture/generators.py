@@ -1,0 +1,105 @@
+"""Random generators: their whole state, not their seed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from unbroken.capture.mismatch import Mismatch
+from unbroken.capture.stored import load_tensors
+from unbroken.capture.tree import Captured, State
+from unbroken.errors import CaptureError
+
+
+def capture_torch(generator: torch.Generator, _path: str, _names: object) -> State:
+    """Return the state of a torch generator on any device."""
+    state = {"device": generator.device.type, "state": generator.get_state()}
+    return state, {}
+
+
+def check_torch(
+    generator: torch.Generator, stored: Captured, path: str, _names: object
+) -> Iterator[Mismatch]:
+    """Yield a mismatch if the generator is of another kind of device."""
+    was, is_now = stored.state["device"], generator.device.type
+    if was != is_now:
+        yield Mismatch(path, "is a generator for another kind of device", was, is_now)
+
+
+def restore_torch(generator: torch.Generator, stored: Captured, _names: object) -> None:
+    """Set the state of a torch generator."""
+    generator.set_state(load_tensors(stored.state["state"], "cpu"))
+
+
+def bit_generator_name(generator: np.random.Generator) -> str:
+    """Return the name of the class of its bit generator."""
+    return type(generator.bit_generator).__name__
+
+
+def capture_numpy(generator: np.random.Generator, _path: str, _names: object) -> State:
+    """Return the state of a NumPy generator, its count of spawned children included."""
+    bits = generator.bit_generator
+    state = {"bits": bits.state, "seed_sequence": _seed_sequence(bits)}
+    return state, {}
+
+
+def _seed_sequence(bits: np.random.BitGenerator) -> Any:
+    sequence = bits.seed_seq
+    return sequence.state if type(sequence) is np.random.SeedSequence else None
+
+
+def restore_numpy(generator: np.random.Generator, stored: Captured, _names: object) -> None:
+    """Set the state of a NumPy generator."""
+    bits: Any = generator.bit_generator
+    state, sequence = stored.state["bits"], stored.state["seed_sequence"]
+    if sequence is None or sequence == _seed_sequence(bits):
+        bits.state = state
+    else:
+        bits.__setstate__((state, np.random.SeedSequence(**sequence)))
+
+
+def legacy_name(generator: np.random.RandomState) -> str:
+    """Return the name of the class of its bit generator."""
+    return str(generator.get_state(legacy=False)["bit_generator"])
+
+
+def capture_legacy(generator: np.random.RandomState, _path: str, _names: object) -> State:
+    """Return the state of a legacy NumPy generator, its cached Gaussian included."""
+    return generator.get_state(legacy=False), {}
+
+
+def restore_legacy(generator: np.random.RandomState, stored: Captured, _names: object) -> None:
+    """Set the state of a legacy NumPy generator."""
+    generator.set_state(stored.state)
+
+
+def capture_python(generator: random.Random, path: str, _names: object) -> State:
+    """Return the state of a Python generator, its cached Gaussian included."""
+    if isinstance(generator, random.SystemRandom):
+        raise CaptureError(path, "draws from the operating system: it has no state to store")
+    if type(generator) is not random.Random:
+        return generator.getstate(), {}
+    return python_state(generator.getstate()), {}
+
+
+def restore_python(generator: random.Random, stored: Captured, _names: object) -> None:
+    """Set the state of a Python generator."""
+    if type(generator) is not random.Random:
+        generator.setstate(load_tensors(stored.state))
+    else:
+        generator.setstate(python_getstate(stored.state))
+
+
+def python_state(state: tuple[Any, ...]) -> dict[str, Any]:
+    """Return what `random.getstate` gives, its 625 words as an array."""
+    version, words, gauss_next = state
+    return {"version": version, "words": np.array(words, np.uint32), "gauss_next": gauss_next}
+
+
+def python_getstate(state: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what `random.setstate` takes."""
+    return state["version"], tuple(state["words"].tolist()), state["gauss_next"]

@@ -1,0 +1,102 @@
+"""Leaves: the pieces of a state tree that are stored as bytes in safetensors files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from unbroken.capture.dtypes import SAFETENSORS_DTYPES, raw
+
+FileOf = Callable[[str], tuple[str, str]]
+"""Gives for the path of a leaf the file that it goes into and its name there."""
+
+_CHUNK = 16 * 2**20
+_OTHER_FILE = "state.safetensors"
+_RESERVED_NAMES = {"buffers", "gradients", "state"}
+
+
+@dataclass(frozen=True)
+class TensorLeaf:
+    """The bytes of one tensor, to be stored; refers to the live memory and copies nothing.
+
+    Args:
+        path: Unique in the checkpoint, such as "optimizer.state.wte.weight.exp_avg".
+        file: The file that it goes into.
+        name: Its key in that file.
+        dtype: Its safetensors dtype; "U8" for bytes of any other kind.
+        shape: Its shape in the file.
+        tensor: The live tensor whose elements, in C order, are the bytes.
+    """
+
+    path: str
+    file: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    tensor: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes."""
+        return self.tensor.numel() * self.tensor.element_size()
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Yield the bytes in C order, at most 16 MiB at a time."""
+        flat = raw(self.tensor).contiguous().view(-1).view(torch.uint8)
+        for start in range(0, flat.numel(), _CHUNK):
+            yield flat[start : start + _CHUNK].cpu().numpy().data
+
+
+def stored_as(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    """Return the safetensors dtype and shape under which such a tensor is stored."""
+    if dtype in SAFETENSORS_DTYPES:
+        return SAFETENSORS_DTYPES[dtype], shape
+    count = dtype.itemsize
+    for size in shape:
+        count *= size
+    return "U8", (count,)
+
+
+def file_layout(own_files: Mapping[str, str]) -> FileOf:
+    """Return the rule that gives each leaf its file and its name there.
+
+    Args:
+        own_files: For each object with a file of its own, that file: {"ema": "ema.safetensors"}.
+            Leaves of such an object stand there under their own names, so that a model's file
+            is what `from_pretrained` expects. Buffers that are not persistent go to
+            "buffers.safetensors", gradients to "gradients.safetensors", all else to
+            "state.safetensors", each under its whole path.
+
+    Example:
+        >>> file_of = file_layout({"ema": "ema.safetensors"})
+        >>> file_of("ema.module.wte.weight")
+        ('ema.safetensors', 'module.wte.weight')
+        >>> file_of("ema:buffers.module.mask")
+        ('buffers.safetensors', 'ema:buffers.module.mask')
+    """
+
+    def file_of(path: str) -> tuple[str, str]:
+        head, _, name = path.partition(".")
+        owner, _, fact = head.partition(":")
+        if fact == "buffers":
+            return "buffers.safetensors", path
+        if owner == "gradients":
+            return "gradients.safetensors", path
+        if owner not in own_files:
+            return _OTHER_FILE, path
+        plain = name != "" and not fact and name != "__metadata__"
+        return (own_files[owner], name) if plain else (_OTHER_FILE, path)
+
+    return file_of
+
+
+def own_file(name: str) -> str | None:
+    """Return the file of its own for an object of this name, None where the name cannot be one."""
+    safe = name.isascii() and name.replace("_", "").replace("-", "").isalnum()
+    return f"{name}.safetensors" if safe and name not in _RESERVED_NAMES else None
+
+
+file_of = file_layout({"model": "model.safetensors", "optimizer": "optimizer.safetensors"})
+"""The rule for one object called "model" and one called "optimizer"."""

@@ -1,0 +1,219 @@
+"""Modules: every parameter and buffer by the name it has in the bare model, modes, extra state."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from unbroken.capture.dtypes import same_layout
+from unbroken.capture.mismatch import Mismatch
+from unbroken.capture.stored import StoredTensor, describe, load_tensors
+from unbroken.capture.tensors import physical
+from unbroken.capture.tree import Captured, State
+from unbroken.capture.views import Layout, Seen, place
+from unbroken.errors import CaptureError
+
+_WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+}
+"""Torch's transparent wrappers by class name (importing them is slow), and what they wrap."""
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module itself, without torch.compile, DDP and the like around it."""
+    while (inner := _inner(module)) is not None:
+        module = inner
+    return module
+
+
+def _inner(module: nn.Module) -> nn.Module | None:
+    kind = type(module)
+    if kind.__module__.partition(".")[0] != "torch" or kind.__name__ not in _WRAPPERS:
+        return None
+    inner = module._modules[_WRAPPERS[kind.__name__]]  # noqa: SLF001 (keeps None and repeats)
+    return inner if isinstance(inner, nn.Module) else None
+
+
+def named_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield all modules by their names in the bare model; a wrapper has that of what it wraps."""
+    yield name, module
+    inner = _inner(module)
+    if inner is not None:
+        yield from named_modules(inner, name)
+        return
+    for part, child in module._modules.items():  # noqa: SLF001 (keeps modules that occur twice)
+        if child is not None:
+            yield from named_modules(child, f"{name}.{part}" if name else part)
+
+
+def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield all parameters by their names in the bare model; tied ones under each name."""
+    for prefix, owner in named_modules(module):
+        for name, parameter in owner._parameters.items():  # noqa: SLF001 (no duplicates removed)
+            if parameter is not None:
+                yield f"{prefix}.{name}" if prefix else name, parameter
+
+
+def named_buffers(module: nn.Module, *, persistent: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the persistent or the other buffers by their names in the bare model."""
+    for prefix, owner in named_modules(module):
+        others = owner._non_persistent_buffers_set  # noqa: SLF001 (torch has no public name)
+        for name, buffer in owner._buffers.items():  # noqa: SLF001 (no duplicates removed)
+            if buffer is not None and (name not in others) == persistent:
+                yield f"{prefix}.{name}" if prefix else name, buffer
+
+
+def class_name(module: nn.Module) -> str:
+    """Return the name of the bare module's class."""
+    return type(unwrapped(module)).__name__
+
+
+def capture_module(module: nn.Module, path: str, _names: object) -> State:
+    """Return all of a module's state: tensors, modes, `requires_grad`, extra state."""
+    state: dict[str, torch.Tensor] = dict(named_parameters(module))
+    state.update(_without_graph(named_buffers(module, persistent=True)))
+    for name, owner in named_modules(module):
+        _check_saves_only_tensors(owner, f"{path}.{name}" if name else path)
+    facts = {
+        "buffers": _without_graph(named_buffers(module, persistent=False)),
+        "eval": [name for name, training in _modes(module).items() if not training],
+        "extra_state": {
+            name: owner.get_extra_state() for name, owner in _with_extra_state(module).items()
+        },
+    }
+    return state, facts
+
+
+def _without_graph(buffers: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: b if b.grad_fn is None else b.detach() for name, b in buffers}
+
+
+def _modes(module: nn.Module) -> dict[str, bool]:
+    return {name: owner.training for name, owner in named_modules(module)}
+
+
+def _with_extra_state(module: nn.Module) -> dict[str, nn.Module]:
+    plain = nn.Module.get_extra_state
+    return {n: owner for n, owner in named_modules(module) if type(owner).get_extra_state != plain}
+
+
+def _check_saves_only_tensors(owner: nn.Module, path: str) -> None:
+    """Refuse a module that saves, in its own way, what is no parameter, buffer or extra state."""
+    if type(owner)._save_to_state_dict is nn.Module._save_to_state_dict:  # noqa: SLF001
+        return
+    saved: dict[str, Any] = {}
+    owner._save_to_state_dict(saved, "", keep_vars=True)  # noqa: SLF001 (torch's own protocol)
+    known = {*owner._parameters, *owner._buffers, "_extra_state"}  # noqa: SLF001
+    if unknown := sorted(set(saved) - known):
+        raise CaptureError(
+            path,
+            f"{type(owner).__name__} saves more than parameters and buffers",
+            found=", ".join(unknown),
+            hint="return it from get_extra_state() and take it back in set_extra_state()",
+        )
+
+
+def check_module(
+    module: nn.Module, stored: Captured, path: str, _names: object
+) -> Iterator[Mismatch]:
+    """Yield all that keeps the stored state from fitting the module."""
+    live, saved = _all_tensors(module), _stored_tensors(stored)
+    yield from _check_names(live, saved, path, "tensor")
+    common = {name: tensor for name, tensor in live.items() if name in saved}
+    for name, tensor in common.items():
+        yield from check_tensor_fits(tensor, saved[name], f"{path}.{name}")
+    if not any(tensor.is_meta for tensor in live.values()):
+        yield from _check_ties(common, saved, path)
+    known = dict(named_modules(module))
+    gone = [name for name in stored.facts.get("eval", ()) if name not in known]
+    yield from (Mismatch(f"{path}.{name}", "no such module is here") for name in gone)
+    extra = stored.facts.get("extra_state", {})
+    yield from _check_names(_with_extra_state(module), extra, path, "extra state")
+
+
+def _all_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = dict(named_parameters(module))
+    for persistent in (True, False):
+        tensors.update(named_buffers(module, persistent=persistent))
+    return tensors
+
+
+def _stored_tensors(stored: Captured) -> dict[str, StoredTensor]:
+    return {**stored.state, **stored.facts.get("buffers", {})}
+
+
+def _check_names(
+    live: Mapping[str, object], saved: Mapping[str, object], path: str, noun: str
+) -> Iterator[Mismatch]:
+    for name in live:
+        if name not in saved:
+            yield Mismatch(f"{path}.{name}", f"the checkpoint has no such {noun}")
+    for name in saved:
+        if name not in live:
+            yield Mismatch(f"{path}.{name}", f"no such {noun} is here", expected=saved[name])
+
+
+def check_tensor_fits(tensor: torch.Tensor, saved: object, path: str) -> Iterator[Mismatch]:
+    """Yield why a stored tensor cannot be copied into a live one, if it cannot."""
+    if not isinstance(saved, StoredTensor):
+        yield Mismatch(path, "is no tensor in the checkpoint", found=describe(tensor))
+    elif tensor.is_meta:
+        yield Mismatch(path, "has no memory: it is on the meta device", expected=saved)
+    elif (tensor.dtype, tuple(tensor.shape)) != (saved.dtype, saved.shape):
+        yield Mismatch(path, "has another shape or dtype", saved, describe(tensor))
+    elif not _same_strides(tensor, saved):
+        yield Mismatch(path, "has other strides", saved.view.stride, tensor.stride())
+
+
+def _same_strides(tensor: torch.Tensor, saved: StoredTensor) -> bool:
+    """Tell whether both lie in memory alike; only dense ones come back as they were."""
+    both_dense = Layout.of(tensor).is_dense and saved.view.is_dense
+    return not both_dense or same_layout(saved.shape, saved.view.stride, tensor.stride())
+
+
+def _check_ties(
+    live: Mapping[str, torch.Tensor], saved: Mapping[str, Any], path: str
+) -> Iterator[Mismatch]:
+    """Yield each group of tensors that shares memory on one side only."""
+    seen = [Seen(name, physical(tensor)) for name, tensor in live.items()]
+    here = _groups({s.path: where.leaf for s, where in zip(seen, place(seen), strict=True)})
+    there = _groups({n: s.path for n, s in saved.items() if n in live and hasattr(s, "path")})
+    for group in sorted(there - here, key=sorted):
+        what = "are tied in the checkpoint, but not here"
+        yield Mismatch(f"{path}: {', '.join(sorted(group))}", what)
+    covered = set().union(*there) if there else set()
+    for group in sorted(here - there, key=sorted):
+        if not group <= covered:
+            what = "are tied here, but not in the checkpoint"
+            yield Mismatch(f"{path}: {', '.join(sorted(group))}", what)
+
+
+def _groups(leaf_of: Mapping[str, str]) -> set[frozenset[str]]:
+    names: defaultdict[str, set[str]] = defaultdict(set)
+    for name, leaf in leaf_of.items():
+        names[leaf].add(name)
+    return {frozenset(group) for group in names.values() if len(group) > 1}
+
+
+def restore_module(module: nn.Module, stored: Captured, _names: object) -> None:
+    """Fill a module in place; tensors, ties and the identity of parameters are kept."""
+    saved = _stored_tensors(stored)
+    done: set[tuple[object, ...]] = set()
+    for name, tensor in _all_tensors(module).items():
+        if saved[name].place not in done:
+            done.add(saved[name].place)
+            saved[name].copy_into(tensor)
+        if tensor.is_leaf and tensor.requires_grad != saved[name].requires_grad:
+            tensor.requires_grad_(saved[name].requires_grad)
+    in_eval = set(stored.facts.get("eval", ()))
+    for name, owner in named_modules(module):
+        owner.training = name not in in_eval
+    for name, owner in _with_extra_state(module).items():
+        owner.set_extra_state(load_tensors(stored.facts["extra_state"][name]))

@@ -1,0 +1,84 @@
+"""Strict access to the JSON nodes of a structure: a field has its type, or an error says so."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from unbroken.capture.text import TAG, Json
+from unbroken.errors import CorruptCheckpointError
+
+_MAX_DIMENSIONS = 64
+_MAX_BYTES = 2**62
+
+
+def malformed(path: str, what: str, found: object = None) -> CorruptCheckpointError:
+    """Return the error for a node that `encode` never writes."""
+    shown = None if found is None else repr(found)[:80]
+    return CorruptCheckpointError(path or "state", f"malformed: {what}", found=shown)
+
+
+def join(path: str, key: object) -> str:
+    """Return the path of what stands under `key`."""
+    if isinstance(key, str):
+        part = key.encode("utf-8", "backslashreplace").decode()[:200]
+    elif key is None or type(key) in (bool, float) or (type(key) is int and abs(key) < 2**63):
+        part = repr(key)
+    else:
+        part = f"<{type(key).__name__}>"
+    return f"{path}.{part}" if path else part
+
+
+def get(node: Json, key: str, kind: type, path: str) -> Any:
+    """Return the field, which must be exactly of this type."""
+    value = node.get(key) if isinstance(node, dict) else None
+    if type(value) is not kind:
+        raise malformed(path, f"{key!r} must be a {kind.__name__}", value)
+    return value
+
+
+def get_flag(node: Json, key: str, path: str) -> bool:
+    """Return the field, which must be true or false; absent means false."""
+    return bool(get(node, key, bool, path)) if key in node else False
+
+
+def get_bytes(node: Json, key: str, path: str) -> bytes:
+    """Return the bytes that the field gives in hexadecimal."""
+    try:
+        return bytes.fromhex(get(node, key, str, path))
+    except ValueError as error:
+        raise malformed(path, f"{key!r} is not hexadecimal") from error
+
+
+def get_int(node: Json, key: str, path: str, default: int | None = None) -> int:
+    """Return the field, an integer of any size."""
+    value = node.get(key, default)
+    if isinstance(value, dict) and value.get(TAG) == "int":
+        return hex_int(value, path)
+    if type(value) is not int:
+        raise malformed(path, f"{key!r} must be an integer", value)
+    return value
+
+
+def hex_int(node: Json, path: str) -> int:
+    """Return the integer that a node of kind "int" holds."""
+    try:
+        return int(get(node, "hex", str, path), 16)
+    except ValueError as error:
+        raise malformed(path, "not hexadecimal") from error
+
+
+def get_numbers(node: Json, key: str, path: str) -> tuple[int, ...]:
+    """Return the field, a list of at most 64 sizes or strides."""
+    value = get(node, key, list, path)
+    if len(value) > _MAX_DIMENSIONS or any(type(n) is not int or n < 0 for n in value):
+        raise malformed(path, f"{key!r} must be a list of sizes", value)
+    return tuple(value)
+
+
+def get_shape(node: Json, path: str, itemsize: int) -> tuple[int, ...]:
+    """Return the field "shape" of an array with elements of `itemsize` bytes."""
+    shape = get_numbers(node, "shape", path)
+    if math.prod(max(size, 1) for size in shape) * itemsize >= _MAX_BYTES:
+        raise malformed(path, "too large a shape", shape)
+    return shape

@@ -1,0 +1,297 @@
+"""Live objects <-> state tree: one table says how each kind of object is captured and restored."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from unbroken.capture import generators, modules, optimizers, schedulers
+from unbroken.capture.leaves import FileOf, file_layout, own_file
+from unbroken.capture.mismatch import Mismatch, raise_all
+from unbroken.capture.names import ParameterNames
+from unbroken.capture.stored import load_tensors
+from unbroken.capture.tree import Captured, State
+from unbroken.errors import CaptureError
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How objects of one type are captured, checked and restored."""
+
+    name: str
+    type: type
+    capture: Callable[[Any, str, ParameterNames], State]
+    check: Callable[[Any, Captured, str, ParameterNames], Iterator[Mismatch]]
+    restore: Callable[[Any, Captured, ParameterNames], None]
+    class_name: Callable[[Any], str] = lambda value: type(value).__name__
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Any object that gives its state and takes it back."""
+
+    def state_dict(self) -> Any:
+        """Return the state."""
+
+    def load_state_dict(self, state: Any, /) -> Any:
+        """Take the state back."""
+
+
+def _capture_stateful(value: Stateful, _path: str, _names: object) -> State:
+    return value.state_dict(), {}
+
+
+def _restore_stateful(value: Stateful, stored: Captured, _names: object) -> None:
+    value.load_state_dict(load_tensors(stored.state))
+
+
+def _capture_tensor(value: torch.Tensor, _path: str, _names: object) -> State:
+    return value, {}
+
+
+def _check_tensor(
+    value: torch.Tensor, stored: Captured, path: str, _names: object
+) -> Iterator[Mismatch]:
+    yield from modules.check_tensor_fits(value, stored.state, path)
+
+
+def _restore_tensor(value: torch.Tensor, stored: Captured, _names: object) -> None:
+    stored.state.copy_into(value)
+    if value.is_leaf:
+        value.requires_grad_(stored.state.requires_grad)
+
+
+def _accept(_value: object, _stored: Captured, _path: str, _names: object) -> Iterator[Mismatch]:
+    """Accept any state: the class, which is always compared, is all that can be checked."""
+    return iter(())
+
+
+KINDS = (
+    Kind(
+        "module",
+        nn.Module,
+        modules.capture_module,
+        modules.check_module,
+        modules.restore_module,
+        modules.class_name,
+    ),
+    Kind(
+        "optimizer",
+        Optimizer,
+        optimizers.capture_optimizer,
+        optimizers.check_optimizer,
+        optimizers.restore_optimizer,
+    ),
+    Kind(
+        "scheduler",
+        LRScheduler,
+        schedulers.capture_scheduler,
+        schedulers.check_scheduler,
+        schedulers.restore_scheduler,
+    ),
+    Kind(
+        "grad_scaler",
+        GradScaler,
+        schedulers.capture_scaler,
+        schedulers.check_scaler,
+        schedulers.restore_scaler,
+    ),
+    Kind("tensor", torch.Tensor, _capture_tensor, _check_tensor, _restore_tensor),
+    Kind(
+        "torch_generator",
+        torch.Generator,
+        generators.capture_torch,
+        generators.check_torch,
+        generators.restore_torch,
+    ),
+    Kind(
+        "numpy_generator",
+        np.random.Generator,
+        generators.capture_numpy,
+        _accept,
+        generators.restore_numpy,
+        generators.bit_generator_name,
+    ),
+    Kind(
+        "numpy_random_state",
+        np.random.RandomState,
+        generators.capture_legacy,
+        _accept,
+        generators.restore_legacy,
+        generators.legacy_name,
+    ),
+    Kind(
+        "python_random",
+        random.Random,
+        generators.capture_python,
+        _accept,
+        generators.restore_python,
+    ),
+    Kind("stateful", Stateful, _capture_stateful, _accept, _restore_stateful),
+)
+"""The kinds of objects, the first that fits counts."""
+
+
+def capture(objects: Mapping[str, object]) -> dict[str, Any]:
+    """Return the whole state of live objects as a tree for `encode`.
+
+    Covered by kind: modules (parameters, all buffers, ties, modes, `requires_grad`, extra state),
+    optimizers (by parameter name), schedulers, loss scalers, tensors, random generators, whatever
+    has `state_dict` and `load_state_dict`, and lists, tuples and dicts of these.
+
+    Args:
+        objects: The objects by name. The parameters of the one called "model" go by bare names.
+
+    Returns:
+        By name, what was captured. Tensors are the live ones, not copies.
+
+    Raises:
+        CaptureError: An object, or a value in its state, cannot be stored; names it.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> tree = capture({"model": model, "optimizer": torch.optim.AdamW(model.parameters())})
+        >>> tree["model"].state["weight"] is model.weight
+        True
+        >>> tree["optimizer"].state["param_groups"][0]["params"]
+        ['weight', 'bias']
+    """
+    names = ParameterNames(objects)
+    return {name: _capture(value, name, names) for name, value in objects.items()}
+
+
+def check(objects: Mapping[str, object], tree: Mapping[str, Any]) -> None:
+    """Raise unless `restore` could bring the whole state back; nothing is changed.
+
+    Args:
+        objects: The live objects by name.
+        tree: What `capture` returned, decoded with `lazy=True`.
+
+    Raises:
+        StateMismatchError: Something is missing, unexpected, or of another class, shape, dtype,
+            memory format or tie; the error lists the first mismatches and counts all.
+    """
+    names = ParameterNames(objects)
+    hint = "build the objects as they were when the checkpoint was saved"
+    raise_all(_check_all(objects, tree, "", names), hint)
+
+
+def restore(objects: Mapping[str, object], tree: Mapping[str, Any]) -> None:
+    """Bring live objects into exactly the state that was captured.
+
+    Parameters and buffers are filled in place, so ties, identities and references to them stay.
+    One tensor at a time is held twice at most.
+
+    Args:
+        objects: The live objects by name.
+        tree: What `capture` returned, decoded with `lazy=True`.
+
+    Raises:
+        StateMismatchError: The tree does not fit the objects; nothing was changed.
+        CorruptCheckpointError: The bytes of a tensor are damaged; some objects were changed.
+    """
+    check(objects, tree)
+    names = ParameterNames(objects)
+    found = list(_pairs(objects, tree))
+    found.sort(key=lambda pair: isinstance(pair[0], Optimizer))  # their learning rates come last
+    for value, stored in found:
+        kind_of(value, "").restore(value, stored, names)
+
+
+def files_for(objects: Mapping[str, object]) -> FileOf:
+    """Return the rule for `encode` that gives each module and optimizer a file of its own.
+
+    Args:
+        objects: The objects by name.
+
+    Example:
+        >>> files_for({"ema": nn.Linear(2, 1)})("ema.weight")
+        ('ema.safetensors', 'weight')
+    """
+    files = {
+        name: file
+        for name, value in objects.items()
+        if isinstance(value, (nn.Module, Optimizer)) and (file := own_file(name)) is not None
+    }
+    return file_layout(files)
+
+
+def kind_of(value: object, path: str) -> Kind:
+    """Return the entry of the table for an object, or raise."""
+    for kind in KINDS:
+        if isinstance(value, kind.type):
+            return kind
+    raise CaptureError(
+        path,
+        "is an object of a kind that has no state to capture",
+        found=f"a {type(value).__module__}.{type(value).__qualname__}",
+        hint="give it state_dict() and load_state_dict(), or leave it out",
+    )
+
+
+def _capture(value: object, path: str, names: ParameterNames) -> Any:
+    if type(value) is list or type(value) is tuple:
+        return type(value)(_capture(v, f"{path}.{key}", names) for key, v in _items(value))
+    if type(value) is dict:
+        return {key: _capture(v, f"{path}.{key}", names) for key, v in _items(value)}
+    kind = kind_of(value, path)
+    state, facts = kind.capture(value, path, names)
+    return Captured(kind.name, kind.class_name(value), state, facts)
+
+
+def _items(value: Any) -> list[tuple[Any, Any]]:
+    return list(value.items() if isinstance(value, Mapping) else enumerate(value))
+
+
+def _is_group(value: object) -> bool:
+    return type(value) in (list, tuple, dict)
+
+
+def _check_all(live: Any, stored: Any, path: str, names: ParameterNames) -> Iterator[Mismatch]:
+    """Check a group of objects: the same members, each of which fits."""
+    here, there = dict(_items(live)), dict(_items(stored))
+    for key, value in here.items():
+        where = f"{path}.{key}" if path else str(key)
+        if key not in there:
+            yield Mismatch(where, "the checkpoint has no such object", found=type(value).__name__)
+        else:
+            yield from _check(value, there[key], where, names)
+    for key in there.keys() - here.keys():
+        where = f"{path}.{key}" if path else str(key)
+        yield Mismatch(where, "no such object is here", expected=_class_name(there[key]))
+
+
+def _check(live: Any, stored: Any, path: str, names: ParameterNames) -> Iterator[Mismatch]:
+    if _is_group(live) and type(live) is type(stored):
+        yield from _check_all(live, stored, path, names)
+        return
+    if _is_group(live) or not isinstance(stored, Captured):
+        yield Mismatch(path, "is another kind of object", _class_name(stored), type(live).__name__)
+        return
+    kind = kind_of(live, path)
+    now = kind.class_name(live)
+    if (kind.name, now) != (stored.kind, stored.class_name):
+        yield Mismatch(path, "is of another class", stored.class_name, now)
+        return
+    yield from kind.check(live, stored, path, names)
+
+
+def _class_name(stored: object) -> str:
+    return stored.class_name if isinstance(stored, Captured) else type(stored).__name__
+
+
+def _pairs(live: Any, stored: Any) -> Iterator[tuple[Any, Any]]:
+    for key, value in _items(live):
+        if _is_group(value):
+            yield from _pairs(value, stored[key])
+        else:
+            yield value, stored[key]

@@ -1,0 +1,205 @@
+"""Optimizers: state and groups by the names of parameters, in exactly the dtypes that they have.
+
+`torch.optim.Optimizer.load_state_dict` is not used to bring state back: it files state by
+position, so that parameters in another order get the moments of others, casts fp32 moments of bf16
+parameters to bf16, and keeps references to the tensors that it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from unbroken.capture.mismatch import Mismatch
+from unbroken.capture.names import ParameterNames
+from unbroken.capture.stored import Blocks, StoredTensor, describe, home, load_tensors
+from unbroken.capture.tree import Captured, State, TreeMap
+from unbroken.errors import CaptureError
+
+_OWN_KEYS = ("params", "param_names")
+
+
+def capture_optimizer(optimizer: Optimizer, path: str, names: ParameterNames) -> State:
+    """Return an optimizer's state and groups by the names of its parameters."""
+    groups = [
+        {"params": _group_names(group, f"{path}.param_groups.{index}", names), **_options(group)}
+        for index, group in enumerate(optimizer.param_groups)
+    ]
+    by_name = {
+        name: parameter
+        for stored, group in zip(groups, optimizer.param_groups, strict=True)
+        for name, parameter in zip(stored["params"], group["params"], strict=True)
+    }
+    state = {name: optimizer.state[p] for name, p in by_name.items() if p in optimizer.state}
+    devices = {name: str(p.device) for name, p in by_name.items() if p.device.type != "cpu"}
+    facts = {
+        "devices": devices,
+        "shared": _shared_state(optimizer, by_name, path),
+        "more": _more_state(optimizer),
+    }
+    return {"state": state, "param_groups": groups}, facts
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in _OWN_KEYS}
+
+
+def _group_names(group: dict[str, Any], path: str, names: ParameterNames) -> list[str]:
+    found = []
+    for index, parameter in enumerate(group["params"]):
+        name = names.of(parameter)
+        if name is None:
+            raise CaptureError(
+                f"{path}.params.{index}",
+                "the optimizer trains a parameter that no registered object holds",
+                found=describe(parameter),
+                hint="register the module that holds it, or the parameter itself under a name",
+            )
+        found.append(name)
+    return found
+
+
+def _shared_state(optimizer: Optimizer, by_name: dict[str, Any], path: str) -> dict[Any, Any]:
+    """Return what an optimizer keeps for all parameters together, under keys of its own."""
+    known = {id(parameter) for parameter in by_name.values()}
+    shared = {key: value for key, value in optimizer.state.items() if id(key) not in known}
+    for key in shared:
+        if isinstance(key, torch.Tensor):
+            raise CaptureError(
+                f"{path}.state",
+                "holds state of a parameter that is in none of its groups",
+                found=describe(key),
+                hint="delete that entry of optimizer.state, or add the parameter to a group",
+            )
+    return shared
+
+
+def _more_state(optimizer: Optimizer) -> dict[str, Any]:
+    """Return what an optimizer with a `state_dict` of its own puts there besides the usual."""
+    if type(optimizer).state_dict is Optimizer.state_dict:
+        return {}
+    saved = optimizer.state_dict()
+    return {key: value for key, value in saved.items() if key not in ("state", "param_groups")}
+
+
+def check_optimizer(
+    optimizer: Optimizer, stored: Captured, path: str, names: ParameterNames
+) -> Iterator[Mismatch]:
+    """Yield all that keeps the stored state from fitting the optimizer."""
+    live = [_live_names(group, names) for group in optimizer.param_groups]
+    saved = [_saved_names(group, names) for group in stored.state["param_groups"]]
+    here, there = set().union(*live), set().union(*saved)
+    for name in sorted(here - there):
+        yield Mismatch(f"{path}.{name}", "the checkpoint's optimizer did not train this parameter")
+    for name in sorted(there - here):
+        yield Mismatch(f"{path}.{name}", "the optimizer here does not train this parameter")
+    if here == there and sorted(map(sorted, live)) != sorted(map(sorted, saved)):
+        sizes = [[len(group) for group in groups] for groups in (saved, live)]
+        yield Mismatch(f"{path}.param_groups", "parameters are grouped otherwise", *sizes)
+
+
+def _live_names(group: dict[str, Any], names: ParameterNames) -> set[str]:
+    found = (names.of(parameter) for parameter in group["params"])
+    return {
+        name or f"(unregistered {describe(parameter)})"
+        for name, parameter in zip(found, group["params"], strict=True)
+    }
+
+
+def _saved_names(group: dict[str, Any], names: ParameterNames) -> set[str]:
+    """Return a stored group's names; a parameter with several goes by its first name here."""
+    return {_name_here(name, names) for name in group["params"]}
+
+
+def _name_here(name: str, names: ParameterNames) -> str:
+    parameter = names.find(name)
+    return name if parameter is None else names.of(parameter) or name
+
+
+def restore_optimizer(optimizer: Optimizer, stored: Captured, names: ParameterNames) -> None:
+    """Bring state and groups back, to whatever positions the parameters have now."""
+    if more := stored.facts.get("more"):
+        optimizer.load_state_dict({**optimizer.state_dict(), **load_tensors(more)})
+    blocks: Blocks = {}
+    saved_groups = list(stored.state["param_groups"])
+    optimizer.state.clear()
+    for group in optimizer.param_groups:
+        saved = _take_group(saved_groups, _live_names(group, names), names)
+        _restore_options(group, saved)
+        by_name = {_name_here(name, names): name for name in saved["params"]}
+        for parameter in group["params"]:
+            name = by_name[names.of(parameter) or ""]
+            if name in stored.state["state"]:
+                was = stored.facts.get("devices", {}).get(name, "cpu")
+                loader = _StateLoader(parameter, was, _step_on_device(group), blocks)
+                optimizer.state[parameter] = loader(stored.state["state"][name])
+    optimizer.state.update(load_tensors(stored.facts.get("shared", {})))
+
+
+def _take_group(saved: list[Any], live: set[str], names: ParameterNames) -> dict[str, Any]:
+    """Take out the stored group of these parameters, wherever it stood."""
+    position = next(i for i, group in enumerate(saved) if _saved_names(group, names) == live)
+    group: dict[str, Any] = saved.pop(position)
+    return group
+
+
+def _step_on_device(group: dict[str, Any]) -> bool:
+    return bool(group.get("capturable") or group.get("fused"))
+
+
+def _restore_options(group: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Set a group's options; tensors (such as the learning rate) are filled in place."""
+    for key, value in _options(saved).items():
+        live = group.get(key)
+        if (
+            isinstance(value, StoredTensor)
+            and isinstance(live, torch.Tensor)
+            and _fits(live, value)
+        ):
+            value.copy_into(live)
+        else:
+            group[key] = load_tensors(value)
+
+
+def _fits(live: torch.Tensor, stored: StoredTensor) -> bool:
+    return (live.dtype, tuple(live.shape)) == (stored.dtype, stored.shape)
+
+
+class _StateLoader:
+    """Loads the state of one parameter to where the optimizer expects it.
+
+    Tensors that were on the parameter's device go to its device now; step counters as torch has
+    them: on the device for capturable and fused optimizers, on the CPU otherwise.
+    """
+
+    def __init__(
+        self, parameter: torch.Tensor, was: str, step_on_device: bool, blocks: Blocks
+    ) -> None:
+        self._parameter = parameter
+        self._was = was
+        self._step_on_device = step_on_device
+        self._blocks = blocks
+
+    def __call__(self, state: Any) -> Any:
+        if not isinstance(state, dict):
+            return TreeMap(self._load)(state)
+        step = {"step": self._load_step(state["step"])} if "step" in state else {}
+        return {key: step.get(key) if key in step else self._tree(state[key]) for key in state}
+
+    def _tree(self, value: Any) -> Any:
+        return TreeMap(self._load)(value)
+
+    def _load(self, value: Any) -> Any:
+        if not isinstance(value, StoredTensor):
+            return value
+        same = value.device == self._was
+        return value.load(self._parameter.device if same else home(value), self._blocks)
+
+    def _load_step(self, value: Any) -> Any:
+        if not isinstance(value, StoredTensor):
+            return value
+        device = self._parameter.device if self._step_on_device else torch.device("cpu")
+        return value.load(device, self._blocks)

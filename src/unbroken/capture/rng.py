@@ -1,0 +1,103 @@
+"""The ambient random state of the process: Python, NumPy, torch on every device."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from unbroken.capture.generators import python_getstate, python_state
+from unbroken.capture.stored import load_tensors
+from unbroken.errors import StateMismatchError
+
+_BIT_GENERATORS: Mapping[str, Callable[[], np.random.BitGenerator]] = {
+    "MT19937": np.random.MT19937,
+    "PCG64": np.random.PCG64,
+    "PCG64DXSM": np.random.PCG64DXSM,
+    "Philox": np.random.Philox,
+    "SFC64": np.random.SFC64,
+}
+
+
+def capture_rng() -> dict[str, Any]:
+    """Return the whole state of every ambient random generator; none of them is moved.
+
+    CUDA is not initialized for this: a process that has not used it has no state there yet.
+
+    Returns:
+        A state tree: "python", "numpy", "torch" (uint8 tensor of 5,056 bytes), "cuda" (one uint8
+        tensor of 16 bytes a device, or None) and "mps" (or None).
+
+    Example:
+        >>> state = capture_rng()
+        >>> first = random.random()
+        >>> restore_rng(state)
+        >>> random.random() == first
+        True
+    """
+    return {
+        "python": python_state(random.getstate()),
+        "numpy": np.random.get_state(legacy=False),
+        "torch": torch.get_rng_state(),
+        "cuda": _cuda_states(),
+        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
+    }
+
+
+def _cuda_states() -> list[torch.Tensor] | None:
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return None
+    return [generator.get_state() for generator in torch.cuda.default_generators]
+
+
+def restore_rng(tree: Mapping[str, Any], *, allow_missing_devices: bool = False) -> None:
+    """Set every ambient random generator to the state captured.
+
+    Args:
+        tree: What `capture_rng` returned; its tensors may be stored ones.
+        allow_missing_devices: Leave out states of devices that this machine lacks.
+
+    Raises:
+        StateMismatchError: This machine lacks a device of the checkpoint, or its NumPy the kind of
+            generator; nothing was changed.
+    """
+    state = load_tensors(tree, "cpu")
+    cuda, mps = state["cuda"] or [], state["mps"]
+    if not allow_missing_devices:
+        _check_devices(len(cuda), has_mps=mps is not None)
+    _set_numpy(state["numpy"])
+    random.setstate(python_getstate(state["python"]))
+    torch.set_rng_state(state["torch"])
+    for index, device_state in enumerate(cuda[: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(device_state, index)
+    if mps is not None and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(mps)
+
+
+def _check_devices(cuda: int, *, has_mps: bool) -> None:
+    hint = "go on without: restore_rng(..., allow_missing_devices=True); random numbers will differ"
+    if cuda > torch.cuda.device_count():
+        raise StateMismatchError(
+            "rng.cuda",
+            "has random states of more devices than are here",
+            expected=cuda,
+            found=torch.cuda.device_count(),
+            hint=hint,
+        )
+    if has_mps and not torch.backends.mps.is_available():
+        raise StateMismatchError("rng.mps", "this machine has no MPS device", hint=hint)
+
+
+def _set_numpy(state: Mapping[str, Any]) -> None:
+    """Set NumPy's legacy generator, of whatever kind it was."""
+    kind = state["bit_generator"]
+    if kind != np.random.get_state(legacy=False)["bit_generator"]:
+        if kind not in _BIT_GENERATORS:
+            raise StateMismatchError(
+                "rng.numpy", "is of a kind of generator that is unknown here", expected=kind
+            )
+        np.random.set_bit_generator(_BIT_GENERATORS[kind]())  # type: ignore[attr-defined]
+    np.random.set_state(dict(state))

@@ -1,0 +1,237 @@
+"""Tensors that lie in a checkpoint and are read when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from unbroken.capture.dtypes import byte_view, carrier, dtype_name, raw
+from unbroken.capture.leaves import stored_as
+from unbroken.capture.tree import TreeMap
+from unbroken.capture.views import Layout
+from unbroken.errors import CorruptCheckpointError, StateMismatchError
+
+
+class StoredRegion(Protocol):
+    """What a checkpoint's manifest knows of one leaf."""
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes."""
+
+    @property
+    def dtype(self) -> str | None:
+        """Its safetensors dtype."""
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """Its shape in the file."""
+
+
+class LeafIndex(Protocol):
+    """The part of a manifest that lists the leaves."""
+
+    @property
+    def tensors(self) -> Mapping[str, tuple[Any, StoredRegion]]:
+        """By path: the file and the region in it."""
+
+
+class LeafSource(Protocol):
+    """Where the bytes of leaves come from; `unbroken.store.CheckpointReader` is one."""
+
+    @property
+    def manifest(self) -> LeafIndex:
+        """Lists the leaves."""
+
+    def read_leaf_into(self, path: str, buffer: memoryview, /) -> None:
+        """Fill `buffer` with the verified bytes of the leaf."""
+
+
+Blocks = dict[tuple[str, Layout, str], torch.Tensor]
+"""Blocks of memory that were read already, so that tensors on the same block share it."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a checkpoint: all is known of it but its elements, which `load` reads.
+
+    Args:
+        path: Path of the leaf that holds its bytes.
+        base: Layout of that leaf in memory.
+        view: Layout of the tensor itself on this memory.
+        offset: Bytes from the start of the memory to the first element.
+        device: The device that the tensor was captured from, such as "cuda:0".
+        role: "tensor", "parameter", "buffer" or "non-persistent buffer".
+        requires_grad: As it was.
+        conj: Whether it was a lazily conjugated view.
+        neg: Whether it was a lazily negated view.
+        source: Where the bytes come from.
+    """
+
+    path: str
+    base: Layout
+    view: Layout
+    offset: int
+    device: str
+    role: str
+    requires_grad: bool
+    conj: bool
+    neg: bool
+    source: LeafSource = field(repr=False, compare=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its dtype."""
+        return self.view.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return self.view.shape
+
+    @property
+    def place(self) -> tuple[object, ...]:
+        """Equal for two tensors when they are the same view of the same memory."""
+        return (self.path, self.view, self.offset)
+
+    def load(
+        self, device: torch.device | str = "cpu", blocks: Blocks | None = None
+    ) -> torch.Tensor:
+        """Read the tensor: same bits, dtype, shape, strides, role and `requires_grad`.
+
+        Args:
+            device: Where to put it.
+            blocks: Blocks read before; tensors loaded with the same mapping share memory again.
+
+        Returns:
+            A new tensor.
+
+        Raises:
+            CorruptCheckpointError: The bytes are not those that the manifest promises.
+        """
+        blocks = {} if blocks is None else blocks
+        key = (self.path, self.base, str(device))
+        if key not in blocks:
+            blocks[key] = self._read_block().to(device)
+        return self._in_role(self._view_on(blocks[key]))
+
+    def copy_into(self, tensor: torch.Tensor) -> None:
+        """Overwrite `tensor` with the stored bits, in place.
+
+        The bytes are read straight into the tensor's memory where it is contiguous, on the CPU;
+        otherwise through one buffer of the tensor's size.
+
+        Args:
+            tensor: A tensor of the same dtype and shape.
+
+        Raises:
+            StateMismatchError: It has another dtype or shape; it was not changed.
+            CorruptCheckpointError: The bytes are not those that the manifest promises.
+        """
+        if (tensor.dtype, tuple(tensor.shape)) != (self.dtype, self.shape):
+            raise StateMismatchError(
+                self.path, "has another shape or dtype", expected=self, found=describe(tensor)
+            )
+        if self._fills(tensor):
+            self.source.read_leaf_into(self.path, byte_view(tensor))
+        elif self.conj or self.neg or tensor.is_conj() or tensor.is_neg():
+            tensor.detach().copy_(self.load())
+        else:
+            raw(tensor).copy_(raw(self.load()))
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
+
+    def __str__(self) -> str:
+        """Return dtype and shape, such as "float32[3, 4]"."""
+        return f"{dtype_name(self.dtype)}{list(self.shape)}"
+
+    def _fills(self, tensor: torch.Tensor) -> bool:
+        """Tell whether the stored bytes are those of the tensor's memory, in this order."""
+        plain = not (self.conj or self.neg or tensor.is_conj() or tensor.is_neg())
+        whole = self.base == self.view and self.offset == 0
+        return plain and whole and tensor.device.type == "cpu" and tensor.is_contiguous()
+
+    def _read_block(self) -> torch.Tensor:
+        """Read the leaf into new memory that is laid out as the base says."""
+        block = torch.empty(self.base.shape, dtype=carrier(self.base.dtype))
+        self.source.read_leaf_into(self.path, byte_view(block))
+        if self.base.is_contiguous:
+            return block
+        strided = torch.empty_strided(self.base.shape, self.base.stride, dtype=block.dtype)
+        return strided.copy_(block)
+
+    def check_region(self) -> None:
+        """Raise unless the manifest knows the leaf with this dtype, shape and size."""
+        region = self.source.manifest.tensors[self.path][1]
+        dtype, shape = stored_as(self.base.dtype, self.base.shape)
+        nbytes = self.base.numel * self.base.dtype.itemsize
+        found = (region.dtype, tuple(region.shape or ()), region.nbytes)
+        if found != (dtype, shape, nbytes):
+            raise CorruptCheckpointError(
+                self.path,
+                "the structure and the manifest disagree",
+                expected=f"{dtype}{list(shape)}",
+                found=f"{region.dtype}{list(region.shape or ())}",
+            )
+
+    def _view_on(self, block: torch.Tensor) -> torch.Tensor:
+        size = self.dtype.itemsize
+        tensor = torch.empty(0, dtype=carrier(self.dtype), device=block.device)
+        tensor.set_(block.untyped_storage(), self.offset // size, self.shape, self.view.stride)
+        tensor = tensor.view(self.dtype)
+        tensor = tensor.conj() if self.conj else tensor
+        return torch._neg_view(tensor) if self.neg else tensor  # noqa: SLF001 (no public name)
+
+    def _in_role(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.role == "parameter":
+            return torch.nn.Parameter(tensor, requires_grad=self.requires_grad)
+        if self.role != "tensor":
+            tensor = torch.nn.Buffer(tensor, persistent=self.role == "buffer")
+        return tensor.requires_grad_(self.requires_grad)
+
+
+def load_tensors(tree: Any, device: torch.device | str | None = None) -> Any:
+    """Return `tree` with every stored tensor loaded; tensors that shared memory share it again.
+
+    Args:
+        tree: A state tree as `decode(..., lazy=True)` returns it.
+        device: Where to put the tensors; None for the kind of device that each came from.
+
+    Raises:
+        StateMismatchError: This machine has no device of the kind that a tensor came from.
+    """
+    blocks: Blocks = {}
+
+    def load(value: Any) -> Any:
+        if not isinstance(value, StoredTensor):
+            return value
+        return value.load(home(value) if device is None else device, blocks)
+
+    return TreeMap(load)(tree)
+
+
+def home(stored: StoredTensor) -> torch.device:
+    """Return this machine's device for a tensor: its own, or the current one of the same kind."""
+    device = torch.device(stored.device)
+    if device.type == "cpu":
+        return device
+    available = torch.accelerator.is_available()
+    found = torch.accelerator.current_accelerator() if available else torch.device("cpu")
+    if found is None or found.type != device.type:
+        raise StateMismatchError(
+            stored.path,
+            "was captured from a device that this machine lacks",
+            expected=device,
+            found=found,
+            hint="resume on a machine with such a device",
+        )
+    here = (device.index or 0) < torch.accelerator.device_count()
+    return device if here else torch.device(device.type, torch.accelerator.current_device_index())
+
+
+def describe(tensor: torch.Tensor) -> str:
+    """Return dtype and shape, such as "float32[3, 4]"."""
+    return f"{dtype_name(tensor.dtype)}{list(tensor.shape)}"

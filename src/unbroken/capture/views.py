@@ -1,0 +1,219 @@
+"""Which memory of a set of tensors has to be stored, and how each tensor lies on it.
+
+Tensors that overlap in memory are put on one common block, so that they share memory again
+when they come back; tensors that do not are stored each on its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+from unbroken.capture.dtypes import contiguous_stride, is_dense, same_layout
+from unbroken.errors import CaptureError
+
+_ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How elements lie in memory: dtype, shape and strides in elements."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Layout:
+        """Return the layout of `tensor`."""
+        return cls(tensor.dtype, tuple(tensor.shape), tensor.stride())
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def extent(self) -> int:
+        """Number of bytes from the first element to the end of the last one."""
+        if 0 in self.shape:
+            return 0
+        last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        return (last + 1) * self.dtype.itemsize
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the elements fill one block of memory, each place once."""
+        return is_dense(self.shape, self.stride)
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the elements lie in C order without gaps."""
+        return same_layout(self.shape, self.stride, contiguous_stride(self.shape))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A tensor of the tree at its path; `tensor` is neither a conjugate nor a negative view."""
+
+    path: str
+    tensor: torch.Tensor
+
+    @property
+    def start(self) -> int:
+        """Address of the first element."""
+        return self.tensor.data_ptr()
+
+    @property
+    def end(self) -> int:
+        """Address after the last element."""
+        return self.start + Layout.of(self.tensor).extent
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where a tensor lies: on the block stored under the path `leaf`.
+
+    Args:
+        leaf: Path of the stored block.
+        block: The tensor whose elements are stored, in C order.
+        base: Layout of the block in memory.
+        view: Layout of the tensor itself.
+        offset: Bytes from the start of the block to the tensor's first element.
+    """
+
+    leaf: str
+    block: torch.Tensor
+    base: Layout
+    view: Layout
+    offset: int = 0
+
+
+def place(tensors: Sequence[Seen]) -> list[Placed]:
+    """Return where each tensor lies, in the order given."""
+    placed: dict[int, Placed] = {}
+    for group in _overlapping(tensors):
+        members = [tensors[index] for index in group]
+        placed.update(zip(group, _place_group(members), strict=True))
+    return [placed[index] for index in range(len(tensors))]
+
+
+def _overlapping(tensors: Sequence[Seen]) -> Iterator[list[int]]:
+    """Yield the indices of tensors that overlap, directly or over others, in order of the tree."""
+
+    def device(index: int) -> str:
+        return str(tensors[index].tensor.device)
+
+    order = sorted(range(len(tensors)), key=lambda i: (device(i), tensors[i].start))
+    for _, indices in groupby(order, key=device):
+        yield from (sorted(run) for run in _runs(tensors, indices))
+
+
+def _runs(tensors: Sequence[Seen], indices: Iterable[int]) -> Iterator[list[int]]:
+    run: list[int] = []
+    end = 0
+    for index in indices:
+        seen = tensors[index]
+        if seen.start == seen.end:
+            yield [index]
+            continue
+        if run and seen.start >= end:
+            yield run
+            run = []
+        end = max(end, seen.end) if run else seen.end
+        run.append(index)
+    if run:
+        yield run
+
+
+def _place_group(members: Sequence[Seen]) -> list[Placed]:
+    first = members[0]
+    layouts = {(Layout.of(member.tensor), member.start) for member in members}
+    if len(layouts) == 1:
+        return [_place_alone(first)] * len(members)
+    base = _covering(members)
+    if base is None:
+        return _place_on_memory(members)
+    return [
+        Placed(
+            base.path,
+            base.tensor,
+            Layout.of(base.tensor),
+            Layout.of(m.tensor),
+            m.start - base.start,
+        )
+        for m in members
+    ]
+
+
+def _place_alone(seen: Seen) -> Placed:
+    layout = Layout.of(seen.tensor)
+    if layout.is_dense:
+        return Placed(seen.path, seen.tensor, layout, layout)
+    narrow = _without_repeats(seen.tensor)
+    if not _each_place_once(Layout.of(narrow)):
+        return _place_on_memory([seen])[0]
+    base = Layout(layout.dtype, tuple(narrow.shape), contiguous_stride(tuple(narrow.shape)))
+    stride = tuple(
+        0 if step == 0 and size > 1 else new
+        for size, step, new in zip(layout.shape, layout.stride, base.stride, strict=True)
+    )
+    return Placed(seen.path, narrow, base, Layout(layout.dtype, layout.shape, stride))
+
+
+def _without_repeats(tensor: torch.Tensor) -> torch.Tensor:
+    """Return `tensor` with each expanded dimension cut to one element."""
+    for dimension, (size, step) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if step == 0 and size > 1:
+            tensor = tensor.narrow(dimension, 0, 1)
+    return tensor
+
+
+def _each_place_once(layout: Layout) -> bool:
+    """Tell whether no two elements share memory (sufficient condition: nested strides)."""
+    reach = 0
+    for step, size in sorted(zip(layout.stride, layout.shape, strict=True)):
+        if size > 1:
+            if step <= reach:
+                return False
+            reach += (size - 1) * step
+    return True
+
+
+def _covering(members: Sequence[Seen]) -> Seen | None:
+    """Return the first tensor that fills all the memory of the group, if the others fit on it."""
+    start, end = min(m.start for m in members), max(m.end for m in members)
+    if any((member.start - start) % member.tensor.element_size() for member in members):
+        return None
+    for member in members:
+        if (member.start, member.end) == (start, end) and Layout.of(member.tensor).is_dense:
+            return member
+    return None
+
+
+def _place_on_memory(members: Sequence[Seen]) -> list[Placed]:
+    """Place tensors on the raw memory that they span together."""
+    storage = members[0].tensor.untyped_storage()
+    if len({member.tensor.untyped_storage().data_ptr() for member in members}) > 1:
+        raise CaptureError(
+            members[-1].path,
+            f"overlaps the memory of {members[0].path}, but the two belong to different storages",
+            hint="clone() one of the two tensors",
+        )
+    start = min(member.start for member in members) - storage.data_ptr()
+    start -= start % _ALIGNMENT
+    end = max(member.end for member in members) - storage.data_ptr()
+    memory = torch.empty(0, dtype=torch.uint8, device=storage.device)
+    memory.set_(storage, start, (end - start,), (1,))
+    leaf = f"{members[0].path}~memory"
+    origin = memory.data_ptr()
+    return [
+        Placed(leaf, memory, Layout.of(memory), Layout.of(m.tensor), m.start - origin)
+        for m in members
+    ]
