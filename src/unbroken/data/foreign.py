@@ -1,0 +1,114 @@
+"""One pass after another over a loader that is not ours, under keyed randomness."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import Any
+
+import torch
+
+from unbroken.data.keys import derive_key
+from unbroken.data.randomness import KeyedRandom
+from unbroken.errors import DataError
+
+END = object()  # what `ForeignLoader.next` gives at the end of an epoch
+
+
+class ForeignLoader:
+    """A loader or iterable that can be read again and again, each pass the same for its epoch.
+
+    `iter()` runs with the global generators keyed by (seed, epoch), each `next()` keyed by
+    (seed, epoch, batch). The loader's own torch generators, and those of its samplers, are
+    seeded at the begin of a pass, and `set_epoch(epoch)` is called wherever it exists. So a
+    sampler that shuffles gives the same order whenever the same epoch is read.
+
+    Args:
+        loader: An iterable, or a function that returns one.
+        seed: The seed of the run.
+
+    Raises:
+        DataError: It cannot be read twice, or not twice in the same way.
+
+    Example:
+        >>> loader = ForeignLoader([[1, 2], [3]], seed=0)
+        >>> with KeyedRandom() as rng:
+        ...     batches = loader.begin(0, rng)
+        ...     loader.next(batches, 0, 0, rng), loader.next(batches, 0, 1, rng)
+        ([1, 2], [3])
+    """
+
+    def __init__(self, loader: Any, seed: int) -> None:
+        self.loader = loader
+        self.seed = seed
+        _require_repeatable(loader)
+
+    def begin(self, epoch: int, rng: KeyedRandom, state: Any = None) -> Iterator[Any]:
+        """Return an iterator over one epoch; with the loader's own state, over the rest of it."""
+        for part in _parts(self.loader):
+            if callable(getattr(part, "set_epoch", None)):
+                part.set_epoch(epoch)
+            generator = getattr(part, "generator", None)
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(derive_key(self.seed, "loader generator", epoch))
+        rng.seed(derive_key(self.seed, "loader", epoch))
+        if state is not None:
+            self.loader.load_state_dict(deepcopy(state))
+        return iter(self.loader() if _is_factory(self.loader) else self.loader)
+
+    def next(self, batches: Iterator[Any], epoch: int, number: int, rng: KeyedRandom) -> Any:
+        """Return the batch with that number in the epoch, or END."""
+        rng.seed(derive_key(self.seed, "loader", epoch, number))
+        return next(batches, END)
+
+    def state(self) -> Any:
+        """Return the loader's own state, a copy."""
+        return deepcopy(self.loader.state_dict())
+
+    @property
+    def length(self) -> int | None:
+        """Batches in one epoch, where the loader knows."""
+        try:
+            return len(self.loader)
+        except (TypeError, NotImplementedError):
+            return None
+
+
+def _parts(loader: Any) -> list[Any]:
+    """The loader and what it draws its order from, each once."""
+    parts = [getattr(loader, name, None) for name in ("dataset", "sampler", "batch_sampler")]
+    found = [loader, *parts, getattr(parts[-1], "sampler", None)]
+    return list({id(part): part for part in found if part is not None}.values())
+
+
+def _is_factory(loader: Any) -> bool:
+    return callable(loader) and not hasattr(loader, "__iter__")
+
+
+def _require_repeatable(loader: Any) -> None:
+    where = type(loader).__name__
+    if not _is_factory(loader) and not hasattr(loader, "__iter__"):
+        raise DataError(
+            where,
+            "neither a data set nor an iterable of batches",
+            hint="Give something with __getitem__ and __len__, or with __iter__.",
+        )
+    if hasattr(loader, "__next__") and not hasattr(loader, "load_state_dict"):
+        raise DataError(
+            where,
+            "a generator cannot be started again, so a killed run could not be continued",
+            hint="Give the function that makes it, or a data set.",
+        )
+    if getattr(loader, "in_order", True) is False:
+        raise DataError(
+            where,
+            "in_order=False gives batches in the order in which workers happen to finish",
+            hint="Build the loader with in_order=True.",
+        )
+    if getattr(loader, "persistent_workers", False):
+        raise DataError(
+            where,
+            "persistent_workers=True keeps the workers' random state from "
+            "one epoch to the next, which nothing can replay",
+            hint="Build the loader with persistent_workers=False, or give its data set.",
+        )

@@ -1,0 +1,318 @@
+"""Sources over loaders and iterables: through the loader's own state, or counted and skipped."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, ClassVar
+
+import torch
+from torch.utils.data import default_collate
+
+from unbroken.data.foreign import END, ForeignLoader
+from unbroken.data.keys import derive_key
+from unbroken.data.randomness import KeyedRandom
+from unbroken.data.sampler import BatchShape
+from unbroken.data.source import MicroBatch, OnePass, Position, require_same_facts
+from unbroken.errors import DataError
+
+OnSkip = Callable[[int, int, float], None]
+
+_log = logging.getLogger("unbroken.data")
+_SECONDS_BETWEEN_REPORTS = 1.0
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """How micro-batches are made of what an iterable gives.
+
+    Attributes:
+        samples: The iterable gives single samples, of which each micro-batch of all ranks
+            takes m * W; else it gives whole micro-batches of this rank.
+        collate: Makes a micro-batch of a list of samples.
+        drop_last: Leave out the samples at an epoch's end that fill no micro-batch of all ranks;
+            else a micro-batch may span two epochs.
+    """
+
+    samples: bool = False
+    collate: Callable[[list[Any]], Any] = default_collate
+    drop_last: bool = False
+
+
+@dataclass
+class _Reader:
+    """A place in the endless chain of epochs of a loader."""
+
+    loader: ForeignLoader
+    batches: Iterator[Any]
+    epoch: int
+    taken: int
+
+    def take(self, count: int, grouping: Grouping, rng: KeyedRandom) -> tuple[list[Any], int]:
+        """The next `count` items, and the epoch of the first one."""
+        items: list[Any] = []
+        epoch = self.epoch
+        while len(items) < count:
+            item = self.loader.next(self.batches, self.epoch, self.taken, rng)
+            if item is END:
+                if grouping.drop_last:
+                    items.clear()
+                self._next_epoch(count if grouping.drop_last else 1, rng)
+                continue
+            if not items:
+                epoch = self.epoch
+            items.append(item)
+            self.taken += 1
+        return items, epoch
+
+    def _next_epoch(self, least: int, rng: KeyedRandom) -> None:
+        if self.taken < least:
+            raise DataError(
+                type(self.loader.loader).__name__,
+                f"epoch {self.epoch} ended too early",
+                expected=f"at least {least} items",
+                found=self.taken,
+                hint="An iterable must give its items again each time it is iterated.",
+            )
+        self.epoch, self.taken = self.epoch + 1, 0
+        self.batches = self.loader.begin(self.epoch, rng)
+
+
+class LoaderSource:
+    """What `StatefulSource` and `CountedSource` share: endless epochs over a foreign loader.
+
+    Everything that the loader draws in this process is keyed, see `ForeignLoader`. With
+    several ranks a loader of batches must itself give each rank its own batches.
+
+    Args:
+        loader: A loader of micro-batches, an iterable of samples, or a function giving one.
+        seed: The seed of the run.
+        shape: How a global batch is cut.
+        grouping: What the loader gives, and how micro-batches are made of it.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(
+        self, loader: Any, *, seed: int, shape: BatchShape, grouping: Grouping | None = None
+    ) -> None:
+        self.shape = shape
+        self.position = Position()
+        self._loader = ForeignLoader(loader, seed)
+        self._grouping = Grouping() if grouping is None else grouping
+        self._running = OnePass()
+
+    @property
+    def steps_per_epoch(self) -> Fraction | None:
+        """Optimizer steps in one epoch, where the loader has a length; else None."""
+        length = self._loader.length
+        if length is None:
+            return None
+        if not self._grouping.samples:
+            return Fraction(length, self.shape.accumulation)
+        if self._grouping.drop_last:
+            length -= length % self.shape.stride
+        return Fraction(length, self.shape.global_batch_size)
+
+    def from_(self, position: Position | None = None) -> Iterator[MicroBatch]:
+        """Return the micro-batches from a position on, endless."""
+        return self._running.begin(self._read(self.position if position is None else position))
+
+    def used(self, micro: MicroBatch) -> None:
+        """Take note that a micro-batch has been used."""
+        self.position = micro.after
+
+    def left_in_step(self) -> int:
+        """Return how many micro-batches are left in the current optimizer step: 1 to A."""
+        return self.shape.accumulation - self.position.pending
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the place after the last batch used, and what it depends on."""
+        place = self.position
+        return {
+            **self._facts(),
+            "samples": place.samples,
+            "epoch": place.epoch,
+            "taken": place.taken,
+            "pending": place.pending,
+            "loader_state": place.loader_state,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a saved place.
+
+        Raises:
+            DataError: It was saved with another loader, seed or cut of the global batch.
+        """
+        require_same_facts(state, self._facts())
+        self._running.close()
+        names = ("samples", "epoch", "taken", "pending", "loader_state")
+        self.position = Position(**{name: state[name] for name in names})
+
+    def close(self) -> None:
+        """Stop reading; the position stays."""
+        self._running.close()
+
+    def _read(self, place: Position) -> Generator[MicroBatch, None, None]:
+        with KeyedRandom() as rng:
+            reader = self._resume(place, rng)
+        while True:
+            with KeyedRandom() as rng:  # closed before each yield: the trainer draws too
+                micro = self._next(reader, place, rng)
+            place = micro.after
+            yield micro
+
+    def _next(self, reader: _Reader, place: Position, rng: KeyedRandom) -> MicroBatch:
+        grouping, shape = self._grouping, self.shape
+        items, epoch = reader.take(shape.stride if grouping.samples else 1, grouping, rng)
+        if grouping.samples:
+            first = shape.rank * shape.micro_batch_size
+            rng.seed(derive_key(self._loader.seed, "collate", place.samples + first))
+            data = grouping.collate(items[first : first + shape.micro_batch_size])
+            samples = shape.micro_batch_size
+        else:
+            data = items[0]
+            samples = _samples_in(data, shape.micro_batch_size)
+            first = shape.rank * samples
+        after = Position(
+            samples=place.samples + samples * shape.world_size,
+            epoch=reader.epoch,
+            taken=reader.taken,
+            pending=(place.pending + 1) % shape.accumulation,
+            loader_state=self._loader_state(),
+        )
+        return MicroBatch(data, samples, epoch, place.samples + first, after)
+
+    def _facts(self) -> dict[str, Any]:
+        facts: dict[str, Any] = {
+            "kind": self.kind,
+            "seed": self._loader.seed,
+            "length": self._loader.length,
+            "global_batch_size": self.shape.global_batch_size,
+            "gives_samples": self._grouping.samples,
+        }
+        if not self._grouping.samples:
+            facts["micro_batch_size"] = self.shape.micro_batch_size
+            facts["world_size"] = self.shape.world_size
+        return facts
+
+    def _resume(self, place: Position, rng: KeyedRandom) -> _Reader:
+        """Read on at a place."""
+        raise NotImplementedError
+
+    def _loader_state(self) -> Any:
+        """What must be stored to come back to the place where the loader stands now."""
+        raise NotImplementedError
+
+
+class StatefulSource(LoaderSource):
+    """A loader that has `state_dict` and `load_state_dict`, used through them.
+
+    Its state is taken after each batch that it hands out and travels with the batch, so that
+    what is saved belongs to the last batch *used*. How exact a resume is, and what it costs,
+    is up to the loader; what it draws in this process is keyed.
+    """
+
+    kind: ClassVar[str] = "stateful"
+
+    def _resume(self, place: Position, rng: KeyedRandom) -> _Reader:
+        batches = self._loader.begin(place.epoch, rng, place.loader_state)
+        return _Reader(self._loader, batches, place.epoch, place.taken)
+
+    def _loader_state(self) -> Any:
+        return self._loader.state()
+
+
+class CountedSource(LoaderSource):
+    """A loader without a state of its own: its epoch is read again up to the position.
+
+    That is exact, because each epoch's `iter()` and each `next()` are keyed, and because
+    skipped batches are really read, so that workers draw what they drew before. It costs the
+    time of reading them, which is logged (logger `unbroken.data`) and told to `on_skip`.
+
+    Args:
+        loader: As for `LoaderSource`.
+        seed: The seed of the run.
+        shape: How a global batch is cut.
+        grouping: As for `LoaderSource`.
+        on_skip: Called with (items skipped, items to skip, seconds so far), about once a
+            second and when all are skipped.
+        clock: Seconds, monotonic.
+
+    Example:
+        >>> source = CountedSource([[1, 2], [3, 4]], seed=0, shape=BatchShape(2, 2))
+        >>> batch = next(source.from_())
+        >>> batch.data, batch.after.taken
+        ([1, 2], 1)
+    """
+
+    kind: ClassVar[str] = "counted"
+
+    def __init__(
+        self,
+        loader: Any,
+        *,
+        seed: int,
+        shape: BatchShape,
+        grouping: Grouping | None = None,
+        on_skip: OnSkip | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(loader, seed=seed, shape=shape, grouping=grouping)
+        self.on_skip = on_skip
+        self._clock = clock
+
+    def _resume(self, place: Position, rng: KeyedRandom) -> _Reader:
+        reader = _Reader(self._loader, self._loader.begin(place.epoch, rng), place.epoch, taken=0)
+        if place.taken:
+            self._skip(reader, place.taken, rng)
+        return reader
+
+    def _skip(self, reader: _Reader, count: int, rng: KeyedRandom) -> None:
+        name = type(self._loader.loader).__name__
+        _log.warning(
+            "%s has no state_dict: reading and skipping %d items of epoch %d to come "
+            "back to its place; a map-style data set would start at once",
+            name,
+            count,
+            reader.epoch,
+        )
+        start = reported = self._clock()
+        while reader.taken < count:
+            if self._loader.next(reader.batches, reader.epoch, reader.taken, rng) is END:
+                raise DataError(
+                    name,
+                    f"epoch {reader.epoch} is shorter than when it was saved",
+                    expected=f"at least {count} items",
+                    found=reader.taken,
+                )
+            reader.taken += 1
+            now = self._clock()
+            if now - reported >= _SECONDS_BETWEEN_REPORTS and reader.taken < count:
+                reported = now
+                self._report(reader.taken, count, now - start)
+        self._report(count, count, self._clock() - start)
+        _log.warning("skipped %d items in %.1f s", count, self._clock() - start)
+
+    def _report(self, done: int, total: int, seconds: float) -> None:
+        if self.on_skip is not None:
+            self.on_skip(done, total, seconds)
+
+    def _loader_state(self) -> None:
+        return None
+
+
+def _samples_in(batch: Any, otherwise: int) -> int:
+    """The length of the first tensor in a batch, or of the batch itself."""
+    if isinstance(batch, torch.Tensor):
+        return len(batch) if batch.ndim else otherwise
+    if isinstance(batch, Mapping):
+        return _samples_in(next(iter(batch.values())), otherwise) if batch else otherwise
+    if isinstance(batch, (tuple, list)) and batch:
+        if isinstance(batch[0], (torch.Tensor, Mapping)):
+            return _samples_in(batch[0], otherwise)
+        return len(batch)
+    return otherwise

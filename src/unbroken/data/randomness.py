@@ -1,0 +1,122 @@
+"""Randomness that depends on a key alone and leaves the ambient generators as they were."""
+
+from __future__ import annotations
+
+import random
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from unbroken.errors import ConfigError
+
+
+class KeyedRandom:
+    """Inside the scope, each `seed(key)` restarts all global generators from that key.
+
+    The global generators are Python's `random`, NumPy's legacy `numpy.random`, torch's CPU
+    generator and, where asked, the generator of the current CUDA device. On leaving they
+    hold exactly the state that they had on entering. One scope serves many keys: a key costs
+    about 15 microseconds, entering and leaving together about 80.
+
+    Generators made by the user (`numpy.random.default_rng()`, `torch.Generator()`) are not
+    reached; seed them from one of the above, or do not make them inside a data set.
+
+    Args:
+        cuda: Also key the generator of the CUDA device that is current on entering.
+
+    Example:
+        >>> with KeyedRandom() as rng:
+        ...     rng.seed(7)
+        ...     first = random.random()
+        ...     rng.seed(7)
+        ...     first == random.random()
+        True
+    """
+
+    def __init__(self, *, cuda: bool = False) -> None:
+        self._cuda = cuda
+        self._ambient: tuple[Any, Any, torch.Tensor, torch.Tensor | None] | None = None
+        self._cuda_generator: torch.Generator | None = None
+
+    def __enter__(self) -> Self:
+        if self._ambient is not None:
+            raise ConfigError("KeyedRandom", "the scope is already open", hint="Make another one.")
+        if self._cuda:
+            device = torch.cuda.current_device()
+            self._cuda_generator = torch.cuda.default_generators[device]
+        self._ambient = (
+            random.getstate(),
+            np.random.get_state(legacy=False),
+            torch.default_generator.get_state(),
+            None if self._cuda_generator is None else self._cuda_generator.get_state(),
+        )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._ambient is None:
+            return
+        python, numpy, cpu, cuda = self._ambient
+        self._ambient = None
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.default_generator.set_state(cpu)
+        if self._cuda_generator is not None and cuda is not None:
+            self._cuda_generator.set_state(cuda)
+
+    def seed(self, key: int) -> None:
+        """Restart every global generator from the key.
+
+        Args:
+            key: A 64-bit key, see `derive_key`.
+        """
+        random.seed(key)
+        np.random.seed((key & 0xFFFFFFFF, key >> 32))
+        torch.default_generator.manual_seed(key)
+        if self._cuda_generator is not None:
+            self._cuda_generator.manual_seed(key)
+
+
+class _SeededRandom(KeyedRandom):
+    """A scope that begins with a key."""
+
+    def __init__(self, key: int, *, cuda: bool) -> None:
+        super().__init__(cuda=cuda)
+        self._key = key
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self.seed(self._key)
+        return self
+
+
+def keyed_random(key: int, *, cuda: bool = False) -> KeyedRandom:
+    """Return a scope in which all global generators start from the key.
+
+    On leaving, the ambient state is back exactly as it was. Inside, `.seed(key)` starts
+    again from another key, so one scope serves all micro-batches of an optimizer step.
+
+    Args:
+        key: A 64-bit key, see `derive_key`.
+        cuda: Also key the generator of the current CUDA device.
+
+    Returns:
+        A context manager that gives a `KeyedRandom`.
+
+    Example:
+        >>> from unbroken.data import derive_key
+        >>> with keyed_random(derive_key(42, "dropout", 3, 0)) as rng:
+        ...     first = torch.rand(())
+        ...     rng.seed(derive_key(42, "dropout", 3, 1))
+        ...     second = torch.rand(())
+        >>> with keyed_random(derive_key(42, "dropout", 3, 1)):
+        ...     bool(second == torch.rand(()))
+        True
+    """
+    return _SeededRandom(key, cuda=cuda)
