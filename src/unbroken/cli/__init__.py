@@ -1,0 +1,5 @@
+"""The command line: `unbroken train | demo | ls | show | verify`."""
+
+from __future__ import annotations
+
+__all__: list[str] = []

@@ -1,0 +1,112 @@
+"""The arguments of each command; tyro reads these classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from unbroken.errors import ConfigError
+
+Json = Annotated[bool, arg(name="json")]
+
+
+@dataclass(frozen=True)
+class Ls:
+    """List runs, or the checkpoints of a run.
+
+    Only manifests and file sizes are looked at; `unbroken verify` reads every byte.
+    """
+
+    runs: Positional[tuple[str, ...]] = ()
+    """Run directories, or folders that hold some. None: ./runs and the current directory."""
+    as_json: Json = False
+    """Print JSON instead of tables."""
+
+    def run(self) -> int:
+        """Print the lists; return the exit status."""
+        from unbroken.cli.listing import print_listing
+
+        return print_listing(self.runs, as_json=self.as_json)
+
+
+@dataclass(frozen=True)
+class Show:
+    """Show what a run or one checkpoint is: progress, configuration, environment, files."""
+
+    path: Positional[str]
+    """A run directory, or a checkpoint folder in one."""
+    history: bool = False
+    """Show the history of the run: each start, what it found, and each stop."""
+    as_json: Json = False
+    """Print JSON instead of tables."""
+
+    def run(self) -> int:
+        """Print the story; return the exit status."""
+        from unbroken.cli.showing import print_run
+
+        return print_run(self.path, with_history=self.history, as_json=self.as_json)
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Read every byte of the checkpoints and list all damage; exit status 10 if there is any."""
+
+    path: Positional[str]
+    """A run directory, or a checkpoint folder in one."""
+    step: int | None = None
+    """Only the checkpoint of this step."""
+    as_json: Json = False
+    """Print JSON instead of a table."""
+
+    def run(self) -> int:
+        """Print what was found; return the exit status."""
+        from unbroken.cli.verifying import print_verdicts
+
+        return print_verdicts(self.path, step=self.step, as_json=self.as_json)
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Kill a training run again and again, and show that it equals one that was not killed.
+
+    A small GPT-2 is trained twice on real text by `unbroken train`, in processes of their own:
+    once in peace, once under SIGKILLs at random moments, one of them inside a save. Then every
+    tensor, the loss of every step and the order of the data are compared, byte by byte. Exit
+    status 0 only if all are the same.
+    """
+
+    keep: str | None = None
+    """Keep the runs in this folder; None: a temporary folder, removed at the end."""
+    steps: int = 60
+    """Optimizer steps of each run."""
+    kills: int = 4
+    """How often the second run is killed."""
+    seed: int | None = None
+    """Repeat the moments of an earlier demo; None: new random ones, whose seed is printed."""
+
+    def run(self) -> int:
+        """Tell the story; return the exit status."""
+        from unbroken.cli.demo import tell
+
+        if self.steps < MIN_DEMO_STEPS:
+            raise ConfigError("--steps", expected=f"at least {MIN_DEMO_STEPS}", found=self.steps)
+        if self.kills < 1:
+            raise ConfigError("--kills", expected="at least 1", found=self.kills)
+        return tell(keep=self.keep, steps=self.steps, kills=self.kills, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a causal language model on text files, as a YAML file says.
+
+    The same command continues a run that was stopped or killed.
+    """
+
+    config: Positional[str]
+    """YAML file; `unbroken train --help` lists all settings."""
+
+
+MIN_DEMO_STEPS = 12
+COMMANDS = {"train": Train, "demo": Demo, "ls": Ls, "show": Show, "verify": Verify}

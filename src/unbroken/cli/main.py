@@ -1,0 +1,72 @@
+"""The command `unbroken`: choose what to do, and turn errors into exit statuses.
+
+Nothing heavy is imported before it is known to be needed: `ls`, `show`, `verify` and `--help`
+load neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from unbroken.errors import UnbrokenError
+
+_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+_BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status; errors are one sentence, no traceback.
+
+    The status is 0 if all is well, 2 for a wrong command line or configuration, 75 for a
+    training that was asked to stop and saved, 130 after Ctrl-C, and else the `exit_code` of
+    the error's class in `unbroken.errors`.
+
+    Args:
+        arguments: The words after `unbroken`; None: those of this process.
+
+    Raises:
+        SystemExit: For `--help`, for a wrong command line, and when a training was stopped.
+
+    Example:
+        >>> main(["ls", "."]) in (0, 5)
+        True
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        status = _run(given)
+        sys.stdout.flush()
+    except UnbrokenError as error:
+        _print_error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)  # noqa: T201 (the last word of a command)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader went away. Python would complain once more when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    return status
+
+
+def _run(given: list[str]) -> int:
+    if given[:1] == ["train"]:
+        from unbroken.cli.train import train
+
+        return train(given[1:])
+    if given == ["--version"]:
+        from unbroken import __version__
+
+        sys.stdout.write(f"unbroken {__version__}\n")
+        return 0
+    from unbroken.cli.parsing import parse_command
+
+    return parse_command(given).run()
+
+
+def _print_error(error: UnbrokenError) -> None:
+    lines = [f"{type(error).__name__}: {error}"]
+    if error.hint is not None:
+        lines += [f"  {line}" for line in error.hint.splitlines()]
+    sys.stderr.write("\n".join(lines) + "\n")

@@ -1,0 +1,225 @@
+"""`unbroken show`: what a run, or one checkpoint of it, is."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+
+from unbroken.cli.places import Place, best_step_of, is_pinned, open_place
+from unbroken.cli.tables import (
+    date_text,
+    make_console,
+    make_facts,
+    make_table,
+    print_json,
+    print_table,
+    size_text,
+    value_text,
+)
+from unbroken.errors import CheckpointError
+from unbroken.store import CheckpointReader, Json, Manifest
+
+
+@dataclass(frozen=True)
+class Story:
+    """All that `show` tells.
+
+    Attributes:
+        place: What the path named.
+        reader: The checkpoint; None if the run has none that can be opened.
+        skipped: Newer checkpoints that cannot be opened, and why.
+        metrics: The newest record of each kind: with a training loss, with evaluation metrics.
+        history: Every record of history.jsonl.
+    """
+
+    place: Place
+    reader: CheckpointReader | None
+    skipped: dict[str, str]
+    metrics: list[dict[str, Json]]
+    history: list[dict[str, Json]]
+
+
+def print_run(path: str, *, with_history: bool, as_json: bool) -> int:
+    """Print the story of the run or checkpoint that a path names.
+
+    Raises:
+        CheckpointError: The path names a checkpoint that cannot be opened.
+        RunDirectoryError: The path names no run and no checkpoint.
+    """
+    story = _read(open_place(path))
+    if as_json:
+        print_json(_as_json(story, with_history=with_history))
+    else:
+        _print(story, with_history=with_history)
+    return 0
+
+
+def _read(place: Place) -> Story:
+    skipped: dict[str, str] = {}
+    reader = None
+    for folder in reversed(place.folders):
+        try:
+            reader = place.open(folder)
+            break
+        except CheckpointError as error:
+            if place.folder is not None:
+                raise
+            skipped[folder] = str(error)
+    if place.run is None:
+        return Story(place, reader, skipped, [], [])
+    upto = None if place.folder is None or reader is None else reader.step
+    metrics = _newest_metrics(place.run.metrics.records(), upto)
+    return Story(place, reader, skipped, metrics, list(place.run.history.records()))
+
+
+def _newest_metrics(records: Iterable[dict[str, Json]], upto: int | None) -> list[dict[str, Json]]:
+    """Return the newest record with a loss and the newest of an evaluation, up to a step."""
+    newest: dict[str, dict[str, Json]] = {}
+    for record in records:
+        step = record.get("step")
+        if upto is None or (isinstance(step, int) and step <= upto):
+            newest["training" if "loss" in record else "evaluation"] = record
+    return list(newest.values())
+
+
+def _print(story: Story, *, with_history: bool) -> None:
+    console = make_console()
+    print_table(console, make_facts(_identity(story)))
+    if story.reader is not None:
+        manifest = story.reader.manifest
+        for title in ("progress", "config", "environment"):
+            _print_facts(console, title, manifest.facts.get(title))
+        _print_files(console, manifest)
+    for record in story.metrics:
+        _print_facts(console, "last evaluation" if "loss" not in record else "last metrics", record)
+    if with_history:
+        _print_history(console, story.history)
+
+
+def _identity(story: Story) -> dict[str, str]:
+    place, run = story.place, story.place.run
+    facts = {"path": str(place.path)}
+    if run is not None:
+        facts |= {"run": run.run_id, "begun": date_text(run.created)}
+        facts["checkpoints"] = str(len(run.catalog.folders()))
+        starts = [record for record in story.history if record.get("event") == "started"]
+        facts["segments"] = str(len(starts))
+    if story.reader is None:
+        return {**facts, "checkpoint": "none yet" if not story.skipped else "none can be opened"}
+    return facts | _checkpoint_identity(story, story.reader) | story.skipped
+
+
+def _checkpoint_identity(story: Story, reader: CheckpointReader) -> dict[str, str]:
+    manifest = reader.manifest
+    marks = [mark for mark, is_set in _marks(story, reader).items() if is_set]
+    return {
+        "checkpoint": ", ".join([reader.folder, *marks]),
+        "step": str(manifest.step),
+        "saved": date_text(manifest.created),
+        "size": f"{size_text(manifest.nbytes)} in {len(manifest.tensors)} tensors",
+        "format": f"version {manifest.version}",
+        "state digest": manifest.state_digest,
+    }
+
+
+def _marks(story: Story, reader: CheckpointReader) -> dict[str, bool]:
+    whole = Place(story.place.path, story.place.run)
+    return {"best": best_step_of(whole) == reader.step, "pinned": is_pinned(reader)}
+
+
+def _print_facts(console: Console, title: str, facts: Json) -> None:
+    if isinstance(facts, Mapping) and facts:
+        console.print(f"\n{title}", style="bold")
+        print_table(console, make_facts({name: value_text(value) for name, value in facts.items()}))
+
+
+def _print_files(console: Console, manifest: Manifest) -> None:
+    console.print("\nfiles", style="bold")
+    rows = [
+        (file.name, size_text(file.nbytes), str(sum(r.path is not None for r in file.regions)))
+        for file in manifest.files
+    ]
+    print_table(console, make_table(("file", "size", "tensors"), rows, ("size", "tensors")))
+
+
+def _print_history(console: Console, records: Iterable[Mapping[str, Any]]) -> None:
+    """Print the segments: how each start began, what it saved, how it ended."""
+    console.print("\nhistory", style="bold")
+    number, saved = 0, _Saved(console)
+    for record in records:
+        event = record.get("event")
+        if event == "saved":
+            saved.steps.append(str(record.get("step")))
+            continue
+        saved.print()
+        if event == "started":
+            number += 1
+            console.print("\n".join(_start_lines(number, record)))
+        elif event == "stopped":
+            console.print(f"   stopped by {record.get('by')} after step {record.get('step')}")
+        else:
+            console.print(f"   {value_text(dict(record))}")
+    saved.print()
+
+
+class _Saved:
+    """Gathers the saves of a segment into one line."""
+
+    def __init__(self, console: Console) -> None:
+        self.steps: deque[str] = deque()
+        self._console = console
+
+    def print(self) -> None:
+        """Print and forget what was gathered."""
+        if self.steps:
+            self._console.print(f"   saved at step {', '.join(self.steps)}")
+            self.steps.clear()
+
+
+def _start_lines(number: int, record: Mapping[str, Any]) -> list[str]:
+    source = record.get("checkpoint")
+    begin = "at the beginning" if source is None else f"from {source}"
+    lines = [f"{number}. started {begin} (step {record.get('step')})"]
+    lines += [
+        f"   not used: {item.get('checkpoint')}: {item.get('reason')}"
+        for item in record.get("rejected") or []
+    ]
+    lines += [
+        f"   set aside: {item.get('from')} is now {item.get('to')}"
+        for item in record.get("set_aside") or []
+    ]
+    if record.get("previous_owner"):
+        lines.append(f"   took over from a process that died: {record['previous_owner']}")
+    return lines + [f"   {note}" for note in record.get("notes") or []]
+
+
+def _as_json(story: Story, *, with_history: bool) -> dict[str, object]:
+    run, reader = story.place.run, story.reader
+    document: dict[str, object] = {
+        "path": str(story.place.path),
+        "run": None if run is None else {"id": run.run_id, "created": run.created},
+        "checkpoint": None if reader is None else _checkpoint_json(story, reader),
+        "unreadable": story.skipped,
+        "metrics": story.metrics,
+    }
+    return {**document, "history": story.history} if with_history else document
+
+
+def _checkpoint_json(story: Story, reader: CheckpointReader) -> dict[str, object]:
+    manifest = reader.manifest
+    return {
+        "folder": reader.folder,
+        "step": manifest.step,
+        "created": manifest.created,
+        "version": manifest.version,
+        "nbytes": manifest.nbytes,
+        "state_digest": manifest.state_digest,
+        "tensors": len(manifest.tensors),
+        **_marks(story, reader),
+        "facts": manifest.facts,
+        "files": [{"name": file.name, "nbytes": file.nbytes} for file in manifest.files],
+    }
