@@ -65,10 +65,17 @@ def raw(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().view(carrier(tensor.dtype))
 
 
+def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the memory of a contiguous tensor as a vector of bytes."""
+    flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    start = tensor.storage_offset() * tensor.element_size()
+    length = tensor.numel() * tensor.element_size()
+    return flat.set_(tensor.untyped_storage(), start, (length,), (1,))
+
+
 def byte_view(tensor: torch.Tensor) -> memoryview:
-    """Return the memory of a contiguous CPU tensor as a writable byte buffer."""
-    flat = raw(tensor).view(-1).view(torch.uint8)
-    return flat.numpy().data
+    """Return the memory of a contiguous CPU tensor as a writable buffer."""
+    return flat_bytes(tensor).numpy().data
 
 
 def is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from unbroken.capture.dtypes import SAFETENSORS_DTYPES, raw
+from unbroken.capture.dtypes import SAFETENSORS_DTYPES, flat_bytes, raw
 
 FileOf = Callable[[str], tuple[str, str]]
 """Gives for the path of a leaf the file that it goes into and its name there."""
@@ -44,7 +44,7 @@ class TensorLeaf:
 
     def chunks(self) -> Iterator[memoryview]:
         """Yield the bytes in C order, at most 16 MiB at a time."""
-        flat = raw(self.tensor).contiguous().view(-1).view(torch.uint8)
+        flat = flat_bytes(raw(self.tensor).contiguous())
         for start in range(0, flat.numel(), _CHUNK):
             yield flat[start : start + _CHUNK].cpu().numpy().data
 
