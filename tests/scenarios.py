@@ -6,6 +6,7 @@ it: as fresh as a new interpreter for all that training can see, at a hundredth 
 
 from __future__ import annotations
 
+import copy
 import json
 import multiprocessing
 import os
@@ -18,14 +19,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from unbroken.checkpoint import TrainingStopped
+from unbroken.checkpoint import ResumeReport, resuming
 from unbroken.storage import LocalStorage
 from unbroken.store import CheckpointReader
 from unbroken.testing import KillingStorage
 from unbroken.training import Callback, Silence, Trainer, TrainerConfig
 
 _FRESH = multiprocessing.get_context("forkserver")
-_FRESH.set_forkserver_preload(["scenarios"])
+_FRESH.set_forkserver_preload(["torch._dynamo", "unbroken.training", "unbroken.testing"])
 
 SAMPLES, BATCH, EPOCHS = 40, 8, 3
 STEPS_PER_EPOCH = SAMPLES // BATCH
@@ -134,6 +135,13 @@ class KillInSave(Callback):
             trainer.checkpointer.run.storage.arm(self.storage_step)
 
 
+class ArmedStorage(KillingStorage):
+    """Kills its process at a durable step counted from a moment of the run."""
+
+    def arm(self, steps: int) -> None:
+        self._kill_at = self.steps + steps
+
+
 def make_trainer(scenario: Scenario, folder: str, cut: Cut | None, save_steps: int) -> Trainer:
     config = TrainerConfig(
         output_dir=folder,
@@ -156,7 +164,7 @@ def make_trainer(scenario: Scenario, folder: str, cut: Cut | None, save_steps: i
     callbacks: list[Callback] = []
     storage = None
     if cut is not None and cut.storage_step is not None:
-        storage = KillingStorage(folder)
+        storage = ArmedStorage(folder)
         callbacks = [KillInSave(cut.step, cut.storage_step)]
     elif cut is not None:
         callbacks = [KillInStep(cut.step)]
@@ -178,22 +186,46 @@ def make_trainer(scenario: Scenario, folder: str, cut: Cut | None, save_steps: i
 def train(
     scenario: Scenario, folder: str, cut: Cut | None, save_steps: int, left_out: str | None
 ) -> None:
-    """Train in this process; `left_out` names an object that is taken out of the state."""
+    """Train in this process; `left_out` names a part of the state that a resume leaves out."""
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of the workers of a DataLoader
     trainer = make_trainer(scenario, folder, cut, save_steps)
-    if left_out == "random generators":
-        trainer._random.seed = lambda key: None
-        trainer._random.__class__.__exit__ = lambda self, *_: None
-        _forget_generators()
-    elif left_out is not None:
-        del trainer.checkpointer.objects[left_out]
+    if left_out is not None:
+        leave_out(trainer, left_out)
     trainer.train()
 
 
-def _forget_generators() -> None:
-    from unbroken.checkpoint import resuming
+def leave_out(trainer: Trainer, part: str) -> None:
+    """Make a resume forget one part: it has the value of a new process again."""
+    if part == "random generators":
+        trainer._stepper._random = Unkeyed()
+        resuming.restore_rng = lambda tree: None
+        return
+    owner = trainer.model if part == "buffers" else trainer.checkpointer.objects[part]
+    fresh = copy.deepcopy(owner.state_dict())
+    if part == "buffers":
+        fresh = {name: fresh[name] for name, _ in owner.named_buffers()}
+    load = trainer.checkpointer.resume
 
-    resuming.restore_rng = lambda tree: None
+    def resume(which: object) -> ResumeReport:
+        report = load(which)
+        owner.load_state_dict(fresh, **({"strict": False} if part == "buffers" else {}))
+        return report
+
+    trainer.checkpointer.resume = resume
+
+
+class Unkeyed:
+    """The ambient generators, as a trainer without keyed randomness would use them."""
+
+    def seed(self, key: int) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        pass
 
 
 def run_fresh(function, *arguments) -> int:
@@ -204,11 +236,13 @@ def run_fresh(function, *arguments) -> int:
     return process.exitcode
 
 
-def outcome(folder: Path) -> dict:
-    """Return what a finished run left: every tensor's digest, and every line of its metrics."""
-    reader = CheckpointReader(LocalStorage(folder), f"checkpoint-{STEPS}")
+def outcome(folder: Path, step: int = STEPS) -> dict:
+    """Return what a finished run left: all tensors, all other state, every line of metrics."""
+    reader = CheckpointReader(LocalStorage(folder), f"checkpoint-{step}")
     tensors = {path: region.digest for path, (_, region) in reader.manifest.tensors.items()}
-    return {"tensors": tensors, "metrics": metrics(folder)}
+    state = json.loads(reader.read_file("state.json"))
+    del state["statistics"]  # holds measured times; what it counts is in the metrics
+    return {"tensors": tensors, "state": state, "metrics": metrics(folder)}
 
 
 def metrics(folder: Path) -> list[dict]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+
 from scenarios import CUTS, Scenario, killed_and_resumed, uninterrupted
 
 VALUES = {
@@ -59,7 +60,7 @@ def test_a_killed_run_ends_with_the_bits_of_the_uninterrupted_run(case, tmp_path
 @pytest.mark.sweep
 @pytest.mark.parametrize(
     "chosen",
-    itertools.product(*(VALUES[name] for name in NAMES[:3]), VALUES["cut"]),
+    list(itertools.product(*(VALUES[name] for name in NAMES[:3]), VALUES["cut"])),
     ids=title,
 )
 def test_every_combination_ends_with_the_bits_of_the_uninterrupted_run(chosen, tmp_path):
@@ -70,10 +71,12 @@ def test_every_combination_ends_with_the_bits_of_the_uninterrupted_run(chosen, t
 
 LEFT_OUT = {
     "model": Scenario(),
+    "buffers": Scenario(model="batchnorm"),
     "optimizer": Scenario(optimizer="sgd"),
     "scheduler": Scenario(),
-    "statistics": Scenario(),
     "scaler": Scenario(precision="fp16"),
+    "data": Scenario(),
+    "statistics": Scenario(),
     "random generators": Scenario(),
 }
 

@@ -9,11 +9,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from unbroken.capture import capture, capture_rng, encode, files_for, pretrained_files
+from torch import nn
+
+from unbroken.capture import (
+    capture,
+    capture_rng,
+    encode,
+    files_for,
+    pretrained_files,
+    structure_to_bytes,
+)
 from unbroken.checkpoint.environment import environment_facts
 from unbroken.checkpoint.policy import Cadence, Timer
 from unbroken.checkpoint.report import ResumeReport
-from unbroken.checkpoint.resuming import STATE_FILE, Resumption, state_bytes
+from unbroken.checkpoint.resuming import STATE_FILE, Resumption
 from unbroken.checkpoint.selection import ResumeFrom, Selection
 from unbroken.errors import ConfigError
 from unbroken.storage import LocalStorage, Storage
@@ -177,10 +186,14 @@ class Checkpointer:
             run.storage, step=step, run_id=run.run_id, clock=self._wall_clock
         ) as writer:
             writer.write_leaves(encoded.leaves)
-            writer.write_file(STATE_FILE, state_bytes(encoded.structure))
-            for name, data in pretrained_files(self.objects.get("model")).items():
+            writer.write_file(STATE_FILE, structure_to_bytes(encoded.structure))
+            for name, data in self._model_files().items():
                 writer.write_file(name, data)
             return writer.commit({**self._facts(run), **facts})
+
+    def _model_files(self) -> dict[str, bytes]:
+        model = self.objects.get("model")
+        return pretrained_files(model) if isinstance(model, nn.Module) else {}
 
     def _facts(self, run: RunDirectory) -> dict[str, Any]:
         return {

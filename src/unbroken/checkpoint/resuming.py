@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from unbroken.capture import capture, decode, load_tensors, restore, restore_rng, types_in
+from unbroken.capture import (
+    capture,
+    decode,
+    load_tensors,
+    restore,
+    restore_rng,
+    structure_from_bytes,
+    types_in,
+)
 from unbroken.checkpoint.report import ResumeReport
 from unbroken.checkpoint.selection import Selection
 from unbroken.errors import (
@@ -16,14 +23,9 @@ from unbroken.errors import (
     RunDirectoryError,
 )
 from unbroken.storage import LocalStorage
-from unbroken.store import CheckpointReader, Rejection, RunDirectory
+from unbroken.store import CheckpointReader, Json, Rejection, RunDirectory
 
 STATE_FILE = "state.json"
-
-
-def state_bytes(structure: Any) -> bytes:
-    """Return the text of state.json."""
-    return json.dumps(structure, separators=(",", ":"), ensure_ascii=True).encode("ascii")
 
 
 class Resumption:
@@ -135,7 +137,7 @@ class Resumption:
         self._remember(reader.manifest.facts)
 
     def _tree(self, reader: CheckpointReader) -> dict[str, Any]:
-        structure = json.loads(reader.read_file(STATE_FILE))
+        structure = structure_from_bytes(reader.read_file(STATE_FILE), STATE_FILE)
         types = (*self._types, *types_in(capture(self._objects)))
         tree = decode(structure, reader, types=types, lazy=True)
         if not isinstance(tree, dict):
@@ -179,8 +181,8 @@ class Resumption:
             for later, folder in self._run.catalog.folders()
             if not (own and later <= step)
         )
-        metrics = reader.manifest.facts["metrics_bytes"] if reader is not None and own else 0
-        notes = self._cut_metrics(metrics, keep_copy=selection.kind != "auto")
+        known = reader.manifest.facts.get("metrics_bytes") if reader is not None and own else 0
+        notes = self._cut_metrics(known, keep_copy=selection.kind != "auto")
         report = ResumeReport(
             step=step,
             checkpoint=None if reader is None else reader.storage.describe(reader.folder),
@@ -192,9 +194,11 @@ class Resumption:
         self._run.history.append({"event": "started", **report.to_json()})
         return report
 
-    def _cut_metrics(self, nbytes: int, *, keep_copy: bool) -> tuple[str, ...]:
+    def _cut_metrics(self, nbytes: Json, *, keep_copy: bool) -> tuple[str, ...]:
         """Cut metrics.jsonl back to what it was at the checkpoint."""
         metrics = self._run.metrics
+        if not isinstance(nbytes, int):
+            raise CorruptCheckpointError("manifest.json", "facts.metrics_bytes", found=nbytes)
         if metrics.nbytes < nbytes:
             raise RunDirectoryError(
                 self._run.storage.describe("metrics.jsonl"),

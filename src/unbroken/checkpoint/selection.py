@@ -63,12 +63,12 @@ class Selection:
             return cls("step", step=_positive(value))
         if isinstance(value, os.PathLike):
             return cls("path", path=Path(value))
-        if not isinstance(value, str) or not value:
-            raise ConfigError("resume_from_checkpoint", expected=_CHOICES, found=repr(value))
         return cls._of_text(value)
 
     @classmethod
-    def _of_text(cls, text: str) -> Selection:
+    def _of_text(cls, text: object) -> Selection:
+        if not isinstance(text, str) or not text:
+            raise ConfigError("resume_from_checkpoint", expected=_CHOICES, found=repr(text))
         word = _WORDS.get(text.lower())
         if word is not None:
             return cls(word)

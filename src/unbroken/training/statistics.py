@@ -49,7 +49,7 @@ class Statistics:
         chain = xxhash.xxh3_128((self.data_digest or "").encode())
         for tensor in _tensors_in(data):
             flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            chain.update(memoryview(flat.numpy()))
+            chain.update(flat.numpy().data)
         self.data_digest = chain.hexdigest()
 
     def log(self, tokens: int) -> dict[str, Any]:
