@@ -23,9 +23,7 @@ class _Teller:
         self.seen, self.tensors = {}, []
 
     def tell(self, value):
-        mutable = isinstance(
-            value, (list, dict, set, deque, bytearray, np.ndarray, torch.Tensor)
-        )
+        mutable = isinstance(value, (list, dict, set, deque, bytearray, np.ndarray, torch.Tensor))
         if mutable and id(value) in self.seen:
             return "the same as", self.seen[id(value)][0]
         if mutable:
@@ -68,18 +66,22 @@ class _Teller:
         self.tensors.append((len(self.tensors), value))
         flags = value.requires_grad, value.is_conj(), value.is_neg(), bool(value.is_leaf)
         role = getattr(value, "_is_buffer", None), getattr(value, "persistent", None)
-        stride = value.stride() if dense(value) else "not dense"
-        return str(value.dtype), tuple(value.shape), stride, flags, role, bits.tobytes()
+        return str(value.dtype), tuple(value.shape), strides(value), flags, role, bits.tobytes()
 
     def overlaps(self):
-        """Return for every two tensors that share memory how far apart they begin."""
+        """Return for every two tensors that share memory how they lie to each other."""
         found = []
         for i, one in self.tensors:
             for j, other in self.tensors[i + 1 :]:
-                if one.numel() and other.numel() and max(start(one), start(other)) < min(
-                    end(one), end(other)
+                if (
+                    one.numel()
+                    and other.numel()
+                    and start(one) < end(other)
+                    and start(other) < end(one)
                 ):
-                    found.append((i, j, start(other) - start(one)))
+                    same = start(one) == start(other) and one.stride() == other.stride()
+                    how = "alike" if same else (one.stride(), other.stride())
+                    found.append((i, j, start(other) - start(one), how))
         return found
 
 
@@ -92,8 +94,15 @@ def end(tensor):
     return start(tensor) + (reach + 1) * tensor.element_size()
 
 
-def dense(tensor):
-    return bool(tensor.numel() == 0 or (end(tensor) - start(tensor)) == tensor.nbytes)
+def strides(tensor):
+    """Return how a tensor must lie in memory: a dense one as it lies, one with holes packed."""
+    expanded = tuple(
+        step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True) if n > 1
+    )
+    if any(expanded):
+        return expanded
+    dense = tensor.numel() == 0 or end(tensor) - start(tensor) == tensor.nbytes
+    return tensor.stride() if dense else torch.empty(tensor.shape).stride()
 
 
 def memory(tensor):

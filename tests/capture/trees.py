@@ -38,7 +38,9 @@ DTYPES = sorted(
     {v for v in vars(torch).values() if isinstance(v, torch.dtype)} - QUANTIZED, key=str
 )
 
-any_float = st.integers(0, 2**64 - 1).map(lambda bits: struct.unpack("<d", bits.to_bytes(8, "big"))[0])
+any_float = st.integers(0, 2**64 - 1).map(
+    lambda bits: struct.unpack("<d", bits.to_bytes(8, "big"))[0]
+)
 any_text = st.text(st.characters(codec=None, exclude_categories=()), max_size=8)
 members = st.sampled_from([*Color, *Level, *Rights, Rights(0)])
 plain = st.one_of(
@@ -68,7 +70,9 @@ torch_values = st.sampled_from(
 array_dtypes = st.one_of(
     npst.scalar_dtypes(), npst.array_dtypes(allow_subarrays=True), st.just(np.dtype("<f2"))
 )
-arrays = npst.arrays(array_dtypes, npst.array_shapes(min_dims=0, min_side=0, max_side=3), fill=st.nothing())
+arrays = npst.arrays(
+    array_dtypes, npst.array_shapes(min_dims=0, min_side=0, max_side=3), fill=st.nothing()
+)
 
 
 @st.composite
@@ -182,6 +186,9 @@ def trees(draw):
     number = st.integers(0, len(pool) - 1)
     views = number.flatmap(lambda n: seen_otherwise(pool[n])).flatmap(in_role)
     leaves = st.one_of(
+        views,
+        views,
+        views,
         plain,
         torch_values,
         st.binary(max_size=8).map(bytearray),
@@ -189,7 +196,6 @@ def trees(draw):
         laid_out_arrays(),
         numpy_scalars,
         array_dtypes.map(np.dtype),
-        views,
         number.map(lambda n: pool[n].value),
     )
     return Tree(draw(st.recursive(leaves, containers, max_leaves=12)))

@@ -1,0 +1,274 @@
+"""Optimizer state goes by names, keeps its dtypes, and fits only the optimizer it came from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from round_trip import carry, saved
+from sameness import account
+from torch import nn, optim
+
+from unbroken.capture import capture, restore
+from unbroken.errors import CaptureError, StateMismatchError
+
+transformers = pytest.importorskip("transformers")
+
+
+def model(seed, dtype=torch.float32):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, bias=False)).to(dtype)
+
+
+def adafactor(parameters):
+    return transformers.Adafactor(parameters, lr=0.01, relative_step=False, scale_parameter=False)
+
+
+OPTIMIZERS = {
+    "AdamW": optim.AdamW,
+    "AdamW amsgrad": lambda p: optim.AdamW(p, amsgrad=True),
+    "AdamW fused": lambda p: optim.AdamW(p, fused=True),
+    "AdamW capturable": lambda p: optim.AdamW(p, capturable=True, foreach=False),
+    "AdamW tensor lr": lambda p: optim.AdamW(p, lr=torch.tensor(0.01), foreach=False),
+    "NAdam": optim.NAdam,
+    "RAdam": optim.RAdam,
+    "Adamax": optim.Adamax,
+    "Adadelta": optim.Adadelta,
+    "Adagrad": optim.Adagrad,
+    "ASGD": optim.ASGD,
+    "Rprop": optim.Rprop,
+    "RMSprop": lambda p: optim.RMSprop(p, momentum=0.9, centered=True),
+    "SGD": optim.SGD,
+    "SGD momentum": lambda p: optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+    "LBFGS": lambda p: optim.LBFGS(p, lr=0.1, max_iter=3),
+    "torch Adafactor": optim.Adafactor,
+    "transformers Adafactor": adafactor,
+}
+runs_on_cpu = pytest.mark.parametrize(
+    "build",
+    [b for n, b in OPTIMIZERS.items() if n != "AdamW capturable"],
+    ids=[n for n in OPTIMIZERS if n != "AdamW capturable"],
+)
+
+
+def step(net, optimizer, count=1, seed=7):
+    """Train a few steps on fixed data."""
+    batches = torch.randn(count, 4, 3, generator=torch.Generator().manual_seed(seed))
+    for batch in batches.to(next(net.parameters()).dtype):
+
+        @torch.enable_grad()  # transformers' Adafactor calls it without
+        def closure(batch=batch):
+            optimizer.zero_grad()
+            loss = net(batch).square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+
+def state(net, optimizer):
+    """Return all that an optimizer holds, by the names of parameters."""
+    names = {parameter: name for name, parameter in net.named_parameters()}
+    groups = [{**g, "params": [names[p] for p in g["params"]]} for g in optimizer.param_groups]
+    return account([{names[p]: s for p, s in optimizer.state.items()}, groups])
+
+
+def trained(build, seed=0, count=3, dtype=torch.float32):
+    net = model(seed, dtype)
+    optimizer = build(net.parameters())
+    step(net, optimizer, count)
+    return {"model": net, "optimizer": optimizer}
+
+
+@runs_on_cpu
+def test_it_goes_on_bit_for_bit(build):
+    source, target = trained(build), trained(build, seed=1, count=1)
+    carry(source, target)
+    assert state(*target.values()) == state(*source.values())
+    step(*source.values(), count=2, seed=8)
+    step(*target.values(), count=2, seed=8)
+    assert account(list(target["model"].parameters())) == account(
+        list(source["model"].parameters())
+    )
+
+
+@runs_on_cpu
+def test_without_its_state_it_goes_on_otherwise(build):
+    source, target = trained(build), trained(build, seed=1, count=0)
+    carry({"model": source["model"]}, {"model": target["model"]})
+    differs = state(*target.values()) != state(*source.values())
+    assert differs or not any(source["optimizer"].state.values())
+
+
+@pytest.mark.parametrize("order", [[2, 1, 0], [1, 0, 2]], ids=str)
+def test_state_follows_the_name_when_the_order_of_parameters_changes(order):
+    source = trained(optim.AdamW)
+    net = model(1)
+    parameters = list(net.parameters())
+    target = {"model": net, "optimizer": optim.AdamW([parameters[n] for n in order])}
+    carry(source, target)
+    for one, other in zip(net.parameters(), source["model"].parameters(), strict=True):
+        moments = (o["optimizer"].state[p] for o, p in ((target, one), (source, other)))
+        assert account(next(moments)) == account(next(moments))
+
+
+def test_stock_pytorch_would_have_given_the_moments_to_others():
+    source, net = trained(optim.AdamW), model(1)
+    weights = [net[0].weight, net[1].weight]
+    other = optim.AdamW([weights[1], net[0].bias, weights[0]])
+    other.load_state_dict(source["optimizer"].state_dict())
+    right = source["optimizer"].state[source["model"][0].weight]["exp_avg"]
+    assert torch.equal(other.state[weights[1]]["exp_avg"], right)
+
+
+def test_groups_are_found_by_their_parameters():
+    def build(net, order):
+        groups = [
+            {"params": [net[0].weight, net[1].weight], "weight_decay": 0.1},
+            {"params": [net[0].bias], "weight_decay": 0.0},
+        ]
+        return {"model": net, "optimizer": optim.AdamW([groups[n] for n in order], lr=0.5)}
+
+    source, target = build(model(0), (0, 1)), build(model(1), (1, 0))
+    source["optimizer"].param_groups[1]["lr"] = 0.25
+    carry(source, target)
+    groups = target["optimizer"].param_groups
+    assert [(g["lr"], g["weight_decay"]) for g in groups] == [(0.25, 0.0), (0.5, 0.1)]
+
+
+def test_fp32_moments_of_bf16_parameters_stay_fp32():
+    source = trained(optim.SGD, dtype=torch.bfloat16)
+    for parameter in source["model"].parameters():
+        source["optimizer"].state[parameter] = {"exp_avg": torch.rand_like(parameter.float())}
+    target = trained(optim.SGD, seed=1, count=0, dtype=torch.bfloat16)
+    carry(source, target)
+    assert state(*target.values()) == state(*source.values())
+
+
+def test_stock_pytorch_would_have_cast_them_to_bf16():
+    net = model(0, torch.bfloat16)
+    one, other = (optim.SGD(net.parameters()) for _ in range(2))
+    one.state[net[0].weight] = {"exp_avg": torch.rand(3, 3)}
+    other.load_state_dict(one.state_dict())
+    assert other.state[net[0].weight]["exp_avg"].dtype == torch.bfloat16
+
+
+def test_state_that_does_not_exist_yet_stays_absent():
+    net = model(0)
+    optimizer = optim.AdamW(net.parameters())
+    net[1](torch.randn(1, 3)).sum().backward()
+    optimizer.step()
+    target = carry({"model": net, "optimizer": optimizer}, trained(optim.AdamW, seed=1))
+    assert list(target["optimizer"].state) == [target["model"][1].weight]
+
+
+def test_restored_state_is_shared_with_nothing():
+    tree = saved(trained(optim.AdamW))
+    one, two = trained(optim.AdamW, seed=1, count=0), trained(optim.AdamW, seed=2, count=0)
+    restore(one, tree)
+    restore(two, tree)
+    before = state(*two.values())
+    step(*one.values())
+    assert state(*two.values()) == before
+
+
+def test_a_learning_rate_that_is_a_tensor_is_filled_in_place():
+    build = OPTIMIZERS["AdamW tensor lr"]
+    source, target = trained(build), trained(build, seed=1)
+    source["optimizer"].param_groups[0]["lr"].fill_(0.125)
+    rate = target["optimizer"].param_groups[0]["lr"]
+    carry(source, target)
+    assert target["optimizer"].param_groups[0]["lr"] is rate
+    assert rate == 0.125
+
+
+def test_options_that_only_this_version_knows_keep_their_value():
+    source, target = trained(optim.AdamW), trained(optim.AdamW, seed=1)
+    target["optimizer"].param_groups[0]["novel"] = "default"
+    carry(source, target)
+    assert target["optimizer"].param_groups[0]["novel"] == "default"
+
+
+def test_capturable_options_come_back():
+    net, other = model(0), model(1)
+    source = {"model": net, "optimizer": OPTIMIZERS["AdamW capturable"](net.parameters())}
+    target = {"model": other, "optimizer": OPTIMIZERS["AdamW capturable"](other.parameters())}
+    source["optimizer"].state[net[0].weight] = {"step": torch.tensor(3.0)}
+    carry(source, target)
+    assert target["optimizer"].state[other[0].weight]["step"].item() == 3.0
+
+
+def test_the_state_of_another_optimizer_is_refused_by_name():
+    with pytest.raises(StateMismatchError) as caught:
+        carry(trained(optim.AdamW), trained(optim.SGD))
+    assert str(caught.value) == "optimizer: is of another class: expected AdamW, found SGD"
+
+
+def test_parameters_that_only_one_side_trains_are_named():
+    source, target = trained(optim.AdamW), trained(optim.AdamW)
+    target["optimizer"] = optim.AdamW(target["model"][0].parameters())
+    with pytest.raises(
+        StateMismatchError, match=r"optimizer\.1\.weight: the optimizer here does not"
+    ):
+        carry(source, target)
+    with pytest.raises(
+        StateMismatchError, match=r"optimizer\.1\.weight: the checkpoint's optimizer"
+    ):
+        carry(target, source)
+
+
+def test_another_grouping_is_refused():
+    target = trained(optim.AdamW)
+    target["optimizer"] = optim.AdamW([{"params": [p]} for p in target["model"].parameters()])
+    with pytest.raises(
+        StateMismatchError, match=r"grouped otherwise: expected \[3\], found \[1, 1, 1\]"
+    ):
+        carry(trained(optim.AdamW), target)
+
+
+def test_a_parameter_of_no_registered_object_is_named_by_place_and_shape():
+    with pytest.raises(CaptureError) as caught:
+        capture({"optimizer": optim.SGD(model(0).parameters())})
+    assert caught.value.where == "optimizer.param_groups.0.params.0"
+    assert caught.value.found == "float32[3, 3]"
+    assert "register" in caught.value.hint
+
+
+def test_names_of_several_objects_do_not_clash():
+    net, critic, temperature = model(0), model(1), nn.Parameter(torch.ones(()))
+    optimizer = optim.SGD([*net.parameters(), *critic.parameters(), temperature])
+    objects = {"critic": critic, "model": net, "temperature": temperature, "optimizer": optimizer}
+    names = capture(objects)["optimizer"].state["param_groups"][0]["params"]
+    bare = ["0.weight", "0.bias", "1.weight"]
+    assert names == [*bare, *(f"critic.{name}" for name in bare), "temperature"]
+
+
+def test_two_parameters_of_one_name_are_refused():
+    inner = nn.Module()
+    inner.critic = nn.Linear(1, 1)
+    with pytest.raises(CaptureError, match=r"critic\.weight: two parameters have this name"):
+        capture({"model": inner, "critic": nn.Linear(1, 1)})
+
+
+def test_state_of_a_parameter_that_left_its_group_is_refused():
+    objects = trained(optim.AdamW)
+    objects["optimizer"].param_groups[0]["params"].pop()
+    with pytest.raises(CaptureError, match="state of a parameter that is in none of its groups"):
+        capture(objects)
+
+
+def test_what_an_optimizer_shares_and_adds_comes_back():
+    class Lookahead(optim.SGD):
+        outer = 0
+
+        def state_dict(self):
+            return {**super().state_dict(), "outer": self.outer}
+
+        def load_state_dict(self, state):
+            self.outer = state["outer"]
+            super().load_state_dict({key: state[key] for key in ("state", "param_groups")})
+
+    source, target = trained(Lookahead), trained(Lookahead, seed=1)
+    source["optimizer"].outer, source["optimizer"].state["total"] = 5, torch.ones(2)
+    carry(source, target)
+    assert target["optimizer"].outer == 5
+    assert target["optimizer"].state["total"].tolist() == [1, 1]
