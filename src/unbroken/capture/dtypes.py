@@ -80,10 +80,10 @@ def byte_view(tensor: torch.Tensor) -> memoryview:
 
 def is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     """Tell whether the elements fill one block of memory, each place once, in any order."""
+    if 0 in shape:
+        return True
     expected = 1
     for step, size in sorted(zip(stride, shape, strict=True)):
-        if size == 0:
-            return True
         if size > 1:
             if step != expected:
                 return False
