@@ -6,8 +6,8 @@ import pytest
 import torch
 from round_trip import carry, saved, stored
 from sameness import account
-from torch import nn
-from torch.nn.parallel import DataParallel
+from torch import distributed, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from unbroken.capture import capture, check, files_for, named_parameters, restore
@@ -109,6 +109,22 @@ def test_names_are_those_of_the_bare_model():
     wrapped = torch.compile(DataParallel(bare))
     names = [name for name, _ in named_parameters(wrapped)]
     assert names == ["wte.weight", "norm.weight", "norm.bias", "head.weight"]
+
+
+@pytest.fixture
+def one_rank():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_ddp_takes_the_state_of_a_bare_model():
+    source, target = net(0), net(1)
+    wrapped = DistributedDataParallel(target)
+    carry({"model": source}, {"model": wrapped})
+    assert whole(target) == whole(source)
+    assert next(name for name, _ in named_parameters(wrapped)) == "wte.weight"
 
 
 @compiles

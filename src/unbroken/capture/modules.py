@@ -185,13 +185,15 @@ def _check_ties(
     seen = [Seen(name, physical(tensor)) for name, tensor in live.items()]
     here = _groups({s.path: where.leaf for s, where in zip(seen, place(seen), strict=True)})
     there = _groups({n: s.path for n, s in saved.items() if n in live and hasattr(s, "path")})
-    for group in sorted(there - here, key=sorted):
-        what = "are tied in the checkpoint, but not here"
-        yield Mismatch(f"{path}: {', '.join(sorted(group))}", what)
-    covered = set().union(*there) if there else set()
-    for group in sorted(here - there, key=sorted):
-        if not group <= covered:
-            what = "are tied here, but not in the checkpoint"
+    yield from _untied(there, here, path, "are tied in the checkpoint, but not here")
+    yield from _untied(here, there, path, "are tied here, but not in the checkpoint")
+
+
+def _untied(
+    tied: set[frozenset[str]], others: set[frozenset[str]], path: str, what: str
+) -> Iterator[Mismatch]:
+    for group in sorted(tied, key=sorted):
+        if not any(group <= other for other in others):
             yield Mismatch(f"{path}: {', '.join(sorted(group))}", what)
 
 
