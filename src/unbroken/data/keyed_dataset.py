@@ -51,11 +51,18 @@ class KeyedDataset:
     def __getitems__(self, keys: Sequence[SampleKey]) -> Any:
         """Return the collated batch of the samples."""
         if self._nothing_random:
-            return self._collate(self._plain(keys))
+            return self._collated(self._plain(keys), keys)
         with KeyedRandom() as rng:
             samples = self._plain(keys) if self._deterministic else self._keyed(keys, rng)
             rng.seed(derive_key(self.seed, "collate", keys[0].position))
+            return self._collated(samples, keys)
+
+    def _collated(self, samples: list[Any], keys: Sequence[SampleKey]) -> Any:
+        try:
             return self._collate(samples)
+        except Exception as error:
+            error.add_note(f"in the collator, for the samples {[int(key) for key in keys]}")
+            raise
 
     def _plain(self, keys: Sequence[SampleKey]) -> list[Any]:
         if getattr(self.dataset, "__getitems__", None) is not None:

@@ -17,6 +17,7 @@ from unbroken.data.keys import derive_key
 from unbroken.data.randomness import KeyedRandom
 from unbroken.data.sampler import BatchShape
 from unbroken.data.source import MicroBatch, OnePass, Position, require_same_facts
+from unbroken.data.workers import shut_down
 from unbroken.errors import DataError
 
 OnSkip = Callable[[int, int, float], None]
@@ -159,11 +160,14 @@ class LoaderSource:
     def _read(self, place: Position) -> Generator[MicroBatch, None, None]:
         with KeyedRandom() as rng:
             reader = self._resume(place, rng)
-        while True:
-            with KeyedRandom() as rng:  # closed before each yield: the trainer draws too
-                micro = self._next(reader, place, rng)
-            place = micro.after
-            yield micro
+        try:
+            while True:
+                with KeyedRandom() as rng:  # closed before each yield: the trainer draws too
+                    micro = self._next(reader, place, rng)
+                place = micro.after
+                yield micro
+        finally:
+            shut_down(reader.batches)
 
     def _next(self, reader: _Reader, place: Position, rng: KeyedRandom) -> MicroBatch:
         grouping, shape = self._grouping, self.shape

@@ -14,6 +14,7 @@ from unbroken.data.keyed_dataset import KeyedDataset
 from unbroken.data.order import GlobalOrder
 from unbroken.data.sampler import BatchShape, MicroBatchSampler
 from unbroken.data.source import MicroBatch, OnePass, Position, require_same_facts
+from unbroken.data.workers import shut_down
 from unbroken.errors import ConfigError
 
 
@@ -151,10 +152,14 @@ class MapSource:
             **self._loading.arguments(),
         )
         size, used = self.shape.micro_batch_size, sampler.start
-        for data in loader:
-            first = used + self.shape.rank * size
-            used += self.shape.stride
-            yield MicroBatch(data, size, self.order.epoch(first), first, Position(used))
+        batches = iter(loader)
+        try:
+            for data in batches:
+                first = used + self.shape.rank * size
+                used += self.shape.stride
+                yield MicroBatch(data, size, self.order.epoch(first), first, Position(used))
+        finally:
+            shut_down(batches)
 
     def _facts(self) -> dict[str, Any]:
         facts: dict[str, Any] = {

@@ -11,6 +11,8 @@ import torch
 
 from unbroken.errors import ConfigError
 
+_NUMPY_MASK = 0x9E3779B97F4A7C15
+
 
 class KeyedRandom:
     """Inside the scope, each `seed(key)` restarts all global generators from that key.
@@ -73,11 +75,17 @@ class KeyedRandom:
     def seed(self, key: int) -> None:
         """Restart every global generator from the key.
 
+        Python, NumPy and CUDA use all 64 bits of it, torch's CPU generator the low 32 (that is
+        all its Mersenne Twister takes).
+
         Args:
             key: A 64-bit key, see `derive_key`.
         """
         random.seed(key)
-        np.random.seed((key & 0xFFFFFFFF, key >> 32))
+        # NumPy's legacy generator seeds itself as Python's does: with the same key it would
+        # give the very same numbers.
+        other = key ^ _NUMPY_MASK
+        np.random.seed((other & 0xFFFFFFFF, other >> 32))
         torch.default_generator.manual_seed(key)
         if self._cuda_generator is not None:
             self._cuda_generator.manual_seed(key)
