@@ -54,9 +54,7 @@ class LocalStorage:
 
     def create(self, path: str) -> WriteHandle:
         """Create a file that did not exist."""
-        return LocalWriteHandle(
-            os.open(self.describe(path), _WRITE_FLAGS | os.O_CREAT | os.O_EXCL, 0o666)
-        )
+        return LocalWriteHandle(self.describe(path), os.O_CREAT | os.O_EXCL)
 
     def open(self, path: str) -> LocalReadHandle:
         """Open a regular file for reading; a link or a device is refused."""
@@ -64,8 +62,7 @@ class LocalStorage:
 
     def append(self, path: str, data: bytes) -> None:
         """Write `data` at the end of a file, which is created if missing."""
-        flags = _WRITE_FLAGS | os.O_CREAT | os.O_APPEND
-        with LocalWriteHandle(os.open(self.describe(path), flags, 0o666)) as file:
+        with LocalWriteHandle(self.describe(path), os.O_CREAT | os.O_APPEND) as file:
             file.write(data)
 
     def truncate(self, path: str, nbytes: int) -> None:
@@ -132,14 +129,16 @@ class LocalStorage:
 class _Handle:
     """An open descriptor that is closed once."""
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
+    def __init__(self, path: str, flags: int) -> None:
+        self._path = path
+        self._fd = os.open(path, flags, 0o666)
 
     def close(self) -> None:
         """Close the descriptor; closing twice is allowed."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            os.close(fd)
+            with _naming(self._path):  # quotas and network disks may complain only here
+                os.close(fd)
 
     def __enter__(self) -> Self:
         return self
@@ -155,15 +154,19 @@ class _Handle:
 
 
 class LocalWriteHandle(_Handle):
-    """A new local file, made by `LocalStorage.create`."""
+    """A local file that grows at its end, made by `LocalStorage.create`."""
 
     _failed: OSError | None = None
+
+    def __init__(self, path: str, flags: int) -> None:
+        super().__init__(path, _WRITE_FLAGS | flags)
 
     def write(self, data: Bytes, /) -> None:
         """Write all of `data`, in as many calls as the system wants."""
         rest = memoryview(data).cast("B")
         while len(rest) > 0:
-            written = os.write(self._fd, rest[:_MAX_CALL_BYTES])
+            with _naming(self._path):
+                written = os.write(self._fd, rest[:_MAX_CALL_BYTES])
             rest = rest[written:]
 
     def sync(self) -> None:
@@ -173,9 +176,10 @@ class LocalWriteHandle(_Handle):
         (Rebello et al., "Can Applications Recover from fsync Failures?", ATC 2020).
         """
         if self._failed is not None:
-            raise OSError(self._failed.errno, "an earlier fsync of this file failed")
+            raise OSError(self._failed.errno, "an earlier fsync of it failed", self._path)
         try:
-            _sync(self._fd)
+            with _naming(self._path):
+                _sync(self._fd)
         except OSError as error:
             self._failed = error
             raise
@@ -185,20 +189,20 @@ class LocalReadHandle(_Handle):
     """An open local file, made by `LocalStorage.open`."""
 
     def __init__(self, path: str) -> None:
-        super().__init__(os.open(path, _READ_FLAGS))
+        super().__init__(path, _READ_FLAGS)
         found = os.fstat(self._fd)
         if not modes.S_ISREG(found.st_mode):
             self.close()
             code = errno.EISDIR if modes.S_ISDIR(found.st_mode) else errno.EINVAL
             raise OSError(code, "is not a regular file", path)
         self.nbytes = found.st_size
-        self._path = path
 
     def read_into(self, offset: int, buffer: memoryview, /) -> None:
         """Fill `buffer` by reads straight into it; nothing is mapped, so nothing can SIGBUS."""
         rest = buffer.cast("B")
         while len(rest) > 0:
-            count = os.preadv(self._fd, [rest[:_MAX_CALL_BYTES]], offset)
+            with _naming(self._path):
+                count = os.preadv(self._fd, [rest[:_MAX_CALL_BYTES]], offset)
             if count == 0:
                 raise EOFError(f"{self._path}: ends at byte {offset}, {len(rest)} bytes short")
             rest = rest[count:]
@@ -209,9 +213,21 @@ class LocalReadHandle(_Handle):
 def _opened(path: str, flags: int) -> Iterator[int]:
     fd = os.open(path, flags)
     try:
-        yield fd
+        with _naming(path):
+            yield fd
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Put the path into errors of calls that know only a descriptor."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = path
+        raise
 
 
 def _sync(fd: int) -> None:
