@@ -198,7 +198,7 @@ def train(
 def leave_out(trainer: Trainer, part: str) -> None:
     """Make a resume forget one part: it has the value of a new process again."""
     if part == "random generators":
-        trainer._stepper._random = Unkeyed()
+        trainer._randomness._scope = Unkeyed()
         resuming.restore_rng = lambda tree: None
         return
     owner = trainer.model if part == "buffers" else trainer.checkpointer.objects[part]

@@ -5,8 +5,8 @@ from unbroken.training.config import TrainerConfig as TrainerConfig
 from unbroken.training.display import Display as Display
 from unbroken.training.display import Silence as Silence
 from unbroken.training.progress import Progress as Progress
+from unbroken.training.result import TrainResult as TrainResult
 from unbroken.training.trainer import Trainer as Trainer
-from unbroken.training.trainer import TrainResult as TrainResult
 
 __all__ = [
     "Callback",

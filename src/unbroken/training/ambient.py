@@ -1,11 +1,68 @@
-"""The global random generators at the start of a run."""
+"""Two kinds of global randomness in one loop: keyed for its own work, ambient for all else."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
+
+from unbroken.data import KeyedRandom
+
+
+class Randomness:
+    """Keeps the global generators keyed while the loop works, and ambient for everybody else.
+
+    The ambient generators are those that users draw from in callbacks, and that checkpoints
+    store. They are put away once, when the loop begins, and back only where somebody may see
+    them: swapping them around each forward pass would cost more than a small model's step.
+
+    Args:
+        cuda: Also the generator of the current CUDA device.
+
+    Example:
+        >>> randomness = Randomness(cuda=False)
+        >>> before = torch.get_rng_state()
+        >>> with randomness.keyed():
+        ...     randomness.seed(7)
+        ...     with randomness.ambient():
+        ...         bool((torch.get_rng_state() == before).all())
+        True
+    """
+
+    def __init__(self, *, cuda: bool) -> None:
+        self._scope = KeyedRandom(cuda=cuda)
+        self._is_keyed = False
+
+    def seed(self, key: int) -> None:
+        """Restart the global generators from a key; only inside `keyed`."""
+        self._scope.seed(key)
+
+    @contextmanager
+    def keyed(self) -> Iterator[None]:
+        """Put the ambient generators away; they are back on leaving."""
+        with self._scope:
+            self._is_keyed = True
+            try:
+                yield
+            finally:
+                self._is_keyed = False
+
+    @contextmanager
+    def ambient(self) -> Iterator[None]:
+        """Put the ambient generators back for a while; outside of `keyed` they are there."""
+        if not self._is_keyed:
+            yield
+            return
+        self._scope.__exit__(None, None, None)
+        self._is_keyed = False
+        try:
+            yield
+        finally:
+            self._scope.__enter__()
+            self._is_keyed = True
 
 
 def seed_ambient(key: int) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,6 +14,9 @@ from unbroken.data import BatchSource, batch_source
 from unbroken.errors import ConfigError
 from unbroken.store import Interval, KeepPolicy
 from unbroken.training.config import TrainerConfig
+
+if TYPE_CHECKING:
+    from unbroken.training.trainer import Trainer
 
 
 def pick_device(name: str) -> torch.device:
@@ -66,6 +69,29 @@ def count_steps(config: TrainerConfig, source: BatchSource | None) -> int:
         raise ConfigError("max_steps", "must be given: the length of an epoch is not known")
     # By its decimal digits: 0.1 epochs of 10 steps are one step, not 1.00000000000000000555.
     return math.ceil(Fraction(repr(config.num_train_epochs)) * source.steps_per_epoch)
+
+
+def named_objects(trainer: Trainer, more: Mapping[str, object]) -> dict[str, object]:
+    """Return all that a checkpoint of a run holds, by name.
+
+    Raises:
+        ConfigError: If `more` uses a name that the trainer itself needs.
+    """
+    callbacks = {f"{i}-{type(c).__name__}": c for i, c in enumerate(trainer.callbacks)}
+    own = {
+        "model": trainer.model,
+        "optimizer": trainer.optimizer,
+        "scheduler": trainer.scheduler,
+        "scaler": trainer.precision.scaler,
+        "data": trainer.source,
+        "statistics": trainer.statistics,
+        "callbacks": callbacks,
+        "gradients": trainer.window,
+    }
+    taken = sorted(own.keys() & more.keys())
+    if taken:
+        raise ConfigError(f"state[{taken[0]!r}]", "this name is taken: choose another")
+    return {name: value for name, value in {**own, **more}.items() if value is not None}
 
 
 def keep_policy(config: TrainerConfig) -> KeepPolicy:

@@ -2,66 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from unbroken.data import derive_key, keyed_random
 from unbroken.errors import DataError
+from unbroken.training.config import TrainerConfig
 from unbroken.training.loss import LossFn, compute_loss, to_device, weight_of
 from unbroken.training.precision import Precision
 
 
-def evaluation_loader(dataset: Any, batch_size: int, collate_fn: Any, seed: int) -> Iterable[Any]:
-    """Return batches of an evaluation data set in its own order; a loader is taken as it is.
+class Evaluator:
+    """Computes the mean loss over evaluation data; nothing of the run is changed by it.
 
-    Raises:
-        DataError: If the data set is empty.
+    What is random in the data is the same in each evaluation; the ambient generators, and the
+    mode of every submodule, are put back.
+
+    Args:
+        forward: The model, or its compiled form.
+        config: `eval_batch_size`, `seed`.
+        collate_fn: Makes a batch of samples; None: PyTorch's default.
+        loss_fn: As `compute_loss` takes it.
+        precision: Autocast.
+        device: Where the model is.
     """
-    if not hasattr(dataset, "__getitem__"):
-        return dataset  # type: ignore[no-any-return]
-    if len(dataset) == 0:
-        raise DataError("eval_dataset", "is empty")
-    # Its own generator: iter(DataLoader) would otherwise draw from the global one.
-    generator = torch.Generator().manual_seed(seed % 2**63)
-    return DataLoader(dataset, batch_size, collate_fn=collate_fn, generator=generator)
 
+    def __init__(
+        self,
+        forward: nn.Module,
+        config: TrainerConfig,
+        collate_fn: Callable[[list[Any]], Any] | None,
+        loss_fn: LossFn | None,
+        *,
+        precision: Precision,
+        device: torch.device,
+    ) -> None:
+        self._forward = forward
+        self._batch_size = config.eval_batch_size or config.per_forward
+        self._key = derive_key(config.seed, "evaluate")
+        self._collate_fn = collate_fn
+        self._loss_fn = loss_fn
+        self._precision = precision
+        self._device = device
 
-def mean_loss(
-    model: nn.Module,
-    batches: Iterable[Any],
-    *,
-    loss_fn: LossFn | None,
-    precision: Precision,
-    device: torch.device,
-) -> float:
-    """Return the mean loss over all labels, the model in evaluation mode meanwhile.
+    def mean_loss(self, dataset: Any) -> float:
+        """Return the mean loss over all labels.
 
-    Every submodule is put back into the mode it was in.
+        Args:
+            dataset: A map-style data set, read in its own order; or an iterable of batches.
 
-    Raises:
-        DataError: If there is no batch.
-    """
-    modes = {module: module.training for module in model.modules()}
-    total, count = 0.0, 0
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                data = to_device(batch, device)
-                with precision.autocast():
-                    loss = compute_loss(model, data, loss_fn)
-                weight = weight_of(batch, _rows(batch))
-                total += float(loss) * weight
-                count += weight
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    if count == 0:
-        raise DataError("eval_dataset", "gave no batch")
-    return total / count
+        Raises:
+            DataError: If there is no batch.
+        """
+        modes = {module: module.training for module in self._forward.modules()}
+        self._forward.eval()
+        try:
+            with keyed_random(self._key, cuda=self._device.type == "cuda"), torch.no_grad():
+                losses = [self._loss_and_weight(batch) for batch in self._batches(dataset)]
+        finally:
+            for module, training in modes.items():
+                module.training = training
+        count = sum(weight for _, weight in losses)
+        if count == 0:
+            raise DataError("eval_dataset", "gave no labels")
+        return sum(float(loss) * weight for loss, weight in losses) / count
+
+    def _loss_and_weight(self, batch: Any) -> tuple[Tensor, int]:
+        with self._precision.autocast():
+            loss = compute_loss(self._forward, to_device(batch, self._device), self._loss_fn)
+        return loss, weight_of(batch, _rows(batch))
+
+    def _batches(self, dataset: Any) -> Iterable[Any]:
+        if not hasattr(dataset, "__getitem__"):
+            return dataset  # type: ignore[no-any-return]
+        # Its own generator: iter(DataLoader) would otherwise draw from the global one.
+        generator = torch.Generator().manual_seed(self._key % 2**63)
+        return DataLoader(
+            dataset, self._batch_size, collate_fn=self._collate_fn, generator=generator
+        )
 
 
 def _rows(batch: Any) -> int:

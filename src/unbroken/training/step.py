@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from unbroken.data import KeyedRandom, MicroBatch, derive_key
+from unbroken.data import MicroBatch, derive_key
 from unbroken.errors import DataError
+from unbroken.training.ambient import Randomness
 from unbroken.training.loss import LossFn, compute_loss, to_device
 from unbroken.training.precision import Precision
 from unbroken.training.window import Window
@@ -43,6 +44,7 @@ class Stepper:
         window: The micro-batches of the unfinished step.
         loss_fn: As `compute_loss` takes it.
         device: Where the model is.
+        randomness: The global generators, keyed while a step runs.
         seed: All randomness is derived from it and from the position of each micro-batch.
     """
 
@@ -56,6 +58,7 @@ class Stepper:
         window: Window,
         loss_fn: LossFn | None,
         device: torch.device,
+        randomness: Randomness,
         seed: int,
     ) -> None:
         self._forward = forward
@@ -66,7 +69,7 @@ class Stepper:
         self._loss_fn = loss_fn
         self._device = device
         self._seed = seed
-        self._random = KeyedRandom(cuda=device.type == "cuda")
+        self._randomness = randomness
 
     def run(
         self, micro_batches: Sequence[MicroBatch], after_each: Callable[[MicroBatch], None]
@@ -77,12 +80,11 @@ class Stepper:
             micro_batches: Those that are still missing in the step.
             after_each: Called after each backward pass.
         """
-        with self._random:
-            for micro, share in zip(micro_batches, self._window.shares(micro_batches), strict=True):
-                self._random.seed(derive_key(self._seed, "forward", micro.first_position))
-                self._accumulate(micro, share)
-                after_each(micro)
-            return self._take_step()
+        for micro, share in zip(micro_batches, self._window.shares(micro_batches), strict=True):
+            self._randomness.seed(derive_key(self._seed, "forward", micro.first_position))
+            self._accumulate(micro, share)
+            after_each(micro)
+        return self._take_step()
 
     def _accumulate(self, micro: MicroBatch, share: float) -> None:
         data = to_device(micro.data, self._device)

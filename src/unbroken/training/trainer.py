@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
@@ -22,14 +22,15 @@ from unbroken.checkpoint import (
     Timer,
     TrainingStopped,
 )
-from unbroken.data import BatchSource, KeyedRandom, MicroBatch, derive_key
+from unbroken.data import BatchSource, MicroBatch, derive_key
 from unbroken.errors import ConfigError
 from unbroken.storage import Storage
-from unbroken.training.ambient import seed_ambient
+from unbroken.training.ambient import Randomness, seed_ambient
 from unbroken.training.assembly import (
     count_steps,
     keep_policy,
     make_source,
+    named_objects,
     pick_device,
     prepared_for_forward,
 )
@@ -37,32 +38,17 @@ from unbroken.training.callback import Callback
 from unbroken.training.config import TrainerConfig
 from unbroken.training.determinism import deterministic_kernels
 from unbroken.training.display import Display
-from unbroken.training.evaluation import evaluation_loader, mean_loss
+from unbroken.training.evaluation import Evaluator
 from unbroken.training.loss import LossFn, tokens_of
 from unbroken.training.optimizers import make_optimizer
+from unbroken.training.pace import Pace
 from unbroken.training.precision import Precision
 from unbroken.training.progress import Progress
+from unbroken.training.result import TrainResult
 from unbroken.training.schedules import make_scheduler
 from unbroken.training.statistics import Statistics
 from unbroken.training.step import Stepper
 from unbroken.training.window import Window
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How a run ended.
-
-    Attributes:
-        progress: Where it ended.
-        stopped_by: Why it ended before `max_steps`, or None.
-        best_metric: The best value of `metric_for_best_model`, or None.
-        resume_report: How this process's part of the run began.
-    """
-
-    progress: Progress
-    stopped_by: str | None
-    best_metric: float | None
-    resume_report: ResumeReport
 
 
 class Trainer:
@@ -96,7 +82,7 @@ class Trainer:
         DataError: If the data set is empty or shorter than a batch.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> from unbroken.training import Silence
         >>> data = [(torch.tensor([float(i)]), torch.tensor([2.0 * i])) for i in range(8)]
         >>> config = TrainerConfig(output_dir=tempfile.mkdtemp(), max_steps=2, batch_size=4)
@@ -143,28 +129,30 @@ class Trainer:
         self.statistics = Statistics()
         self.progress = Progress()
         self.resume_report: ResumeReport | None = None
-        self._collate_fn = collate_fn
-        self._loss_fn = loss_fn
         self._clock = clock
         self._wall_clock = wall_clock
         self._display = Display() if display is None else display
         self._forward = prepared_for_forward(model, config)
-        self._random = KeyedRandom(cuda=self.device.type == "cuda")
-        self._window = Window(model)
+        self._randomness = Randomness(cuda=self.device.type == "cuda")
+        self.window = Window(model)
         self._stepper = Stepper(
             self._forward,
             self.optimizer,
             scheduler,
             precision=self.precision,
-            window=self._window,
+            window=self.window,
             loss_fn=loss_fn,
             device=self.device,
+            randomness=self._randomness,
             seed=config.seed,
+        )
+        self._evaluator = Evaluator(
+            self._forward, config, collate_fn, loss_fn, precision=self.precision, device=self.device
         )
         self._counted_until = clock()
         self._stop_reason: str | None = None
         self._saved: Progress | None = None
-        self._slowest_step = self._slowest_save = 0.0
+        self._pace = Pace(clock)
         self._log_timer = Timer(Cadence(config.logging_steps, config.logging_minutes), clock)
         self._eval_timer = Timer(Cadence(config.eval_steps, config.eval_minutes), clock)
         self.checkpointer = Checkpointer(
@@ -175,25 +163,8 @@ class Trainer:
             types=types,
             clock=clock,
             wall_clock=wall_clock,
-            **self._objects(state or {}),
+            **named_objects(self, state or {}),
         )
-
-    def _objects(self, more: Mapping[str, object]) -> dict[str, object]:
-        callbacks = {f"{i}-{type(c).__name__}": c for i, c in enumerate(self.callbacks)}
-        objects: dict[str, object] = {
-            "model": self.model,
-            "optimizer": self.optimizer,
-            "scheduler": self.scheduler,
-            "scaler": self.precision.scaler,
-            "data": self.source,
-            "statistics": self.statistics,
-            "callbacks": callbacks,
-            "gradients": self._window,
-        }
-        for name in more:
-            if name in objects:
-                raise ConfigError(f"state[{name!r}]", "this name is taken: choose another")
-        return {name: value for name, value in {**objects, **more}.items() if value is not None}
 
     @property
     def _batches(self) -> BatchSource:
@@ -222,19 +193,27 @@ class Trainer:
             stack.callback(self._display.close)
             stack.callback(self._batches.close)
             stack.enter_context(deterministic_kernels(self.config.full_determinism, self.device))
-            preemption = stack.enter_context(self._preemption())
+            watch = Preemption(
+                max_seconds=self.config.max_seconds(),
+                clock=self._clock,
+                wall_clock=self._wall_clock,
+            )
+            preemption = stack.enter_context(watch)
             report = self._begin(resume_from_checkpoint)
             self._loop(preemption)
             return self._end(report)
 
     def _loop(self, preemption: Preemption) -> None:
-        for micro_batches in self._windows():
-            self._train_step(micro_batches)
-            self._at_step_edge()
-            reason = preemption.reason()
-            if reason is not None and not self._finished():
-                self._stop(reason)
-            preemption.margin_seconds = self._slowest_step + 2 * self._slowest_save
+        self._pace.step_begins()
+        with self._randomness.keyed():
+            for micro_batches in self._windows():
+                self._train_step(micro_batches)
+                self._at_step_edge()
+                self._pace.step_is_over()
+                preemption.margin_seconds = self._pace.seconds_to_stop()
+                reason = preemption.reason()
+                if reason is not None and not self._finished():
+                    self._stop(reason)
 
     def _windows(self) -> Iterator[list[MicroBatch]]:
         """Yield the micro-batches of one optimizer step after the other, until the end."""
@@ -251,7 +230,7 @@ class Trainer:
         stepped = self._stepper.run(micro_batches, after_each=self._after_micro_batch)
         self.progress = self.progress.after_step(epoch=self._epoch(micro_batches[-1]))
         self.statistics.add_step(stepped)
-        self._slowest_step = max(self._slowest_step, self._count_time())
+        self._count_time()
 
     def _after_micro_batch(self, micro: MicroBatch) -> None:
         self._batches.used(micro)
@@ -260,8 +239,7 @@ class Trainer:
         self.progress = self.progress.after_micro_batch(
             samples=micro.after.samples, tokens=tokens_of(micro.data)
         )
-        for callback in self.callbacks:
-            callback.on_micro_batch_end(self)
+        self._call("on_micro_batch_end")
 
     def _epoch(self, last: MicroBatch) -> float:
         length = self._batches.steps_per_epoch
@@ -270,8 +248,7 @@ class Trainer:
     def _at_step_edge(self) -> None:
         """Do what is due between two steps; saving comes last and so holds all the rest."""
         step, last = self.progress.step, self._finished()
-        for callback in self.callbacks:
-            callback.on_step_end(self)
+        self._call("on_step_end")
         if self._log_timer.due(step) or last:
             self._log()
         improved = False
@@ -292,13 +269,19 @@ class Trainer:
             **self.statistics.log(self.progress.tokens),
         }
         self._record(record)
-        for callback in self.callbacks:
-            callback.on_log(self, record)
+        self._log_timer.done()
+        self._call("on_log", record)
+
+    def _call(self, hook: str, *arguments: Any) -> None:
+        """Call a hook of every callback, with the ambient generators in place."""
+        if self.callbacks:
+            with self._randomness.ambient():
+                for callback in self.callbacks:
+                    getattr(callback, hook)(self, *arguments)
 
     def _record(self, record: Mapping[str, Any]) -> None:
         self.checkpointer.log(record)
         self._display.statistics(self.progress.step, record)
-        self._log_timer.done()
 
     def evaluate(self) -> dict[str, float]:
         """Return the metrics of the model on the evaluation data; the run is not changed by it.
@@ -310,23 +293,12 @@ class Trainer:
         """
         if self.eval_dataset is None:
             raise ConfigError("eval_dataset", "is needed for evaluation")
-        key = derive_key(self.config.seed, "evaluate")
-        batch_size = self.config.eval_batch_size or self.config.per_forward
-        loader = evaluation_loader(self.eval_dataset, batch_size, self._collate_fn, key)
-        with self._random:
-            self._random.seed(key)
-            loss = mean_loss(
-                self._forward,
-                loader,
-                loss_fn=self._loss_fn,
-                precision=self.precision,
-                device=self.device,
-            )
-        return {"eval_loss": loss}
+        return {"eval_loss": self._evaluator.mean_loss(self.eval_dataset)}
 
     def _evaluate_and_judge(self) -> bool:
         """Evaluate; return whether the model is the best so far."""
-        metrics = self.evaluate()
+        with self._randomness.ambient():
+            metrics = self.evaluate()
         self._eval_timer.done()
         self._record(
             {"step": self.progress.step, "epoch": round(self.progress.epoch, 6), **metrics}
@@ -337,8 +309,7 @@ class Trainer:
         patience = self.config.early_stopping_patience
         if patience is not None and self.statistics.evaluations_without_gain >= patience:
             self.stop(f"early stopping: {patience} evaluations without a better metric")
-        for callback in self.callbacks:
-            callback.on_evaluate(self, metrics)
+        self._call("on_evaluate", metrics)
         return best
 
     def stop(self, reason: str = "stop() was called") -> None:
@@ -357,11 +328,11 @@ class Trainer:
         self.checkpointer.best_step = self.statistics.best_step
         values = {"progress": asdict(self.progress), "stop_reason": self._stop_reason}
         facts = {"progress": asdict(self.progress), "config": self.config.to_dict()}
-        path = self.checkpointer.save(self.progress.step, values, facts=facts)
+        with self._randomness.ambient():
+            path = self.checkpointer.save(self.progress.step, values, facts=facts)
         self._saved = self.progress
-        self._slowest_save = max(self._slowest_save, self._count_time())
-        for callback in self.callbacks:
-            callback.on_save(self, path)
+        self._pace.save_took(self._count_time())
+        self._call("on_save", path)
         return path
 
     def load_checkpoint(self, which: ResumeFrom = "latest") -> ResumeReport:
@@ -391,8 +362,7 @@ class Trainer:
         self._display.start(total=self.max_steps, step=self.progress.step)
         if not loaded.resumed:
             self._start_afresh()
-        for callback in self.callbacks:
-            callback.on_train_begin(self)
+        self._call("on_train_begin")
         return loaded
 
     def _start_afresh(self) -> None:
@@ -409,8 +379,7 @@ class Trainer:
         best = self.statistics.best_step
         if self.config.load_best_model_at_end and best is not None:
             self.checkpointer.load(best, ["model"])
-        for callback in self.callbacks:
-            callback.on_train_end(self)
+        self._call("on_train_end")
         self.resume_report = None
         metric = self.statistics.best_metric
         return TrainResult(self.progress, self._stop_reason, metric, report)
@@ -424,11 +393,6 @@ class Trainer:
         )
         self._display.note(str(stopped))
         raise stopped
-
-    def _preemption(self) -> Preemption:
-        return Preemption(
-            max_seconds=self.config.max_seconds(), clock=self._clock, wall_clock=self._wall_clock
-        )
 
     def _count_time(self) -> float:
         """Add the seconds since the last call to the run's; return them."""
