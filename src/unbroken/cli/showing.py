@@ -68,7 +68,7 @@ def _read(place: Place) -> Story:
         except CheckpointError as error:
             if place.folder is not None:
                 raise
-            skipped[folder] = str(error)
+            skipped[folder] = f"cannot be opened: {str(error).removeprefix(f'{folder}: ')}"
     if place.run is None:
         return Story(place, reader, skipped, [], [])
     upto = None if place.folder is None or reader is None else reader.step

@@ -15,10 +15,18 @@ from unbroken.store import Json
 _WIDE = 10_000  # a pipe has no width: nothing is folded or cut there
 
 
+class _Console(Console):
+    """A console whose broken pipe is an error like any other, for `main` to end quietly."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise, where rich ends the process with status 1."""
+        raise BrokenPipeError
+
+
 def make_console() -> Console:
     """Return a console for stdout that folds at a terminal's width and never in a pipe."""
     width = None if sys.stdout.isatty() else _WIDE
-    return Console(width=width, highlight=False, markup=False, emoji=False)
+    return _Console(width=width, highlight=False, markup=False, emoji=False)
 
 
 def print_json(value: object) -> None:

@@ -1,0 +1,40 @@
+"""Commands that only look at files do not pay for torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+PROBE = """
+import sys
+from unbroken.cli.main import main
+try:
+    main(sys.argv[1:])
+except SystemExit:
+    pass
+heavy = {"torch", "numpy", "transformers", "tokenizers"} & set(sys.modules)
+sys.exit(f"imported {sorted(heavy)}" if heavy else 0)
+"""
+
+
+@pytest.mark.parametrize(
+    "command", ["ls gpt2", "show gpt2", "verify gpt2", "--help", "verify --help", "demo --help"]
+)
+def test_a_command_on_files_imports_neither_torch_nor_numpy(run, here, command):
+    ended = subprocess.run(
+        [sys.executable, "-c", PROBE, *command.split()],
+        cwd=here,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout
+
+
+def test_the_probe_sees_torch_where_it_is_imported(here):
+    probe = PROBE.replace("main(sys.argv[1:])", "import torch")
+    ended = subprocess.run([sys.executable, "-c", probe], capture_output=True, check=False)
+    assert b"imported ['numpy', 'torch']" in ended.stderr
