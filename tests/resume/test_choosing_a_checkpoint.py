@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from scenarios import metrics
-from small_runs import bits, small_model, small_trainer, steps_in
+from small_trainers import bits, small_model, small_trainer, steps_in
 from unbroken.errors import (
     CheckpointNotFoundError,
     ConfigError,

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from scenarios import metrics
-from small_runs import bits, small_trainer, steps_in
+from small_trainers import bits, small_trainer, steps_in
 from unbroken.checkpoint import EXIT_STOPPED, TrainingStopped
 from unbroken.errors import ConfigError
 from unbroken.training import Callback
@@ -19,7 +19,7 @@ from unbroken.training import Callback
 SCRIPT = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
-from small_runs import small_trainer
+from small_trainers import small_trainer
 from unbroken.training import Callback
 
 class Signals(Callback):

@@ -12,7 +12,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from scenarios import outcome, run_fresh
-from small_runs import PAIRS, bits, small_model, small_trainer, steps_in
+from small_trainers import PAIRS, bits, small_model, small_trainer, steps_in
 from unbroken.errors import CaptureError, SaveError, StateMismatchError
 from unbroken.storage import LocalStorage
 from unbroken.testing import FaultyStorage

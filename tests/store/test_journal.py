@@ -165,3 +165,21 @@ def test_an_append_to_a_full_disk_is_a_save_error_and_leaves_no_half_record():
 def test_long_journals_are_read_in_pieces():
     records = [{"text": "x" * 1000, "number": number} for number in range(2500)]
     assert list(journal_of(records).records()) == records
+
+
+@given(st.lists(st.integers(0, 200_000), max_size=4), st.binary(max_size=100))
+def test_the_end_is_found_from_the_tail_alone_however_long_the_lines(lengths, torn):
+    storage = MemoryStorage()
+    whole = journal_of([{"text": "x" * length} for length in lengths], storage).nbytes
+    storage.append("metrics.jsonl", torn.replace(b"{", b"["))  # a list is no record
+    assert Journal(storage, "metrics.jsonl").nbytes == whole
+
+
+def test_a_journal_is_cut_at_the_end_of_a_record_and_nowhere_else():
+    journal = journal_of(RECORDS)
+    ends = [journal_of(RECORDS[:count]).nbytes for count in range(len(RECORDS) + 1)]
+    for nbytes in set(range(journal.nbytes + 2)) - set(ends):
+        with pytest.raises(RunDirectoryError, match="cannot be cut"):
+            journal.cut(nbytes)
+    journal.cut(ends[2])
+    assert list(journal.records()) == RECORDS[:2]

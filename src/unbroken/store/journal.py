@@ -11,6 +11,7 @@ from unbroken.storage import Storage
 from unbroken.store.canonical import Json, MalformedError, from_strict, to_canonical
 
 _CHUNK_BYTES = 1 << 20
+_TAIL_BYTES = 1 << 16
 
 
 class Journal:
@@ -44,7 +45,8 @@ class Journal:
         """Bytes of the whole records: where the next one will start, and where `cut` may cut."""
         if self._nbytes is not None:
             return self._nbytes
-        return max((end for end, record in self._lines() if record is not None), default=0)
+        found = self._storage.stat(self._path)
+        return 0 if found is None else self._last_end(found.nbytes)
 
     def records(self) -> Iterator[dict[str, Json]]:
         """Yield all whole records, the oldest first.
@@ -110,9 +112,9 @@ class Journal:
             RunDirectoryError: No record ends there.
             SaveError: The storage fails.
         """
-        ends = {0, *(end for end, record in self._lines() if record is not None)}
-        if nbytes not in ends:
-            where, found = self._storage.describe(self._path), f"{max(ends)} bytes of records"
+        whole = self.nbytes
+        if nbytes > whole or self._last_end(nbytes) != nbytes:
+            where, found = self._storage.describe(self._path), f"{whole} bytes of records"
             expected = f"a record that ends at byte {nbytes}"
             raise RunDirectoryError(where, "cannot be cut", expected=expected, found=found)
         try:
@@ -131,6 +133,32 @@ class Journal:
             self._storage.truncate(self._path, nbytes)
         self._nbytes = nbytes
         return nbytes
+
+    def _last_end(self, limit: int) -> int:
+        """Return where the last whole record in the first `limit` bytes ends; reads only a tail.
+
+        A run of a million steps has a journal of gigabytes, and starts as fast as any other.
+        """
+        tail = _TAIL_BYTES
+        while True:
+            start = max(0, limit - tail)
+            lines = self._read(start, limit).split(b"\n")
+            end = limit - len(lines.pop())
+            first = 0 if start == 0 else 1  # a line that began before `start` is not whole here
+            for line in reversed(lines[first:]):
+                if _record_of(line + b"\n") is not None:
+                    return end
+                end -= len(line) + 1
+            if start == 0:
+                return 0
+            tail *= 4
+
+    def _read(self, start: int, stop: int) -> bytes:
+        data = bytearray(stop - start)
+        if data:
+            with self._storage.open(self._path) as handle:
+                handle.read_into(start, memoryview(data))
+        return bytes(data)
 
     def _lines(self) -> Iterator[tuple[int, dict[str, Json] | None]]:
         """Yield where each line ends, and its record; None for a line that is not one."""
