@@ -46,7 +46,7 @@ class StorageContract:
 
     @pytest.fixture
     def storage(self) -> Storage:
-        raise NotImplementedError("give a fixture `storage` that returns a new, empty storage")
+        pytest.fail("give a fixture `storage` that returns a new, empty storage")
 
     # Files
 
@@ -386,7 +386,7 @@ class SharedStorageContract(StorageContract):
 
     @pytest.fixture
     def open_again(self, storage: Storage) -> Callable[[], Storage]:
-        raise NotImplementedError("give a fixture `open_again` that returns how to open it anew")
+        pytest.fail("give a fixture `open_again` that returns how to open it anew")
 
     @pytest.fixture
     def storage(self, open_again: Callable[[], Storage]) -> Storage:
