@@ -113,7 +113,7 @@ class Journal:
             SaveError: The storage fails.
         """
         whole = self.nbytes
-        if nbytes > whole or self._last_end(nbytes) != nbytes:
+        if not 0 <= nbytes <= whole or self._last_end(nbytes) != nbytes:
             where, found = self._storage.describe(self._path), f"{whole} bytes of records"
             expected = f"a record that ends at byte {nbytes}"
             raise RunDirectoryError(where, "cannot be cut", expected=expected, found=found)
