@@ -6,7 +6,7 @@ import os
 
 from hypothesis import HealthCheck, settings
 
-# The machine that runs the tests is small and shared: no deadlines; and the same examples each time.
+# The machine that runs the tests is small and shared: no deadlines; the same examples each time.
 settings.register_profile(
     "unbroken", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )

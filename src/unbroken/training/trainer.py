@@ -54,8 +54,7 @@ from unbroken.training.window import Window
 class Trainer:
     """Trains a model; killed at any moment and started again, it is the same run, bit for bit.
 
-    What the bits depend on is either derived from (seed, position) - the order of the data,
-    the randomness of each sample, collator and forward pass - or captured in each checkpoint.
+    What the bits depend on is derived from (seed, position), or captured in each checkpoint.
 
     Args:
         model: Any module; a Hugging Face model returns its own loss. It is moved to the device.
@@ -69,8 +68,7 @@ class Trainer:
             step; a ReduceLROnPlateau after each evaluation.
         collate_fn: Makes a batch of samples; None: PyTorch's default.
         loss_fn: Called as `loss_fn(outputs, labels)`; None: the model returns its loss.
-        state: More objects to save, by name: an EMA model, a `torch.Generator`, anything that
-            `Checkpointer` takes.
+        state: More objects to save, by name: an EMA model, a `torch.Generator`, and so on.
         types: Classes of namedtuples and enums inside saved state.
         storage: Where the run directory is; None: `output_dir` on the local disk.
         display: What to show where; None: a progress bar on a terminal, lines elsewhere.

@@ -1,0 +1,89 @@
+"""The public face is a decision: a name or a parameter that comes or goes changes this file."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from importlib.resources import files
+
+import pytest
+
+import unbroken
+
+NAMES = [
+    "Callback",
+    "CaptureError",
+    "CheckpointError",
+    "CheckpointNotFoundError",
+    "Checkpointer",
+    "ConfigError",
+    "CorruptCheckpointError",
+    "DataError",
+    "EXIT_STOPPED",
+    "Interval",
+    "KeepPolicy",
+    "LockHeldError",
+    "NewerFormatError",
+    "Progress",
+    "ResumeReport",
+    "RunDirectoryError",
+    "SaveError",
+    "StateMismatchError",
+    "TokenDataset",
+    "TrainResult",
+    "Trainer",
+    "TrainerConfig",
+    "TrainingStopped",
+    "UnbrokenError",
+    "__version__",
+]
+
+PARAMETERS = {
+    unbroken.Trainer: "model config train_dataset eval_dataset callbacks optimizer scheduler "
+    "collate_fn loss_fn state types storage display clock wall_clock",
+    unbroken.Trainer.train: "self resume_from_checkpoint",
+    unbroken.Trainer.evaluate: "self",
+    unbroken.Trainer.save_checkpoint: "self",
+    unbroken.Trainer.load_checkpoint: "self which",
+    unbroken.Trainer.stop: "self reason",
+    unbroken.Checkpointer: "directory save_steps save_minutes keep types clock wall_clock objects",
+    unbroken.Checkpointer.resume: "self which",
+    unbroken.Checkpointer.load: "self step names",
+    unbroken.Checkpointer.save: "self step values facts",
+    unbroken.Checkpointer.save_if_due: "self step values",
+    unbroken.Checkpointer.is_due: "self step",
+    unbroken.Checkpointer.log: "self record",
+    unbroken.Checkpointer.close: "self",
+}
+
+
+def test_the_public_names_are_these():
+    assert sorted(unbroken.__all__) == sorted(NAMES)
+    assert dir(unbroken) == unbroken.__all__
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_public_name_is_there_and_says_what_it_is(name):
+    value = getattr(unbroken, name)
+    assert value.__doc__
+
+
+@pytest.mark.parametrize("function", PARAMETERS, ids=lambda function: function.__qualname__)
+def test_the_public_parameters_are_these(function):
+    assert list(inspect.signature(function).parameters) == PARAMETERS[function].split()
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'Trainr'"):
+        _ = unbroken.Trainr
+
+
+def test_importing_the_package_imports_neither_torch_nor_numpy():
+    code = "import sys, unbroken; print({'torch', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_the_package_tells_type_checkers_that_it_is_typed():
+    assert files("unbroken").joinpath("py.typed").is_file()
