@@ -1,0 +1,208 @@
+"""Text as a data set of token windows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import xxhash
+
+from unbroken.data.text_files import digest_of, pieces
+from unbroken.data.token_file import TokenFile, read_token_file, write_token_file
+from unbroken.data.tokenizer import (
+    ByteTokenizer,
+    Tokenizer,
+    Tokens,
+    gpt2_tokenizer,
+    learned_bpe,
+    tokenizer_from,
+)
+from unbroken.errors import ConfigError, DataError
+
+_CACHE = ".cache/unbroken"
+
+
+class TokenDataset:
+    """Fixed windows over a memory-mapped file of tokens.
+
+    `dataset[i]` is {"input_ids": ids, "labels": the same ids}, two int64 tensors of shape
+    (block_size,), as the models of `transformers` take them: the model shifts the labels.
+    Tokens after the last whole window are not used. Worker processes map the file themselves;
+    nothing is copied to them.
+
+    Args:
+        tokens: The token file.
+        block_size: Tokens in one sample.
+        start: First token used.
+        stop: One past the last token used; all by default.
+
+    Raises:
+        ConfigError: block_size is not positive.
+        DataError: The text is shorter than one block.
+
+    Attributes:
+        deterministic: True: a sample depends on its index alone, so that nothing is seeded.
+        fingerprint: Changes whenever any sample would.
+        block_size: Tokens in one sample.
+
+    Example:
+        >>> import tempfile
+        >>> text = TokenDataset.from_files(builtin_text(), block_size=8, cache=tempfile.mkdtemp())
+        >>> text.tokenizer.decode(text[0]["input_ids"].tolist())
+        'HAMLET, '
+    """
+
+    deterministic: ClassVar[bool] = True
+
+    def __init__(
+        self, tokens: TokenFile, block_size: int, *, start: int = 0, stop: int | None = None
+    ) -> None:
+        if block_size < 1:
+            raise ConfigError("block_size", expected="at least 1", found=block_size)
+        self.block_size = block_size
+        self._file = tokens
+        self._start = start
+        self._stop = tokens.count if stop is None else stop
+        self._mapped: np.memmap[Any, np.dtype[Any]] | None = None
+        if len(self) < 1:
+            raise DataError(
+                "text",
+                "it is shorter than one block",
+                expected=f"at least {block_size} tokens",
+                found=self._stop - start,
+                hint="Give more text, or a smaller block_size.",
+            )
+
+    @classmethod
+    def from_files(
+        cls,
+        files: str | PathLike[str] | Sequence[str | PathLike[str]],
+        *,
+        block_size: int,
+        tokenizer: str | Tokenizer = "bytes",
+        vocab_size: int | None = None,
+        cache: str | PathLike[str] = _CACHE,
+    ) -> TokenDataset:
+        """Return the texts as one data set, in the order given, an end-of-text after each.
+
+        The tokens are made once and kept in the cache, under a name that depends on the
+        contents of the files and on the tokenizer; a damaged cache is made again.
+
+        Args:
+            files: UTF-8 text files.
+            block_size: Tokens in one sample.
+            tokenizer: "bytes"; "gpt2"; "bpe", learned from these files; or the
+                `tokenizer` of another data set.
+            vocab_size: Number of tokens that "bpe" learns.
+            cache: Folder for the tokens.
+
+        Raises:
+            DataError: A file is missing, empty or not UTF-8, or the text is shorter than one
+                block.
+            ConfigError: The tokenizer is unknown, or what it needs is not installed.
+        """
+        paths = [Path(files)] if isinstance(files, (str, PathLike)) else [Path(f) for f in files]
+        if not paths:
+            raise DataError("text", "no files are given", expected="at least 1", found=0)
+        digests = [digest_of(path) for path in paths]
+        wanted = _wanted(tokenizer, vocab_size)
+        path = Path(cache).absolute() / f"{_key(digests, wanted)}.tokens"
+        found = read_token_file(path)
+        if found is None:
+            maker = wanted if not isinstance(wanted, dict) else _learned(paths, wanted)
+            parts = _encoded(paths, maker)
+            found = write_token_file(path, parts, maker.vocab_size, maker.describe())
+        return cls(found, block_size)
+
+    def __len__(self) -> int:
+        return (self._stop - self._start) // self.block_size
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        first = self._start + index % len(self) * self.block_size
+        ids = torch.from_numpy(self._tokens()[first : first + self.block_size].astype(np.int64))
+        return {"input_ids": ids, "labels": ids.clone()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_mapped": None}  # a worker maps the file itself
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the tokens."""
+        return tokenizer_from(self._file.tokenizer)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of different tokens."""
+        return self.tokenizer.vocab_size
+
+    @property
+    def fingerprint(self) -> str:
+        """Hexadecimal; changes whenever any sample would."""
+        facts = [self._file.digest, self._start, self._stop, self.block_size]
+        return xxhash.xxh3_128_hexdigest(json.dumps(facts).encode())
+
+    def split(self, fraction: float) -> tuple[TokenDataset, TokenDataset]:
+        """Return the text without its end, and its end: for training and for evaluation.
+
+        Args:
+            fraction: The share of the tokens that the second one gets, above 0 and below 1.
+
+        Raises:
+            ConfigError: fraction is out of range.
+            DataError: One part would be shorter than a block.
+        """
+        if not 0 < fraction < 1:
+            raise ConfigError("fraction", expected="above 0 and below 1", found=fraction)
+        cut = self._stop - int((self._stop - self._start) * fraction)
+        head = TokenDataset(self._file, self.block_size, start=self._start, stop=cut)
+        return head, TokenDataset(self._file, self.block_size, start=cut, stop=self._stop)
+
+    def _tokens(self) -> np.memmap[Any, np.dtype[Any]]:
+        if self._mapped is None:
+            self._mapped = self._file.open()
+        return self._mapped
+
+
+def builtin_text() -> Path:
+    """Return the path of the text that comes with unbroken: Hamlet, 174 kB, public domain."""
+    return Path(__file__).parent / "texts" / "hamlet.txt"
+
+
+def _wanted(tokenizer: str | Tokenizer, vocab_size: int | None) -> Tokenizer | dict[str, Any]:
+    """The tokenizer, or what is to be learned."""
+    if tokenizer == "bpe":
+        return {"kind": "bpe", "vocab_size": 1024 if vocab_size is None else vocab_size}
+    if vocab_size is not None:
+        raise ConfigError("vocab_size", 'has a meaning for tokenizer="bpe" alone')
+    if tokenizer == "bytes":
+        return ByteTokenizer()
+    if tokenizer == "gpt2":
+        return gpt2_tokenizer()
+    if isinstance(tokenizer, str):
+        raise ConfigError("tokenizer", expected='"bytes", "bpe" or "gpt2"', found=repr(tokenizer))
+    return tokenizer
+
+
+def _key(digests: list[str], wanted: Tokenizer | dict[str, Any]) -> str:
+    what = wanted if isinstance(wanted, dict) else wanted.describe()
+    return xxhash.xxh3_128_hexdigest(json.dumps([digests, what], sort_keys=True).encode())
+
+
+def _learned(paths: Iterable[Path], wanted: dict[str, Any]) -> Tokenizer:
+    return learned_bpe((text for path in paths for text in pieces(path)), wanted["vocab_size"])
+
+
+def _encoded(paths: Iterable[Path], tokenizer: Tokenizer) -> Iterator[Tokens]:
+    end = np.array([tokenizer.eos], dtype=np.uint32)
+    for path in paths:
+        for text in pieces(path):
+            yield tokenizer.encode(text)
+        yield end
