@@ -142,6 +142,41 @@ def test_the_kind_of_source_follows_from_what_the_loader_can():
     assert isinstance(source_of(shuffling_loader()), CountedSource)
 
 
+class StatefulWithWorkers(StatefulLoader):
+    num_workers = 2
+    dataset = NoisyDataset(22)
+
+
+class StatefulDeterministic(StatefulWithWorkers):
+    dataset = tuple(range(22))
+
+
+class BufferShuffledExamplesIterable:
+    pass
+
+
+class Mapped:
+    ex_iterables = (BufferShuffledExamplesIterable(),)
+
+
+class ShuffledStream(StatefulLoader):
+    """As `datasets` builds an iterable data set that shuffles."""
+
+    _ex_iterable = Mapped()
+
+
+@pytest.mark.parametrize(
+    ("loader", "kind"),
+    [
+        (StatefulWithWorkers(22, 4), CountedSource),
+        (StatefulDeterministic(22, 4), StatefulSource),
+        (ShuffledStream(22, 4), CountedSource),
+    ],
+)
+def test_a_state_that_is_known_not_to_be_exact_is_not_used(loader, kind):
+    assert type(source_of(loader)) is kind
+
+
 def one_shot():
     yield from range(3)
 

@@ -16,6 +16,7 @@ from unbroken.data.loader_source import (
 )
 from unbroken.data.map_source import Loading, MapSource
 from unbroken.data.order import GlobalOrder
+from unbroken.data.replay import reason_to_replay
 from unbroken.data.sampler import BatchShape
 from unbroken.data.source import BatchSource
 from unbroken.errors import ConfigError, DataError
@@ -44,7 +45,8 @@ def batch_source(
     - A map-style data set (`__getitem__` and `__len__`; a list is one) gives a `MapSource`:
       order and randomness are computed, it continues at once, at any world size.
     - A loader, or an iterable data set, with `state_dict` and `load_state_dict` gives a
-      `StatefulSource`: it continues through its own state.
+      `StatefulSource`: it continues through its own state, unless that is known not to be
+      exact (`reason_to_replay`).
     - Any other iterable that can be iterated again, or a function that returns a new iterator,
       gives a `CountedSource`: to continue, its epoch is read again up to the position.
 
@@ -102,9 +104,12 @@ def batch_source(
 def _loader_source(
     data: Any, seed: int, shape: BatchShape, grouping: Grouping, on_skip: OnSkip | None
 ) -> LoaderSource:
-    if hasattr(data, "state_dict") and hasattr(data, "load_state_dict"):
+    reason = reason_to_replay(data)
+    if reason is None:
         return StatefulSource(data, seed=seed, shape=shape, grouping=grouping)
-    return CountedSource(data, seed=seed, shape=shape, grouping=grouping, on_skip=on_skip)
+    return CountedSource(
+        data, seed=seed, shape=shape, grouping=grouping, reason=reason, on_skip=on_skip
+    )
 
 
 def _epoch_size(n: int, wanted: int | None, shape: BatchShape, drop_last: bool) -> int:

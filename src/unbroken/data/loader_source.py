@@ -231,7 +231,7 @@ class StatefulSource(LoaderSource):
 
 
 class CountedSource(LoaderSource):
-    """A loader without a state of its own: its epoch is read again up to the position.
+    """A loader without an exact state of its own: its epoch is read again up to the position.
 
     That is exact, because each epoch's `iter()` and each `next()` are keyed, and because
     skipped batches are really read, so that workers draw what they drew before. It costs the
@@ -242,6 +242,7 @@ class CountedSource(LoaderSource):
         seed: The seed of the run.
         shape: How a global batch is cut.
         grouping: As for `LoaderSource`.
+        reason: Why the epoch must be read again; it stands in the log.
         on_skip: Called with (items skipped, items to skip, seconds so far), about once a
             second and when all are skipped.
         clock: Seconds, monotonic.
@@ -262,11 +263,13 @@ class CountedSource(LoaderSource):
         seed: int,
         shape: BatchShape,
         grouping: Grouping | None = None,
+        reason: str = "it has no state_dict",
         on_skip: OnSkip | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(loader, seed=seed, shape=shape, grouping=grouping)
         self.on_skip = on_skip
+        self._reason = reason
         self._clock = clock
 
     def _resume(self, place: Position, rng: KeyedRandom) -> _Reader:
@@ -278,11 +281,11 @@ class CountedSource(LoaderSource):
     def _skip(self, reader: _Reader, count: int, rng: KeyedRandom) -> None:
         name = type(self._loader.loader).__name__
         _log.warning(
-            "%s has no state_dict: reading and skipping %d items of epoch %d to come "
-            "back to its place; a map-style data set would start at once",
+            "%s: reading and skipping %d items of epoch %d to come back to its place, because %s",
             name,
             count,
             reader.epoch,
+            self._reason,
         )
         start = reported = self._clock()
         while reader.taken < count:
