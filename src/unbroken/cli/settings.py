@@ -62,6 +62,11 @@ class DataSettings:
         if self.eval and self.eval_fraction:
             raise ConfigError("data.eval_fraction", "cannot be combined with data.eval: choose one")
 
+    @property
+    def has_evaluation(self) -> bool:
+        """Whether any text is for evaluation."""
+        return bool(self.eval) or self.eval_fraction > 0
+
 
 _TYPES: dict[str, Any] = {
     "train": tuple[str, ...],

@@ -18,6 +18,9 @@ from unbroken.storage import LocalStorage
 from unbroken.store import Journal
 from unbroken.store.layout import HISTORY_NAME, METRICS_NAME, STAGING
 
+# A small model gains nothing from threads, and loses much where other work keeps them waiting.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
+
 _PATIENCE_SECONDS = 300.0
 _SHOWN_LINES = 40
 
@@ -46,6 +49,7 @@ class Child:
             self._process = subprocess.Popen(  # noqa: S603 (our own program)
                 command,
                 cwd=folder,
+                env={**os.environ, **ENVIRONMENT},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

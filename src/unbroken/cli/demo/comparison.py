@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from unbroken.cli.demo.child import Watch
 from unbroken.storage import LocalStorage
-from unbroken.store import CheckpointReader, Region
+from unbroken.store import CheckpointReader, Json
 
-_TIMING = ("seconds", "tokens_per_second")
+_TIMING = ("seconds", "logged_seconds", "tokens_per_second")  # no two runs agree on these
 
 
 @dataclass(frozen=True)
@@ -45,67 +45,113 @@ def compare(left: Path, right: Path, *, step: int) -> list[Finding]:
     Raises:
         CheckpointError: A checkpoint is missing or damaged.
     """
-    return [*_compare_tensors(left, right, step), *_compare_metrics(left, right, step)]
-
-
-def _compare_tensors(left: Path, right: Path, step: int) -> list[Finding]:
-    one, other = _verified_tensors(left, step), _verified_tensors(right, step)
-    kinds: dict[str, Callable[[str], bool]] = {
-        "weights": lambda path: path.startswith("model."),
-        "optimizer": lambda path: path.startswith("optimizer."),
-        "other tensors": lambda path: not path.startswith(("model.", "optimizer.")),
-    }
-    found = []
-    for what, is_of_kind in kinds.items():
-        paths = [path for path in sorted({*one, *other}) if is_of_kind(path)]
-        different = tuple(path for path in paths if _bits(one, path) != _bits(other, path))
-        nbytes = sum(one[path].nbytes for path in paths if path in one)
-        found.append(Finding(what, "tensors", len(paths), different, nbytes))
-    return found
-
-
-def _verified_tensors(run: Path, step: int) -> dict[str, Region]:
-    reader = CheckpointReader(LocalStorage(run, create=False), f"checkpoint-{step}")
-    reader.check_rest()
-    return {path: region for path, (_, region) in reader.manifest.tensors.items()}
-
-
-def _bits(tensors: Mapping[str, Region], path: str) -> object:
-    region = tensors.get(path)
-    return None if region is None else (region.dtype, region.shape, region.digest)
-
-
-def _compare_metrics(left: Path, right: Path, step: int) -> list[Finding]:
-    one, other = _records(left, step), _records(right, step)
-    kinds: dict[str, Callable[[str], bool]] = {
-        "loss of each step": lambda key: key == "loss",
-        "order of the data": lambda key: key == "data_digest",
-        "all other metrics": lambda key: key not in ("loss", "data_digest", *_TIMING),
-    }
+    checkpoints = (_verified(left, step), _verified(right, step))
+    metrics = (_records(left, step), _records(right, step))
     return [
-        _compare_values(what, _chosen(one, is_of_kind), _chosen(other, is_of_kind))
-        for what, is_of_kind in kinds.items()
+        *(_compare_tensors(what, checkpoints, is_of_kind) for what, is_of_kind in _TENSORS.items()),
+        _finding("all other values", "values", *map(_values, checkpoints)),
+        *(_compare_metrics(what, metrics, is_chosen) for what, is_chosen in _METRICS.items()),
     ]
 
 
-def _compare_values(what: str, one: Mapping[str, str], other: Mapping[str, str]) -> Finding:
-    lines = sorted({*one, *other})
-    different = tuple(line for line in lines if one.get(line) != other.get(line))
-    return Finding(what, "records", len(lines), different)
+_TENSORS: dict[str, Callable[[str], bool]] = {
+    "weights": lambda path: path.startswith("model."),
+    "optimizer": lambda path: path.startswith("optimizer."),
+    "other tensors": lambda path: not path.startswith(("model.", "optimizer.")),
+}
+_METRICS: dict[str, Callable[[str], bool]] = {
+    "loss of each step": lambda field: field == "loss",
+    "order of the data": lambda field: field == "data_digest",
+    "all other metrics": lambda field: field not in ("loss", "data_digest", *_TIMING),
+}
+
+
+def _verified(run: Path, step: int) -> CheckpointReader:
+    reader = CheckpointReader(LocalStorage(run, create=False), f"checkpoint-{step}")
+    reader.check_rest()
+    return reader
+
+
+def _compare_tensors(
+    what: str,
+    checkpoints: tuple[CheckpointReader, CheckpointReader],
+    is_of_kind: Callable[[str], bool],
+) -> Finding:
+    one, other = (_digests(reader, is_of_kind) for reader in checkpoints)
+    regions = checkpoints[0].manifest.tensors
+    nbytes = sum(regions[path][1].nbytes for path in one)
+    return _finding(what, "tensors", one, other, nbytes)
+
+
+def _digests(reader: CheckpointReader, is_of_kind: Callable[[str], bool]) -> dict[str, str]:
+    """Return type, shape and digest of each tensor; the digests have been verified."""
+    return {
+        path: f"{region.dtype} {region.shape} {region.digest}"
+        for path, (_, region) in reader.manifest.tensors.items()
+        if is_of_kind(path)
+    }
+
+
+def _values(reader: CheckpointReader) -> dict[str, str]:
+    """Return every value in the files that are not tensors: counters, random generators, ..."""
+    return {
+        path: text
+        for file in reader.manifest.files
+        if not file.has_tensors
+        for path, text in _leaves(json.loads(reader.read_file(file.name)), file.name)
+    }
+
+
+def _leaves(value: Json, path: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            if key not in _TIMING:
+                yield from _leaves(item, f"{path}: {key}")
+    elif isinstance(value, list) and value:
+        for number, item in enumerate(value):
+            yield from _leaves(item, f"{path}[{number}]")
+    else:
+        yield path, json.dumps(value)
+
+
+def _compare_metrics(
+    what: str,
+    metrics: tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]],
+    is_chosen: Callable[[str], bool],
+) -> Finding:
+    return _finding(what, "records", *(_chosen(records, is_chosen) for records in metrics))
 
 
 def _records(run: Path, step: int) -> dict[str, dict[str, Any]]:
-    """Return the records of metrics.jsonl up to a step, by their place in it."""
-    records = [record for record in Watch(run).metrics() if record["step"] <= step]
-    return {f"{number}: step {record['step']}": record for number, record in enumerate(records)}
+    """Return the records of metrics.jsonl up to a step; one that is there twice stands out."""
+    found: dict[str, dict[str, Any]] = {}
+    for record in Watch(run).metrics():
+        if record["step"] <= step:
+            name = f"step {record['step']}" + ("" if "loss" in record else ", evaluation")
+            while name in found:
+                name += ", once more"
+            found[name] = record
+    return found
 
 
 def _chosen(
     records: Mapping[str, dict[str, Any]], is_chosen: Callable[[str], bool]
 ) -> dict[str, str]:
-    """Return the chosen fields of each record that has any, as text that tells all floats apart."""
+    """Return the chosen fields of each record that has any, as text that tells floats apart."""
     chosen = {
-        place: {key: value for key, value in record.items() if is_chosen(key)}
-        for place, record in records.items()
+        name: {field: value for field, value in record.items() if is_chosen(field)}
+        for name, record in records.items()
     }
-    return {place: json.dumps(part, sort_keys=True) for place, part in chosen.items() if part}
+    return {name: json.dumps(part, sort_keys=True) for name, part in chosen.items() if part}
+
+
+def _finding(
+    what: str,
+    unit: str,
+    one: Mapping[str, str],
+    other: Mapping[str, str],
+    nbytes: int | None = None,
+) -> Finding:
+    names = [*one, *(name for name in other if name not in one)]
+    different = tuple(name for name in names if one.get(name) != other.get(name))
+    return Finding(what, unit, len(names), different, nbytes)

@@ -43,8 +43,9 @@ class Siege:
             if hit is None:
                 self._stage.say(f"   the run came to its end before kill {number}")
                 return number - 1
-            where = f"{hit.phase}, {hit.seconds:.1f} s after this start"
-            self._stage.say(f"   kill {number}: {where}")
+            self._stage.say(
+                f"   kill {number}   {hit.phase} ({hit.seconds:.1f} s after this start)"
+            )
             self._left = hit.staged
         with self._process() as child:
             self._tell_start(self._await_start(child))
@@ -69,7 +70,7 @@ class Siege:
     def _tell_start(self, start: Start | None) -> None:
         if start is not None:
             for line in start_lines(start, self._left):
-                self._stage.say(f"      {line}")
+                self._stage.say(f"   {line}")
 
 
 def start_lines(start: Start, left: Sequence[str]) -> list[str]:
@@ -81,13 +82,21 @@ def start_lines(start: Start, left: Sequence[str]) -> list[str]:
     """
     record = start.record
     folder = record["checkpoint"]
-    found = "nothing yet: begins at step 0" if folder is None else _name(folder)
+    found = (
+        "no checkpoint yet: begins at step 0" if folder is None else f"goes on from {_name(folder)}"
+    )
     swept = [name for name in left if name not in start.staged]
     return [
-        f"started: {found}" if folder is None else f"started: goes on from {found}",
-        *(f"swept: the half-written .staging/{name}" for name in swept),
-        *(f"not used: {item['checkpoint']}: {item['reason']}" for item in record["rejected"]),
-        *(f"set aside: {item['from']} is now {item['to']}" for item in record["set_aside"]),
+        f"start    {found}",
+        *(f"         swept the half-written .staging/{name}" for name in swept),
+        *(
+            f"         not used: {item['checkpoint']}: {item['reason']}"
+            for item in record["rejected"]
+        ),
+        *(
+            f"         set aside: {item['from']} is now {item['to']}"
+            for item in record["set_aside"]
+        ),
     ]
 
 

@@ -12,7 +12,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from unbroken.cli.demo.child import Child, Watch
+from unbroken.cli.demo.child import ENVIRONMENT, Child, Watch
 from unbroken.errors import ConfigError
 
 CONFIG_NAME = "demo.yaml"
@@ -44,7 +44,9 @@ class Stage:
 
     def command(self, run: str, more: Sequence[str] = ()) -> str:
         """Return the command that trains a run, as a shell takes it."""
-        return shlex.join(["python", "-m", "unbroken", "train", *self._arguments(run, more)])
+        settings = [f"{name}={value}" for name, value in ENVIRONMENT.items()]
+        program = ["python", "-m", "unbroken", "train"]
+        return shlex.join([*settings, *program, *self._arguments(run, more)])
 
     def start(self, run: str, more: Sequence[str] = ()) -> Child:
         """Start the process that trains a run."""

@@ -60,7 +60,7 @@ class _Demo:
     def run(self, moments: Sequence[Moment], seed: int, killed_arguments: Sequence[str]) -> bool:
         """Do all parts; return whether the comparisons came out as they must."""
         self._stage.say(
-            f"A small GPT-2 with dropout learns real text for {self._steps} steps, twice: once",
+            f"A small GPT-2 with dropout learns from Hamlet for {self._steps} steps, twice: once",
             "without a kill, once killed again and again. Then all bits of both are compared.",
         )
         pace = self._train_in_peace()
@@ -81,7 +81,7 @@ class _Demo:
         losses = [record["loss"] for record in watch.metrics() if "loss" in record]
         self._stage.say(
             f"   {seconds:.0f} s, {start:.0f} of them to load Python's libraries; "
-            f"loss {losses[0]:.3f} after step 1, {losses[-1]:.3f} after step {watch.step()}"
+            f"loss {losses[0]:.3f} at step 1, {losses[-1]:.3f} at step {watch.step()}"
         )
         return Pace(start=start, step=(seconds - start) / self._steps)
 
@@ -90,7 +90,7 @@ class _Demo:
     ) -> None:
         self._stage.say(
             "",
-            "2. Killed by SIGKILL at random moments, each time started by the same command",
+            "2. Killed by SIGKILL at random moments, and each time started by the same command",
             f"   {self._stage.command(_KILLED, more)}",
         )
         kills = Siege(self._stage, _KILLED, more, pace).survive(moments)
@@ -143,6 +143,5 @@ def _sentence(finding: Finding) -> str:
     elif finding.total == 0:
         verdict = "NOTHING TO COMPARE"
     else:
-        first = finding.different[0]
-        verdict = f"{len(finding.different)} of {finding.total} differ, the first: {first}"
+        verdict = f"{len(finding.different)} differ, first {finding.different[0]}"
     return f"{finding.what:<18} {total:<24} {verdict}"
