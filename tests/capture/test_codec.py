@@ -95,6 +95,31 @@ def test_tied_tensors_are_stored_once_and_tied_again():
     assert again["wte"].data_ptr() == again["data"].data_ptr() == again["t"].data_ptr()
 
 
+BYTES = torch.arange(32, dtype=torch.uint8)
+VIEWS = {
+    "conjugated": [torch.randn(3, dtype=torch.complex64).conj()],
+    "negated": [torch.randn(3, dtype=torch.complex64).conj().imag],
+    "conjugated and not": [c := torch.randn(3, dtype=torch.complex64), c.conj()],
+    "channels last": [torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)],
+    "sliding": [torch.arange(9.0).unfold(0, 4, 2)],
+    "partly overlapping": [x := torch.arange(9.0)[1:6], x[2:]],
+    "interleaved": [y := torch.arange(12.0).view(6, 2)[:, 0], y[1::2]],
+    "of other dtypes": [BYTES[4:12].view(torch.float32), BYTES[8:24].view(torch.float64)],
+    "real and imaginary": [c.real, c.imag],
+}
+
+
+@pytest.mark.parametrize("tree", VIEWS.values(), ids=VIEWS)
+def test_a_view_comes_back_as_it_lay(tree):
+    assert account(there_and_back(tree)) == account(tree)
+
+
+def test_neighbours_in_memory_are_stored_each_on_its_own():
+    tensor = torch.arange(6.0)
+    leaves = encode({"a": tensor[:3], "b": tensor[3:]}).leaves
+    assert [(leaf.path, leaf.shape) for leaf in leaves] == [("a", (3,)), ("b", (3,))]
+
+
 def test_an_expanded_tensor_is_stored_small():
     leaf = encode(torch.randn(3, 1).expand(3, 1000)).leaves[0]
     assert leaf.shape == (3, 1)

@@ -17,7 +17,7 @@ from unbroken.capture import decode, structure_from_bytes
 from unbroken.capture.text import TAG
 from unbroken.errors import CorruptCheckpointError, UnbrokenError
 
-READER = stored({"x": torch.zeros(4)})
+READER = stored({"x": torch.zeros(4), "empty": torch.zeros(0, dtype=torch.complex128)})
 HUGE = 2**61
 
 
@@ -51,6 +51,7 @@ MALFORMED = {
     "a leaf that is smaller": tensor(shape=[5]),
     "a leaf that is much smaller": tensor(shape=[HUGE]),
     "sizes whose product overflows": tensor(shape=[HUGE, HUGE, HUGE]),
+    "a huge tensor of nothing": tensor(leaf="empty", dtype="complex128", shape=[0, HUGE, HUGE]),
     "a size below zero": tensor(shape=[-4]),
     "65 dimensions": tensor(shape=[4, *[1] * 64]),
     "a stride out of the memory": tensor(base={"dtype": "float32", "shape": [4]}, stride=[2]),

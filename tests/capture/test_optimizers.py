@@ -242,6 +242,20 @@ def test_names_of_several_objects_do_not_clash():
     assert names == [*bare, *(f"critic.{name}" for name in bare), "temperature"]
 
 
+def test_state_of_a_tied_parameter_is_found_by_any_of_its_names():
+    def tied(*names):
+        net, weight = nn.ParameterDict(), nn.Parameter(torch.ones(2))
+        for name in names:
+            net[name] = weight
+        return {"model": net, "optimizer": optim.SGD([weight], lr=0.1, momentum=0.9)}
+
+    source, target = tied("wte", "head"), tied("head", "wte")
+    source["optimizer"].state[source["model"].wte] = {"momentum_buffer": torch.rand(2)}
+    carry(source, target)
+    moments = [o["optimizer"].state[o["model"].wte] for o in (source, target)]
+    assert account(moments[0]) == account(moments[1])
+
+
 def test_two_parameters_of_one_name_are_refused():
     inner = nn.Module()
     inner.critic = nn.Linear(1, 1)
