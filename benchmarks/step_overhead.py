@@ -20,7 +20,14 @@ from machine import measured_in_a_fresh_process, median, write
 METHODS = ("bare", "unbroken", "transformers", "lightning")
 SIZES = {
     "tiny": {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 64, "block": 8, "batch": 2},
-    "small": {"n_layer": 6, "n_embd": 320, "n_head": 5, "vocab_size": 8192, "block": 64, "batch": 4},
+    "small": {
+        "n_layer": 6,
+        "n_embd": 320,
+        "n_head": 5,
+        "vocab_size": 8192,
+        "block": 64,
+        "batch": 4,
+    },
 }
 STEPS = {"tiny": 1200, "small": 40}
 WARM = {"tiny": 200, "small": 5}
@@ -125,10 +132,11 @@ def transformers(size: str, watch: Watch, folder: str) -> None:
 
 
 def lightning(size: str, watch: Watch, folder: str) -> None:
-    import lightning as L
     import torch
+    from lightning import Callback, LightningModule
+    from lightning import Trainer as LightningTrainer
 
-    class Module(L.LightningModule):
+    class Module(LightningModule):
         def __init__(self, model) -> None:
             super().__init__()
             self.model = model
@@ -144,13 +152,13 @@ def lightning(size: str, watch: Watch, folder: str) -> None:
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
             return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
-    class Stopwatch(L.Callback):
+    class Stopwatch(Callback):
         def on_train_batch_end(self, trainer, *_) -> None:
             watch.step(trainer.global_step)
 
     model, data, batch = model_and_data(size)
     model.train()
-    trainer = L.Trainer(
+    trainer = LightningTrainer(
         max_steps=STEPS[size],
         accelerator="cpu",
         logger=False,

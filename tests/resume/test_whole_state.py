@@ -82,23 +82,25 @@ def test_callbacks_ema_and_generators_go_on_where_they_were(tmp_path):
 
 
 class SaveInWindow(Callback):
-    """Saves after the second of four micro-batches, and is killed after the third."""
+    """Saves inside the fourth step after some of its micro-batches, and is killed at once."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
 
     def on_micro_batch_end(self, trainer) -> None:
-        if (trainer.progress.step, trainer.progress.pending) == (3, 2):
+        if (trainer.progress.step, trainer.progress.pending) == (3, self.after):
             trainer.save_checkpoint()
-        if (trainer.progress.step, trainer.progress.pending) == (3, 3):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def window_run(folder: str, killed: bool, without_gradients: bool) -> None:
+def window_run(folder: str, after: int, size: int, without_gradients: bool) -> None:
     torch.set_num_threads(1)
     trainer = small_trainer(
         folder,
         batch_size=8,
-        micro_batch_size=2,
+        micro_batch_size=size,
         save_steps=100,
-        trainer={"callbacks": [SaveInWindow()] if killed else []},
+        trainer={"callbacks": [SaveInWindow(after)]},
     )
     trainer.checkpointer.objects["callbacks"] = {}
     if without_gradients:
@@ -107,22 +109,27 @@ def window_run(folder: str, killed: bool, without_gradients: bool) -> None:
     trainer.train()
 
 
-def after_a_kill_in_a_window(folder, without_gradients=False):
-    assert run_fresh(window_run, str(folder), True, False) == -signal.SIGKILL
-    assert steps_in(folder) == [0, 3]
-    assert run_fresh(window_run, str(folder), False, without_gradients) == 0
+def whole_window(folder, size=2):
+    assert run_fresh(window_run, str(folder), 0, size, False) == 0
     return outcome(folder, 6)
 
 
-def test_a_save_forced_inside_an_accumulation_window_keeps_its_gradients(tmp_path):
-    assert run_fresh(window_run, str(tmp_path / "whole"), False, False) == 0
-    assert after_a_kill_in_a_window(tmp_path / "cut") == outcome(tmp_path / "whole", 6)
+def after_a_kill_in_a_window(folder, after, size=2, without_gradients=False):
+    assert run_fresh(window_run, str(folder), after, size, False) == -signal.SIGKILL
+    assert steps_in(folder) == [0, 3]
+    assert run_fresh(window_run, str(folder), 0, size, without_gradients) == 0
+    return outcome(folder, 6)
+
+
+@pytest.mark.parametrize(("size", "after"), [(2, 1), (2, 2), (2, 3), (2, 4), (8, 1)])
+def test_a_save_forced_inside_an_accumulation_window_keeps_its_gradients(size, after, tmp_path):
+    cut = after_a_kill_in_a_window(tmp_path / "cut", after, size)
+    assert cut == whole_window(tmp_path / "whole", size)
 
 
 def test_without_the_pending_gradients_the_bits_would_differ(tmp_path):
-    assert run_fresh(window_run, str(tmp_path / "whole"), False, False) == 0
-    lost = after_a_kill_in_a_window(tmp_path / "cut", without_gradients=True)
-    assert lost != outcome(tmp_path / "whole", 6)
+    lost = after_a_kill_in_a_window(tmp_path / "cut", 2, without_gradients=True)
+    assert lost != whole_window(tmp_path / "whole")
 
 
 def test_evaluation_changes_no_bit_of_the_training(tmp_path):

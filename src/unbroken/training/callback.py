@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -50,3 +50,14 @@ class Callback:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
+
+
+def is_default(hook: Callable[..., None]) -> bool:
+    """Return whether a callback's hook is the empty one of `Callback`.
+
+    Example:
+        >>> is_default(Callback().on_step_end)
+        True
+    """
+    own = getattr(hook, "__func__", None)
+    return own is not None and own is getattr(Callback, own.__name__, None)

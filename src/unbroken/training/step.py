@@ -89,7 +89,8 @@ class Stepper:
     def _accumulate(self, micro: MicroBatch, share: float) -> None:
         data = to_device(micro.data, self._device)
         with self._precision.autocast():
-            loss = compute_loss(self._forward, data, self._loss_fn) * share
+            loss = compute_loss(self._forward, data, self._loss_fn)
+            loss = loss if share == 1 else loss * share
         self._precision.backward(loss)
         self._window.add(loss)
 

@@ -34,7 +34,7 @@ from unbroken.training.assembly import (
     pick_device,
     prepared_for_forward,
 )
-from unbroken.training.callback import Callback
+from unbroken.training.callback import Callback, is_default
 from unbroken.training.config import TrainerConfig
 from unbroken.training.determinism import deterministic_kernels
 from unbroken.training.display import Display
@@ -59,13 +59,13 @@ class Trainer:
     Args:
         model: Any module; a Hugging Face model returns its own loss. It is moved to the device.
         config: All settings.
-        train_dataset: A map-style data set; or a loader or iterable of micro-batches, resumed
-            through its `state_dict` if it has one, else by counting and skipping.
+        train_dataset: A map-style data set; or an iterable of micro-batches, resumed through
+            its `state_dict`, or else by counting and skipping.
         eval_dataset: A map-style data set, or an iterable of batches.
         callbacks: Followers of the run; their state is saved.
         optimizer: None: the one that the configuration names.
-        scheduler: None: the one that the configuration names. Stepped after each optimizer
-            step; a ReduceLROnPlateau after each evaluation.
+        scheduler: None: the one that the configuration names. Stepped with the optimizer; a
+            ReduceLROnPlateau after each evaluation.
         collate_fn: Makes a batch of samples; None: PyTorch's default.
         loss_fn: Called as `loss_fn(outputs, labels)`; None: the model returns its loss.
         state: More objects to save, by name: an EMA model, a `torch.Generator`, and so on.
@@ -219,14 +219,15 @@ class Trainer:
             return
         batches = self._batches.from_()
         while not self._finished():
-            yield list(islice(batches, self._batches.left_in_step()))
+            missing = self.config.gradient_accumulation_steps - self.progress.pending
+            yield list(islice(batches, missing))
 
     def _finished(self) -> bool:
         return self.progress.step >= self.max_steps or self._stop_reason is not None
 
     def _train_step(self, micro_batches: list[MicroBatch]) -> None:
         stepped = self._stepper.run(micro_batches, after_each=self._after_micro_batch)
-        self.progress = self.progress.after_step(epoch=self._epoch(micro_batches[-1]))
+        self.progress = self.progress.after_step(epoch=self._epoch())
         self.statistics.add_step(stepped)
         self._count_time()
 
@@ -239,9 +240,11 @@ class Trainer:
         )
         self._call("on_micro_batch_end")
 
-    def _epoch(self, last: MicroBatch) -> float:
+    def _epoch(self) -> float:
         length = self._batches.steps_per_epoch
-        return float(last.epoch if length is None else (self.progress.step + 1) / length)
+        return float(
+            self._batches.position.epoch if length is None else (self.progress.step + 1) / length
+        )
 
     def _at_step_edge(self) -> None:
         """Do what is due between two steps; saving comes last and so holds all the rest."""
@@ -272,10 +275,12 @@ class Trainer:
 
     def _call(self, hook: str, *arguments: Any) -> None:
         """Call a hook of every callback, with the ambient generators in place."""
-        if self.callbacks:
+        calls = [getattr(callback, hook) for callback in self.callbacks]
+        calls = [call for call in calls if not is_default(call)]
+        if calls:
             with self._randomness.ambient():
-                for callback in self.callbacks:
-                    getattr(callback, hook)(self, *arguments)
+                for call in calls:
+                    call(self, *arguments)
 
     def _record(self, record: Mapping[str, Any]) -> None:
         self.checkpointer.log(record)
@@ -285,9 +290,6 @@ class Trainer:
         """Return the metrics of the model on the evaluation data; the run is not changed by it.
 
         Override it to add metrics of your own; `metric_for_best_model` may name any of them.
-
-        Raises:
-            DataError: If there is no evaluation data.
         """
         if self.eval_dataset is None:
             raise ConfigError("eval_dataset", "is needed for evaluation")
@@ -334,10 +336,7 @@ class Trainer:
         return path
 
     def load_checkpoint(self, which: ResumeFrom = "latest") -> ResumeReport:
-        """Put a saved state into the model, the optimizer and all the rest; `train` goes on there.
-
-        Args:
-            which: As `Checkpointer.resume` takes it.
+        """Put a saved state into everything; `train` goes on there. See `Checkpointer.resume`.
 
         Raises:
             CheckpointError: If the checkpoint cannot be used.

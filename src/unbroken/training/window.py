@@ -36,6 +36,8 @@ class Window:
         Each label counts the same, in whatever micro-batch it stands. (Equal shares would give
         the labels of short sequences more weight: transformers#34191.)
         """
+        if len(micro_batches) == 1 and self.loss is None:
+            return [1.0]  # alone in its step
         weights = [weight_of(micro.data, micro.samples) for micro in micro_batches]
         if self.loss is None:
             self._weight = sum(weights)
