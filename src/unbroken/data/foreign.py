@@ -7,7 +7,9 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+from torch.utils.data import IterableDataset
 
+from unbroken.data.keyed_dataset import is_deterministic
 from unbroken.data.keys import derive_key
 from unbroken.data.randomness import KeyedRandom
 from unbroken.errors import DataError
@@ -61,6 +63,18 @@ class ForeignLoader:
         rng.seed(derive_key(self.seed, "loader", epoch, number))
         return next(batches, END)
 
+    def facts(self) -> dict[str, Any]:
+        """Return what the order and the randomness of an epoch depend on, as far as it shows."""
+        dataset = getattr(self.loader, "dataset", None)
+        facts = {
+            "n": _length(dataset),
+            "length": self.length,
+            "batch_size": getattr(self.loader, "batch_size", None),
+        }
+        if isinstance(dataset, IterableDataset) or not is_deterministic(dataset):
+            facts["num_workers"] = getattr(self.loader, "num_workers", None)
+        return {name: fact for name, fact in facts.items() if isinstance(fact, int | None)}
+
     def state(self) -> Any:
         """Return the loader's own state, a copy."""
         return deepcopy(self.loader.state_dict())
@@ -68,10 +82,14 @@ class ForeignLoader:
     @property
     def length(self) -> int | None:
         """Batches in one epoch, where the loader knows."""
-        try:
-            return len(self.loader)
-        except (TypeError, NotImplementedError):
-            return None
+        return _length(self.loader)
+
+
+def _length(data: Any) -> int | None:
+    try:
+        return len(data)
+    except (TypeError, NotImplementedError):  # it has none, or says so when asked
+        return None
 
 
 def _parts(loader: Any) -> list[Any]:

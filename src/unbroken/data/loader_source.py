@@ -194,7 +194,7 @@ class LoaderSource:
         facts: dict[str, Any] = {
             "kind": self.kind,
             "seed": self._loader.seed,
-            "length": self._loader.length,
+            **self._loader.facts(),
             "global_batch_size": self.shape.global_batch_size,
             "gives_samples": self._grouping.samples,
         }
