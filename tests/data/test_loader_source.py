@@ -220,9 +220,9 @@ def test_an_epoch_that_became_shorter_is_an_error():
     ("other", "name"),
     [
         ({"loader": StatefulLoader(22, 4)}, "kind"),
-        ({"loader": DataLoader(NoisyDataset(40), batch_size=4)}, "length"),
+        ({"loader": DataLoader(NoisyDataset(40), batch_size=4)}, "n"),
         ({"loader": DataLoader(NoisyDataset(22), batch_size=2)}, "length"),
-        ({"loader": DataLoader(NoisyDataset(21), batch_size=4)}, "n"),
+        ({"loader": DataLoader(NoisyDataset(22), batch_size=4, drop_last=True)}, "length"),
         ({"loader": shuffling_loader(2)}, "num_workers"),
         ({"seed": 1}, "seed"),
         ({"micro": 8}, "micro_batch_size"),
