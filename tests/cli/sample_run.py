@@ -11,6 +11,7 @@ from pathlib import Path
 from unbroken.store import CheckpointWriter, RunDirectory
 
 BEGUN = 1_769_860_800.0  # 2026-01-31 12:00:00 UTC
+
 RUN_ID = "0123456789abcdef" * 2
 
 
@@ -36,14 +37,14 @@ class Bytes:
         yield memoryview(self.data)
 
 
-def make_run(folder: Path, *, steps=(0, 10, 20), fill=7) -> Path:
+def make_run(folder: Path, *, steps=(0, 10, 20), fill=7, seconds=3) -> Path:
     """Make a run with checkpoints at these steps, as a training leaves it."""
-    seconds = itertools.count(BEGUN, 60.0)
-    with RunDirectory.open(folder, clock=lambda: next(seconds), new_id=lambda: RUN_ID) as run:
+    now = itertools.count(BEGUN, 60.0)
+    with RunDirectory.open(folder, clock=lambda: next(now), new_id=lambda: RUN_ID) as run:
         run.history.append(_started(step=0))
         for step in steps:
-            run.metrics.append({"step": step, "loss": 3.0 - step / 100, "seconds": 1.5 * step})
-            save(run, step, fill, clock=lambda: next(seconds))
+            run.metrics.append(metrics(step))
+            save(run, step, fill, seconds, clock=lambda: next(now))
             run.history.append({"event": "saved", "step": step, "digest": "0" * 32})
         run.metrics.append({"step": steps[-1], "eval_loss": 3.25})
         run.history.append({"event": "stopped", "step": steps[-1], "by": "SIGTERM"})
@@ -51,13 +52,20 @@ def make_run(folder: Path, *, steps=(0, 10, 20), fill=7) -> Path:
     return folder
 
 
-def save(run, step, fill, clock):
-    """Save one checkpoint of 2 tensors and 1 file."""
+def metrics(step):
+    """Return the record of one step."""
+    digest = f"{step:032x}"
+    return {"step": step, "loss": 3.0 - step / 100, "data_digest": digest, "seconds": 1.5 * step}
+
+
+def save(run, step, fill, seconds, clock):
+    """Save one checkpoint of 3 tensors and a file of values."""
     with CheckpointWriter(run.storage, step=step, run_id=run.run_id, clock=clock) as writer:
         weight = Bytes("model.w", "model.safetensors", "w", bytes([fill]) * 1000)
         moment = Bytes("optimizer.state.w.m", "optimizer.safetensors", "state.w.m", b"m" * 40)
-        writer.write_leaves([weight, moment])
-        writer.write_file("state.json", b"{}")
+        random = Bytes("rng.torch", "state.safetensors", "rng.torch", b"r" * 16)
+        writer.write_leaves([weight, moment, random])
+        writer.write_file("state.json", b'{"seconds": %d, "samples": 1}' % seconds)
         writer.commit(
             {
                 "best_step": 10,

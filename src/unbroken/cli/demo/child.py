@@ -57,6 +57,11 @@ class Child:
             )
 
     @property
+    def pid(self) -> int:
+        """Its process id, which is also that of its group."""
+        return self._process.pid
+
+    @property
     def seconds(self) -> float:
         """Seconds since it began."""
         return time.monotonic() - self._began

@@ -45,12 +45,15 @@ def compare(left: Path, right: Path, *, step: int) -> list[Finding]:
     Raises:
         CheckpointError: A checkpoint is missing or damaged.
     """
-    checkpoints = (_verified(left, step), _verified(right, step))
-    metrics = (_records(left, step), _records(right, step))
+    one, other = _verified(left, step), _verified(right, step)
+    records, others = _records(left, step), _records(right, step)
     return [
-        *(_compare_tensors(what, checkpoints, is_of_kind) for what, is_of_kind in _TENSORS.items()),
-        _finding("all other values", "values", *map(_values, checkpoints)),
-        *(_compare_metrics(what, metrics, is_chosen) for what, is_chosen in _METRICS.items()),
+        *(_compare_tensors(what, one, other, is_chosen) for what, is_chosen in _TENSORS.items()),
+        _finding("all other values", "values", _values(one), _values(other)),
+        *(
+            _finding(what, "records", _chosen(records, is_chosen), _chosen(others, is_chosen))
+            for what, is_chosen in _METRICS.items()
+        ),
     ]
 
 
@@ -73,14 +76,11 @@ def _verified(run: Path, step: int) -> CheckpointReader:
 
 
 def _compare_tensors(
-    what: str,
-    checkpoints: tuple[CheckpointReader, CheckpointReader],
-    is_of_kind: Callable[[str], bool],
+    what: str, one: CheckpointReader, other: CheckpointReader, is_of_kind: Callable[[str], bool]
 ) -> Finding:
-    one, other = (_digests(reader, is_of_kind) for reader in checkpoints)
-    regions = checkpoints[0].manifest.tensors
-    nbytes = sum(regions[path][1].nbytes for path in one)
-    return _finding(what, "tensors", one, other, nbytes)
+    digests = _digests(one, is_of_kind)
+    nbytes = sum(one.manifest.tensors[path][1].nbytes for path in digests)
+    return _finding(what, "tensors", digests, _digests(other, is_of_kind), nbytes)
 
 
 def _digests(reader: CheckpointReader, is_of_kind: Callable[[str], bool]) -> dict[str, str]:
@@ -112,14 +112,6 @@ def _leaves(value: Json, path: str) -> Iterator[tuple[str, str]]:
             yield from _leaves(item, f"{path}[{number}]")
     else:
         yield path, json.dumps(value)
-
-
-def _compare_metrics(
-    what: str,
-    metrics: tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]],
-    is_chosen: Callable[[str], bool],
-) -> Finding:
-    return _finding(what, "records", *(_chosen(records, is_chosen) for records in metrics))
 
 
 def _records(run: Path, step: int) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,117 @@
+"""The settings of train: the command line over the file over the defaults."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+import torch
+
+from unbroken.cli.language_model import make_model
+from unbroken.cli.settings import DataSettings, parse_settings
+from unbroken.training import TrainerConfig
+
+FILE = """\
+output_dir: runs/small
+learning_rate: 3e-4
+max_steps: 50
+model: {n_layer: 2, n_head: 2}
+data: {train: [a.txt, b.txt], block_size: 32}
+"""
+
+
+@pytest.fixture
+def parse(here):
+    (here / "config.yaml").write_text(FILE)
+    return lambda *words: parse_settings(["config.yaml", *words])
+
+
+def test_the_file_is_over_the_defaults(parse):
+    settings = parse()
+    assert settings.trainer == TrainerConfig(
+        output_dir="runs/small", learning_rate=3e-4, max_steps=50
+    )
+    assert settings.model == {"n_layer": 2, "n_head": 2}
+    assert settings.data == DataSettings(train=("a.txt", "b.txt"), block_size=32)
+
+
+@pytest.mark.parametrize(
+    ("words", "field", "value"),
+    [
+        ("--learning_rate 1e-4", "learning_rate", 1e-4),
+        ("--max-steps=100", "max_steps", 100),
+        ("--resume_from_checkpoint 1200", "resume_from_checkpoint", 1200),
+        ("--resume-from-checkpoint must", "resume_from_checkpoint", "must"),
+        ("--resume-from-checkpoint False", "resume_from_checkpoint", False),
+        ("--no-shuffle", "shuffle", False),
+        ("--bf16", "bf16", True),
+        ("--save-steps None", "save_steps", None),
+        ("--max-time 01:30:00", "max_time", "01:30:00"),
+        ("--max-time 90", "max_time", 90.0),
+        ("--lr-scheduler-kwargs min_lr_rate 0.1", "lr_scheduler_kwargs", {"min_lr_rate": 0.1}),
+    ],
+)
+def test_the_command_line_is_over_the_file(parse, words, field, value):
+    found = getattr(parse(*words.split()).trainer, field)
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("words", "field", "value"),
+    [
+        ("--model.n-layer 3", "n_layer", 3),
+        ("--model.n_layer=3", "n_layer", 3),
+        ("--model.model-type llama", "model_type", "llama"),
+        ("--model.initializer-range 2e-2", "initializer_range", 0.02),
+        ("--model.tie-word-embeddings False", "tie_word_embeddings", False),
+        ("--model.n-inner None", "n_inner", None),
+    ],
+)
+def test_model_settings_are_read_as_what_they_look_like(parse, words, field, value):
+    found = parse(*words.split()).model
+    assert found == {"n_layer": 2, "n_head": 2, field: value}
+    assert type(found[field]) is type(value)
+
+
+def test_data_settings_are_overridden_one_by_one(parse):
+    data = parse("--data.train", "c.txt", "d.txt", "--data.tokenizer", "bpe").data
+    assert data == DataSettings(train=("c.txt", "d.txt"), block_size=32, tokenizer="bpe")
+
+
+def test_help_lists_every_setting_with_what_it_means(unbroken):
+    status, output, _ = unbroken("train", "--help")
+    assert status == 0
+    names = [field.name for field in fields(TrainerConfig)]
+    names += [f"data.{field.name}" for field in fields(DataSettings)]
+    assert [name for name in names if f"--{name.replace('_', '-')}" not in output] == []
+    assert "The highest learning rate, reached after warm-up." in output
+    assert "Tokens in one sample." in output
+
+
+SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 8, "n_positions": 16}
+
+
+def weights(seed):
+    model = make_model(SMALL, vocab_size=32, block_size=16, seed=seed)
+    return [bytes(p.detach().reshape(-1).view(torch.uint8)) for p in model.parameters()]
+
+
+def test_the_weights_depend_on_the_seed_alone():
+    torch.manual_seed(1)
+    one = weights(seed=5)
+    torch.manual_seed(2)
+    assert weights(seed=5) == one != weights(seed=6)
+
+
+def test_making_a_model_draws_no_ambient_random_number():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    weights(seed=5)
+    assert bytes(torch.get_rng_state()) == bytes(before)
+
+
+def test_any_causal_language_model_can_be_named():
+    settings = {"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 8}
+    settings |= {"num_attention_heads": 2, "intermediate_size": 16}
+    model = make_model(settings, vocab_size=32, block_size=16, seed=5)
+    assert type(model).__name__ == "LlamaForCausalLM"

@@ -1,0 +1,93 @@
+"""train: the same command again is the same run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from unbroken.cli.demo.child import Child, ChildFailedError, Watch
+from unbroken.cli.demo.comparison import compare
+
+CONFIG = """\
+output_dir: run
+max_steps: 6
+batch_size: 4
+micro_batch_size: 2
+save_steps: 2
+logging_steps: 1
+log_data_digest: true
+model: {n_layer: 1, n_head: 2, n_embd: 16, n_positions: 32}
+data: {train: "*.txt", eval_fraction: 0.2, block_size: 16}
+"""
+WITHOUT_TRANSFORMERS = """
+import sys
+sys.modules["transformers"] = None
+from unbroken.cli.main import main
+sys.exit(main(["train", "config.yaml"]))
+"""
+
+
+@pytest.fixture
+def folder(here):
+    (here / "a.txt").write_text("To be, or not to be, that is the question.\n" * 20)
+    (here / "b.txt").write_text("Whether 'tis nobler in the mind to suffer.\n" * 20)
+    (here / "config.yaml").write_text(CONFIG)
+    return here
+
+
+def test_the_same_command_again_goes_on_from_the_end(unbroken, folder):
+    status, output, _ = unbroken("train", "config.yaml")
+    assert status == 0
+    assert "no checkpoint yet: starting at step 0" in output
+    assert "step 6/6" in output
+    status, output, _ = unbroken("train", "config.yaml")
+    assert status == 0
+    assert f"resuming from {folder}/run/checkpoint-6" in output
+    assert "step 5/6" not in output
+
+
+def test_a_run_begun_again_at_a_step_ends_with_the_same_bits(unbroken, folder):
+    assert unbroken("train", "config.yaml", "--output-dir", "whole")[0] == 0
+    assert unbroken("train", "config.yaml")[0] == 0
+    assert unbroken("train", "config.yaml", "--resume_from_checkpoint", "2")[0] == 0
+    assert len(Watch(folder / "run").starts()) == 2
+    assert all(one.is_same for one in compare(folder / "whole", folder / "run", step=6))
+
+
+def test_another_seed_ends_with_other_bits(unbroken, folder):
+    assert unbroken("train", "config.yaml")[0] == 0
+    assert unbroken("train", "config.yaml", "--output-dir", "other", "--seed", 7)[0] == 0
+    assert not any(one.is_same for one in compare(folder / "run", folder / "other", step=6)[:1])
+
+
+def test_the_tokens_are_made_once(unbroken, folder):
+    unbroken("train", "config.yaml")
+    tokens = list((folder / ".cache" / "unbroken").iterdir())
+    unbroken("train", "config.yaml", "--output-dir", "other")
+    assert list((folder / ".cache" / "unbroken").iterdir()) == tokens
+
+
+def test_sigterm_saves_and_ends_with_status_75(folder):
+    watch = Watch(folder / "run")
+    with Child(["config.yaml", "--max-steps", "100000"], folder, folder / "log") as child:
+        assert child.wait_until(lambda: watch.step() >= 3)
+        os.kill(child.pid, signal.SIGTERM)
+        with pytest.raises(ChildFailedError, match="ended with status 75"):
+            child.wait()
+    assert "stopped by SIGTERM after step" in (folder / "log").read_text()
+    assert (folder / "run" / f"checkpoint-{watch.step()}").is_dir()
+
+
+def test_without_transformers_the_error_names_what_to_install(folder):
+    ended = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TRANSFORMERS], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines() == [
+        "ConfigError: model: needs the package transformers, which is not here",
+        '  pip install "unbroken[transformers]"',
+    ]
