@@ -7,9 +7,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from torch.utils.data import IterableDataset
 
-from unbroken.data.keyed_dataset import is_deterministic
 from unbroken.data.keys import derive_key
 from unbroken.data.randomness import KeyedRandom
 from unbroken.errors import DataError
@@ -65,14 +63,13 @@ class ForeignLoader:
 
     def facts(self) -> dict[str, Any]:
         """Return what the order and the randomness of an epoch depend on, as far as it shows."""
-        dataset = getattr(self.loader, "dataset", None)
         facts = {
-            "n": _length(dataset),
+            "n": _length(getattr(self.loader, "dataset", None)),
             "length": self.length,
             "batch_size": getattr(self.loader, "batch_size", None),
+            # With workers a sampler draws its order in iter(), without them in next().
+            "num_workers": getattr(self.loader, "num_workers", None),
         }
-        if isinstance(dataset, IterableDataset) or not is_deterministic(dataset):
-            facts["num_workers"] = getattr(self.loader, "num_workers", None)
         return {name: fact for name, fact in facts.items() if isinstance(fact, int | None)}
 
     def state(self) -> Any:
