@@ -151,8 +151,8 @@ _HINTS = {
     "would be another one. Give the same data, or start a new run.",
     "fingerprint": "The data set has other contents than when the position was saved. "
     "Give the same data, or start a new run.",
-    "num_workers": "A loader's order and randomness depend on its workers. Give as many, or start a "
-    "new run with the data set in place of the loader: then they may change.",
+    "num_workers": "A loader's order and randomness depend on its workers. Give as many; or start "
+    "a new run with the data set in place of the loader: then they may change.",
     "kind": "The position was saved with another kind of data. Give the same kind, "
     "or start a new run.",
 }
