@@ -37,6 +37,7 @@ NAMES = [
     "TrainingStopped",
     "UnbrokenError",
     "__version__",
+    "batch_source",
 ]
 
 PARAMETERS = {

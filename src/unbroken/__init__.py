@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from unbroken.checkpoint import ResumeReport as ResumeReport
     from unbroken.checkpoint import TrainingStopped as TrainingStopped
     from unbroken.data import TokenDataset as TokenDataset
+    from unbroken.data import batch_source as batch_source
     from unbroken.errors import CaptureError as CaptureError
     from unbroken.errors import CheckpointError as CheckpointError
     from unbroken.errors import CheckpointNotFoundError as CheckpointNotFoundError
@@ -44,7 +45,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "unbroken.checkpoint": ("EXIT_STOPPED", "Checkpointer", "ResumeReport", "TrainingStopped"),
-    "unbroken.data": ("TokenDataset",),
+    "unbroken.data": ("TokenDataset", "batch_source"),
     "unbroken.errors": (
         "CaptureError",
         "CheckpointError",
