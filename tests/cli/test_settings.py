@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
 
+from unbroken import errors
 from unbroken.cli.language_model import make_model
 from unbroken.cli.settings import DataSettings, parse_settings
 from unbroken.training import TrainerConfig
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "cli.md"
 FILE = """\
 output_dir: runs/small
 learning_rate: 3e-4
@@ -115,3 +119,23 @@ def test_any_causal_language_model_can_be_named():
     settings |= {"num_attention_heads": 2, "intermediate_size": 16}
     model = make_model(settings, vocab_size=32, block_size=16, seed=5)
     assert type(model).__name__ == "LlamaForCausalLM"
+
+
+def test_the_file_in_the_documents_is_accepted(here):
+    text = (DOCUMENT.read_text().partition("```yaml\n")[2]).partition("```")[0]
+    (here / "config.yaml").write_text(text)
+    settings = parse_settings(["config.yaml"])
+    model = make_model(settings.model, vocab_size=2048, block_size=256, seed=1)
+    assert model.config.n_embd == 384
+
+
+def test_the_documents_give_each_error_its_status():
+    text = DOCUMENT.read_text()
+    classes = [getattr(errors, name) for name in dir(errors) if name.endswith("Error")]
+    missing = [
+        one.__name__
+        for one in classes
+        if one is not errors.UnbrokenError
+        and not re.search(rf"^\| {one.exit_code} \|.*`{one.__name__}`", text, re.MULTILINE)
+    ]
+    assert missing == []

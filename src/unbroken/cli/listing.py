@@ -17,6 +17,7 @@ from unbroken.cli.tables import (
 )
 from unbroken.errors import CheckpointError, RunDirectoryError
 from unbroken.store import RunDirectory
+from unbroken.store.layout import step_of
 
 NOT_VERIFIED = "not verified"
 
@@ -132,15 +133,20 @@ def _print_overview(places: Sequence[Place]) -> None:
 
 
 def _overview_row(place: Place) -> tuple[str, ...]:
-    rows = rows_of(place)
-    steps = [row.step for row in rows if row.step is not None]
+    """Return the line of a run from names and sizes: many runs have many manifests to read."""
+    steps = [step for folder in place.folders if (step := step_of(folder)) is not None]
     return (
         _short(place.path),
         str(max(steps)) if steps else "-",
-        str(len(rows)),
-        size_text(sum(row.nbytes or 0 for row in rows)),
+        str(len(place.folders)),
+        size_text(sum(_nbytes_in(place, folder) for folder in place.folders)),
         "-" if place.run is None else date_text(place.run.created),
     )
+
+
+def _nbytes_in(place: Place, folder: str) -> int:
+    found = (place.storage.stat(f"{folder}/{name}") for name in place.storage.list(folder))
+    return sum(stat.nbytes for stat in found if stat is not None)
 
 
 def _print_each(places: Sequence[Place]) -> None:

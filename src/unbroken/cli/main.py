@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from unbroken.errors import UnbrokenError
 
+_FAILED = 1
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _BROKEN_PIPE = 141  # 128 + SIGPIPE
 
@@ -41,12 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print_error(error)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)  # noqa: T201 (the last word of a command)
+        sys.stderr.write("interrupted\n")
         return _INTERRUPTED
     except BrokenPipeError:
         # The reader went away. Python would complain once more when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
+    except OSError as error:  # what the disk says: no permission, no room
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        return _FAILED
     return status
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from unbroken.errors import CheckpointError, CheckpointNotFoundError, RunDirectoryError
 from unbroken.storage import LocalStorage, Storage
 from unbroken.store import CheckpointReader, RunDirectory
-from unbroken.store.layout import MANIFEST_NAME, PINNED_NAME, RUN_NAME, checkpoint_name, step_of
+from unbroken.store.layout import MANIFEST_NAME, PINNED_NAME, RUN_NAME, step_of
 
 
 @dataclass(frozen=True)
@@ -65,16 +65,13 @@ class Place:
         Raises:
             CheckpointNotFoundError: There is none of that step.
         """
-        name = checkpoint_name(step)
-        if name not in self.folders:
-            steps = [known for folder in self.folders if (known := step_of(folder)) is not None]
+        known = {} if self.run is None else dict(self.run.catalog.folders())
+        if step not in known:
+            expected = f"one of the steps {list(known)}"
             raise CheckpointNotFoundError(
-                str(self.path),
-                "no such checkpoint",
-                expected=f"one of the steps {steps}",
-                found=step,
+                str(self.path), "no such checkpoint", expected=expected, found=step
             )
-        return Place(self.path, self.run, name)
+        return Place(self.path, self.run, known[step])
 
 
 def open_place(text: str) -> Place:

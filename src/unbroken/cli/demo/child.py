@@ -102,10 +102,11 @@ class Child:
             self._process.wait()
 
     def freeze(self) -> None:
-        """Stop it on the spot; returns when it stands still, or is gone."""
+        """Stop it on the spot; on Linux this returns when it stands still, or is gone."""
         self._signal(signal.SIGSTOP)
-        with suppress(ChildProcessError):
-            os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        if sys.platform == "linux":
+            with suppress(ChildProcessError):
+                os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def unfreeze(self) -> None:
         """Let it go on."""
@@ -124,7 +125,7 @@ class Child:
 
     def _signal(self, number: signal.Signals) -> None:
         with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, number)
+            os.killpg(self.pid, number)
 
     def _refuse_failure(self) -> None:
         if self._process.returncode != 0:

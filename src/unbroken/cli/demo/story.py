@@ -94,9 +94,10 @@ class _Demo:
             f"   {self._stage.command(_KILLED, more)}",
         )
         kills = Siege(self._stage, _KILLED, more, pace).survive(moments)
+        times = "1 kill" if kills == 1 else f"{kills} kills"
         self._stage.say(
             f"   finished: step {self._stage.watch(_KILLED).step()} of {self._steps}, "
-            f"after {kills} kills (the same moments again: --seed {seed})"
+            f"after {times} (the same moments again: --seed {seed})"
         )
 
     def _compare(self) -> bool:
