@@ -87,11 +87,11 @@ def test_a_file_that_is_no_configuration_is_refused_by_its_path(name, text, tmp_
 
 
 def test_a_missing_file_is_named():
-    with pytest.raises(ConfigError, match="nowhere.yaml: no such file"):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such file"):
         TrainerConfig.from_file("nowhere.yaml")
 
 
-# Ours alone, each for a reason: the global batch, minutes beside steps, and this library's own work.
+# Ours alone, for a reason: the global batch, minutes beside steps, this library's own work.
 OWN = {
     "batch_size", "micro_batch_size", "shuffle", "samples_per_epoch", "sgd_momentum", "device",
     "logging_minutes", "log_data_digest", "eval_minutes", "eval_batch_size", "save_minutes",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,7 +24,7 @@ from unbroken.checkpoint.report import ResumeReport
 from unbroken.checkpoint.resuming import STATE_FILE, Resumption
 from unbroken.checkpoint.selection import ResumeFrom, Selection
 from unbroken.errors import ConfigError
-from unbroken.storage import LocalStorage, Storage
+from unbroken.storage import Storage
 from unbroken.store import (
     CheckpointWriter,
     KeepPolicy,
@@ -104,10 +103,7 @@ class Checkpointer:
     def run(self) -> RunDirectory:
         """The run directory, opened and locked by the first use."""
         if self._run is None:
-            storage = self._directory
-            if isinstance(storage, str | os.PathLike):
-                storage = LocalStorage(Path(storage))
-            self._run = RunDirectory.open(storage, clock=self._wall_clock)
+            self._run = RunDirectory.open(self._directory, clock=self._wall_clock)
         return self._run
 
     def resume(self, which: ResumeFrom = "auto") -> ResumeReport:
