@@ -41,8 +41,8 @@ def plan_kills(*, kills: int, steps: int, seed: int) -> list[Moment]:
         kinds.append("starting")
     kinds += ["training"] * (kills - len(kinds))
     draw.shuffle(kinds)
-    # Not in the last two steps: the run must not end before its kill.
-    targets = sorted(draw.choices(range(1, steps - 1), k=kills))
+    # Not at the end: a kill inside a save may need several saves until it wins the race.
+    targets = sorted(draw.choices(range(1, steps - 2 * save_steps_for(steps)), k=kills))
     return [Moment(kind, step, draw.random()) for kind, step in zip(kinds, targets, strict=True)]
 
 

@@ -64,11 +64,11 @@ class _Demo:
             "without a kill, once killed again and again. Then all bits of both are compared.",
         )
         pace = self._train_in_peace()
-        self._train_under_fire(moments, seed, pace, killed_arguments)
+        is_killed = self._train_under_fire(moments, seed, pace, killed_arguments)
         is_same = self._compare()
         can_fail = self._compare_with_control()
-        self._conclude(is_same=is_same, can_fail=can_fail)
-        return is_same and can_fail
+        self._conclude(is_killed=is_killed, is_same=is_same, can_fail=can_fail)
+        return is_killed and is_same and can_fail
 
     def _train_in_peace(self) -> Pace:
         self._stage.say("", "1. Without a kill", f"   {self._stage.command(_PEACE)}")
@@ -87,7 +87,8 @@ class _Demo:
 
     def _train_under_fire(
         self, moments: Sequence[Moment], seed: int, pace: Pace, more: Sequence[str]
-    ) -> None:
+    ) -> bool:
+        """Return whether every kill has hit."""
         self._stage.say(
             "",
             "2. Killed by SIGKILL at random moments, and each time started by the same command",
@@ -99,6 +100,7 @@ class _Demo:
             f"   finished: step {self._stage.watch(_KILLED).step()} of {self._steps}, "
             f"after {times} (the same moments again: --seed {seed})"
         )
+        return kills == len(moments)
 
     def _compare(self) -> bool:
         self._stage.say("", f"3. Both runs compared at step {self._steps}, byte by byte")
@@ -125,10 +127,12 @@ class _Demo:
         self._stage.say(*(f"   {_sentence(finding)}" for finding in found))
         return found
 
-    def _conclude(self, *, is_same: bool, can_fail: bool) -> None:
+    def _conclude(self, *, is_killed: bool, is_same: bool, can_fail: bool) -> None:
         seconds = time.monotonic() - self._began
         if not is_same:
             verdict = "NOT THE SAME: the killed run differs from the uninterrupted one."
+        elif not is_killed:
+            verdict = "NOT SHOWN: the run came to its end before all kills; try more --steps."
         elif not can_fail:
             verdict = "NOT SHOWN: the comparison missed a run that must differ."
         else:
