@@ -65,6 +65,7 @@ IN_THE_FILE = [
     ({"model__n_head": 3}, 2, "divisible"),
     ({"model__vocab_size": 8}, 2, "model.vocab_size: is too small for the tokenizer"),
     ({"output_dir": "thesis"}, 5, "thesis", "holds something else", "chapter.tex"),
+    ({"output_dir": "text.txt"}, 5, "text.txt"),
     ({"resume_from_checkpoint": "must"}, 9, "no checkpoint to resume"),
     ({"resume_from_checkpoint": 100}, 9, "no such checkpoint", "found 100"),
 ]
