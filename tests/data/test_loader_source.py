@@ -73,6 +73,11 @@ def test_reading_leaves_the_ambient_generators_as_they_were(make):
     assert draws()[-1] == expected
 
 
+def test_a_loader_is_told_its_epoch():
+    batches = read(source_of(StatefulLoader(8, 4)), 6)
+    assert [int(micro.data[0]) // 1000 for micro in batches] == [0, 0, 1, 1, 2, 2]
+
+
 def test_batches_read_ahead_do_not_move_a_stateful_loader():
     source = source_of(StatefulLoader(22, 4))
     batches = source.from_()

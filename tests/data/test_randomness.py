@@ -7,7 +7,7 @@ import pytest
 import torch
 from data_sets import NoisyDataset, draws
 
-from unbroken.data import KeyedDataset, KeyedRandom, SampleKey, keyed_random
+from unbroken.data import KeyedDataset, KeyedRandom, SampleKey, derive_key, keyed_random
 from unbroken.errors import ConfigError
 
 KEYS = [SampleKey(3, 0, 0), SampleKey(1, 0, 1), SampleKey(3, 1, 2)]
@@ -102,6 +102,12 @@ def test_the_cuda_generator_is_keyed_and_left_as_it_was():
         rng.seed(5)
         assert torch.rand(3, device="cuda").tolist() == first
     assert torch.cuda.get_rng_state().numpy().tobytes() == before
+
+
+def test_noise_belongs_to_seed_epoch_and_index():
+    sample = KeyedDataset(NoisyDataset(5), seed=7).__getitems__([SampleKey(3, 2, 13)])[0]
+    with keyed_random(derive_key(7, "sample", 2, 3)):
+        assert sample.tolist() == [3, *draws()]
 
 
 def test_a_sample_is_the_same_in_any_batch():
