@@ -126,11 +126,17 @@ def parse_settings(given: Sequence[str]) -> TrainSettings:
     data = _data_of(in_file.pop("data", {}), f"{path}: data")
     model_in_file = _mapping(in_file.pop("model", {}), f"{path}: model")
     trainer = TrainerConfig.from_dict(in_file, where=str(path))
-    words = _parse(given, _Words(config=str(path), data=data, **trainer.to_dict()))
-    chosen = {one.name: getattr(words, one.name) for one in fields(TrainerConfig)}
+    words = _parse(given, _Words(config=str(path), data=data, **_fields_of(trainer)))
     return TrainSettings(
-        trainer=TrainerConfig(**chosen), data=words.data, model={**model_in_file, **model}
+        trainer=TrainerConfig(**_fields_of(words)),
+        data=words.data,
+        model={**model_in_file, **model},
     )
+
+
+def _fields_of(config: TrainerConfig) -> dict[str, Any]:
+    """Return the fields of TrainerConfig as they are, not made plain for a file."""
+    return {one.name: getattr(config, one.name) for one in fields(TrainerConfig)}
 
 
 def _parse(given: Sequence[str], default: _Words | None) -> _Words:
