@@ -26,7 +26,7 @@ def small_trainer(folder, *, model=None, dataset=PAIRS, trainer=None, **settings
     settings = {"max_steps": 6, "save_steps": 2, "logging_steps": 1, **settings}
     return Trainer(
         small_model() if model is None else model,
-        TrainerConfig(output_dir=str(folder), learning_rate=0.01, **settings),
+        TrainerConfig(output_dir=str(folder), **{"learning_rate": 0.01, **settings}),
         dataset,
         loss_fn=nn.CrossEntropyLoss(),
         display=Silence(),

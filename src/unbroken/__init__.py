@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from unbroken.errors import ConfigError as ConfigError
     from unbroken.errors import CorruptCheckpointError as CorruptCheckpointError
     from unbroken.errors import DataError as DataError
+    from unbroken.errors import DifferenceError as DifferenceError
     from unbroken.errors import LockHeldError as LockHeldError
     from unbroken.errors import NewerFormatError as NewerFormatError
     from unbroken.errors import RunDirectoryError as RunDirectoryError
@@ -53,6 +54,7 @@ _HOMES = {
         "ConfigError",
         "CorruptCheckpointError",
         "DataError",
+        "DifferenceError",
         "LockHeldError",
         "NewerFormatError",
         "RunDirectoryError",

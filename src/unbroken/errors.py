@@ -6,12 +6,13 @@
     ├── CaptureError (TypeError)              take out, or wrap, the value that cannot be stored
     ├── RunDirectoryError (OSError)           choose another run directory, or repair this one
     │   └── LockHeldError                     stop the other process first
-    ├── SaveError (OSError)                   make room or repair the disk; nothing saved before is lost
+    ├── SaveError (OSError)                   make room or repair the disk; nothing saved is lost
     └── CheckpointError
         ├── CheckpointNotFoundError (FileNotFoundError)   name another checkpoint
         ├── CorruptCheckpointError            use another checkpoint; this one is damaged
         ├── NewerFormatError                  upgrade unbroken
-        └── StateMismatchError (ValueError)   make the model, optimizer, ... fit the checkpoint
+        ├── StateMismatchError (ValueError)   make the model, optimizer, ... fit the checkpoint
+        └── DifferenceError (ValueError)      take a changed setting back, or name it
 
 Each message reads *where: what: expected X, found Y*; what to do about it is the hint,
 kept as a note (PEP 678) so that a traceback shows it. The facts are attributes.
@@ -136,6 +137,12 @@ class NewerFormatError(CheckpointError):
 
 
 class StateMismatchError(CheckpointError, ValueError):
-    """The checkpoint does not fit the live model, optimizer or other object; nothing was changed."""
+    """The checkpoint does not fit the live model, optimizer or other object; all is as it was."""
 
     exit_code: ClassVar[int] = 12
+
+
+class DifferenceError(CheckpointError, ValueError):
+    """A setting that training depends on is not what it was; nothing was changed."""
+
+    exit_code: ClassVar[int] = 13

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from scenarios import metrics
 from small_trainers import bits, small_model, small_trainer, steps_in
@@ -145,8 +146,10 @@ def test_a_model_of_another_shape_is_refused_with_both_shapes_and_left_alone(run
 
 
 def test_another_optimizer_is_refused_by_its_class(run):
+    model = small_model()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.01)
     with pytest.raises(StateMismatchError, match=r"AdamW.*SGD"):
-        small_trainer(run, optim="sgd").train()
+        small_trainer(run, model=model, trainer={"optimizer": sgd}).train()
 
 
 def test_a_second_process_is_kept_out_while_the_first_works(run):

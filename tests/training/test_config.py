@@ -29,6 +29,7 @@ BAD_VALUES = {
     "early_stopping_patience": (3,),  # without evaluation
     "load_best_model_at_end": (True,),  # without evaluation
     "output_dir": ("", 3),
+    "allow": (("learning_rte",), "seed"),
 }
 CASES = [(name, value) for name, values in BAD_VALUES.items() for value in values]
 
@@ -93,7 +94,8 @@ def test_a_missing_file_is_named():
 
 # Ours alone, for a reason: the global batch, minutes beside steps, this library's own work.
 OWN = {
-    "batch_size", "micro_batch_size", "shuffle", "samples_per_epoch", "sgd_momentum", "device",
+    "allow", "batch_size", "micro_batch_size", "shuffle", "samples_per_epoch", "sgd_momentum",
+    "device",
     "logging_minutes", "log_data_digest", "eval_minutes", "eval_batch_size", "save_minutes",
     "save_at_start", "keep_every_n_steps", "max_time", "early_stopping_patience",
     "early_stopping_threshold",

@@ -1,6 +1,12 @@
 """Saving and resuming a run: which objects, when, from what, and until which signal."""
 
 from unbroken.checkpoint.checkpointer import Checkpointer as Checkpointer
+from unbroken.checkpoint.differences import Difference as Difference
+from unbroken.checkpoint.differences import Examine as Examine
+from unbroken.checkpoint.differences import Rule as Rule
+from unbroken.checkpoint.differences import Verdict as Verdict
+from unbroken.checkpoint.differences import compare as compare
+from unbroken.checkpoint.differences import refuse_unnamed as refuse_unnamed
 from unbroken.checkpoint.policy import Cadence as Cadence
 from unbroken.checkpoint.policy import Timer as Timer
 from unbroken.checkpoint.preemption import EXIT_STOPPED as EXIT_STOPPED
@@ -14,10 +20,16 @@ __all__ = [
     "EXIT_STOPPED",
     "Cadence",
     "Checkpointer",
+    "Difference",
+    "Examine",
     "Preemption",
     "ResumeFrom",
     "ResumeReport",
+    "Rule",
     "Selection",
     "Timer",
     "TrainingStopped",
+    "Verdict",
+    "compare",
+    "refuse_unnamed",
 ]

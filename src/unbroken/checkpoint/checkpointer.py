@@ -18,6 +18,7 @@ from unbroken.capture import (
     pretrained_files,
     structure_to_bytes,
 )
+from unbroken.checkpoint.differences import Examine
 from unbroken.checkpoint.environment import environment_facts
 from unbroken.checkpoint.policy import Cadence, Timer
 from unbroken.checkpoint.report import ResumeReport
@@ -52,6 +53,8 @@ class Checkpointer:
             the name that a file holds.
         clock: Monotonic seconds.
         wall_clock: Seconds since 1970, for the dates in manifests.
+        examine: Called with the facts of a checkpoint before it is resumed: returns the
+            differences that matter to you, or raises to refuse it.
         objects: What to save, by name: modules, optimizers, schedulers, a GradScaler, random
             generators, tensors, anything with `state_dict` and `load_state_dict`, and lists and
             dicts of these. The object called `model` gives the parameters their names.
@@ -83,6 +86,7 @@ class Checkpointer:
         types: Iterable[type] = (),
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
+        examine: Examine | None = None,
         **objects: object,
     ) -> None:
         for name in _RESERVED:
@@ -95,6 +99,7 @@ class Checkpointer:
         self._directory = directory
         self._types = tuple(types)
         self._wall_clock = wall_clock
+        self._examine = examine
         self._timer = Timer(Cadence(save_steps, save_minutes), clock)
         self._run: RunDirectory | None = None
         self._origin: str | None = None
@@ -126,7 +131,7 @@ class Checkpointer:
             CorruptCheckpointError: If the one checkpoint asked for is damaged.
             StateMismatchError: If the checkpoint does not fit the objects; none was changed.
         """
-        resumption = Resumption(self.run, self.objects, self._types)
+        resumption = Resumption(self.run, self.objects, self._types, self._examine)
         report = resumption.start(Selection.parse(which))
         self.values = resumption.values
         self.best_step = resumption.best_step

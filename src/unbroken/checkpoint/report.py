@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
+from unbroken.checkpoint.differences import Difference
 from unbroken.store import Rejection
 
 
@@ -16,6 +17,7 @@ class ResumeReport:
         checkpoint: The folder that was resumed, or None for a fresh start.
         rejected: Newer checkpoints that could not be used, and why.
         set_aside: Checkpoints of an abandoned future that were renamed, as (old, new) names.
+        differences: Settings that are not what they were when the checkpoint was saved.
         previous_owner: Who held the run directory and died holding it, if anybody.
     """
 
@@ -24,6 +26,7 @@ class ResumeReport:
     rejected: tuple[Rejection, ...] = ()
     set_aside: tuple[tuple[str, str], ...] = ()
     previous_owner: str | None = None
+    differences: tuple[Difference, ...] = ()
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -50,7 +53,8 @@ class ResumeReport:
             if self.previous_owner is not None
             else []
         )
-        return [head, *rejected, *moved, *owner, *self.notes]
+        differ = [str(difference) for difference in self.differences]
+        return [head, *rejected, *moved, *owner, *differ, *self.notes]
 
     def to_json(self) -> dict[str, object]:
         """Return the report as plain JSON values, for history.jsonl."""
@@ -61,6 +65,7 @@ class ResumeReport:
                 {"checkpoint": item.folder, "reason": item.reason} for item in self.rejected
             ],
             "set_aside": [{"from": old, "to": new} for old, new in self.set_aside],
+            "differences": [asdict(difference) for difference in self.differences],
             "previous_owner": self.previous_owner,
             "notes": list(self.notes),
         }

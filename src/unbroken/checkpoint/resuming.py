@@ -15,6 +15,7 @@ from unbroken.capture import (
     structure_from_bytes,
     types_in,
 )
+from unbroken.checkpoint.differences import Difference, Examine
 from unbroken.checkpoint.report import ResumeReport
 from unbroken.checkpoint.selection import Selection
 from unbroken.errors import (
@@ -35,6 +36,7 @@ class Resumption:
         run: The open run directory.
         objects: The live objects, by name.
         types: Classes of namedtuples and enums inside the state.
+        examine: Called with the facts of a checkpoint before it is loaded; may refuse it.
 
     Attributes:
         values: The plain values of the resumed checkpoint, or None.
@@ -43,7 +45,11 @@ class Resumption:
     """
 
     def __init__(
-        self, run: RunDirectory, objects: Mapping[str, object], types: tuple[type, ...]
+        self,
+        run: RunDirectory,
+        objects: Mapping[str, object],
+        types: tuple[type, ...],
+        examine: Examine | None = None,
     ) -> None:
         self.values: Any = None
         self.best_step: int | None = None
@@ -51,6 +57,8 @@ class Resumption:
         self._run = run
         self._objects = objects
         self._types = types
+        self._examine = examine
+        self._differences: tuple[Difference, ...] = ()
 
     def start(self, selection: Selection) -> ResumeReport:
         """Resume what `selection` asks for, or make ready for a fresh start."""
@@ -128,6 +136,8 @@ class Resumption:
 
     def _load(self, reader: CheckpointReader) -> None:
         """Fill the objects, after all that can be checked was; the random generators last."""
+        if self._examine is not None:
+            self._differences = self._examine(reader.manifest.facts)
         tree = self._tree(reader)
         rng, values = tree.pop("rng"), tree.pop("values")
         restore(self._objects, tree)
@@ -189,6 +199,7 @@ class Resumption:
             rejected=rejected,
             set_aside=moved,
             previous_owner=self._run.previous_owner,
+            differences=self._differences,
             notes=notes,
         )
         self._run.history.append({"event": "started", **report.to_json()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_type_hints
@@ -44,6 +45,8 @@ class TrainerConfig:
     """The run directory: checkpoints, history and metrics."""
     resume_from_checkpoint: bool | int | str = "auto"
     """"auto", "must", "never", "best", a step, or the path of a checkpoint."""
+    allow: tuple[str, ...] = ()
+    """Settings whose change on resume is meant; any other change of the training is refused."""
 
     batch_size: int = 8
     """Samples in one optimizer step, over all ranks and micro-batches (the global batch)."""
@@ -138,6 +141,9 @@ class TrainerConfig:
     """How much better the metric must be to count."""
 
     def __post_init__(self) -> None:
+        allow: object = self.allow
+        if isinstance(allow, list):
+            object.__setattr__(self, "allow", tuple(allow))  # as JSON and YAML have it
         self._check_types()
         self._check_ranges()
         self._check_combinations()
@@ -185,6 +191,7 @@ class TrainerConfig:
             raise ConfigError("early_stopping_patience", "needs eval_steps or eval_minutes")
         if self.load_best_model_at_end and not self.evaluates:
             raise ConfigError("load_best_model_at_end", "needs eval_steps or eval_minutes")
+        _refuse_unknown(self.allow, where="allow")
         self.max_seconds()
 
     @property
@@ -228,7 +235,8 @@ class TrainerConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain values, for YAML or JSON."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**values, "allow": list(self.allow)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "TrainerConfig") -> Self:
@@ -296,7 +304,7 @@ def _admits_bool(name: str) -> bool:
     return "bool" in str(TrainerConfig.__annotations__[name])
 
 
-def _refuse_unknown(values: dict[str, Any], where: str) -> None:
+def _refuse_unknown(values: Iterable[str], where: str) -> None:
     known = [field.name for field in fields(TrainerConfig)]
     for name in values:
         if name not in known:

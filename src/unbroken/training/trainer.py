@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -35,6 +36,7 @@ from unbroken.training.assembly import (
     prepared_for_forward,
 )
 from unbroken.training.callback import Callback, is_default
+from unbroken.training.changes import Fresh, examine, take_effect
 from unbroken.training.config import TrainerConfig
 from unbroken.training.determinism import deterministic_kernels
 from unbroken.training.display import Display
@@ -71,7 +73,7 @@ class Trainer:
         state: More objects to save, by name: an EMA model, a `torch.Generator`, and so on.
         types: Classes of namedtuples and enums inside saved state.
         storage: Where the run directory is; None: `output_dir` on the local disk.
-        display: What to show where; None: a progress bar on a terminal, lines elsewhere.
+        display: None: a progress bar on a terminal, lines elsewhere.
         clock: Monotonic seconds.
         wall_clock: Seconds since 1970.
 
@@ -161,6 +163,7 @@ class Trainer:
             types=types,
             clock=clock,
             wall_clock=wall_clock,
+            examine=partial(examine, config),
             **named_objects(self, state or {}),
         )
 
@@ -191,12 +194,7 @@ class Trainer:
             stack.callback(self._display.close)
             stack.callback(self._batches.close)
             stack.enter_context(deterministic_kernels(self.config.full_determinism, self.device))
-            watch = Preemption(
-                max_seconds=self.config.max_seconds(),
-                clock=self._clock,
-                wall_clock=self._wall_clock,
-            )
-            preemption = stack.enter_context(watch)
+            preemption = stack.enter_context(self._preemption())
             report = self._begin(resume_from_checkpoint)
             self._loop(preemption)
             return self._end(report)
@@ -242,9 +240,8 @@ class Trainer:
 
     def _epoch(self) -> float:
         length = self._batches.steps_per_epoch
-        return float(
-            self._batches.position.epoch if length is None else (self.progress.step + 1) / length
-        )
+        done = self._batches.position.epoch if length is None else self.progress.step + 1
+        return float(done / (length or 1))
 
     def _at_step_edge(self) -> None:
         """Do what is due between two steps; saving comes last and so holds all the rest."""
@@ -336,12 +333,10 @@ class Trainer:
         return path
 
     def load_checkpoint(self, which: ResumeFrom = "latest") -> ResumeReport:
-        """Put a saved state into everything; `train` goes on there. See `Checkpointer.resume`.
-
-        Raises:
-            CheckpointError: If the checkpoint cannot be used.
-        """
+        """Put a saved state into everything; `train` goes on there. As `Checkpointer.resume`."""
+        fresh = Fresh.of(self.optimizer)
         report = self.resume_report = self.checkpointer.resume(which)
+        take_effect(report.differences, fresh, self.optimizer, self.scheduler)
         if report.resumed:
             values = self.checkpointer.values
             self.progress = Progress(**values["progress"])
@@ -390,6 +385,10 @@ class Trainer:
         )
         self._display.note(str(stopped))
         raise stopped
+
+    def _preemption(self) -> Preemption:
+        limit, clock = self.config.max_seconds(), self._clock
+        return Preemption(max_seconds=limit, clock=clock, wall_clock=self._wall_clock)
 
     def _count_time(self) -> float:
         """Add the seconds since the last call to the run's; return them."""

@@ -1,0 +1,147 @@
+"""Changed settings of a resumed run: what each means, and how a named change takes effect."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+
+from unbroken.checkpoint import Difference, Rule, compare, refuse_unnamed
+from unbroken.errors import DifferenceError
+from unbroken.training.config import TrainerConfig
+
+_CADENCE: Rule = ("harmless", "something happens at other steps; the training is the same")
+_NAMING: Rule = ("harmless", "where things are; the training is the same")
+_LOADING: Rule = ("harmless", "how data are read; the order and the samples are the same")
+_JUDGING: Rule = ("harmless", "when the run ends or which checkpoint is the best")
+_LENGTH: Rule = ("harmless", "the run ends elsewhere; a falling schedule falls to its new end")
+_ROUNDING: Rule = ("equivalent", "the same sums, rounded in another order")
+_UPDATES: Rule = ("changed", "other updates from here on; the optimizer's moments are kept")
+_SCHEDULE: Rule = ("changed", "another learning rate from here on, at the same step")
+_FORWARD: Rule = ("changed", "other gradients from here on")
+
+_RULED: tuple[tuple[Rule, str], ...] = (
+    (_CADENCE, "logging_steps logging_minutes log_data_digest eval_steps eval_minutes"),
+    (_CADENCE, "eval_batch_size save_steps save_minutes save_at_start save_total_limit"),
+    (_CADENCE, "keep_every_n_steps max_time"),
+    (_NAMING, "output_dir"),
+    (_LOADING, "dataloader_num_workers dataloader_prefetch_factor dataloader_pin_memory"),
+    (_JUDGING, "metric_for_best_model greater_is_better load_best_model_at_end"),
+    (_JUDGING, "early_stopping_patience early_stopping_threshold"),
+    (_LENGTH, "max_steps num_train_epochs"),
+    (_ROUNDING, "micro_batch_size torch_compile gradient_checkpointing device full_determinism"),
+    (_UPDATES, "weight_decay adam_beta1 adam_beta2 adam_epsilon sgd_momentum"),
+    (_SCHEDULE, "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps"),
+    (_FORWARD, "max_grad_norm bf16"),
+)
+RULES: Mapping[str, Rule] = {name: rule for rule, names in _RULED for name in names.split()}
+
+_OF_THE_START = {"resume_from_checkpoint", "allow"}  # what to resume and what to let pass
+_OPTIMIZER_SETTINGS = {"weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "sgd_momentum"}
+_SCHEDULE_SETTINGS = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"}
+_TAKE_EFFECT = {*_OPTIMIZER_SETTINGS, *_SCHEDULE_SETTINGS, "max_grad_norm", "bf16"}
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """The hyperparameters of an optimizer and a schedule as this start has made them.
+
+    Taken before a resume, which puts the stored ones in their place.
+    """
+
+    groups: tuple[Mapping[str, Any], ...]
+    learning_rates: tuple[float, ...]
+
+    @classmethod
+    def of(cls, optimizer: Optimizer) -> Fresh:
+        """Take them."""
+        left_out = ("params", "lr", "initial_lr")
+        groups = tuple(
+            {key: value for key, value in group.items() if key not in left_out}
+            for group in optimizer.param_groups
+        )
+        rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+        return cls(groups, tuple(map(float, rates)))
+
+
+def examine(config: TrainerConfig, facts: Mapping[str, Any]) -> tuple[Difference, ...]:
+    """Return how a checkpoint's configuration differs from this one.
+
+    Args:
+        config: The settings of this start; `allow` names the changes that are meant.
+        facts: The facts in the checkpoint's manifest.
+
+    Raises:
+        DifferenceError: If a training-relevant setting differs and is not named, or if it is
+            named but cannot be changed in the middle of a run.
+    """
+    stored = facts.get("config")
+    if not isinstance(stored, Mapping):
+        return ()
+    now = config.to_dict()
+    differences = compare(_comparable(stored), _comparable(now), RULES)
+    where = f"checkpoint of step {_step(facts)}"
+    for difference in differences:
+        if difference.verdict == "changed" and difference.path not in _TAKE_EFFECT:
+            raise DifferenceError(
+                where,
+                f"{difference.path}: cannot be changed in the middle of a run",
+                expected=difference.stored,
+                found=difference.now,
+                hint="keep the stored value, or begin a new run in another output_dir",
+            )
+    refuse_unnamed(where, differences, allowed=config.allow)
+    return differences
+
+
+def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Spell equal settings equally."""
+    values = {key: value for key, value in settings.items() if key not in _OF_THE_START}
+    if values.get("micro_batch_size") is None:
+        values["micro_batch_size"] = values.get("batch_size")
+    if values.get("data_seed") == values.get("seed"):
+        values["data_seed"] = None
+    return values
+
+
+def _step(facts: Mapping[str, Any]) -> object:
+    progress = facts.get("progress")
+    return progress.get("step") if isinstance(progress, Mapping) else "?"
+
+
+def take_effect(
+    differences: tuple[Difference, ...], fresh: Fresh, optimizer: Optimizer, scheduler: LRScheduler
+) -> None:
+    """Give the optimizer and the schedule the new values of the named changes.
+
+    The moments stay; the schedule is the new one at the step where the run is.
+
+    Args:
+        differences: What `examine` returned.
+        fresh: The hyperparameters before the resume.
+        optimizer: Just restored.
+        scheduler: Just restored.
+    """
+    changed = {difference.path for difference in differences}
+    if changed & _OPTIMIZER_SETTINGS:
+        for group, values in zip(optimizer.param_groups, fresh.groups, strict=True):
+            group.update(values)
+    if isinstance(scheduler, LambdaLR):
+        if changed & {*_SCHEDULE_SETTINGS, "max_steps", "num_train_epochs"}:
+            _reschedule(optimizer, scheduler, fresh.learning_rates)
+    elif isinstance(scheduler, ReduceLROnPlateau) and "learning_rate" in changed:
+        for group, rate in zip(optimizer.param_groups, fresh.learning_rates, strict=True):
+            group["lr"] = rate  # it falls from there by the metric
+
+
+def _reschedule(optimizer: Optimizer, scheduler: LambdaLR, bases: tuple[float, ...]) -> None:
+    """Set the learning rates that the schedule of this start has at the step of the run."""
+    scheduler.base_lrs = [*bases]
+    for group, base, factor in zip(
+        optimizer.param_groups, bases, scheduler.lr_lambdas, strict=True
+    ):
+        group["initial_lr"], group["lr"] = base, base * factor(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # noqa: SLF001

@@ -1,0 +1,117 @@
+"""A changed setting is never taken silently: it passes as harmless, is named, or is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from scenarios import metrics
+from small_trainers import bits, small_trainer
+from unbroken.errors import DifferenceError
+from unbroken.training import TrainerConfig
+from unbroken.training.changes import RULES
+
+CHANGES = {
+    "learning_rate": 0.02,
+    "weight_decay": 0.5,
+    "adam_beta1": 0.5,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 9,
+    "max_grad_norm": 0.01,
+    "batch_size": 4,
+    "seed": 1,
+    "shuffle": False,
+    "optim": "sgd",
+    "bf16": True,
+    "samples_per_epoch": 32,
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    train(tmp_path, max_steps=4)
+    return tmp_path
+
+
+def train(folder, **settings):
+    trainer = small_trainer(folder, **{"max_steps": 8, "weight_decay": 0.1, **settings})
+    return trainer, trainer.train()
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_of_the_training_is_refused_with_both_values(name, run):
+    with pytest.raises(DifferenceError, match=rf"{name}: .*{CHANGES[name]}"):
+        train(run, **{name: CHANGES[name]})
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["learning_rate", "weight_decay", "adam_beta1", "lr_scheduler_type", "max_grad_norm", "bf16"],
+)
+def test_a_named_change_takes_effect(name, run, tmp_path_factory):
+    same = tmp_path_factory.mktemp("same")
+    shutil.copytree(run, same, dirs_exist_ok=True)
+    kept, _ = train(same)
+    trainer, result = train(run, **{name: CHANGES[name]}, allow=[name])
+    assert bits(trainer.model) != bits(kept.model)
+    assert result.resume_report.differences[0].path == name
+
+
+def test_a_new_learning_rate_is_that_of_the_new_schedule_at_the_same_step(run, tmp_path_factory):
+    train(run, learning_rate=0.02, allow=["learning_rate"])
+    anew = tmp_path_factory.mktemp("anew")
+    train(anew, learning_rate=0.02)
+    changed = {line["step"]: line["learning_rate"] for line in metrics(run)}
+    fresh = {line["step"]: line["learning_rate"] for line in metrics(anew)}
+    assert [changed[step] for step in range(5, 9)] == [fresh[step] for step in range(5, 9)]
+
+
+def test_a_named_change_is_made_once_and_holds_for_the_next_resume(run):
+    train(run, learning_rate=0.02, allow=["learning_rate"], max_steps=6)
+    _, result = train(run, learning_rate=0.02)
+    assert [difference.path for difference in result.resume_report.differences] == ["max_steps"]
+
+
+def test_moments_are_kept_when_the_learning_rate_changes(run):
+    kept, _ = train(run, max_steps=4)
+    changed, _ = train(run, learning_rate=0.02, allow=["learning_rate"], max_steps=4)
+    moments = [t.optimizer.state[t.model[0].weight]["exp_avg"] for t in (kept, changed)]
+    assert moments[0].numpy().tobytes() == moments[1].numpy().tobytes()
+    assert bool(moments[0].any())
+
+
+def test_what_cannot_be_changed_in_mid_run_is_refused_even_if_named(run):
+    with pytest.raises(DifferenceError, match="cannot be changed in the middle of a run"):
+        train(run, seed=1, allow=["seed"])
+
+
+def test_harmless_changes_pass_and_are_told(run):
+    _, result = train(run, save_steps=3, logging_steps=2, dataloader_num_workers=2)
+    verdicts = {d.path: d.verdict for d in result.resume_report.differences}
+    assert verdicts.pop("max_steps") == "harmless"
+    assert set(verdicts) == {"save_steps", "logging_steps", "dataloader_num_workers"}
+    assert set(verdicts.values()) == {"harmless"}
+
+
+def test_another_split_into_micro_batches_is_equivalent(run):
+    _, result = train(run, micro_batch_size=4)
+    found = {d.path: d.verdict for d in result.resume_report.differences}
+    assert found["micro_batch_size"] == "equivalent"
+
+
+def test_the_differences_stand_in_the_history(run):
+    train(run, learning_rate=0.02, allow=["learning_rate"])
+    events = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    last = [event for event in events if event["event"] == "started"][-1]
+    assert last["differences"][0]["path"] == "learning_rate"
+
+
+def test_every_setting_has_a_rule_or_is_refused_when_it_changes():
+    unruled = set(TrainerConfig().to_dict()) - set(RULES)
+    assert unruled == {
+        "allow", "resume_from_checkpoint", "batch_size", "shuffle", "dataloader_drop_last",
+        "samples_per_epoch", "optim", "fp16", "seed", "data_seed",
+    }  # fmt: skip
