@@ -43,7 +43,7 @@ NAMES = [
 
 PARAMETERS = {
     unbroken.Trainer: "model config train_dataset eval_dataset callbacks optimizer scheduler "
-    "collate_fn loss_fn state types storage display clock wall_clock",
+    "collate_fn loss_fn state settings types storage display clock wall_clock",
     unbroken.Trainer.train: "self resume_from_checkpoint",
     unbroken.Trainer.evaluate: "self",
     unbroken.Trainer.save_checkpoint: "self",

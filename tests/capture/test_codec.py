@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from round_trip import loaded, stored, there_and_back
-from sameness import account
-from trees import DTYPES, TYPES, Color, Level, Point, from_bits, trees
 
+from capture.round_trip import loaded, stored, there_and_back
+from capture.sameness import account
+from capture.trees import DTYPES, TYPES, Color, Level, Point, from_bits, trees
 from unbroken.capture import encode, file_of, load_tensors, types_in
 
 

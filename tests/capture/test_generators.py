@@ -7,8 +7,8 @@ import random
 import numpy as np
 import pytest
 import torch
-from round_trip import carry, loaded, stored
 
+from capture.round_trip import carry, loaded, stored
 from unbroken.capture import capture, capture_rng, restore_rng
 from unbroken.errors import CaptureError, StateMismatchError
 

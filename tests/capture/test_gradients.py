@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from round_trip import loaded, stored
-from sameness import account
 from torch import nn
 
+from capture.round_trip import loaded, stored
+from capture.sameness import account
 from unbroken.capture import capture_gradients, restore_gradients
 from unbroken.errors import StateMismatchError
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from round_trip import loaded, stored
-from trees import TYPES, trees
 
+from capture.round_trip import loaded, stored
+from capture.trees import TYPES, trees
 from unbroken.capture import decode, structure_from_bytes
 from unbroken.capture.text import TAG
 from unbroken.errors import CorruptCheckpointError, UnbrokenError

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from round_trip import carry, saved, stored
-from sameness import account
 from torch import distributed, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from capture.round_trip import carry, saved, stored
+from capture.sameness import account
 from unbroken.capture import capture, check, files_for, named_parameters, restore
 from unbroken.errors import CaptureError, StateMismatchError
 

@@ -7,10 +7,10 @@ from collections import namedtuple
 
 import pytest
 import torch
-from round_trip import carry, loaded, saved, stored
-from sameness import account
 from torch import nn
 
+from capture.round_trip import carry, loaded, saved, stored
+from capture.sameness import account
 from unbroken.capture import capture, check, restore, types_in
 from unbroken.errors import CaptureError, StateMismatchError
 
@@ -86,7 +86,9 @@ def test_state_restored_from_one_tree_is_shared_with_nothing():
     assert account(two.state) == account({"a": torch.zeros(2), "b": [1]})
 
 
-@pytest.mark.parametrize("value", [3, object(), "text", len], ids=repr)
+@pytest.mark.parametrize(
+    "value", [3, object(), "text", len], ids=["int", "object", "str", "function"]
+)
 def test_an_object_without_state_is_refused_by_name(value):
     with pytest.raises(
         CaptureError, match=r"^callbacks\.1: .* no state to capture: found a builtins"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from round_trip import carry, saved
-from sameness import account
 from torch import nn, optim
 
+from capture.round_trip import carry, saved
+from capture.sameness import account
 from unbroken.capture import capture, restore
 from unbroken.errors import CaptureError, StateMismatchError
 

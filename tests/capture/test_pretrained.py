@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from round_trip import stored
-from sameness import account
 
+from capture.round_trip import stored
+from capture.sameness import account
 from unbroken.capture import capture, files_for, pretrained_files
 from unbroken.storage import LocalStorage
 

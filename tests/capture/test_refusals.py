@@ -9,10 +9,10 @@ from collections import OrderedDict, defaultdict, namedtuple
 import numpy as np
 import pytest
 import torch
-from round_trip import there_and_back
 from torch import nn
-from trees import Color, Point
 
+from capture.round_trip import there_and_back
+from capture.trees import Color, Point
 from unbroken.capture import encode
 from unbroken.errors import CaptureError, StateMismatchError
 

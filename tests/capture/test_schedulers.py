@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from round_trip import carry, saved
-from sameness import account
 from torch import nn, optim
 from torch.amp import GradScaler
 from torch.optim import lr_scheduler as lrs
 
+from capture.round_trip import carry, saved
+from capture.sameness import account
 from unbroken.capture import capture
 from unbroken.errors import StateMismatchError
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from round_trip import loaded, saved, stored
-from sameness import account
 from torch import nn
 
+from capture.round_trip import loaded, saved, stored
+from capture.sameness import account
 from unbroken.capture import restore
 from unbroken.errors import StateMismatchError
 

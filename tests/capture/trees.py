@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
-from sameness import account
+
+from capture.sameness import account
 
 Point = namedtuple("Point", "x y")
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from sample_run import make_run
 
+from cli.sample_run import make_run
 from unbroken.cli.main import main
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import yaml
-from sample_run import in_a_process
+
+from cli.sample_run import in_a_process
 
 GOOD = {
     "output_dir": "run",

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from sample_run import in_a_process
 
+from cli.sample_run import in_a_process
 from unbroken.cli.demo import tell
 
 pytestmark = pytest.mark.slow

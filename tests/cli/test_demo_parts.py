@@ -9,8 +9,8 @@ import signal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sample_run import make_run
 
+from cli.sample_run import make_run
 from unbroken.cli.demo.child import Child, ChildFailedError, Watch
 from unbroken.cli.demo.comparison import compare
 from unbroken.cli.demo.kill import Start

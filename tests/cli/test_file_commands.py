@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from sample_run import in_a_process, make_run
 
+from cli.sample_run import in_a_process, make_run
 from unbroken.cli.listing import rows_of
 from unbroken.cli.places import open_place
 from unbroken.cli.tables import make_table

@@ -5,7 +5,9 @@ from fractions import Fraction
 
 import pytest
 import torch
-from data_sets import (
+from torch.utils.data import DataLoader
+
+from data.data_sets import (
     NoisyDataset,
     NoisyStream,
     StatefulLoader,
@@ -14,8 +16,6 @@ from data_sets import (
     read,
     source_of,
 )
-from torch.utils.data import DataLoader
-
 from unbroken.data import CountedSource, StatefulSource
 from unbroken.errors import ConfigError, DataError
 

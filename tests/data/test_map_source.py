@@ -6,9 +6,9 @@ from itertools import islice
 
 import pytest
 import torch
-from data_sets import NoisyDataset, bytes_of, draws, read, source_of
 from torch.utils.data import DataLoader, Subset
 
+from data.data_sets import NoisyDataset, bytes_of, draws, read, source_of
 from unbroken.data import BatchSource, GlobalOrder, MicroBatchSampler, Position
 from unbroken.errors import ConfigError, DataError
 

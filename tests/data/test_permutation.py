@@ -4,10 +4,10 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from feistel_reference import Reference
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.feistel_reference import Reference
 from unbroken.data import Permutation, derive_key
 from unbroken.errors import ConfigError
 

@@ -5,8 +5,8 @@ import random
 import numpy as np
 import pytest
 import torch
-from data_sets import NoisyDataset, draws
 
+from data.data_sets import NoisyDataset, draws
 from unbroken.data import KeyedDataset, KeyedRandom, SampleKey, derive_key, keyed_random
 from unbroken.errors import ConfigError
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_sets import read, source_of
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.data_sets import read, source_of
 from unbroken.data import (
     ByteTokenizer,
     TokenDataset,

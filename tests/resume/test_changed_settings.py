@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from scenarios import metrics
 from small_trainers import bits, small_trainer
@@ -115,3 +116,27 @@ def test_every_setting_has_a_rule_or_is_refused_when_it_changes():
         "allow", "resume_from_checkpoint", "batch_size", "shuffle", "dataloader_drop_last",
         "samples_per_epoch", "optim", "fp16", "seed", "data_seed",
     }  # fmt: skip
+
+
+def with_dropout(folder, rate, **settings):
+    parts = {"settings": {"model": {"dropout": rate}}}
+    return small_trainer(folder, trainer=parts, max_steps=4, **settings).train()
+
+
+def test_a_changed_setting_of_the_model_is_refused_unless_it_or_its_group_is_named(tmp_path):
+    with_dropout(tmp_path, 0.2)
+    with pytest.raises(DifferenceError, match=r"model\.dropout: stored 0\.2, now 0\.3"):
+        with_dropout(tmp_path, 0.3)
+    assert with_dropout(tmp_path, 0.3, allow=["model.dropout"]).resume_report.step == 4
+    assert with_dropout(tmp_path, 0.3, allow=["model"]).resume_report.step == 4
+
+
+def test_another_number_of_threads_is_told_as_equivalent(run):
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        _, result = train(run)
+    finally:
+        torch.set_num_threads(before)
+    found = {d.path: d.verdict for d in result.resume_report.differences}
+    assert found["environment.num_threads"] == "equivalent"

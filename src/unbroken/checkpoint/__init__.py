@@ -7,6 +7,7 @@ from unbroken.checkpoint.differences import Rule as Rule
 from unbroken.checkpoint.differences import Verdict as Verdict
 from unbroken.checkpoint.differences import compare as compare
 from unbroken.checkpoint.differences import refuse_unnamed as refuse_unnamed
+from unbroken.checkpoint.environment import environment_facts as environment_facts
 from unbroken.checkpoint.policy import Cadence as Cadence
 from unbroken.checkpoint.policy import Timer as Timer
 from unbroken.checkpoint.preemption import EXIT_STOPPED as EXIT_STOPPED
@@ -31,5 +32,6 @@ __all__ = [
     "TrainingStopped",
     "Verdict",
     "compare",
+    "environment_facts",
     "refuse_unnamed",
 ]

@@ -84,10 +84,16 @@ def refuse_unnamed(
 ) -> None:
     """Raise for the first "changed" difference that the caller has not named.
 
+    The name of a group ("model") names all in it ("model.dropout").
+
     Raises:
         DifferenceError: With the stored value, the value now, and how to go on.
     """
-    unnamed = [d for d in differences if d.verdict == "changed" and d.path not in allowed]
+    unnamed = [
+        d
+        for d in differences
+        if d.verdict == "changed" and not {d.path, d.path.partition(".")[0]} & set(allowed)
+    ]
     if not unnamed:
         return
     first, names = unnamed[0], [difference.path for difference in unnamed]

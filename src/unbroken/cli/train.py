@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from unbroken.cli.language_model import make_model
 from unbroken.cli.settings import TrainSettings, parse_settings
@@ -28,7 +29,13 @@ def train(given: Sequence[str]) -> int:
         block_size=settings.data.block_size,
         seed=settings.trainer.seed,
     )
-    Trainer(model, settings.trainer, text.train, eval_dataset=text.evaluation).train()
+    Trainer(
+        model,
+        settings.trainer,
+        text.train,
+        eval_dataset=text.evaluation,
+        settings={"model": settings.model, "data": asdict(settings.data)},
+    ).train()
     return 0
 
 

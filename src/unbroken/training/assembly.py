@@ -94,6 +94,17 @@ def named_objects(trainer: Trainer, more: Mapping[str, object]) -> dict[str, obj
     return {name: value for name, value in {**own, **more}.items() if value is not None}
 
 
+def refuse_missing_evaluation_data(trainer: Trainer) -> None:
+    """Raise before the first step, and not at the first evaluation hours later.
+
+    Raises:
+        ConfigError: If evaluation is asked for, has no data, and is not the user's own.
+    """
+    evaluate = getattr(trainer.evaluate, "__qualname__", "")
+    if trainer.config.evaluates and trainer.eval_dataset is None and evaluate == "Trainer.evaluate":
+        raise ConfigError("eval_dataset", "is needed for eval_steps or eval_minutes")
+
+
 def keep_policy(config: TrainerConfig) -> KeepPolicy:
     """Return which checkpoints stay."""
     every = config.keep_every_n_steps

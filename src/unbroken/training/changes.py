@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from unbroken.checkpoint import Difference, Rule, compare, refuse_unnamed
+from unbroken.checkpoint import Difference, Rule, compare, environment_facts, refuse_unnamed
 from unbroken.errors import DifferenceError
 from unbroken.training.config import TrainerConfig
 
@@ -19,6 +20,7 @@ _LOADING: Rule = ("harmless", "how data are read; the order and the samples are 
 _JUDGING: Rule = ("harmless", "when the run ends or which checkpoint is the best")
 _LENGTH: Rule = ("harmless", "the run ends elsewhere; a falling schedule falls to its new end")
 _ROUNDING: Rule = ("equivalent", "the same sums, rounded in another order")
+_ELSEWHERE: Rule = ("equivalent", "another machine or version may round differently")
 _UPDATES: Rule = ("changed", "other updates from here on; the optimizer's moments are kept")
 _SCHEDULE: Rule = ("changed", "another learning rate from here on, at the same step")
 _FORWARD: Rule = ("changed", "other gradients from here on")
@@ -27,7 +29,7 @@ _RULED: tuple[tuple[Rule, str], ...] = (
     (_CADENCE, "logging_steps logging_minutes log_data_digest eval_steps eval_minutes"),
     (_CADENCE, "eval_batch_size save_steps save_minutes save_at_start save_total_limit"),
     (_CADENCE, "keep_every_n_steps max_time"),
-    (_NAMING, "output_dir"),
+    (_NAMING, "output_dir data.cache"),
     (_LOADING, "dataloader_num_workers dataloader_prefetch_factor dataloader_pin_memory"),
     (_JUDGING, "metric_for_best_model greater_is_better load_best_model_at_end"),
     (_JUDGING, "early_stopping_patience early_stopping_threshold"),
@@ -67,34 +69,66 @@ class Fresh:
         return cls(groups, tuple(map(float, rates)))
 
 
-def examine(config: TrainerConfig, facts: Mapping[str, Any]) -> tuple[Difference, ...]:
-    """Return how a checkpoint's configuration differs from this one.
+def examine(
+    config: TrainerConfig, more: Mapping[str, Any], facts: Mapping[str, Any]
+) -> tuple[Difference, ...]:
+    """Return how the settings and the machine of a checkpoint differ from those of this start.
 
     Args:
         config: The settings of this start; `allow` names the changes that are meant.
+        more: Other settings that the training depends on, in groups.
         facts: The facts in the checkpoint's manifest.
 
     Raises:
         DifferenceError: If a training-relevant setting differs and is not named, or if it is
             named but cannot be changed in the middle of a run.
     """
-    stored = facts.get("config")
-    if not isinstance(stored, Mapping):
-        return ()
-    now = config.to_dict()
-    differences = compare(_comparable(stored), _comparable(now), RULES)
-    where = f"checkpoint of step {_step(facts)}"
+    differences = (
+        *compare(_comparable(_mapping(facts, "config")), _comparable(config.to_dict()), RULES),
+        *compare(_flat(_mapping(facts, "settings")), _flat(more), RULES),
+        *_elsewhere(_mapping(facts, "environment")),
+    )
+    where = f"checkpoint of step {_mapping(facts, 'progress').get('step')}"
+    _refuse_impossible(where, differences)
+    refuse_unnamed(where, differences, allowed=config.allow)
+    return differences
+
+
+def _refuse_impossible(where: str, differences: tuple[Difference, ...]) -> None:
+    own = {field.name for field in fields(TrainerConfig)}
     for difference in differences:
-        if difference.verdict == "changed" and difference.path not in _TAKE_EFFECT:
+        path = difference.path
+        if difference.verdict == "changed" and path in own and path not in _TAKE_EFFECT:
             raise DifferenceError(
                 where,
-                f"{difference.path}: cannot be changed in the middle of a run",
+                f"{path}: cannot be changed in the middle of a run",
                 expected=difference.stored,
                 found=difference.now,
                 hint="keep the stored value, or begin a new run in another output_dir",
             )
-    refuse_unnamed(where, differences, allowed=config.allow)
-    return differences
+
+
+def _elsewhere(stored: Mapping[str, Any]) -> tuple[Difference, ...]:
+    """Return what is not the same about the machine and the software."""
+    now = environment_facts()
+    rules = dict.fromkeys(now, _ELSEWHERE)
+    found = compare(stored, now, rules)
+    return tuple(replace(difference, path=f"environment.{difference.path}") for difference in found)
+
+
+def _mapping(facts: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = facts.get(name)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _flat(groups: Mapping[str, Any]) -> dict[str, Any]:
+    """Return {"model": {"n_layer": 2}} as {"model.n_layer": 2}; as JSON has it."""
+    flat = {
+        f"{group}.{name}": value
+        for group, settings in groups.items()
+        for name, value in (settings.items() if isinstance(settings, Mapping) else ())
+    }
+    return dict(json.loads(json.dumps(flat, default=str)))
 
 
 def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,11 +139,6 @@ def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
     if values.get("data_seed") == values.get("seed"):
         values["data_seed"] = None
     return values
-
-
-def _step(facts: Mapping[str, Any]) -> object:
-    progress = facts.get("progress")
-    return progress.get("step") if isinstance(progress, Mapping) else "?"
 
 
 def take_effect(

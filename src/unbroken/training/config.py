@@ -191,7 +191,7 @@ class TrainerConfig:
             raise ConfigError("early_stopping_patience", "needs eval_steps or eval_minutes")
         if self.load_best_model_at_end and not self.evaluates:
             raise ConfigError("load_best_model_at_end", "needs eval_steps or eval_minutes")
-        _refuse_unknown(self.allow, where="allow")
+        _refuse_unknown((name for name in self.allow if "." not in name), where="allow")
         self.max_seconds()
 
     @property
@@ -306,6 +306,7 @@ def _admits_bool(name: str) -> bool:
 
 def _refuse_unknown(values: Iterable[str], where: str) -> None:
     known = [field.name for field in fields(TrainerConfig)]
+    groups = ("data", "model") if where == "allow" else ()
     for name in values:
-        if name not in known:
+        if name not in (*known, *groups):
             raise ConfigError(where, f"unknown field {name}", hint=nearest(name, known))

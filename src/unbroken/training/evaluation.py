@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from unbroken.data import derive_key, keyed_random
-from unbroken.errors import DataError
+from unbroken.errors import ConfigError, DataError
 from unbroken.training.config import TrainerConfig
 from unbroken.training.loss import LossFn, compute_loss, to_device, weight_of
 from unbroken.training.precision import Precision
@@ -56,8 +56,11 @@ class Evaluator:
             dataset: A map-style data set, read in its own order; or an iterable of batches.
 
         Raises:
-            DataError: If there is no batch.
+            ConfigError: If there is no data set.
+            DataError: If it gives no batch.
         """
+        if dataset is None:
+            raise ConfigError("eval_dataset", "is needed for evaluation")
         modes = {module: module.training for module in self._forward.modules()}
         self._forward.eval()
         try:

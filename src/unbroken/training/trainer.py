@@ -34,6 +34,7 @@ from unbroken.training.assembly import (
     named_objects,
     pick_device,
     prepared_for_forward,
+    refuse_missing_evaluation_data,
 )
 from unbroken.training.callback import Callback, is_default
 from unbroken.training.changes import Fresh, examine, take_effect
@@ -71,6 +72,8 @@ class Trainer:
         collate_fn: Makes a batch of samples; None: PyTorch's default.
         loss_fn: Called as `loss_fn(outputs, labels)`; None: the model returns its loss.
         state: More objects to save, by name: an EMA model, a `torch.Generator`, and so on.
+        settings: More settings that the training depends on, in groups: {"model": {...}}.
+            They are compared on resume as those of `config` are.
         types: Classes of namedtuples and enums inside saved state.
         storage: Where the run directory is; None: `output_dir` on the local disk.
         display: None: a progress bar on a terminal, lines elsewhere.
@@ -106,6 +109,7 @@ class Trainer:
         collate_fn: Callable[[list[Any]], Any] | None = None,
         loss_fn: LossFn | None = None,
         state: Mapping[str, object] | None = None,
+        settings: Mapping[str, Mapping[str, Any]] | None = None,
         types: Sequence[type] = (),
         storage: Storage | None = None,
         display: Display | None = None,
@@ -128,7 +132,9 @@ class Trainer:
         self.scheduler = scheduler
         self.statistics = Statistics()
         self.progress = Progress()
-        self.resume_report: ResumeReport | None = None
+        self.resume_report = ResumeReport(step=0)
+        self._is_loaded = False
+        self._facts = {"config": config.to_dict(), "settings": dict(settings or {})}
         self._clock = clock
         self._wall_clock = wall_clock
         self._display = Display() if display is None else display
@@ -163,7 +169,7 @@ class Trainer:
             types=types,
             clock=clock,
             wall_clock=wall_clock,
-            examine=partial(examine, config),
+            examine=partial(examine, config, settings or {}),
             **named_objects(self, state or {}),
         )
 
@@ -189,6 +195,7 @@ class Trainer:
             CheckpointError: If the checkpoint asked for cannot be used.
             SaveError: If a checkpoint could not be saved; earlier ones are as they were.
         """
+        refuse_missing_evaluation_data(self)
         with ExitStack() as stack:
             stack.callback(self.checkpointer.close)
             stack.callback(self._display.close)
@@ -288,8 +295,6 @@ class Trainer:
 
         Override it to add metrics of your own; `metric_for_best_model` may name any of them.
         """
-        if self.eval_dataset is None:
-            raise ConfigError("eval_dataset", "is needed for evaluation")
         return {"eval_loss": self._evaluator.mean_loss(self.eval_dataset)}
 
     def _evaluate_and_judge(self) -> bool:
@@ -317,14 +322,11 @@ class Trainer:
         """Save everything as it is now into the run directory; return the checkpoint's folder.
 
         Inside an accumulation window the gradients so far are saved with it.
-
-        Raises:
-            SaveError: If it could not be saved; earlier checkpoints are as they were.
         """
         self._count_time()
         self.checkpointer.best_step = self.statistics.best_step
         values = {"progress": asdict(self.progress), "stop_reason": self._stop_reason}
-        facts = {"progress": asdict(self.progress), "config": self.config.to_dict()}
+        facts = {"progress": asdict(self.progress), **self._facts}
         with self._randomness.ambient():
             path = self.checkpointer.save(self.progress.step, values, facts=facts)
         self._saved = self.progress
@@ -338,24 +340,23 @@ class Trainer:
         report = self.resume_report = self.checkpointer.resume(which)
         take_effect(report.differences, fresh, self.optimizer, self.scheduler)
         if report.resumed:
-            values = self.checkpointer.values
-            self.progress = Progress(**values["progress"])
-            self._stop_reason = values["stop_reason"]
+            self.progress = Progress(**self.checkpointer.values["progress"])
+            self._stop_reason = self.checkpointer.values["stop_reason"]
+        self._is_loaded = True
         return report
 
     def _begin(self, which: ResumeFrom) -> ResumeReport:
-        loaded = self.resume_report if which is None else None
-        if loaded is None:
-            which = self.config.resume_from_checkpoint if which is None else which
-            loaded = self.load_checkpoint(which)
+        if which is not None or not self._is_loaded:
+            self.load_checkpoint(self.config.resume_from_checkpoint if which is None else which)
+        self._is_loaded = False  # what is in memory after this start is no whole checkpoint
         self._counted_until = self._clock()
-        for line in loaded.lines():
+        for line in self.resume_report.lines():
             self._display.note(line)
         self._display.start(total=self.max_steps, step=self.progress.step)
-        if not loaded.resumed:
+        if not self.resume_report.resumed:
             self._start_afresh()
         self._call("on_train_begin")
-        return loaded
+        return self.resume_report
 
     def _start_afresh(self) -> None:
         # A model in evaluation mode as a whole was only loaded that way; one with some frozen
@@ -372,17 +373,14 @@ class Trainer:
         if self.config.load_best_model_at_end and best is not None:
             self.checkpointer.load(best, ["model"])
         self._call("on_train_end")
-        self.resume_report = None
-        metric = self.statistics.best_metric
-        return TrainResult(self.progress, self._stop_reason, metric, report)
+        return TrainResult(self.progress, self._stop_reason, self.statistics.best_metric, report)
 
     def _stop(self, reason: str) -> None:
         if self._saved != self.progress:
             self.save_checkpoint()
         stopped = TrainingStopped(self.progress.step, reason)
-        self.checkpointer.run.history.append(
-            {"event": "stopped", "step": stopped.step, "by": reason}
-        )
+        event = {"event": "stopped", "step": stopped.step, "by": reason}
+        self.checkpointer.run.history.append(event)
         self._display.note(str(stopped))
         raise stopped
 
