@@ -128,21 +128,14 @@ def test_a_run_directory_is_made_with_its_parents(tmp_path):
     assert (tmp_path / "a/b/c").is_dir()
 
 
-FAST = """
-import time
-start = time.perf_counter()
-import unbroken.store, unbroken.storage
-print(time.perf_counter() - start)
+HEAVY = """
 import sys
+import unbroken.store, unbroken.storage
 print([name for name in ("torch", "numpy", "pytest") if name in sys.modules])
 """
 
 
-def test_importing_the_store_is_fast_and_takes_no_torch_and_no_numpy():
-    runs = [
-        subprocess.run([sys.executable, "-c", FAST], check=True, capture_output=True, text=True)
-        for _ in range(5)
-    ]
-    seconds, heavy = zip(*(run.stdout.splitlines() for run in runs), strict=True)
-    assert set(heavy) == {"[]"}
-    assert min(map(float, seconds)) < 0.1
+def test_importing_the_store_imports_no_torch_and_no_numpy():
+    command = [sys.executable, "-c", HEAVY]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout == "[]\n"

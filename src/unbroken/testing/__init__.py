@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from unbroken.testing.faulty import PowerCut as PowerCut
     from unbroken.testing.faulty import PowerCutMode as PowerCutMode
     from unbroken.testing.killing import KillingStorage as KillingStorage
-    from unbroken.testing.storage_contract import SharedStorageContract as SharedStorageContract
+    from unbroken.testing.shared_storage_contract import (
+        SharedStorageContract as SharedStorageContract,
+    )
     from unbroken.testing.storage_contract import StorageContract as StorageContract
 
 _HOME = {
@@ -20,7 +22,7 @@ _HOME = {
     "KillingStorage": "killing",
     "PowerCut": "faulty",
     "PowerCutMode": "faulty",
-    "SharedStorageContract": "storage_contract",
+    "SharedStorageContract": "shared_storage_contract",
     "StorageContract": "storage_contract",
 }
 
