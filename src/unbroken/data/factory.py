@@ -27,7 +27,7 @@ def batch_source(
     *,
     seed: int,
     global_batch_size: int,
-    micro_batch_size: int,
+    micro_batch_size: int | None = None,
     shuffle: bool = True,
     drop_last: bool = False,
     epoch_size: int | None = None,
@@ -57,7 +57,7 @@ def batch_source(
         dataset_or_loader: What holds the data.
         seed: The seed of the run; all order and randomness of the data derives from it.
         global_batch_size: Samples in one optimizer step, over all ranks.
-        micro_batch_size: Samples in one forward pass on one rank.
+        micro_batch_size: Samples in one forward pass on one rank; None: the rank's whole share.
         shuffle: Whether a map-style data set is shuffled, in each epoch anew.
         drop_last: Leave out the samples of an epoch that do not fill a global batch; else a
             batch may span two epochs. Nothing is ever padded.
@@ -88,7 +88,9 @@ def batch_source(
         >>> source.state_dict()["samples"]
         4
     """
-    shape = BatchShape(global_batch_size, micro_batch_size, rank, world_size)
+    share = global_batch_size // max(1, world_size)
+    micro = share if micro_batch_size is None else micro_batch_size
+    shape = BatchShape(global_batch_size, micro, rank, world_size)
     loading = Loading(num_workers, pin_memory, prefetch_factor, multiprocessing_context)
     data = dataset_or_loader
     _refuse_what_is_no_data(data)

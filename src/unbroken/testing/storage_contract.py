@@ -16,6 +16,8 @@ A storage that several processes may use at once (a disk, a network mount) takes
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from unbroken.errors import LockHeldError

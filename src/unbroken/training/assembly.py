@@ -37,9 +37,12 @@ def pick_device(name: str) -> torch.device:
 
 
 def make_source(
-    dataset: Any, config: TrainerConfig, collate_fn: Callable[[list[Any]], Any] | None
+    dataset: Any,
+    config: TrainerConfig,
+    collate_fn: Callable[[list[Any]], Any] | None,
+    on_skip: Callable[[int, int, float], None],
 ) -> BatchSource:
-    """Return the source of training batches."""
+    """Return the source of training batches; `on_skip` is told what skipping costs."""
     return batch_source(
         dataset,
         seed=config.seed if config.data_seed is None else config.data_seed,
@@ -52,6 +55,7 @@ def make_source(
         num_workers=config.dataloader_num_workers,
         pin_memory=config.dataloader_pin_memory,
         prefetch_factor=config.dataloader_prefetch_factor,
+        on_skip=on_skip,
     )
 
 

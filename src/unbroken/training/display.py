@@ -52,6 +52,15 @@ class Display:
         """Show one line of text."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def skipping(self, done: int, total: int, seconds: float) -> None:
+        """Show what it costs to come back to a place in data that can only be read again."""
+        if self._console.is_terminal and done < total:
+            left = seconds / done * (total - done) if done else 0.0
+            text = f"skipping {done} of {total} items: {seconds:.0f} s, {left:.0f} s left"
+            self._console.print(text, end="\r", markup=False, highlight=False)
+        elif done >= total:
+            self.note(f"skipped {total} items of data to come back to the place: {seconds:.1f} s")
+
     def advance(self, step: int) -> None:
         """Show that `step` steps are completed."""
         if self._bar is not None and self._task is not None:

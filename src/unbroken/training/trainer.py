@@ -122,9 +122,11 @@ class Trainer:
         self.eval_dataset = eval_dataset
         self.callbacks = list(callbacks)
         self.precision = Precision(config, self.device)
-        self.source = (
-            None if train_dataset is None else make_source(train_dataset, config, collate_fn)
-        )
+        self._display = Display() if display is None else display
+        self.source = None
+        if train_dataset is not None:
+            skipping = self._display.skipping
+            self.source = make_source(train_dataset, config, collate_fn, skipping)
         self.max_steps = count_steps(config, self.source)
         self.optimizer = make_optimizer(model, config) if optimizer is None else optimizer
         if scheduler is None:
@@ -137,7 +139,6 @@ class Trainer:
         self._facts = {"config": config.to_dict(), "settings": dict(settings or {})}
         self._clock = clock
         self._wall_clock = wall_clock
-        self._display = Display() if display is None else display
         self._forward = prepared_for_forward(model, config)
         self._randomness = Randomness(cuda=self.device.type == "cuda")
         self.window = Window(model)
