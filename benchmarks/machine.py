@@ -35,7 +35,11 @@ def _processor() -> str:
 def measured_in_a_fresh_process(script: str, *arguments: object) -> dict:
     """Run a script in a new interpreter; return the JSON on the last line of its output."""
     command = [sys.executable, script, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+    }  # two threads on a shared machine only wait
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])

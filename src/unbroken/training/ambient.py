@@ -1,4 +1,4 @@
-"""Two kinds of global randomness in one loop: keyed for its own work, ambient for all else."""
+"""Two kinds of global randomness: keyed inside the loop, ambient outside of it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from unbroken.data import KeyedRandom
 
 
 class Randomness:
-    """Keeps the global generators keyed while the loop works, and ambient for everybody else.
+    """Keeps the global generators keyed in the loop, and ambient before, after and in saves.
 
-    The ambient generators are those that users draw from in callbacks, and that checkpoints
-    store. They are put away once, when the loop begins, and back only where somebody may see
-    them: swapping them around each forward pass would cost more than a small model's step.
+    The ambient generators are those of the user's script, and belong to each checkpoint. They
+    are put away once, when the loop begins: swapping them around each forward pass would cost
+    more than a small model's step.
 
     Args:
         cuda: Also the generator of the current CUDA device.
@@ -37,8 +37,9 @@ class Randomness:
         self._is_keyed = False
 
     def seed(self, key: int) -> None:
-        """Restart the global generators from a key; only inside `keyed`."""
-        self._scope.seed(key)
+        """Restart the global generators from a key; outside of `keyed` they stay ambient."""
+        if self._is_keyed:
+            self._scope.seed(key)
 
     @contextmanager
     def keyed(self) -> Iterator[None]:

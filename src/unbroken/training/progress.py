@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Progress:
             samples: All samples used by then.
             tokens: Tokens in this micro-batch.
         """
-        return replace(self, samples=samples, tokens=self.tokens + tokens, pending=self.pending + 1)
+        return Progress(self.step, samples, self.tokens + tokens, self.pending + 1, self.epoch)
 
     def after_step(self, epoch: float) -> Progress:
         """Return the progress after the optimizer's step."""
-        return replace(self, step=self.step + 1, pending=0, epoch=epoch)
+        return Progress(self.step + 1, self.samples, self.tokens, 0, epoch)

@@ -127,6 +127,8 @@ class Trainer:
         if train_dataset is not None:
             skipping = self._display.skipping
             self.source = make_source(train_dataset, config, collate_fn, skipping)
+        length = None if self.source is None else self.source.steps_per_epoch
+        self._steps_per_epoch = None if length is None else float(length)
         self.max_steps = count_steps(config, self.source)
         self.optimizer = make_optimizer(model, config) if optimizer is None else optimizer
         if scheduler is None:
@@ -247,9 +249,9 @@ class Trainer:
         self._call("on_micro_batch_end")
 
     def _epoch(self) -> float:
-        length = self._batches.steps_per_epoch
-        done = self._batches.position.epoch if length is None else self.progress.step + 1
-        return float(done / (length or 1))
+        if self._steps_per_epoch is None:
+            return float(self._batches.position.epoch)
+        return (self.progress.step + 1) / self._steps_per_epoch
 
     def _at_step_edge(self) -> None:
         """Do what is due between two steps; saving comes last and so holds all the rest."""
@@ -279,13 +281,13 @@ class Trainer:
         self._call("on_log", record)
 
     def _call(self, hook: str, *arguments: Any) -> None:
-        """Call a hook of every callback, with the ambient generators in place."""
+        """Call a hook of every callback; what they draw depends on the place in the run alone."""
         calls = [getattr(callback, hook) for callback in self.callbacks]
         calls = [call for call in calls if not is_default(call)]
         if calls:
-            with self._randomness.ambient():
-                for call in calls:
-                    call(self, *arguments)
+            self._randomness.seed(derive_key(self.config.seed, hook, self.progress.samples))
+            for call in calls:
+                call(self, *arguments)
 
     def _record(self, record: Mapping[str, Any]) -> None:
         self.checkpointer.log(record)
@@ -300,8 +302,8 @@ class Trainer:
 
     def _evaluate_and_judge(self) -> bool:
         """Evaluate; return whether the model is the best so far."""
-        with self._randomness.ambient():
-            metrics = self.evaluate()
+        self._randomness.seed(derive_key(self.config.seed, "evaluate", self.progress.step))
+        metrics = self.evaluate()
         self._eval_timer.done()
         self._record(
             {"step": self.progress.step, "epoch": round(self.progress.epoch, 6), **metrics}
