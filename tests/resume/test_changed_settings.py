@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from scenarios import metrics
-from small_trainers import bits, small_trainer
+from small_trainers import PAIRS, bits, small_trainer
 from unbroken.errors import DifferenceError
 from unbroken.training import TrainerConfig
 from unbroken.training.changes import RULES
@@ -97,10 +97,18 @@ def test_harmless_changes_pass_and_are_told(run):
     assert set(verdicts.values()) == {"harmless"}
 
 
-def test_another_split_into_micro_batches_is_equivalent(run):
-    _, result = train(run, micro_batch_size=4)
-    found = {d.path: d.verdict for d in result.resume_report.differences}
-    assert found["micro_batch_size"] == "equivalent"
+def test_another_split_into_micro_batches_draws_other_dropout_and_must_be_named(run):
+    with pytest.raises(DifferenceError, match="micro_batch_size"):
+        train(run, micro_batch_size=4)
+    assert train(run, micro_batch_size=4, allow=["micro_batch_size"])[1].progress.step == 8
+
+
+def test_evaluations_that_steer_the_learning_rate_are_no_harmless_cadence(tmp_path):
+    settings = {"lr_scheduler_type": "reduce_lr_on_plateau", "max_steps": 4}
+    parts = {"trainer": {"eval_dataset": PAIRS}}
+    small_trainer(tmp_path, eval_steps=1, **settings, **parts).train()
+    with pytest.raises(DifferenceError, match="eval_steps"):
+        small_trainer(tmp_path, eval_steps=2, **settings, **parts).train()
 
 
 def test_the_differences_stand_in_the_history(run):

@@ -10,6 +10,7 @@ import torch
 
 from unbroken.data.keys import derive_key
 from unbroken.data.randomness import KeyedRandom
+from unbroken.data.workers import leave_signals_of
 from unbroken.errors import DataError
 
 END = object()  # what `ForeignLoader.next` gives at the end of an epoch
@@ -42,6 +43,7 @@ class ForeignLoader:
         self.loader = loader
         self.seed = seed
         _require_repeatable(loader)
+        leave_signals_of(loader)
 
     def begin(self, epoch: int, rng: KeyedRandom, state: Any = None) -> Iterator[Any]:
         """Return an iterator over one epoch; with the loader's own state, over the rest of it."""

@@ -75,10 +75,11 @@ def _same_state(storage: Storage, folder: str, manifest: Manifest) -> Manifest |
     try:
         reader = CheckpointReader(storage, folder)
         found = reader.manifest
-        same = (found.state_digest, found.step, found.run_id) == (
+        same = (found.state_digest, found.step, found.run_id, found.facts) == (
             manifest.state_digest,
             manifest.step,
             manifest.run_id,
+            manifest.facts,  # a resume goes by them: how long the metrics were, which was best
         )
         if same:
             reader.check_rest()

@@ -102,7 +102,7 @@ class CheckpointWriter:
     def commit(self, facts: Mapping[str, Json]) -> Manifest:
         """Make it a checkpoint. When it returns, the checkpoint survives a power cut.
 
-        If an intact checkpoint of this step with the same state is there, it is kept as it is.
+        If an intact checkpoint of this step with the same state and facts is there, it is kept.
 
         Args:
             facts: What `unbroken show` and later tools may want to know without reading a file.

@@ -34,7 +34,8 @@ _RULED: tuple[tuple[Rule, str], ...] = (
     (_JUDGING, "metric_for_best_model greater_is_better load_best_model_at_end"),
     (_JUDGING, "early_stopping_patience early_stopping_threshold"),
     (_LENGTH, "max_steps num_train_epochs"),
-    (_ROUNDING, "micro_batch_size torch_compile gradient_checkpointing device full_determinism"),
+    (_FORWARD, "micro_batch_size"),
+    (_ROUNDING, "torch_compile gradient_checkpointing device full_determinism"),
     (_UPDATES, "weight_decay adam_beta1 adam_beta2 adam_epsilon sgd_momentum"),
     (_SCHEDULE, "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps"),
     (_FORWARD, "max_grad_norm bf16"),
@@ -44,7 +45,15 @@ RULES: Mapping[str, Rule] = {name: rule for rule, names in _RULED for name in na
 _OF_THE_START = {"resume_from_checkpoint", "allow"}  # what to resume and what to let pass
 _OPTIMIZER_SETTINGS = {"weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "sgd_momentum"}
 _SCHEDULE_SETTINGS = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"}
-_TAKE_EFFECT = {*_OPTIMIZER_SETTINGS, *_SCHEDULE_SETTINGS, "max_grad_norm", "bf16"}
+_STEERING = (
+    "eval_steps",
+    "eval_minutes",
+    "eval_batch_size",
+    "metric_for_best_model",
+    "greater_is_better",
+)
+_FORWARD_SETTINGS = {"max_grad_norm", "bf16", "micro_batch_size"}
+_TAKE_EFFECT = {*_OPTIMIZER_SETTINGS, *_SCHEDULE_SETTINGS, *_FORWARD_SETTINGS, *_STEERING}
 
 
 @dataclass(frozen=True)
@@ -83,8 +92,11 @@ def examine(
         DifferenceError: If a training-relevant setting differs and is not named, or if it is
             named but cannot be changed in the middle of a run.
     """
+    rules = dict(RULES)
+    if config.lr_scheduler_type == "reduce_lr_on_plateau":
+        rules.update(dict.fromkeys(_STEERING, _SCHEDULE))  # evaluations steer the learning rate
     differences = (
-        *compare(_comparable(_mapping(facts, "config")), _comparable(config.to_dict()), RULES),
+        *compare(_comparable(_mapping(facts, "config")), _comparable(config.to_dict()), rules),
         *compare(_flat(_mapping(facts, "settings")), _flat(more), RULES),
         *_elsewhere(_mapping(facts, "environment")),
     )
