@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from scenarios import metrics
-from small_trainers import PAIRS, bits, small_trainer
+from small_trainers import PAIRS, bits, small_model, small_trainer
 from unbroken.errors import DifferenceError
 from unbroken.training import TrainerConfig
 from unbroken.training.changes import RULES
@@ -148,3 +148,10 @@ def test_another_number_of_threads_is_told_as_equivalent(run):
         torch.set_num_threads(before)
     found = {d.path: d.verdict for d in result.resume_report.differences}
     assert found["environment.num_threads"] == "equivalent"
+
+
+def test_another_dropout_in_the_code_is_noticed_by_what_the_model_prints(run):
+    model = small_model()
+    model[1].p = 0.3
+    with pytest.raises(DifferenceError, match=r"model\.structure"):
+        small_trainer(run, model=model, max_steps=8, weight_decay=0.1).train()

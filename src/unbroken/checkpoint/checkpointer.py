@@ -96,7 +96,10 @@ class Checkpointer:
         self.keep = KeepPolicy() if keep is None else keep
         self.best_step: int | None = None
         self.values: Any = None
+        if isinstance(directory, str | os.PathLike):
+            directory = os.path.abspath(directory)  # the same run after a chdir
         self._directory = directory
+        self._has_resumed = False
         self._types = tuple(types)
         self._wall_clock = wall_clock
         self._examine = examine
@@ -133,6 +136,7 @@ class Checkpointer:
         """
         resumption = Resumption(self.run, self.objects, self._types, self._examine)
         report = resumption.start(Selection.parse(which))
+        self._has_resumed = True
         self.values = resumption.values
         self.best_step = resumption.best_step
         self._origin = resumption.origin
@@ -171,6 +175,7 @@ class Checkpointer:
             CaptureError: If something cannot be stored; the message names its path and type.
             SaveError: If the disk fails or is full; all earlier checkpoints are as they were.
         """
+        self._refuse_two_futures()
         manifest = self._write(self.run, step, values, facts or {})
         self._timer.done()
         self.run.history.append({"event": "saved", "step": step, "digest": manifest.state_digest})
@@ -206,7 +211,22 @@ class Checkpointer:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl: there exactly once, however often the run is killed."""
+        self._refuse_two_futures()
         self.run.metrics.append(record)
+
+    def _refuse_two_futures(self) -> None:
+        """Raise where a run with checkpoints would get a second, unrelated line of them."""
+        if self._has_resumed:
+            return
+        found = self.run.catalog.folders()
+        if found:
+            raise ConfigError(
+                self.run.storage.describe(),
+                "holds checkpoints that were not resumed",
+                found=f"steps {[step for step, _ in found]}",
+                hint='call resume() first; resume("never") starts anew and sets them aside',
+            )
+        self._has_resumed = True
 
     def close(self) -> None:
         """Release the run directory. Calling it twice is harmless."""

@@ -125,7 +125,10 @@ class Resumption:
             return
         if not (folder / "manifest.json").exists():
             raise CheckpointNotFoundError(
-                str(path), "is no checkpoint", expected="a folder with a manifest.json"
+                str(path),
+                "is no checkpoint",
+                expected="a folder with a manifest.json",
+                hint="of a run directory, name one of its checkpoints",
             )
         origin = str(folder)
         for candidate in self._run.catalog.newest_first():

@@ -37,9 +37,8 @@ class Randomness:
         self._is_keyed = False
 
     def seed(self, key: int) -> None:
-        """Restart the global generators from a key; outside of `keyed` they stay ambient."""
-        if self._is_keyed:
-            self._scope.seed(key)
+        """Restart the global generators from a key; only inside `keyed`."""
+        self._scope.seed(key)
 
     @contextmanager
     def keyed(self) -> Iterator[None]:
@@ -50,6 +49,17 @@ class Randomness:
                 yield
             finally:
                 self._is_keyed = False
+
+    @contextmanager
+    def keyed_by(self, key: int) -> Iterator[None]:
+        """Run user code whose draws depend on the key alone, wherever in the run it is called."""
+        if self._is_keyed:
+            self._scope.seed(key)
+            yield
+            return
+        with self.keyed():
+            self._scope.seed(key)
+            yield
 
     @contextmanager
     def ambient(self) -> Iterator[None]:

@@ -13,7 +13,10 @@ from torch import nn
 from unbroken.data import BatchSource, batch_source
 from unbroken.errors import ConfigError
 from unbroken.store import Interval, KeepPolicy
+from unbroken.training.ambient import Randomness
 from unbroken.training.config import TrainerConfig
+from unbroken.training.loss import LossFn
+from unbroken.training.step import Stepper
 
 if TYPE_CHECKING:
     from unbroken.training.trainer import Trainer
@@ -72,7 +75,7 @@ def count_steps(config: TrainerConfig, source: BatchSource | None) -> int:
     if source.steps_per_epoch is None:
         raise ConfigError("max_steps", "must be given: the length of an epoch is not known")
     # By its decimal digits: 0.1 epochs of 10 steps are one step, not 1.00000000000000000555.
-    return math.ceil(Fraction(repr(config.num_train_epochs)) * source.steps_per_epoch)
+    return math.ceil(Fraction(repr(float(config.num_train_epochs))) * source.steps_per_epoch)
 
 
 def named_objects(trainer: Trainer, more: Mapping[str, object]) -> dict[str, object]:
@@ -107,6 +110,23 @@ def refuse_missing_evaluation_data(trainer: Trainer) -> None:
     evaluate = getattr(trainer.evaluate, "__qualname__", "")
     if trainer.config.evaluates and trainer.eval_dataset is None and evaluate == "Trainer.evaluate":
         raise ConfigError("eval_dataset", "is needed for eval_steps or eval_minutes")
+
+
+def make_stepper(
+    trainer: Trainer, forward: nn.Module, loss_fn: LossFn | None, randomness: Randomness
+) -> Stepper:
+    """Return what takes the optimizer steps of a trainer."""
+    return Stepper(
+        forward,
+        trainer.optimizer,
+        trainer.scheduler,
+        precision=trainer.precision,
+        window=trainer.window,
+        loss_fn=loss_fn,
+        device=trainer.device,
+        randomness=randomness,
+        seed=trainer.config.seed,
+    )
 
 
 def keep_policy(config: TrainerConfig) -> KeepPolicy:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,7 +14,8 @@ class Callback:
 
     Whatever a callback must remember belongs into `state_dict`: it is saved with every
     checkpoint and given back to `load_state_dict` on resume, so that two callbacks of one class
-    keep their own.
+    keep their own. What a hook draws from the global random generators depends on the hook and
+    the position in the run alone, so that a resumed run draws the same.
 
     Example:
         >>> class StopAtLoss(Callback):
@@ -39,7 +40,7 @@ class Callback:
         """Called after each evaluation."""
 
     def on_save(self, trainer: Trainer, checkpoint: str) -> None:
-        """Called after each commit of a checkpoint, with its folder."""
+        """Called after each commit of a checkpoint; what is changed here is in the next one."""
 
     def on_train_end(self, trainer: Trainer) -> None:
         """Called once when the run reached its end."""
@@ -52,12 +53,13 @@ class Callback:
         """Take back what `state_dict` returned."""
 
 
-def is_default(hook: Callable[..., None]) -> bool:
-    """Return whether a callback's hook is the empty one of `Callback`.
+def overridden(callbacks: Sequence[Callback], hook: str) -> list[Callable[..., None]]:
+    """Return the hooks of this name that are not the empty one of `Callback`.
 
     Example:
-        >>> is_default(Callback().on_step_end)
-        True
+        >>> overridden([Callback()], "on_step_end")
+        []
     """
-    own = getattr(hook, "__func__", None)
-    return own is not None and own is getattr(Callback, own.__name__, None)
+    calls = [getattr(callback, hook) for callback in callbacks]
+    empty = getattr(Callback, hook)
+    return [call for call in calls if getattr(call, "__func__", None) is not empty]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import xxhash
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
@@ -104,6 +107,21 @@ def examine(
     _refuse_impossible(where, differences)
     refuse_unnamed(where, differences, allowed=config.allow)
     return differences
+
+
+def with_structure(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings with the structure of the model: its modules and what they print.
+
+    A dropout rate or an activation that was changed in the code shows there; what a module does
+    not print does not.
+
+    Args:
+        model: The model as it is at the start.
+        settings: Settings in groups.
+    """
+    printed = re.sub(r" at 0x[0-9a-f]+", "", repr(model))  # an address is not the same twice
+    structure = {"structure": xxhash.xxh3_128(printed.encode()).hexdigest()}
+    return {**settings, "model": {**structure, **settings.get("model", {})}}
 
 
 def _refuse_impossible(where: str, differences: tuple[Difference, ...]) -> None:

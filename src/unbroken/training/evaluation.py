@@ -81,6 +81,9 @@ class Evaluator:
 
     def _batches(self, dataset: Any) -> Iterable[Any]:
         if not hasattr(dataset, "__getitem__"):
+            own = getattr(dataset, "generator", None)
+            if isinstance(own, torch.Generator):  # a shuffling loader: the same order each time
+                own.manual_seed(self._key % 2**63)
             return dataset  # type: ignore[no-any-return]
         # Its own generator: iter(DataLoader) would otherwise draw from the global one.
         generator = torch.Generator().manual_seed(self._key % 2**63)

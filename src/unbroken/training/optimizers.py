@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.optim import SGD, Adafactor, AdamW, Optimizer
+from torch.optim import LBFGS, SGD, Adafactor, AdamW, Optimizer
 
+from unbroken.errors import ConfigError
 from unbroken.training.config import TrainerConfig
+
+
+def refuse_closures(optimizer: Optimizer) -> None:
+    """Raise for an optimizer that evaluates the model itself.
+
+    Raises:
+        ConfigError: If it is LBFGS.
+    """
+    if isinstance(optimizer, LBFGS):
+        raise ConfigError(
+            "optimizer",
+            "LBFGS evaluates the model several times a step, which this loop does not",
+            hint="write the loop yourself, with Checkpointer",
+        )
 
 
 def make_optimizer(model: nn.Module, config: TrainerConfig) -> Optimizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from unbroken.errors import ConfigError
 from unbroken.training.config import TrainerConfig
+from unbroken.training.progress import Progress
 from unbroken.training.step import Stepped
 
 
@@ -52,14 +54,13 @@ class Statistics:
             chain.update(flat.numpy().data)
         self.data_digest = chain.hexdigest()
 
-    def log(self, tokens: int) -> dict[str, Any]:
-        """Return the mean loss, gradient norm and speed since the last call, and start anew.
-
-        Args:
-            tokens: Tokens used since the start of the run.
-        """
+    def log(self, progress: Progress) -> dict[str, Any]:
+        """Return the mean loss, gradient norm and speed since the last call, and start anew."""
+        tokens = progress.tokens
         seconds = self.seconds - self._logged_seconds
         record: dict[str, Any] = {
+            "samples": progress.samples,
+            "tokens": tokens,
             "learning_rate": self._learning_rate,
             "loss": float(self._loss_sum) / max(1, self._steps),
         }
@@ -91,14 +92,14 @@ class Statistics:
         gain = self._gain(float(metrics[name]), config.greater_is_better)
         gained = gain is None or gain > config.early_stopping_threshold  # NaN is no gain
         self.evaluations_without_gain = 0 if gained else self.evaluations_without_gain + 1
-        if gain is not None and not gain > 0:
+        if (gain is not None and not gain > 0) or math.isnan(float(metrics[name])):
             return False
         self.best_metric, self.best_step = float(metrics[name]), step
         return True
 
     def _gain(self, value: float, greater_is_better: bool) -> float | None:
         """Return how much better `value` is than the best so far; None when it is the first."""
-        if self.best_metric is None:
+        if self.best_metric is None or math.isnan(self.best_metric):
             return None
         return value - self.best_metric if greater_is_better else self.best_metric - value
 

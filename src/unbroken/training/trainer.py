@@ -20,6 +20,7 @@ from unbroken.checkpoint import (
     Preemption,
     ResumeFrom,
     ResumeReport,
+    Selection,
     Timer,
     TrainingStopped,
 )
@@ -31,26 +32,26 @@ from unbroken.training.assembly import (
     count_steps,
     keep_policy,
     make_source,
+    make_stepper,
     named_objects,
     pick_device,
     prepared_for_forward,
     refuse_missing_evaluation_data,
 )
-from unbroken.training.callback import Callback, is_default
-from unbroken.training.changes import Fresh, examine, take_effect
+from unbroken.training.callback import Callback, overridden
+from unbroken.training.changes import Fresh, examine, take_effect, with_structure
 from unbroken.training.config import TrainerConfig
 from unbroken.training.determinism import deterministic_kernels
 from unbroken.training.display import Display
 from unbroken.training.evaluation import Evaluator
 from unbroken.training.loss import LossFn, tokens_of
-from unbroken.training.optimizers import make_optimizer
+from unbroken.training.optimizers import make_optimizer, refuse_closures
 from unbroken.training.pace import Pace
 from unbroken.training.precision import Precision
 from unbroken.training.progress import Progress
 from unbroken.training.result import TrainResult
 from unbroken.training.schedules import make_scheduler
 from unbroken.training.statistics import Statistics
-from unbroken.training.step import Stepper
 from unbroken.training.window import Window
 
 
@@ -131,6 +132,7 @@ class Trainer:
         self._steps_per_epoch = None if length is None else float(length)
         self.max_steps = count_steps(config, self.source)
         self.optimizer = make_optimizer(model, config) if optimizer is None else optimizer
+        refuse_closures(self.optimizer)
         if scheduler is None:
             scheduler = make_scheduler(self.optimizer, config, self.max_steps)
         self.scheduler = scheduler
@@ -138,29 +140,21 @@ class Trainer:
         self.progress = Progress()
         self.resume_report = ResumeReport(step=0)
         self._is_loaded = False
-        self._facts = {"config": config.to_dict(), "settings": dict(settings or {})}
+        settings = with_structure(model, settings or {})
+        self._facts = {"config": config.to_dict(), "settings": settings}
         self._clock = clock
         self._wall_clock = wall_clock
         self._forward = prepared_for_forward(model, config)
         self._randomness = Randomness(cuda=self.device.type == "cuda")
         self.window = Window(model)
-        self._stepper = Stepper(
-            self._forward,
-            self.optimizer,
-            scheduler,
-            precision=self.precision,
-            window=self.window,
-            loss_fn=loss_fn,
-            device=self.device,
-            randomness=self._randomness,
-            seed=config.seed,
-        )
+        self._stepper = make_stepper(self, self._forward, loss_fn, self._randomness)
         self._evaluator = Evaluator(
             self._forward, config, collate_fn, loss_fn, precision=self.precision, device=self.device
         )
         self._counted_until = clock()
         self._stop_reason: str | None = None
         self._saved: Progress | None = None
+        self._at_edge = self._save_wanted = self._best_is_loaded = False
         self._pace = Pace(clock)
         self._log_timer = Timer(Cadence(config.logging_steps, config.logging_minutes), clock)
         self._eval_timer = Timer(Cadence(config.eval_steps, config.eval_minutes), clock)
@@ -172,7 +166,7 @@ class Trainer:
             types=types,
             clock=clock,
             wall_clock=wall_clock,
-            examine=partial(examine, config, settings or {}),
+            examine=partial(examine, config, settings),
             **named_objects(self, state or {}),
         )
 
@@ -204,7 +198,9 @@ class Trainer:
             stack.callback(self._display.close)
             stack.callback(self._batches.close)
             stack.enter_context(deterministic_kernels(self.config.full_determinism, self.device))
-            preemption = stack.enter_context(self._preemption())
+            limit, clock = self.config.max_seconds(), self._clock
+            preemption = Preemption(max_seconds=limit, clock=clock, wall_clock=self._wall_clock)
+            stack.enter_context(preemption)
             report = self._begin(resume_from_checkpoint)
             self._loop(preemption)
             return self._end(report)
@@ -255,39 +251,36 @@ class Trainer:
 
     def _at_step_edge(self) -> None:
         """Do what is due between two steps; saving comes last and so holds all the rest."""
-        step, last = self.progress.step, self._finished()
+        step, self._at_edge, self._save_wanted = self.progress.step, True, False
         self._call("on_step_end")
-        if self._log_timer.due(step) or last:
+        if self._log_timer.due(step) or self._finished():
             self._log()
-        improved = False
-        if self.config.evaluates and (self._eval_timer.due(step) or last):
+        if self.config.evaluates and (self._eval_timer.due(step) or self._finished()):
             improved = self._evaluate_and_judge()
-        keep_it = improved and self.config.load_best_model_at_end
-        if self.checkpointer.is_due(step) or keep_it or self._finished():
+            self._save_wanted |= improved and self.config.load_best_model_at_end
+        self._at_edge = False
+        if self.checkpointer.is_due(step) or self._save_wanted or self._finished():
             self.save_checkpoint()
         self._display.advance(step)
 
     def _log(self) -> None:
         self._count_time()
-        record = {
-            "step": self.progress.step,
-            "epoch": round(self.progress.epoch, 6),
-            "samples": self.progress.samples,
-            "tokens": self.progress.tokens,
-            **self.statistics.log(self.progress.tokens),
-        }
+        record = {**self._place(), **self.statistics.log(self.progress)}
         self._record(record)
         self._log_timer.done()
         self._call("on_log", record)
 
+    def _place(self) -> dict[str, Any]:
+        return {"step": self.progress.step, "epoch": round(self.progress.epoch, 6)}
+
     def _call(self, hook: str, *arguments: Any) -> None:
         """Call a hook of every callback; what they draw depends on the place in the run alone."""
-        calls = [getattr(callback, hook) for callback in self.callbacks]
-        calls = [call for call in calls if not is_default(call)]
+        calls = overridden(self.callbacks, hook)
         if calls:
-            self._randomness.seed(derive_key(self.config.seed, hook, self.progress.samples))
-            for call in calls:
-                call(self, *arguments)
+            key = derive_key(self.config.seed, hook, self.progress.samples)
+            with self._randomness.keyed_by(key):
+                for call in calls:
+                    call(self, *arguments)
 
     def _record(self, record: Mapping[str, Any]) -> None:
         self.checkpointer.log(record)
@@ -303,11 +296,9 @@ class Trainer:
     def _evaluate_and_judge(self) -> bool:
         """Evaluate; return whether the model is the best so far."""
         self._randomness.seed(derive_key(self.config.seed, "evaluate", self.progress.step))
-        metrics = self.evaluate()
+        metrics = {name: float(value) for name, value in self.evaluate().items()}
         self._eval_timer.done()
-        self._record(
-            {"step": self.progress.step, "epoch": round(self.progress.epoch, 6), **metrics}
-        )
+        self._record({**self._place(), **metrics})
         best = self.statistics.consider(metrics, self.progress.step, self.config)
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(metrics[self.config.metric_for_best_model])
@@ -324,8 +315,16 @@ class Trainer:
     def save_checkpoint(self) -> str:
         """Save everything as it is now into the run directory; return the checkpoint's folder.
 
-        Inside an accumulation window the gradients so far are saved with it.
+        Inside an accumulation window the gradients so far are saved with it. Asked for between
+        two steps, by a callback, it is made when all that belongs to the step has happened.
         """
+        if self._at_edge:
+            self._save_wanted = True
+            return self.checkpointer.run.storage.describe(f"checkpoint-{self.progress.step}")
+        if self._best_is_loaded:
+            raise ConfigError("save_checkpoint", "the model holds its best weights, not its last")
+        if self.progress == Progress():
+            self._make_ready()
         self._count_time()
         self.checkpointer.best_step = self.statistics.best_step
         values = {"progress": asdict(self.progress), "stop_reason": self._stop_reason}
@@ -339,6 +338,8 @@ class Trainer:
 
     def load_checkpoint(self, which: ResumeFrom = "latest") -> ResumeReport:
         """Put a saved state into everything; `train` goes on there. As `Checkpointer.resume`."""
+        if Selection.parse(which).kind == "never" and self.progress != Progress():
+            raise ConfigError("train", 'make a new Trainer for "never"', found=str(self.progress))
         fresh = Fresh.of(self.optimizer)
         report = self.resume_report = self.checkpointer.resume(which)
         take_effect(report.differences, fresh, self.optimizer, self.scheduler)
@@ -352,29 +353,31 @@ class Trainer:
         if which is not None or not self._is_loaded:
             self.load_checkpoint(self.config.resume_from_checkpoint if which is None else which)
         self._is_loaded = False  # what is in memory after this start is no whole checkpoint
+        self._best_is_loaded = False
         self._counted_until = self._clock()
         for line in self.resume_report.lines():
             self._display.note(line)
         self._display.start(total=self.max_steps, step=self.progress.step)
         if not self.resume_report.resumed:
-            self._start_afresh()
+            self._make_ready()
+            if self.config.save_at_start:
+                self.save_checkpoint()
         self._call("on_train_begin")
         return self.resume_report
 
-    def _start_afresh(self) -> None:
+    def _make_ready(self) -> None:
         # A model in evaluation mode as a whole was only loaded that way; one with some frozen
         # parts in evaluation mode was put so on purpose.
         if not self.model.training:
             self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         seed_ambient(derive_key(self.config.seed, "ambient"))
-        if self.config.save_at_start:
-            self.save_checkpoint()
 
     def _end(self, report: ResumeReport) -> TrainResult:
         best = self.statistics.best_step
         if self.config.load_best_model_at_end and best is not None:
             self.checkpointer.load(best, ["model"])
+            self._best_is_loaded = True
         self._call("on_train_end")
         return TrainResult(self.progress, self._stop_reason, self.statistics.best_metric, report)
 
@@ -386,10 +389,6 @@ class Trainer:
         self.checkpointer.run.history.append(event)
         self._display.note(str(stopped))
         raise stopped
-
-    def _preemption(self) -> Preemption:
-        limit, clock = self.config.max_seconds(), self._clock
-        return Preemption(max_seconds=limit, clock=clock, wall_clock=self._wall_clock)
 
     def _count_time(self) -> float:
         """Add the seconds since the last call to the run's; return them."""
