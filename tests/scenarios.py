@@ -201,6 +201,10 @@ def leave_out(trainer: Trainer, part: str) -> None:
         trainer._randomness._scope = Unkeyed()
         resuming.restore_rng = lambda tree: None
         return
+    if part == "keys of the samples":
+        trainer.source._batches._deterministic = True
+        trainer.source._batches._nothing_random = False
+        return
     owner = trainer.model if part == "buffers" else trainer.checkpointer.objects[part]
     fresh = copy.deepcopy(owner.state_dict())
     if part == "buffers":

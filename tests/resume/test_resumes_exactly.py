@@ -78,6 +78,7 @@ LEFT_OUT = {
     "data": Scenario(),
     "statistics": Scenario(),
     "random generators": Scenario(),
+    "keys of the samples": Scenario(workers=2),
 }
 
 
