@@ -8,6 +8,7 @@ from typing import Any
 
 from unbroken.capture import (
     capture,
+    check,
     decode,
     load_tensors,
     restore,
@@ -139,9 +140,11 @@ class Resumption:
 
     def _load(self, reader: CheckpointReader) -> None:
         """Fill the objects, after all that can be checked was; the random generators last."""
+        tree = self._tree(reader)
+        model = {name: self._objects[name] for name in ("model",) if name in self._objects}
+        check(model, {name: tree[name] for name in model if name in tree})  # names both shapes
         if self._examine is not None:
             self._differences = self._examine(reader.manifest.facts)
-        tree = self._tree(reader)
         rng, values = tree.pop("rng"), tree.pop("values")
         restore(self._objects, tree)
         self.values = load_tensors(values)
