@@ -10,7 +10,7 @@ from scenarios import CUTS, Scenario, killed_and_resumed, uninterrupted
 
 VALUES = {
     "model": ("dropout", "batchnorm", "tied"),
-    "optimizer": ("adamw_torch", "sgd", "adafactor"),
+    "optimizer": ("adamw_torch", "adamw_torch_fused", "sgd", "adafactor"),
     "precision": ("fp32", "bf16", "fp16"),
     "shuffle": (True, False),
     "augmentation": (True, False),

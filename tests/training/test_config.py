@@ -6,10 +6,11 @@ import json
 from dataclasses import FrozenInstanceError, fields
 
 import pytest
+import torch
 from transformers import TrainingArguments
 
 from unbroken.errors import ConfigError
-from unbroken.training import TrainerConfig
+from unbroken.training import Silence, Trainer, TrainerConfig
 
 BAD_VALUES = {
     "batch_size": (0, -8, 1.5, "8", True),
@@ -110,3 +111,11 @@ def test_every_other_name_is_one_of_transformers():
 
 def test_all_fields_are_plain_json():
     assert json.loads(json.dumps(TrainerConfig().to_dict())) == TrainerConfig().to_dict()
+
+
+def test_a_model_with_complex_parameters_trains_with_the_default_optimizer(tmp_path):
+    model = torch.nn.Linear(2, 1).to(torch.complex64)
+    config = TrainerConfig(output_dir=str(tmp_path), max_steps=1, batch_size=1)
+    data = [(torch.ones(2, dtype=torch.complex64), torch.ones(1))]
+    loss = lambda outputs, labels: (outputs.abs() - labels).square().mean()  # noqa: E731
+    assert Trainer(model, config, data, loss_fn=loss, display=Silence()).train().progress.step == 1

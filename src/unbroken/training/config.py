@@ -70,7 +70,7 @@ class TrainerConfig:
     dataloader_pin_memory: bool = False
     """Whether batches are put into pinned memory, for faster copies to a GPU."""
 
-    optim: Optim = "adamw_torch"
+    optim: Optim = "adamw_torch_fused"
     """The optimizer, unless one is given to the Trainer."""
     learning_rate: float = 5e-5
     """The highest learning rate, reached after warm-up."""

@@ -8,6 +8,8 @@ from torch.optim import LBFGS, SGD, Adafactor, AdamW, Optimizer
 from unbroken.errors import ConfigError
 from unbroken.training.config import TrainerConfig
 
+_FUSED = ("cpu", "cuda", "mps", "xpu")
+
 
 def refuse_closures(optimizer: Optimizer) -> None:
     """Raise for an optimizer that evaluates the model itself.
@@ -38,8 +40,13 @@ def make_optimizer(model: nn.Module, config: TrainerConfig) -> Optimizer:
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
-        fused=True if config.optim == "adamw_torch_fused" else None,
+        fused=True if config.optim == "adamw_torch_fused" and _can_be_fused(model) else None,
     )
+
+
+def _can_be_fused(model: nn.Module) -> bool:
+    """Return whether PyTorch has a fused kernel for every parameter (it has none for complex)."""
+    return all(p.is_floating_point() and p.device.type in _FUSED for p in model.parameters())
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
