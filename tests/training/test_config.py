@@ -114,7 +114,7 @@ def test_all_fields_are_plain_json():
 
 
 def test_a_model_with_complex_parameters_trains_with_the_default_optimizer(tmp_path):
-    model = torch.nn.Linear(2, 1).to(torch.complex64)
+    model = torch.nn.Linear(2, 1, dtype=torch.complex64)
     config = TrainerConfig(output_dir=str(tmp_path), max_steps=1, batch_size=1)
     data = [(torch.ones(2, dtype=torch.complex64), torch.ones(1))]
     loss = lambda outputs, labels: (outputs.abs() - labels).square().mean()  # noqa: E731
