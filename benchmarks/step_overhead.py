@@ -3,8 +3,8 @@
     python benchmarks/step_overhead.py [--rounds 5]
 
 Each measurement has its own process; the methods take turns. Steps are timed from the end of step
-WARM to the end of the last but one, so that no start, no save and no end is in it. All use PyTorch's
-fused AdamW, the default of transformers and ours, and one thread.
+WARM to the end of the last but one, so that no start, no save and no end is in it. All use
+PyTorch's fused AdamW, the default of transformers and ours, and one thread.
 """
 
 from __future__ import annotations
