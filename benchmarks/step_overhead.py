@@ -17,7 +17,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-from machine import measured_in_a_fresh_process, median, write
+from machine import earlier, measured_in_a_fresh_process, median, write
 
 METHODS = ("bare", "unbroken", "transformers", "lightning")
 SIZES = {
@@ -190,17 +190,23 @@ def measure(method: str, size: str) -> None:
     print(json.dumps({"seconds": watch.seconds_per_step()}))
 
 
-def compare(rounds: int) -> dict:
+def compare(rounds: int, sizes: list[str]) -> dict:
     result = {}
-    for size in SIZES:
+    for size in sizes:
         seconds: dict[str, list[float]] = {method: [] for method in METHODS}
-        for _ in range(rounds):
-            for method in METHODS:
+        for number in range(rounds):
+            first = number % len(METHODS)  # nobody always runs after the same other
+            for method in METHODS[first:] + METHODS[:first]:
                 one = measured_in_a_fresh_process(__file__, "--measure", method, size)
                 seconds[method].append(one["seconds"])
         medians = {method: median(values) for method, values in seconds.items()}
         speed = {method: medians["bare"] / value for method, value in medians.items()}
-        result[size] = {"seconds_per_step": medians, "speed_over_bare": speed, "all": seconds}
+        result[size] = {
+            "rounds": rounds,
+            "seconds_per_step": medians,
+            "speed_over_bare": speed,
+            "all": seconds,
+        }
         for method in METHODS:
             print(f"{size:6} {method:13} {medians[method] * 1e6:10.0f} us  {speed[method]:.3f}")
     return result
@@ -209,10 +215,12 @@ def compare(rounds: int) -> dict:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--measure", nargs=2, metavar=("METHOD", "SIZE"))
     arguments = parser.parse_args()
     if arguments.measure:
         sys.path.insert(0, str(Path(__file__).parent))
         measure(*arguments.measure)
     else:
-        write("step_overhead", {"rounds": arguments.rounds, "sizes": compare(arguments.rounds)})
+        measured = compare(arguments.rounds, arguments.sizes)
+        write("step_overhead", {"sizes": {**earlier("step_overhead").get("sizes", {}), **measured}})
