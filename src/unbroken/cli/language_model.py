@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from unbroken.errors import ConfigError
-from unbroken.training.config_file import nearest
+from unbroken.store.config_file import nearest
 
 _SIZES = ("_size", "_positions", "_embeddings", "_dim", "_layers", "_heads")
 

@@ -13,8 +13,8 @@ import tyro
 from tyro.conf import Positional
 
 from unbroken.errors import ConfigError
+from unbroken.store.config_file import nearest, read_mapping
 from unbroken.training import TrainerConfig
-from unbroken.training.config_file import nearest, read_mapping
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, get_type_hints
 import typeguard
 
 from unbroken.errors import ConfigError
-from unbroken.training.config_file import nearest, read_mapping, write_mapping
+from unbroken.store.config_file import nearest, read_mapping, write_mapping
 
 Schedule = Literal[
     "linear",
