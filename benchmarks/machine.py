@@ -49,12 +49,6 @@ def median(values: list[float]) -> float:
     return statistics.median(values)
 
 
-def earlier(name: str) -> dict:
-    """Return the result that is there, for the parts that are not measured again."""
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
 def write(name: str, result: dict) -> None:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"

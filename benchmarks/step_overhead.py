@@ -1,23 +1,25 @@
 """Steps per second of our Trainer over a bare PyTorch loop of the same arithmetic, beside peers.
 
-    python benchmarks/step_overhead.py [--rounds 5]
+    python benchmarks/step_overhead.py [--rounds 12]
 
-Each measurement has its own process; the methods take turns. Steps are timed from the end of step
-WARM to the end of the last but one, so that no start, no save and no end is in it. All use
-PyTorch's fused AdamW, the default of transformers and ours, and one thread.
+The protocol: each measurement has its own process, on one core and with one thread; a round
+measures every method once, and who goes first rotates from round to round. A process's figure is the
+median of its steps, from step WARM to the last but one, so that no start, no save and no end is in
+it. What is stated is the median over the rounds, and the speed over the bare loop *of the same
+round*: its median and its quartiles. All use fused AdamW, the default of transformers and ours.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
+import os
 import tempfile
 import time
 from itertools import pairwise
-from pathlib import Path
+from statistics import median, quantiles
 
-from machine import earlier, measured_in_a_fresh_process, median, write
+from machine import measured_in_a_fresh_process, write
 
 METHODS = ("bare", "unbroken", "transformers", "lightning")
 SIZES = {
@@ -31,7 +33,7 @@ SIZES = {
         "batch": 4,
     },
 }
-STEPS = {"tiny": 1200, "small": 30}
+STEPS = {"tiny": 1200, "small": 40}
 WARM = {"tiny": 200, "small": 5}
 LEARNING_RATE, LOGGING_STEPS, SEED = 1e-4, 10, 0
 
@@ -61,10 +63,7 @@ class Watch:
             self.times.append(time.perf_counter())
 
     def seconds_per_step(self) -> float:
-        """Return the mean of all steps but the slowest tenth: those that other programs hit."""
-        steps = sorted(after - before for before, after in pairwise(self.times))
-        kept = steps[: len(steps) - len(steps) // 10]
-        return sum(kept) / len(kept)
+        return median([after - before for before, after in pairwise(self.times)])
 
 
 def bare(size: str, watch: Watch, folder: str) -> None:
@@ -184,43 +183,51 @@ def lightning(size: str, watch: Watch, folder: str) -> None:
 
 
 def measure(method: str, size: str) -> None:
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     watch = Watch(size)
     with tempfile.TemporaryDirectory() as folder:
         globals()[method](size, watch, folder)
     print(json.dumps({"seconds": watch.seconds_per_step()}))
 
 
-def compare(rounds: int, sizes: list[str]) -> dict:
-    result = {}
-    for size in sizes:
-        seconds: dict[str, list[float]] = {method: [] for method in METHODS}
-        for number in range(rounds):
-            first = number % len(METHODS)  # nobody always runs after the same other
-            for method in METHODS[first:] + METHODS[:first]:
-                one = measured_in_a_fresh_process(__file__, "--measure", method, size)
-                seconds[method].append(one["seconds"])
-        medians = {method: median(values) for method, values in seconds.items()}
-        speed = {method: medians["bare"] / value for method, value in medians.items()}
-        result[size] = {
-            "rounds": rounds,
-            "seconds_per_step": medians,
-            "speed_over_bare": speed,
-            "all": seconds,
-        }
-        for method in METHODS:
-            print(f"{size:6} {method:13} {medians[method] * 1e6:10.0f} us  {speed[method]:.3f}")
-    return result
+def compare(size: str, rounds: int) -> dict:
+    seconds: dict[str, list[float]] = {method: [] for method in METHODS}
+    for number in range(rounds):
+        first = number % len(METHODS)  # nobody always runs after the same other
+        for method in METHODS[first:] + METHODS[:first]:
+            one = measured_in_a_fresh_process(__file__, "--measure", method, size)
+            seconds[method].append(one["seconds"])
+    return {
+        "rounds": rounds,
+        "seconds_per_step": {method: median(values) for method, values in seconds.items()},
+        "speed_over_bare": {method: spread(seconds, method) for method in METHODS},
+        "all": seconds,
+    }
+
+
+def spread(seconds: dict[str, list[float]], method: str) -> dict[str, float]:
+    """Return the quartiles of the speed over the bare loop of the same round."""
+    ratios = [bare / own for bare, own in zip(seconds["bare"], seconds[method], strict=True)]
+    low, middle, high = quantiles(ratios, n=4, method="inclusive")
+    return {"lower_quartile": low, "median": middle, "upper_quartile": high}
+
+
+def show(size: str, result: dict) -> None:
+    for method in METHODS:
+        microseconds = result["seconds_per_step"][method] * 1e6
+        low, middle, high = result["speed_over_bare"][method].values()
+        print(f"{size:6} {method:13} {microseconds:9.0f} us  {middle:.3f} [{low:.3f}, {high:.3f}]")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--measure", nargs=2, metavar=("METHOD", "SIZE"))
     arguments = parser.parse_args()
     if arguments.measure:
-        sys.path.insert(0, str(Path(__file__).parent))
         measure(*arguments.measure)
     else:
-        measured = compare(arguments.rounds, arguments.sizes)
-        write("step_overhead", {"sizes": {**earlier("step_overhead").get("sizes", {}), **measured}})
+        results = {size: compare(size, arguments.rounds) for size in SIZES}
+        for size, result in results.items():
+            show(size, result)
+        write("step_overhead", {"sizes": results})

@@ -45,6 +45,7 @@ from unbroken.training.determinism import deterministic_kernels
 from unbroken.training.display import Display
 from unbroken.training.evaluation import Evaluator
 from unbroken.training.loss import LossFn, tokens_of
+from unbroken.training.memory import keep_freed_memory
 from unbroken.training.optimizers import make_optimizer, refuse_closures
 from unbroken.training.pace import Pace
 from unbroken.training.precision import Precision
@@ -198,6 +199,7 @@ class Trainer:
             stack.callback(self._display.close)
             stack.callback(self._batches.close)
             stack.enter_context(deterministic_kernels(self.config.full_determinism, self.device))
+            keep_freed_memory(self.device)
             limit, clock = self.config.max_seconds(), self._clock
             preemption = Preemption(max_seconds=limit, clock=clock, wall_clock=self._wall_clock)
             stack.enter_context(preemption)
