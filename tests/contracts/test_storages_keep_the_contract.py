@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from unbroken.storage import LocalStorage, MemoryStorage
+from unbroken.storage import FolderStorage, LocalStorage, MemoryStorage
 from unbroken.testing import FaultyStorage, KillingStorage, SharedStorageContract, StorageContract
 
 
@@ -24,6 +24,13 @@ class TestMemoryStorage(StorageContract):
     @pytest.fixture
     def storage(self):
         return MemoryStorage()
+
+
+class TestFolderStorage(SharedStorageContract):
+    @pytest.fixture
+    def open_again(self, tmp_path):
+        LocalStorage(tmp_path / "root" / "folder")
+        return lambda: FolderStorage(LocalStorage(tmp_path / "root"), "folder")
 
 
 class TestFaultyStorage(StorageContract):

@@ -26,3 +26,19 @@ def steps_of(scenario: Scenario, disk: Disk = FaultyStorage) -> int:
     storage.arm()
     scenario.act(storage, lambda: None)
     return storage.steps
+
+
+class LeavesOut(FaultyStorage):
+    """A disk that reports a sync as done and leaves it out: a writer that forgot it."""
+
+    def __init__(self, is_left_out: Callable[[str], bool]) -> None:
+        super().__init__()
+        self._is_left_out = is_left_out
+
+    def sync(self, file, path):
+        if not self._is_left_out(path):
+            super().sync(file, path)
+
+    def sync_folder(self, path):
+        if not self._is_left_out(path or "the run directory"):
+            super().sync_folder(path)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import count
 
 import pytest
 
-from crash.faulty_runs import EACH_SCENARIO, Disk, prepared, steps_of
+from crash.faulty_runs import EACH_SCENARIO, Disk, LeavesOut, prepared, steps_of
 from crash.oracle import check_after_cut
 from crash.saving import SCENARIOS, Scenario
 from store.small_runs import open_run
@@ -91,22 +91,6 @@ def disks_after_a_cut_start(disk: Disk) -> Iterator[FaultyStorage]:
             yield storage.after_power_cut("forget")
         else:
             return
-
-
-class LeavesOut(FaultyStorage):
-    """A disk that reports a sync as done and leaves it out: a writer that forgot it."""
-
-    def __init__(self, is_left_out: Callable[[str], bool]) -> None:
-        super().__init__()
-        self._is_left_out = is_left_out
-
-    def sync(self, file, path):
-        if not self._is_left_out(path):
-            super().sync(file, path)
-
-    def sync_folder(self, path):
-        if not self._is_left_out(path or "the run directory"):
-            super().sync_folder(path)
 
 
 @pytest.mark.parametrize(

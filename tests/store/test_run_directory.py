@@ -100,7 +100,7 @@ def test_other_files_beside_a_run_are_tolerated_and_kept(tmp_path):
         ("{}", "has no 'format'"),
         ('{"name":"another tool"}', "has no 'format'"),
         ('{"format":"other","version":1}', "is of another program"),
-        ('{"format":"unbroken run","version":2}', "has another version: expected 1, found 2"),
+        ('{"format":"unbroken run","version":3}', "has another version: expected 1 or 2, found 3"),
         ('{"format":"unbroken run","version":1}', "has no 'id'"),
         ('{"format":"unbroken run","version":1,"id":"a","created":"b","x":1}', "unknown field"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from unbroken.storage.folder import FolderStorage as FolderStorage
 from unbroken.storage.interface import Bytes as Bytes
 from unbroken.storage.interface import Lock as Lock
 from unbroken.storage.interface import ReadHandle as ReadHandle
@@ -13,6 +14,7 @@ from unbroken.storage.memory import MemoryStorage as MemoryStorage
 
 __all__ = [
     "Bytes",
+    "FolderStorage",
     "LocalStorage",
     "Lock",
     "MemoryStorage",

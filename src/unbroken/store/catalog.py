@@ -13,6 +13,7 @@ from unbroken.errors import (
 )
 from unbroken.storage import Storage
 from unbroken.store.layout import SET_ASIDE, checkpoint_name, step_of, step_of_replaced
+from unbroken.store.lineage import Lineage, belongs_to
 from unbroken.store.reader import CheckpointReader
 from unbroken.store.removal import ensure_folder, free_name, move_durably, settle_replaced
 
@@ -42,6 +43,7 @@ class Catalog:
     Args:
         storage: The run directory.
         run_id: Take no checkpoint of another run; None takes all.
+        parent: Where the run comes from: what it took over from there is its own.
 
     Example:
         >>> from unbroken.storage import MemoryStorage
@@ -56,9 +58,12 @@ class Catalog:
         (10, ())
     """
 
-    def __init__(self, storage: Storage, run_id: str | None = None) -> None:
+    def __init__(
+        self, storage: Storage, run_id: str | None = None, parent: Lineage | None = None
+    ) -> None:
         self._storage = storage
         self._run_id = run_id
+        self._parent = parent
 
     def folders(self) -> list[tuple[int, str]]:
         """Return step and folder of every checkpoint by name, good or not, in rising order.
@@ -95,17 +100,23 @@ class Catalog:
     def newest_first(self) -> Iterator[CheckpointReader | Rejection]:
         """Yield all checkpoints from the newest on, opened, or else why they cannot be.
 
+        What a branch took over from before it began is not among them: to go on from there
+        would be another branch.
+
         Raises:
             NewerFormatError: At a checkpoint that a newer version wrote. It may be perfect:
                 to go on from an older one would lose its steps without a word.
         """
         for step, folder in reversed(self.folders()):
             try:
-                yield self._open(step, folder)
+                reader = self._open(step, folder)
             except NewerFormatError:
                 raise
             except CheckpointError as error:
                 yield Rejection(folder, step, str(error))
+            else:
+                before = self._begins_later_than(reader)
+                yield reader if before is None else Rejection(folder, step, before)
 
     def newest_intact(self) -> tuple[CheckpointReader | None, tuple[Rejection, ...]]:
         """Return the newest checkpoint of which every byte was read and matched.
@@ -156,14 +167,31 @@ class Catalog:
         move_durably(self._storage, name, target)
         return target
 
+    def best_step(self) -> int | None:
+        """Return the step that the newest checkpoint which knows one calls the best so far."""
+        for candidate in self.newest_first():
+            if isinstance(candidate, CheckpointReader):
+                step = candidate.manifest.facts.get("best_step")
+                if isinstance(step, int):
+                    return step
+        return None
+
+    def _begins_later_than(self, reader: CheckpointReader) -> str | None:
+        """Return what is wrong with going on from a checkpoint that was only taken over."""
+        if self._parent is None or reader.step >= self._parent.step:
+            return None
+        if reader.manifest.run_id == self._run_id:
+            return None
+        return f"the branch begins at step {self._parent.step}, after it"
+
     def _open(self, step: int, folder: str) -> CheckpointReader:
         reader = CheckpointReader(self._storage, folder)
         where = self._storage.describe(folder)
         if reader.step != step:
             what = "holds another step than its name says"
             raise CorruptCheckpointError(where, what, expected=step, found=reader.step)
-        run_id = reader.manifest.run_id
-        if self._run_id is not None and run_id != self._run_id:
-            what = "belongs to another run"
-            raise CorruptCheckpointError(where, what, expected=self._run_id, found=run_id)
+        manifest = reader.manifest
+        if self._run_id is not None and not belongs_to(manifest, self._run_id, self._parent):
+            what, found = "belongs to another run", manifest.run_id
+            raise CorruptCheckpointError(where, what, expected=self._run_id, found=found)
         return reader

@@ -9,9 +9,11 @@ from unbroken.storage import Storage
 from unbroken.store.canonical import Json, MalformedError, from_strict, to_canonical
 from unbroken.store.fields import Fields
 from unbroken.store.layout import NEW_RUN_NAME, RUN_NAME
+from unbroken.store.lineage import Lineage
 
 _FORMAT = "unbroken run"
-_VERSION = 1
+_VERSION_OF_PLAIN_RUNS = 1
+_VERSION_OF_BRANCHES = 2  # a reader that knows no branches must not take one for damaged
 _MAX_BYTES = 1 << 20
 
 
@@ -22,10 +24,12 @@ class RunIdentity:
     Attributes:
         id: Names the run for ever, 32 hexadecimal digits drawn at random.
         created: When it began, in UTC; for people.
+        parent: Where it comes from, if it is a branch of another run.
     """
 
     id: str
     created: str
+    parent: Lineage | None = None
 
 
 def has_identity(storage: Storage) -> bool:
@@ -37,8 +41,10 @@ def write_identity(storage: Storage, identity: RunIdentity) -> None:
     """Write run.json, whole and durable or not at all."""
     if storage.stat(NEW_RUN_NAME) is not None:  # a start was killed right here
         storage.remove_file(NEW_RUN_NAME)
-    fields: dict[str, Json] = {"format": _FORMAT, "version": _VERSION}
+    fields: dict[str, Json] = {"format": _FORMAT, "version": _VERSION_OF_PLAIN_RUNS}
     fields |= {"id": identity.id, "created": identity.created}
+    if identity.parent is not None:
+        fields |= {"version": _VERSION_OF_BRANCHES, "parent": identity.parent.to_json()}
     with storage.create(NEW_RUN_NAME) as file:
         file.write(to_canonical(fields) + b"\n")
         file.sync()
@@ -76,11 +82,13 @@ def _parse(raw: bytes, where: str) -> RunIdentity:
     form, version = fields.text("format"), fields.count("version")
     if form != _FORMAT:
         raise MalformedError("is of another program", _FORMAT, form)
-    if version != _VERSION:
-        hint = "upgrade unbroken to use this directory"
+    if version not in (_VERSION_OF_PLAIN_RUNS, _VERSION_OF_BRANCHES):
+        expected, hint = "1 or 2", "upgrade unbroken to use this directory"
         raise RunDirectoryError(
-            where, "has another version", expected=_VERSION, found=version, hint=hint
+            where, "has another version", expected=expected, found=version, hint=hint
         )
-    identity = RunIdentity(fields.text("id"), fields.text("created"))
+    run_id, created = fields.text("id"), fields.text("created")
+    is_branch = version == _VERSION_OF_BRANCHES
+    parent = Lineage.from_json(fields.value("parent")) if is_branch else None
     fields.done()
-    return identity
+    return RunIdentity(run_id, created, parent)

@@ -50,11 +50,12 @@ def move_durably(storage: Storage, source: str, target: str) -> None:
     storage.sync_folder(source.rpartition("/")[0])
 
 
-def copy_file(storage: Storage, source: str, target: str) -> None:
-    """Copy a file durably; what was read is what is written, and nothing is checked."""
+def copy_file(storage: Storage, source: str, target: str, nbytes: int | None = None) -> None:
+    """Copy a file, or its first `nbytes` bytes, durably; nothing of what was read is checked."""
     with storage.open(source) as old, storage.create(target) as new:
-        for offset in range(0, old.nbytes, _CHUNK_BYTES):
-            chunk = bytearray(min(_CHUNK_BYTES, old.nbytes - offset))
+        end = old.nbytes if nbytes is None else nbytes
+        for offset in range(0, end, _CHUNK_BYTES):
+            chunk = bytearray(min(_CHUNK_BYTES, end - offset))
             old.read_into(offset, memoryview(chunk))
             new.write(chunk)
         new.sync()

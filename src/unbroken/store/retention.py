@@ -13,6 +13,7 @@ from unbroken.errors import CheckpointError, ConfigError
 from unbroken.storage import Storage
 from unbroken.store.catalog import Catalog
 from unbroken.store.layout import MANIFEST_NAME, PINNED_NAME, step_of
+from unbroken.store.lineage import Lineage, belongs_to
 from unbroken.store.reader import CheckpointReader
 from unbroken.store.removal import remove_checkpoint
 from unbroken.store.verified import VerifiedCache
@@ -111,6 +112,7 @@ def prune(
     policy: KeepPolicy,
     *,
     run_id: str,
+    parent: Lineage | None = None,
     best_steps: Collection[int] = frozenset(),
     verified: VerifiedCache,
 ) -> Pruned:
@@ -125,6 +127,8 @@ def prune(
         storage: The run directory, whose lock the caller holds.
         policy: The rules.
         run_id: The run whose checkpoints may go.
+        parent: Where it comes from: the checkpoints that it took over from there may go too,
+            and stay where they were taken from.
         best_steps: Steps that stay.
         verified: What this process has read already.
 
@@ -140,7 +144,7 @@ def prune(
         >>> prune(storage, KeepPolicy(last=2), run_id="a" * 32, verified=VerifiedCache()).removed
         ('checkpoint-1',)
     """
-    pruning = _Pruning(storage, policy, run_id, best_steps, verified)
+    pruning = _Pruning(storage, policy, run_id, parent, best_steps, verified)
     for step, folder in reversed(Catalog(storage).folders()):
         reason = pruning.reason_to_keep(step, folder)
         if reason is None:
@@ -158,6 +162,7 @@ class _Pruning:
     storage: Storage
     policy: KeepPolicy
     run_id: str
+    parent: Lineage | None
     best_steps: Collection[int]
     verified: VerifiedCache
     good: int = 0
@@ -175,7 +180,8 @@ class _Pruning:
             reader = CheckpointReader(self.storage, folder)
         except CheckpointError as error:
             return self._damaged(str(error))
-        if reader.manifest.run_id != self.run_id or reader.step != step:
+        is_own = belongs_to(reader.manifest, self.run_id, self.parent)
+        if not is_own or reader.step != step:
             return "it belongs to another run or step"
         return self._reason_of_own(reader)
 

@@ -34,11 +34,13 @@ _TOLERATED = {".DS_Store", "Thumbs.db", "desktop.ini", "lost+found"}
 Place = Storage | str | os.PathLike[str]
 
 
-def _now_as_text(clock: Callable[[], float]) -> str:
+def now_as_text(clock: Callable[[], float]) -> str:
+    """Return the date as files hold it: "2026-01-31T12:00:00.000+00:00"."""
     return datetime.fromtimestamp(clock(), UTC).isoformat(timespec="milliseconds")
 
 
-def _random_id() -> str:
+def random_id() -> str:
+    """Return the identity of a new run: 32 hexadecimal digits, drawn at random."""
     return os.urandom(16).hex()
 
 
@@ -51,6 +53,7 @@ class RunDirectory:
         storage: Where it is.
         run_id: Names the run for ever.
         created: When the run began, in UTC.
+        parent: Where it comes from, if it is a branch of another run.
         catalog: Its checkpoints.
         history: What happened to the run: starts, saves, rejections.
         metrics: What the training measured.
@@ -75,7 +78,8 @@ class RunDirectory:
         self.storage = storage
         self.run_id = identity.id
         self.created = identity.created
-        self.catalog = Catalog(storage, identity.id)
+        self.parent = identity.parent
+        self.catalog = Catalog(storage, identity.id, identity.parent)
         self.history = Journal(storage, HISTORY_NAME)
         self.metrics = Journal(storage, METRICS_NAME)
         self.verified = VerifiedCache()
@@ -90,7 +94,7 @@ class RunDirectory:
         *,
         clock: Callable[[], float] = time.time,
         owner: str | None = None,
-        new_id: Callable[[], str] = _random_id,
+        new_id: Callable[[], str] = random_id,
     ) -> Self:
         """Take the directory of a run, or begin one in a directory that is empty or not there.
 
@@ -109,10 +113,10 @@ class RunDirectory:
             RunDirectoryError: It holds something else, is of a newer version, is a file, or
                 cannot be written.
         """
-        with _as_directory_error(where):
+        with as_directory_error(where):
             storage = _storage_of(where, create=True)
             _refuse_foreign(storage)
-            lock = storage.lock(LOCK_NAME, owner or _describe_owner(clock))
+            lock = storage.lock(LOCK_NAME, owner or describe_owner(clock))
             try:
                 identity = _identity_of(storage, clock, new_id)
                 return cls(storage, identity, lock, tuple(sweep(storage)))
@@ -131,7 +135,7 @@ class RunDirectory:
         Raises:
             RunDirectoryError: It is not the directory of a run.
         """
-        with _as_directory_error(where):
+        with as_directory_error(where):
             storage = _storage_of(where, create=False)
             found = storage.stat("")
             if found is None or not found.is_folder or not has_identity(storage):
@@ -150,13 +154,14 @@ class RunDirectory:
         Raises:
             RunDirectoryError: This process is not the owner, or the storage fails.
         """
-        with _as_directory_error(self.storage):
+        with as_directory_error(self.storage):
             if self.is_readonly:
                 raise RunDirectoryError(self.storage.describe(), "is open for reading only")
             return prune(
                 self.storage,
                 policy,
                 run_id=self.run_id,
+                parent=self.parent,
                 best_steps=best_steps,
                 verified=self.verified,
             )
@@ -167,7 +172,7 @@ class RunDirectory:
         Raises:
             RunDirectoryError: The storage fails.
         """
-        with _as_directory_error(self.storage):
+        with as_directory_error(self.storage):
             ensure_folder(self.storage, SET_ASIDE)
             target = free_name(self.storage, SET_ASIDE, METRICS_NAME)
             copy_file(self.storage, METRICS_NAME, target)
@@ -220,20 +225,21 @@ def _identity_of(
     """Return the run's identity; under the lock, so that two starts cannot both give one."""
     if not has_identity(storage):
         _refuse_foreign(storage)
-        write_identity(storage, RunIdentity(new_id(), _now_as_text(clock)))
+        write_identity(storage, RunIdentity(new_id(), now_as_text(clock)))
     return read_identity(storage)
 
 
-def _describe_owner(clock: Callable[[], float]) -> str:
+def describe_owner(clock: Callable[[], float]) -> str:
+    """Return what others read when they find a run locked: host, process, boot and time."""
     boot = "unknown"
     with suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         boot = file.read().strip()
-    host, now = os.uname().nodename, _now_as_text(clock)
+    host, now = os.uname().nodename, now_as_text(clock)
     return f"host {host}, process {os.getpid()}, boot {boot}, since {now}"
 
 
 @contextmanager
-def _as_directory_error(where: Place) -> Iterator[None]:
+def as_directory_error(where: Place) -> Iterator[None]:
     """Turn what the disk says into the error that names the run directory."""
     try:
         yield
