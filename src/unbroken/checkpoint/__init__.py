@@ -7,7 +7,9 @@ from unbroken.checkpoint.differences import Rule as Rule
 from unbroken.checkpoint.differences import Verdict as Verdict
 from unbroken.checkpoint.differences import compare as compare
 from unbroken.checkpoint.differences import refuse_unnamed as refuse_unnamed
+from unbroken.checkpoint.elsewhere import environment_differences as environment_differences
 from unbroken.checkpoint.environment import environment_facts as environment_facts
+from unbroken.checkpoint.environment_rules import ENVIRONMENT_RULES as ENVIRONMENT_RULES
 from unbroken.checkpoint.policy import Cadence as Cadence
 from unbroken.checkpoint.policy import Timer as Timer
 from unbroken.checkpoint.preemption import EXIT_STOPPED as EXIT_STOPPED
@@ -18,6 +20,7 @@ from unbroken.checkpoint.selection import ResumeFrom as ResumeFrom
 from unbroken.checkpoint.selection import Selection as Selection
 
 __all__ = [
+    "ENVIRONMENT_RULES",
     "EXIT_STOPPED",
     "Cadence",
     "Checkpointer",
@@ -32,6 +35,7 @@ __all__ = [
     "TrainingStopped",
     "Verdict",
     "compare",
+    "environment_differences",
     "environment_facts",
     "refuse_unnamed",
 ]
