@@ -1,6 +1,8 @@
 """Saving and resuming a run: which objects, when, from what, and until which signal."""
 
 from unbroken.checkpoint.checkpointer import Checkpointer as Checkpointer
+from unbroken.checkpoint.code import code_differences as code_differences
+from unbroken.checkpoint.code import code_facts as code_facts
 from unbroken.checkpoint.differences import Difference as Difference
 from unbroken.checkpoint.differences import Examine as Examine
 from unbroken.checkpoint.differences import Rule as Rule
@@ -34,6 +36,8 @@ __all__ = [
     "Timer",
     "TrainingStopped",
     "Verdict",
+    "code_differences",
+    "code_facts",
     "compare",
     "environment_differences",
     "environment_facts",
