@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from unbroken.check.proving import Answer as Answer
+from unbroken.check.proving import Question as Question
+from unbroken.check.proving import prove as prove
 from unbroken.check.verdict import Culprit as Culprit
 from unbroken.check.verdict import Status as Status
 from unbroken.check.verdict import Verdict as Verdict
 
-__all__ = ["Culprit", "Status", "Verdict"]
+__all__ = ["Answer", "Culprit", "Question", "Status", "Verdict", "prove"]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 
@@ -119,7 +121,6 @@ class Recording:
     sampled: bool = False
     errors: tuple[str, ...] = ()
     overhead: float | None = None
-    arguments: tuple[str, ...] = field(default=())
 
 
 def read_recordings(folder: Path) -> dict[int, Recording]:
@@ -170,7 +171,6 @@ def _recording(lines: Sequence[Mapping[str, Any]]) -> Recording:
         sampled=scene.get("sampled", False),
         errors=tuple(errors),
         overhead=_overhead(steps),
-        arguments=tuple(process.get("arguments", ())),
     )
 
 
@@ -211,10 +211,9 @@ def _eights(text: str) -> tuple[str, ...]:
 
 def _overhead(steps: Sequence[Mapping[str, Any]]) -> float | None:
     """Return the share of the median step; the first steps, which look around, are left out."""
-    pairs = list(zip(steps[2:], steps[3:], strict=False))
-    walls = sorted(after["at"] - before["at"] for before, after in pairs)
-    costs = sorted(after["spent"] - before["spent"] for before, after in pairs)
-    if not walls or walls[len(walls) // 2] <= 0:
+    pairs = list(pairwise(steps[2:]))
+    if not pairs:
         return None
-    own = costs[len(costs) // 2]
-    return own / max(walls[len(walls) // 2] - own, own * 1e-6)
+    wall = median(float(after["at"] - before["at"]) for before, after in pairs)
+    own = median(float(after["spent"] - before["spent"]) for before, after in pairs)
+    return own / (wall - own) if wall > own else None

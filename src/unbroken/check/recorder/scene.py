@@ -71,7 +71,7 @@ class Scene:
         self._mirrors = [one for one in self._mirrors if sys.getrefcount(one) > _REFERENCES_OF_OURS]
         for mirror in self._mirrors:
             tensors = _tensors(mirror)
-            label = f"a {type(mirror).__name__} of {len(tensors)} tensors shaped as the parameters"
+            label = f"{type(mirror).__name__} of {len(tensors)} tensors shaped as the parameters"
             found.append([label, digester.of_all(tensors).whole])
         return sorted(one for one in found if one is not None)
 

@@ -1,0 +1,116 @@
+"""Comparing two recordings step by step, from where they are the same on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from unbroken.check.recording import Recording, Step
+
+# In the order of cause and effect within a step: what differs first explains what follows.
+_PARTS: dict[str, Callable[[Step], Any]] = {
+    "data": lambda step: [batch.digest for batch in step.data],
+    "learning rate": lambda step: step.learning_rates,
+    "settings": lambda step: step.settings,
+    "scaler": lambda step: step.scalers,
+    "loss": lambda step: step.losses,
+    "gradients": lambda step: step.gradients,
+    "buffers": lambda step: step.buffers,
+    "params": lambda step: step.after.params,
+    "moments": lambda step: step.after.moments,
+    "counts": lambda step: step.after.counts,
+}
+LATENT = ("schedulers", "others", "generators")  # they may differ without any effect yet
+PARTS = (*_PARTS, *LATENT)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first step at which two recordings differ.
+
+    Attributes:
+        index: Its index among the resumed steps.
+        parts: What differs in it, in the order of cause and effect.
+    """
+
+    index: int
+    parts: tuple[str, ...]
+
+
+def first_difference(reference: Sequence[Step], again: Sequence[Step]) -> Difference | None:
+    """Return the first step with a difference that has an effect, of two uninterrupted runs."""
+    for index, (there, here) in enumerate(zip(reference, again, strict=False)):
+        parts = tuple(
+            part for part in differing_parts(there, here, frozenset()) if part not in LATENT
+        )
+        if parts:
+            return Difference(index, parts)
+    return None
+
+
+def differing_parts(
+    there: Step, here: Step, moving: frozenset[str], fixed: frozenset[tuple[str, str]] = frozenset()
+) -> tuple[str, ...]:
+    """Return what differs in a step, in the order of cause and effect.
+
+    Args:
+        there: The step of the reference.
+        here: The step of the other run.
+        moving: The generators that count.
+        fixed: Weights that no optimizer moves and that do not count: see `fixed_others`.
+    """
+    parts = [name for name, look in _PARTS.items() if look(there) != look(here)]
+    if not _has_all(there.schedulers, here.schedulers):
+        parts.append("schedulers")
+    if not _has_all([one for one in there.others if one not in fixed], here.others):
+        parts.append("others")
+    if differing_generators(there, here, moving):
+        parts.append("generators")
+    return tuple(parts)
+
+
+def _has_all(there: Sequence[tuple[Any, Any]], here: Sequence[tuple[Any, Any]]) -> bool:
+    """Return whether all that is there is here too, for each label that both have as often.
+
+    More of a label here is no difference: a resumed process may hold what it has loaded.
+    """
+    counted_there = Counter(label for label, _ in there)
+    counted_here = Counter(label for label, _ in here)
+    known = {label for label, count in counted_there.items() if counted_here[label] >= count}
+    missing = Counter(one for one in there if one[0] in known) - Counter(here)
+    return not missing
+
+
+def differing_generators(there: Step, here: Step, moving: frozenset[str]) -> list[str]:
+    """Return the moving generators that stand elsewhere."""
+    return [
+        name
+        for name, digest in there.generators.items()
+        if name in moving and here.generators.get(name, digest) != digest
+    ]
+
+
+def fixed_others(steps: Sequence[Step]) -> frozenset[tuple[str, str]]:
+    """Return the weights outside the optimizer that never change: a teacher, a forgotten copy."""
+    return frozenset.intersection(*(frozenset(step.others) for step in steps))
+
+
+def moving_generators(steps: Sequence[Step]) -> frozenset[str]:
+    """Return the generators that are drawn from between the steps; the others do not count."""
+    names = {name for step in steps for name in step.generators}
+    return frozenset(
+        name for name in names if len({step.generators.get(name) for step in steps}) > 1
+    )
+
+
+def reproducible_generators(first: Recording, second: Recording) -> frozenset[str]:
+    """Return the generators that move, and move alike in two uninterrupted runs."""
+    moving = moving_generators(first.steps)
+    pairs = list(zip(first.steps, second.steps, strict=False))
+    return frozenset(
+        name
+        for name in moving
+        if not any(differing_generators(a, b, moving & {name}) for a, b in pairs)
+    )
