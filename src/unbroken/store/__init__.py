@@ -8,6 +8,11 @@ from unbroken.store.branches import has_branch as has_branch
 from unbroken.store.canonical import Json as Json
 from unbroken.store.catalog import Catalog as Catalog
 from unbroken.store.catalog import Rejection as Rejection
+from unbroken.store.diff import Diff as Diff
+from unbroken.store.diff import TensorDifference as TensorDifference
+from unbroken.store.diff import diff_checkpoints as diff_checkpoints
+from unbroken.store.diff import diff_facts as diff_facts
+from unbroken.store.diff import tensor_types as tensor_types
 from unbroken.store.journal import Journal as Journal
 from unbroken.store.leaf import Leaf as Leaf
 from unbroken.store.lineage import Lineage as Lineage
@@ -21,6 +26,8 @@ from unbroken.store.retention import KeepPolicy as KeepPolicy
 from unbroken.store.retention import Pruned as Pruned
 from unbroken.store.retention import prune as prune
 from unbroken.store.run_directory import RunDirectory as RunDirectory
+from unbroken.store.value_diff import ValueDifference as ValueDifference
+from unbroken.store.value_diff import ValueGroup as ValueGroup
 from unbroken.store.verified import VerifiedCache as VerifiedCache
 from unbroken.store.writer import CheckpointWriter as CheckpointWriter
 
@@ -29,6 +36,7 @@ __all__ = [
     "CheckpointReader",
     "CheckpointWriter",
     "Damage",
+    "Diff",
     "FileEntry",
     "Interval",
     "Journal",
@@ -41,9 +49,15 @@ __all__ = [
     "Region",
     "Rejection",
     "RunDirectory",
+    "TensorDifference",
+    "ValueDifference",
+    "ValueGroup",
     "VerifiedCache",
     "branch",
     "check_branch_name",
+    "diff_checkpoints",
+    "diff_facts",
     "has_branch",
     "prune",
+    "tensor_types",
 ]
