@@ -49,8 +49,8 @@ PARAMETERS = {
     unbroken.Trainer.save_checkpoint: "self",
     unbroken.Trainer.load_checkpoint: "self which",
     unbroken.Trainer.stop: "self reason",
-    unbroken.Checkpointer: "directory save_steps save_minutes keep types clock wall_clock examine "
-    "objects",
+    unbroken.Checkpointer: "directory branch save_steps save_minutes keep types clock wall_clock "
+    "examine objects",
     unbroken.Checkpointer.resume: "self which",
     unbroken.Checkpointer.load: "self step names",
     unbroken.Checkpointer.save: "self step values facts",

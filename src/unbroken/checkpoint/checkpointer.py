@@ -18,6 +18,7 @@ from unbroken.capture import (
     pretrained_files,
     structure_to_bytes,
 )
+from unbroken.checkpoint.branching import open_branch
 from unbroken.checkpoint.differences import Examine
 from unbroken.checkpoint.environment import environment_facts
 from unbroken.checkpoint.policy import Cadence, Timer
@@ -46,6 +47,8 @@ class Checkpointer:
 
     Args:
         directory: The run directory; made, and locked, when first used.
+        branch: Work in the branch of this name instead: a run of its own that begins in the
+            checkpoint which the first `resume` names, and that each later one goes on with.
         save_steps: `save_if_due` saves every so many steps.
         save_minutes: ... and every so many minutes.
         keep: Which checkpoints stay; applied after each commit. None: all.
@@ -80,6 +83,7 @@ class Checkpointer:
         directory: str | os.PathLike[str] | Storage,
         /,
         *,
+        branch: str | None = None,
         save_steps: int | None = None,
         save_minutes: float | None = None,
         keep: KeepPolicy | None = None,
@@ -99,6 +103,8 @@ class Checkpointer:
         if isinstance(directory, str | os.PathLike):
             directory = os.path.abspath(directory)  # the same run after a chdir
         self._directory = directory
+        self._branch = branch
+        self._notes: tuple[str, ...] = ()
         self._has_resumed = False
         self._types = tuple(types)
         self._wall_clock = wall_clock
@@ -111,8 +117,16 @@ class Checkpointer:
     def run(self) -> RunDirectory:
         """The run directory, opened and locked by the first use."""
         if self._run is None:
-            self._run = RunDirectory.open(self._directory, clock=self._wall_clock)
+            self._run = self._open(None)
         return self._run
+
+    def _open(self, selection: Selection | None) -> RunDirectory:
+        if self._branch is None:
+            return RunDirectory.open(self._directory, clock=self._wall_clock)
+        run, self._notes = open_branch(
+            self._directory, self._branch, selection, clock=self._wall_clock
+        )
+        return run
 
     def resume(self, which: ResumeFrom = "auto") -> ResumeReport:
         """Put a saved state into the objects, or leave them as they are for a fresh start.
@@ -134,8 +148,14 @@ class Checkpointer:
             CorruptCheckpointError: If the one checkpoint asked for is damaged.
             StateMismatchError: If the checkpoint does not fit the objects; none was changed.
         """
-        resumption = Resumption(self.run, self.objects, self._types, self._examine)
-        report = resumption.start(Selection.parse(which))
+        selection = Selection.parse(which)
+        if self._branch is not None:
+            self.close()
+            self._run, selection = self._open(selection), Selection("auto")
+        resumption = Resumption(
+            self.run, self.objects, self._types, self._examine, notes=self._notes
+        )
+        report = resumption.start(selection)
         self._has_resumed = True
         self.values = resumption.values
         self.best_step = resumption.best_step

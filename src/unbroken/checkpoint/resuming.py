@@ -38,6 +38,7 @@ class Resumption:
         objects: The live objects, by name.
         types: Classes of namedtuples and enums inside the state.
         examine: Called with the facts of a checkpoint before it is loaded; may refuse it.
+        notes: What else the report says.
 
     Attributes:
         values: The plain values of the resumed checkpoint, or None.
@@ -51,11 +52,14 @@ class Resumption:
         objects: Mapping[str, object],
         types: tuple[type, ...],
         examine: Examine | None = None,
+        *,
+        notes: tuple[str, ...] = (),
     ) -> None:
         self.values: Any = None
         self.best_step: int | None = None
         self.origin: str | None = None
         self._run = run
+        self._notes = notes
         self._objects = objects
         self._types = types
         self._examine = examine
@@ -109,14 +113,12 @@ class Resumption:
         return self._run.catalog.open(step)
 
     def _best_step(self) -> int:
-        for candidate in self._run.catalog.newest_first():
-            if isinstance(candidate, CheckpointReader):
-                step = candidate.manifest.facts.get("best_step")
-                if isinstance(step, int):
-                    return step
-        raise CheckpointNotFoundError(
-            self._run.storage.describe(), "no checkpoint knows which one is the best"
-        )
+        step = self._run.catalog.best_step()
+        if step is None:
+            raise CheckpointNotFoundError(
+                self._run.storage.describe(), "no checkpoint knows which one is the best"
+            )
+        return step
 
     def _at_path(self, path: Path) -> Iterator[CheckpointReader | Rejection]:
         """Yield the checkpoint at `path`; but a run that already began there goes on instead."""
@@ -179,11 +181,11 @@ class Resumption:
                 hint="`unbroken verify` lists all damage; "
                 'resume_from_checkpoint="never" starts anew',
             )
-        if selection.kind == "must":
+        if selection.kind == "must" or self._run.parent is not None:
             raise CheckpointNotFoundError(
                 self._run.storage.describe(),
                 "no checkpoint to resume",
-                hint='"auto" starts a new run where there is none',
+                hint='"auto" starts a new run where there is none, but never a branch',
             )
 
     def _clear_the_way(
@@ -206,7 +208,7 @@ class Resumption:
             set_aside=moved,
             previous_owner=self._run.previous_owner,
             differences=self._differences,
-            notes=notes,
+            notes=(*self._notes, *notes),
         )
         self._run.history.append({"event": "started", **report.to_json()})
         return report

@@ -32,7 +32,7 @@ _RULED: tuple[tuple[Rule, str], ...] = (
     (_CADENCE, "logging_steps logging_minutes log_data_digest eval_steps eval_minutes"),
     (_CADENCE, "eval_batch_size save_steps save_minutes save_at_start save_total_limit"),
     (_CADENCE, "keep_every_n_steps max_time"),
-    (_NAMING, "output_dir data.cache"),
+    (_NAMING, "output_dir branch data.cache"),
     (_LOADING, "dataloader_num_workers dataloader_prefetch_factor dataloader_pin_memory"),
     (_JUDGING, "metric_for_best_model greater_is_better load_best_model_at_end"),
     (_JUDGING, "early_stopping_patience early_stopping_threshold"),

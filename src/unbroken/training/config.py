@@ -11,6 +11,7 @@ from typing import Any, Literal, Self, get_type_hints
 import typeguard
 
 from unbroken.errors import ConfigError
+from unbroken.store import check_branch_name
 from unbroken.store.config_file import nearest, read_mapping, write_mapping
 
 Schedule = Literal[
@@ -45,6 +46,9 @@ class TrainerConfig:
     """The run directory: checkpoints, history and metrics."""
     resume_from_checkpoint: bool | int | str = "auto"
     """"auto", "must", "never", "best", a step, or the path of a checkpoint."""
+    branch: str | None = None
+    """Train in a branch of this name, a run of its own in `output_dir`/branches, that begins in
+    the checkpoint which `resume_from_checkpoint` names; the same command goes on with it."""
     allow: tuple[str, ...] = ()
     """Settings whose change on resume is meant; any other change of the training is refused."""
 
@@ -169,6 +173,8 @@ class TrainerConfig:
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise ConfigError(name, "must not be negative", found=value)
+        if self.branch is not None:
+            check_branch_name(self.branch)
         if not self.output_dir:
             raise ConfigError("output_dir", expected="a folder", found=repr(self.output_dir))
         if self.max_steps != -1 and self.max_steps < 1:

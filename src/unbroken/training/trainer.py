@@ -161,6 +161,7 @@ class Trainer:
         self._eval_timer = Timer(Cadence(config.eval_steps, config.eval_minutes), clock)
         self.checkpointer = Checkpointer(
             config.output_dir if storage is None else storage,
+            branch=config.branch,
             save_steps=config.save_steps,
             save_minutes=config.save_minutes,
             keep=keep_policy(config),
@@ -354,8 +355,7 @@ class Trainer:
     def _begin(self, which: ResumeFrom) -> ResumeReport:
         if which is not None or not self._is_loaded:
             self.load_checkpoint(self.config.resume_from_checkpoint if which is None else which)
-        self._is_loaded = False  # what is in memory after this start is no whole checkpoint
-        self._best_is_loaded = False
+        self._is_loaded = self._best_is_loaded = False  # memory is no whole checkpoint any more
         self._counted_until = self._clock()
         for line in self.resume_report.lines():
             self._display.note(line)
