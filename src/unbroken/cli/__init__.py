@@ -1,4 +1,4 @@
-"""The command line: `unbroken train | demo | ls | show | verify`."""
+"""The command line: `unbroken train | demo | ls | show | verify | doctor`."""
 
 from __future__ import annotations
 

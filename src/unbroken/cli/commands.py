@@ -98,6 +98,29 @@ class Demo:
 
 
 @dataclass(frozen=True)
+class Doctor:
+    """Tell what this machine is, and what on it would break bit-exactness, with the remedy.
+
+    Versions, switches, environment variables, the file system of a run directory; and a small
+    training is done twice, to see whether it gives the same bits. Exit status 0: nothing would
+    break bit-exactness; 1: something would.
+    """
+
+    path: Positional[str | None] = None
+    """A run directory, there or not yet: its file system is tried out."""
+    thorough: bool = False
+    """Also do the small training in two fresh processes."""
+    as_json: Json = False
+    """Print JSON instead of tables."""
+
+    def run(self) -> int:
+        """Print what was seen; return the exit status."""
+        from unbroken.cli.doctor import print_diagnosis
+
+        return print_diagnosis(self.path, thorough=self.thorough, as_json=self.as_json)
+
+
+@dataclass(frozen=True)
 class Train:
     """Train a causal language model on text files, as a YAML file says.
 
@@ -109,4 +132,11 @@ class Train:
 
 
 MIN_DEMO_STEPS = 12
-COMMANDS = {"train": Train, "demo": Demo, "ls": Ls, "show": Show, "verify": Verify}
+COMMANDS = {
+    "train": Train,
+    "demo": Demo,
+    "ls": Ls,
+    "show": Show,
+    "verify": Verify,
+    "doctor": Doctor,
+}
