@@ -7,6 +7,7 @@
     ├── RunDirectoryError (OSError)           choose another run directory, or repair this one
     │   └── LockHeldError                     stop the other process first
     ├── SaveError (OSError)                   make room or repair the disk; nothing saved is lost
+    ├── DeviceMemoryError (RuntimeError)      choose a smaller micro-batch
     └── CheckpointError
         ├── CheckpointNotFoundError (FileNotFoundError)   name another checkpoint
         ├── CorruptCheckpointError            use another checkpoint; this one is damaged
@@ -20,7 +21,7 @@ kept as a note (PEP 678) so that a traceback shows it. The facts are attributes.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class UnbrokenError(Exception):
@@ -112,6 +113,12 @@ class SaveError(UnbrokenError, OSError):
     exit_code: ClassVar[int] = 7
 
 
+class DeviceMemoryError(UnbrokenError, RuntimeError):
+    """A step does not fit into the memory of the device; the run is as it was before the step."""
+
+    exit_code: ClassVar[int] = 14
+
+
 class CheckpointError(UnbrokenError):
     """A checkpoint cannot be used."""
 
@@ -143,6 +150,16 @@ class StateMismatchError(CheckpointError, ValueError):
 
 
 class DifferenceError(CheckpointError, ValueError):
-    """A setting that training depends on is not what it was; nothing was changed."""
+    """A setting that training depends on is not what it was; nothing was changed.
+
+    Args:
+        differences: All that were found, the gravest first.
+    """
 
     exit_code: ClassVar[int] = 13
+
+    def __init__(
+        self, where: str, what: str = "", *, differences: tuple[object, ...] = (), **more: Any
+    ) -> None:
+        self.differences = differences
+        super().__init__(where, what, **more)

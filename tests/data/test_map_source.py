@@ -89,7 +89,7 @@ def test_batches_read_ahead_do_not_move_the_position():
 def test_the_state_is_small_and_plain():
     assert source_of(NoisyDataset(N), size=G).state_dict() == {
         "kind": "map", "n": N, "seed": 42, "order": "feistel-1", "shuffle": True,
-        "epoch_size": N, "global_batch_size": G, "samples": 0,
+        "epoch_size": N, "global_batch_size": G, "samples": 0, "steps_from": 0,
     }  # fmt: skip
 
 

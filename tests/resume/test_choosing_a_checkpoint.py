@@ -14,6 +14,7 @@ from unbroken.errors import (
     CheckpointNotFoundError,
     ConfigError,
     CorruptCheckpointError,
+    DifferenceError,
     LockHeldError,
     RunDirectoryError,
     StateMismatchError,
@@ -148,7 +149,7 @@ def test_a_model_of_another_shape_is_refused_with_both_shapes_and_left_alone(run
 def test_another_optimizer_is_refused_by_its_class(run):
     model = small_model()
     sgd = torch.optim.SGD(model.parameters(), lr=0.01)
-    with pytest.raises(StateMismatchError, match=r"AdamW.*SGD"):
+    with pytest.raises(DifferenceError, match=r"optimizer\.class.*AdamW.*SGD"):
         small_trainer(run, model=model, trainer={"optimizer": sgd}).train()
 
 

@@ -15,7 +15,7 @@ def shown(folder, *, terminal=False, **settings) -> str:
     output = io.StringIO()
     display = Display(Console(file=output, force_terminal=terminal, width=200))
     trainer = small_trainer(folder, **settings)
-    trainer._display = display
+    trainer.display = display
     if hasattr(trainer.source, "on_skip"):
         trainer.source.on_skip = display.skipping
     trainer.train()
@@ -31,7 +31,8 @@ def test_a_pipe_gets_one_plain_line_for_each_log_line(tmp_path):
 
 def test_a_resume_says_in_its_first_line_from_where(tmp_path):
     shown(tmp_path, max_steps=4)
-    assert shown(tmp_path).splitlines()[0] == f"resuming from {tmp_path}/checkpoint-4 (step 4)"
+    first = shown(tmp_path).splitlines()[0]
+    assert first == f"resuming from {tmp_path}/checkpoint-4 (step 4): changed"
 
 
 def test_a_terminal_gets_a_bar(tmp_path):

@@ -18,6 +18,8 @@ from unbroken.capture.objects import capture as capture
 from unbroken.capture.objects import check as check
 from unbroken.capture.objects import files_for as files_for
 from unbroken.capture.objects import restore as restore
+from unbroken.capture.partial import Skip as Skip
+from unbroken.capture.partial import keep_skipped as keep_skipped
 from unbroken.capture.pretrained import pretrained_files as pretrained_files
 from unbroken.capture.rng import capture_rng as capture_rng
 from unbroken.capture.rng import restore_rng as restore_rng
@@ -28,13 +30,18 @@ from unbroken.capture.text import structure_from_bytes as structure_from_bytes
 from unbroken.capture.text import structure_to_bytes as structure_to_bytes
 from unbroken.capture.tree import Captured as Captured
 from unbroken.capture.tree import types_in as types_in
+from unbroken.capture.values import Distance as Distance
+from unbroken.capture.values import distance as distance
+from unbroken.capture.values import stored_distance as stored_distance
 
 __all__ = [
     "Captured",
+    "Distance",
     "Encoded",
     "FileOf",
     "LeafSource",
     "ParameterNames",
+    "Skip",
     "StoredTensor",
     "TensorLeaf",
     "capture",
@@ -42,10 +49,12 @@ __all__ = [
     "capture_rng",
     "check",
     "decode",
+    "distance",
     "encode",
     "file_layout",
     "file_of",
     "files_for",
+    "keep_skipped",
     "load_tensors",
     "named_buffers",
     "named_modules",
@@ -54,6 +63,7 @@ __all__ = [
     "restore",
     "restore_gradients",
     "restore_rng",
+    "stored_distance",
     "structure_from_bytes",
     "structure_to_bytes",
     "types_in",

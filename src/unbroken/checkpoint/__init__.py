@@ -1,14 +1,20 @@
 """Saving and resuming a run: which objects, when, from what, and until which signal."""
 
+from unbroken.checkpoint.as_built import AsBuilt as AsBuilt
 from unbroken.checkpoint.checkpointer import Checkpointer as Checkpointer
 from unbroken.checkpoint.code import code_differences as code_differences
 from unbroken.checkpoint.code import code_facts as code_facts
+from unbroken.checkpoint.comparison import Comparison as Comparison
+from unbroken.checkpoint.comparison import Examine as Examine
+from unbroken.checkpoint.comparison import Policy as Policy
 from unbroken.checkpoint.differences import Difference as Difference
-from unbroken.checkpoint.differences import Examine as Examine
+from unbroken.checkpoint.differences import ExactResume as ExactResume
 from unbroken.checkpoint.differences import Rule as Rule
 from unbroken.checkpoint.differences import Verdict as Verdict
+from unbroken.checkpoint.differences import Word as Word
+from unbroken.checkpoint.differences import brief as brief
 from unbroken.checkpoint.differences import compare as compare
-from unbroken.checkpoint.differences import refuse_unnamed as refuse_unnamed
+from unbroken.checkpoint.differences import overall as overall
 from unbroken.checkpoint.elsewhere import environment_differences as environment_differences
 from unbroken.checkpoint.environment import environment_facts as environment_facts
 from unbroken.checkpoint.environment_rules import ENVIRONMENT_RULES as ENVIRONMENT_RULES
@@ -24,10 +30,14 @@ from unbroken.checkpoint.selection import Selection as Selection
 __all__ = [
     "ENVIRONMENT_RULES",
     "EXIT_STOPPED",
+    "AsBuilt",
     "Cadence",
     "Checkpointer",
+    "Comparison",
     "Difference",
+    "ExactResume",
     "Examine",
+    "Policy",
     "Preemption",
     "ResumeFrom",
     "ResumeReport",
@@ -36,10 +46,12 @@ __all__ = [
     "Timer",
     "TrainingStopped",
     "Verdict",
+    "Word",
+    "brief",
     "code_differences",
     "code_facts",
     "compare",
     "environment_differences",
     "environment_facts",
-    "refuse_unnamed",
+    "overall",
 ]

@@ -19,7 +19,7 @@ from unbroken.capture import (
     structure_to_bytes,
 )
 from unbroken.checkpoint.branching import open_branch
-from unbroken.checkpoint.differences import Examine
+from unbroken.checkpoint.comparison import Comparison, Examine, Policy
 from unbroken.checkpoint.environment import environment_facts
 from unbroken.checkpoint.policy import Cadence, Timer
 from unbroken.checkpoint.report import ResumeReport
@@ -56,8 +56,13 @@ class Checkpointer:
             the name that a file holds.
         clock: Monotonic seconds.
         wall_clock: Seconds since 1970, for the dates in manifests.
-        examine: Called with the facts of a checkpoint before it is resumed: returns the
-            differences that matter to you, or raises to refuse it.
+        settings: What else the training depends on, in groups of plain values:
+            {"data": {"path": ...}}. They are compared on resume, as the code and the
+            hyperparameters of the objects are.
+        policy: Which differences a resume accepts; None: those that leave the training the same.
+        fingerprint: Returns more groups of facts to compare; called once, before a resume.
+        examine: Called with the facts of a checkpoint and the differences found, before anything
+            is loaded: returns all that matter, or raises to refuse the checkpoint.
         objects: What to save, by name: modules, optimizers, schedulers, a GradScaler, random
             generators, tensors, anything with `state_dict` and `load_state_dict`, and lists and
             dicts of these. The object called `model` gives the parameters their names.
@@ -65,6 +70,7 @@ class Checkpointer:
     Attributes:
         values: The plain values that were saved with the checkpoint resumed last.
         best_step: The step of the best checkpoint so far, which is never removed.
+        comparison: What this start is, for checkpoints to be compared with.
 
     Example:
         >>> import tempfile, torch
@@ -90,6 +96,9 @@ class Checkpointer:
         types: Iterable[type] = (),
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
+        settings: Mapping[str, Any] | None = None,
+        policy: Policy | None = None,
+        fingerprint: Callable[[], Mapping[str, Any]] | None = None,
         examine: Examine | None = None,
         **objects: object,
     ) -> None:
@@ -108,10 +117,13 @@ class Checkpointer:
         self._has_resumed = False
         self._types = tuple(types)
         self._wall_clock = wall_clock
-        self._examine = examine
+        self.comparison = Comparison(
+            objects, settings=settings, more=fingerprint, policy=policy, examine=examine
+        )
         self._timer = Timer(Cadence(save_steps, save_minutes), clock)
         self._run: RunDirectory | None = None
         self._origin: str | None = None
+        self._skipped: tuple[str, ...] = ()
 
     @property
     def run(self) -> RunDirectory:
@@ -146,20 +158,24 @@ class Checkpointer:
             CheckpointNotFoundError: If the checkpoint asked for does not exist, or if there
                 are checkpoints but not one is intact.
             CorruptCheckpointError: If the one checkpoint asked for is damaged.
+            DifferenceError: If the training changed and the change is not named.
             StateMismatchError: If the checkpoint does not fit the objects; none was changed.
         """
+        comparison = self.comparison
+        comparison.note_what_is_here()
         selection = Selection.parse(which)
         if self._branch is not None:
             self.close()
             self._run, selection = self._open(selection), Selection("auto")
         resumption = Resumption(
-            self.run, self.objects, self._types, self._examine, notes=self._notes
+            self.run, self.objects, self._types, comparison, notes=self._notes
         )
         report = resumption.start(selection)
         self._has_resumed = True
         self.values = resumption.values
         self.best_step = resumption.best_step
         self._origin = resumption.origin
+        self._skipped = resumption.skipped
         self._timer.done()
         return report
 
@@ -227,6 +243,8 @@ class Checkpointer:
             "metrics_bytes": run.metrics.nbytes,
             "best_step": self.best_step,
             "origin": self._origin,
+            "skip": list(self._skipped),
+            **self.comparison.facts,
         }
 
     def log(self, record: Mapping[str, Any]) -> None:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from unbroken.errors import DifferenceError
 
-Verdict = Literal["harmless", "equivalent", "changed"]
+Verdict = Literal["same", "harmless", "equivalent", "changed", "refused"]
+"""What a setting means for the bits of a run: see `Difference`."""
+
+Word = Literal["exact", "equivalent", "changed"]
+"""What a whole resume is."""
+
+ExactResume = Literal["prefer", "require"]
+"""Whether a start that is only equivalent passes with a line, or is refused."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +28,8 @@ class Difference:
         now: The value of this start.
         effect: What follows from it, in plain words.
         verdict: "harmless": the bits of the training stay; "equivalent": the same training,
-            rounded in another order; "changed": another training.
+            rounded in another order; "changed": another training, which passes if it is named;
+            "refused": it cannot be. ("same" is for tables that show all settings.)
 
     Example:
         >>> print(Difference("learning_rate", 3e-4, 1e-4, "other updates", "changed"))
@@ -36,14 +44,12 @@ class Difference:
 
     def __str__(self) -> str:
         """Return the difference in one line."""
-        return f"{self.path}: stored {self.stored}, now {self.now}: {self.verdict}: {self.effect}"
+        values = f"stored {brief(self.stored)}, now {brief(self.now)}"
+        return f"{self.path}: {values}: {self.verdict}: {self.effect}"
 
 
 Rule = tuple[Verdict, str]
 """The verdict and the effect of a setting that differs."""
-
-Examine = Callable[[Mapping[str, Any]], tuple[Difference, ...]]
-"""From the facts of a checkpoint to the differences; raises where one is not allowed."""
 
 
 def compare(
@@ -70,8 +76,28 @@ def compare(
         for name, value in now.items()
         if name in stored and stored[name] != value
     ]
-    order = ("changed", "equivalent", "harmless")
-    return tuple(sorted(found, key=lambda difference: order.index(difference.verdict)))
+    return gravest_first(found)
+
+
+def gravest_first(differences: Iterable[Difference]) -> tuple[Difference, ...]:
+    """Return the differences in the order that matters; equal verdicts stay as they come."""
+    return tuple(sorted(differences, key=lambda difference: _GRAVITY.index(difference.verdict)))
+
+
+def overall(differences: Iterable[Difference]) -> Word:
+    """Return the one word for a resume with these differences.
+
+    Example:
+        >>> overall([]), overall([Difference("seed", 1, 2, "another order", "changed")])
+        ('exact', 'changed')
+    """
+    verdicts = {difference.verdict for difference in differences}
+    if verdicts & {"changed", "refused"}:
+        return "changed"
+    return "equivalent" if "equivalent" in verdicts else "exact"
+
+
+_GRAVITY = ("refused", "changed", "equivalent", "harmless", "same")
 
 
 def _difference(name: str, stored: Any, now: Any, rules: Mapping[str, Rule]) -> Difference:
@@ -80,27 +106,76 @@ def _difference(name: str, stored: Any, now: Any, rules: Mapping[str, Rule]) -> 
 
 
 def refuse_unnamed(
-    where: str, differences: Iterable[Difference], *, allowed: Collection[str]
+    where: str,
+    differences: Iterable[Difference],
+    *,
+    allowed: Collection[str],
+    exact_resume: ExactResume = "prefer",
 ) -> None:
-    """Raise for the first "changed" difference that the caller has not named.
+    """Raise if one of the differences is "refused", or is "changed" and not named.
 
     The name of a group ("model") names all in it ("model.dropout").
+
+    Args:
+        where: What was to be resumed, for the message.
+        differences: What was found.
+        allowed: The names that the caller gave.
+        exact_resume: "require": "equivalent" differences must be named too.
 
     Raises:
         DifferenceError: With the stored value, the value now, and how to go on.
     """
-    unnamed = [
-        d
-        for d in differences
-        if d.verdict == "changed" and not {d.path, d.path.partition(".")[0]} & set(allowed)
-    ]
-    if not unnamed:
+    found = gravest_first(differences)
+    refused = [d for d in found if d.verdict == "refused"]
+    needs_name = {"changed", "equivalent"} if exact_resume == "require" else {"changed"}
+    unnamed = [d for d in found if d.verdict in needs_name and not is_named(d.path, allowed)]
+    if not refused and not unnamed:
         return
-    first, names = unnamed[0], [difference.path for difference in unnamed]
-    others = f"; and {len(names) - 1} more: {', '.join(names[1:])}" if len(names) > 1 else ""
-    raise DifferenceError(
+    error = DifferenceError(
         where,
-        f"{first.path}: stored {first.stored}, now {first.now}{others}",
-        hint=f"go on with the new value: allow={names} or --allow {' '.join(names)}; "
-        "keep the stored one: take the change back",
+        _sentence((refused or unnamed)[0]),
+        hint=_way_out(refused, [d.path for d in unnamed], exact_resume),
+        differences=found,
     )
+    for other in [*refused, *unnamed][1:]:
+        error.add_note(f"also {_sentence(other)}")
+    raise error
+
+
+def is_named(path: str, names: Collection[str]) -> bool:
+    """Return whether one of the names is the path or a group that it is in.
+
+    Example:
+        >>> is_named("model.dropout", ["model"]), is_named("model_dim", ["model"])
+        (True, False)
+    """
+    parts = path.split(".")
+    return any(".".join(parts[: length + 1]) in names for length in range(len(parts)))
+
+
+def _sentence(difference: Difference) -> str:
+    values = f"stored {brief(difference.stored)}, now {brief(difference.now)}"
+    return f"{difference.path}: {values}: {difference.effect}"
+
+
+def _way_out(refused: list[Difference], names: list[str], exact_resume: ExactResume) -> str:
+    if refused:
+        return "take the change back, or begin a new run in another output_dir"
+    groups = {name.partition(".")[0] for name in names}
+    short = sorted(groups) if len(names) > 3 and len(groups) < len(names) else names
+    strict = " (exact_resume='require' asks for it)" if exact_resume == "require" else ""
+    return (
+        f"go on with the new value: allow={short} or --allow {' '.join(short)}; "
+        f"keep the stored one: take the change back{strict}"
+    )
+
+
+def brief(value: object, limit: int = 60) -> str:
+    """Return a value as text that fits into a line.
+
+    Example:
+        >>> brief(list(range(50)))
+        '[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 1...'
+    """
+    text = str(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

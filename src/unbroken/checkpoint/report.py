@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
-from unbroken.checkpoint.differences import Difference
+from unbroken.checkpoint.differences import Difference, Word, overall
 from unbroken.store import Rejection
 
 
@@ -30,6 +30,11 @@ class ResumeReport:
     notes: tuple[str, ...] = field(default=())
 
     @property
+    def verdict(self) -> Word:
+        """The one word for this start: "exact", "equivalent" or "changed"."""
+        return overall(self.differences)
+
+    @property
     def resumed(self) -> bool:
         """Whether the run goes on from a checkpoint."""
         return self.checkpoint is not None
@@ -41,8 +46,17 @@ class ResumeReport:
             >>> ResumeReport(step=0).lines()
             ['no checkpoint yet: starting at step 0']
         """
+        return [*self.heading(), *map(str, self.differences), *self.notes]
+
+    def heading(self) -> list[str]:
+        """Return the lines without the differences and notes.
+
+        Example:
+            >>> ResumeReport(step=8, checkpoint="runs/a/checkpoint-8").heading()
+            ['resuming from runs/a/checkpoint-8 (step 8): exact']
+        """
         head = (
-            f"resuming from {self.checkpoint} (step {self.step})"
+            f"resuming from {self.checkpoint} (step {self.step}): {self.verdict}"
             if self.resumed
             else f"no checkpoint yet: starting at step {self.step}"
         )
@@ -53,14 +67,14 @@ class ResumeReport:
             if self.previous_owner is not None
             else []
         )
-        differ = [str(difference) for difference in self.differences]
-        return [head, *rejected, *moved, *owner, *differ, *self.notes]
+        return [head, *rejected, *moved, *owner]
 
     def to_json(self) -> dict[str, object]:
         """Return the report as plain JSON values, for history.jsonl."""
         return {
             "step": self.step,
             "checkpoint": self.checkpoint,
+            "verdict": self.verdict if self.resumed else None,
             "rejected": [
                 {"checkpoint": item.folder, "reason": item.reason} for item in self.rejected
             ],

@@ -16,7 +16,8 @@ from unbroken.capture import (
     structure_from_bytes,
     types_in,
 )
-from unbroken.checkpoint.differences import Difference, Examine
+from unbroken.checkpoint.comparison import Comparison
+from unbroken.checkpoint.differences import Difference
 from unbroken.checkpoint.report import ResumeReport
 from unbroken.checkpoint.selection import Selection
 from unbroken.errors import (
@@ -37,13 +38,14 @@ class Resumption:
         run: The open run directory.
         objects: The live objects, by name.
         types: Classes of namedtuples and enums inside the state.
-        examine: Called with the facts of a checkpoint before it is loaded; may refuse it.
+        comparison: What this start is; None: whatever the checkpoint was made with is fine.
         notes: What else the report says.
 
     Attributes:
         values: The plain values of the resumed checkpoint, or None.
         best_step: The best step that it knew, or None.
         origin: The folder outside the run directory from which this run began, or None.
+        skipped: Patterns of what this run did not load when it began.
     """
 
     def __init__(
@@ -51,7 +53,7 @@ class Resumption:
         run: RunDirectory,
         objects: Mapping[str, object],
         types: tuple[type, ...],
-        examine: Examine | None = None,
+        comparison: Comparison | None = None,
         *,
         notes: tuple[str, ...] = (),
     ) -> None:
@@ -62,7 +64,8 @@ class Resumption:
         self._notes = notes
         self._objects = objects
         self._types = types
-        self._examine = examine
+        self.skipped: tuple[str, ...] = ()
+        self._comparison = comparison
         self._differences: tuple[Difference, ...] = ()
 
     def start(self, selection: Selection) -> ResumeReport:
@@ -142,17 +145,30 @@ class Resumption:
 
     def _load(self, reader: CheckpointReader) -> None:
         """Fill the objects, after all that can be checked was; the random generators last."""
-        tree = self._tree(reader)
-        model = {name: self._objects[name] for name in ("model",) if name in self._objects}
-        check(model, {name: tree[name] for name in model if name in tree})  # names both shapes
-        if self._examine is not None:
-            self._differences = self._examine(reader.manifest.facts)
+        tree = self._compared(reader, self._tree(reader))
         rng, values = tree.pop("rng"), tree.pop("values")
         restore(self._objects, tree)
         self.values = load_tensors(values)
+        if self._comparison is not None:
+            self._comparison.take_effect(self._differences)
         restore_rng(load_tensors(rng))
         reader.check_rest()
         self._remember(reader.manifest.facts)
+
+    def _compared(self, reader: CheckpointReader, tree: dict[str, Any]) -> dict[str, Any]:
+        """Return what is to be loaded; raise if it does not fit or is not accepted."""
+        comparison, facts = self._comparison, reader.manifest.facts
+        if comparison is None:
+            return tree
+        found = comparison.differences(facts)
+        patterns = comparison.patterns(facts, own=reader.storage is self._run.storage)
+        tree, skipped = comparison.partial(tree, patterns, found)
+        model = {name: self._objects[name] for name in ("model",) if name in self._objects}
+        check(model, {name: tree[name] for name in model if name in tree})  # names both shapes
+        comparison.refuse(f"checkpoint of step {reader.step}", found)
+        self._differences = (*skipped, *found)
+        self.skipped = patterns
+        return tree
 
     def _tree(self, reader: CheckpointReader) -> dict[str, Any]:
         structure = structure_from_bytes(reader.read_file(STATE_FILE), STATE_FILE)
@@ -167,6 +183,7 @@ class Resumption:
     def _remember(self, facts: Mapping[str, Any]) -> None:
         self.best_step = facts.get("best_step")
         self.origin = self.origin or facts.get("origin")
+        self.skipped = tuple(dict.fromkeys([*(facts.get("skip") or ()), *self.skipped]))
 
     def _refuse_nothing_found(
         self, selection: Selection, reader: CheckpointReader | None, rejected: list[Rejection]

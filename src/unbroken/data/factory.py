@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, default_collate
@@ -39,6 +39,7 @@ def batch_source(
     rank: int = 0,
     world_size: int = 1,
     on_skip: OnSkip | None = None,
+    may_change: Collection[str] = (),
 ) -> BatchSource:
     """Return batches that continue exactly at any position, for whatever holds the data.
 
@@ -70,6 +71,7 @@ def batch_source(
         rank: This rank.
         world_size: Number of ranks.
         on_skip: Told how a `CountedSource` gets on with skipping: (done, total, seconds).
+        may_change: As `MapSource` takes it.
 
     Returns:
         A `BatchSource`, at position 0.
@@ -97,7 +99,9 @@ def batch_source(
     if _is_map_style(data):
         size = _epoch_size(len(data), epoch_size, shape, drop_last)
         order = GlobalOrder(len(data), seed, epoch_size=size, shuffle=shuffle)
-        return MapSource(data, order, shape, collate_fn=collate_fn, loading=loading)
+        return MapSource(
+            data, order, shape, collate_fn=collate_fn, loading=loading, may_change=may_change
+        )
     grouping = Grouping(_gives_samples(data), collate_fn or default_collate, drop_last)
     _refuse_options_without_meaning(grouping, epoch_size, collate_fn, num_workers)
     return _loader_source(data, seed, shape, grouping, on_skip)

@@ -118,6 +118,11 @@ class LoaderSource:
             length -= length % self.shape.stride
         return Fraction(length, self.shape.global_batch_size)
 
+    @property
+    def samples_per_epoch(self) -> int | None:
+        """None: positions are counted in what the loader gives."""
+        return None
+
     def from_(self, position: Position | None = None) -> Iterator[MicroBatch]:
         """Return the micro-batches from a position on, endless."""
         return self._running.begin(self._read(self.position if position is None else position))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from unbroken.data.order import GlobalOrder
 from unbroken.data.sampler import BatchShape, MicroBatchSampler
 from unbroken.data.source import MicroBatch, OnePass, Position, require_same_facts
 from unbroken.data.workers import leave_signals_to_the_parent, shut_down
-from unbroken.errors import ConfigError
+from unbroken.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ class MapSource:
         shape: How a global batch is cut.
         collate_fn: Makes a batch of a list of samples; torch's `default_collate` by default.
         loading: How batches are read.
+        may_change: Facts (see `state_dict`) that need not be those of a loaded state. Steps of
+            another size are counted from the loaded position on, which stays in samples.
 
     Example:
         >>> order = GlobalOrder(6, seed=0, shuffle=False)
@@ -85,10 +87,13 @@ class MapSource:
         *,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         loading: Loading | None = None,
+        may_change: Collection[str] = (),
     ) -> None:
         self.order = order
         self.shape = shape
         self.position = Position()
+        self._steps_from = 0  # the position that steps of this size are counted from
+        self._may_change = frozenset(may_change)
         self._batches = KeyedDataset(dataset, order.seed, collate_fn)
         self._fingerprint = getattr(dataset, "fingerprint", None)
         self._loading = Loading() if loading is None else loading
@@ -98,6 +103,20 @@ class MapSource:
     def steps_per_epoch(self) -> Fraction:
         """Optimizer steps in one epoch, exactly; not whole where a batch may span two epochs."""
         return Fraction(self.order.epoch_size, self.shape.global_batch_size)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples in one epoch."""
+        return self.order.epoch_size
+
+    def split_into(self, micro_batch_size: int) -> None:
+        """Cut global batches into micro-batches of another size; only at the edge of a step.
+
+        Raises:
+            ConfigError: The global batch cannot be cut so.
+        """
+        self._running.close()
+        self.shape = replace(self.shape, micro_batch_size=micro_batch_size)
 
     def from_(self, position: Position | None = None) -> Iterator[MicroBatch]:
         """Return the micro-batches from a position on, endless; the first one comes in O(1).
@@ -115,6 +134,7 @@ class MapSource:
             shape.rank,
             shape.world_size,
             start,
+            steps_from=self._steps_from,
         )
         return self._running.begin(self._read(sampler))
 
@@ -124,11 +144,12 @@ class MapSource:
 
     def left_in_step(self) -> int:
         """Return how many micro-batches are left in the current optimizer step: 1 to A."""
-        return self.shape.left_in_step(self.position.samples)
+        return self.shape.left_in_step(self.position.samples - self._steps_from)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of samples used, and what the order depends on."""
-        return {**self._facts(), "samples": self.position.samples}
+        place = {"samples": self.position.samples, "steps_from": self._steps_from}
+        return {**self._facts(), **place}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to a saved position; it may have been saved at another world size.
@@ -136,9 +157,24 @@ class MapSource:
         Raises:
             DataError: The order of the data would not be that of the saved run.
         """
-        require_same_facts(state, self._facts())
+        require_same_facts(state, self._facts(), self._may_change)
         self._running.close()
         self.position = Position(samples=state["samples"])
+        self._steps_from = state.get("steps_from", 0)
+        if state["global_batch_size"] != self.shape.global_batch_size:
+            self._begin_other_steps(state["global_batch_size"])
+
+    def _begin_other_steps(self, size: int) -> None:
+        """Count steps from here on: they are of another size than those before."""
+        if (self.position.samples - self._steps_from) % size:
+            raise DataError(
+                "data.global_batch_size",
+                "cannot be changed in the middle of a step",
+                expected=size,
+                found=self.shape.global_batch_size,
+                hint="Resume from a checkpoint between two steps.",
+            )
+        self._steps_from = self.position.samples
 
     def close(self) -> None:
         """Stop reading and shut the workers down; the position stays."""

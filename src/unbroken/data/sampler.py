@@ -98,6 +98,7 @@ class MicroBatchSampler:
         rank: This rank.
         world_size: W, number of ranks.
         start: Samples used so far by all ranks; it may lie in the middle of a step.
+        steps_from: The position that steps of this size are counted from.
 
     Raises:
         ConfigError: The sizes do not fit each other, or not the start position.
@@ -118,13 +119,15 @@ class MicroBatchSampler:
         rank: int = 0,
         world_size: int = 1,
         start: int = 0,
+        *,
+        steps_from: int = 0,
     ) -> None:
         if start < 0:
             raise ConfigError("start", expected="a position >= 0", found=start)
         self.order = order
         self.shape = BatchShape(global_batch_size, micro_batch_size, rank, world_size)
         self.start = start
-        self.shape.left_in_step(start)
+        self.shape.left_in_step(start - steps_from)
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         size = self.shape.micro_batch_size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Protocol, runtime_checkable
@@ -71,6 +71,7 @@ class BatchSource(Protocol):
         position: What has been used so far.
         shape: How a global batch is cut.
         steps_per_epoch: Optimizer steps in one epoch, exactly; None where nobody knows.
+        samples_per_epoch: Samples in one epoch, where positions are counted in samples alone.
     """
 
     position: Position
@@ -79,6 +80,10 @@ class BatchSource(Protocol):
     @property
     def steps_per_epoch(self) -> Fraction | None:
         """Optimizer steps in one epoch, exactly; None where nobody knows."""
+
+    @property
+    def samples_per_epoch(self) -> int | None:
+        """Samples in one epoch, where positions are counted in samples alone; else None."""
 
     def from_(self, position: Position | None = None) -> Iterator[MicroBatch]:
         """Return the micro-batches from a position on (by default: from where it stands).
@@ -121,12 +126,15 @@ class OnePass:
             self._running = None
 
 
-def require_same_facts(stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def require_same_facts(
+    stored: Mapping[str, Any], now: Mapping[str, Any], may_change: Collection[str] = ()
+) -> None:
     """Raise unless every fact of a saved position is what it is now.
 
     Args:
         stored: The saved state; more entries than facts are fine.
         now: The facts of the live source.
+        may_change: Facts that need not be the same.
 
     Raises:
         DataError: A fact differs or is missing; the first one is named.
@@ -136,6 +144,8 @@ def require_same_facts(stored: Mapping[str, Any], now: Mapping[str, Any]) -> Non
     """
     for name, value in now.items():
         found = stored.get(name)
+        if name in may_change:
+            continue
         if found != value or (found is None) != (value is None):
             raise DataError(
                 f"data.{name}",

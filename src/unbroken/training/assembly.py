@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from unbroken.data import BatchSource, batch_source
+from unbroken.checkpoint import Policy
+from unbroken.data import BatchSource, batch_source, derive_key
 from unbroken.errors import ConfigError
 from unbroken.store import Interval, KeepPolicy
-from unbroken.training.ambient import Randomness
+from unbroken.training.ambient import Randomness, seed_ambient
+from unbroken.training.callback import with_state
+from unbroken.training.changes import IN_DATA, LENGTH
 from unbroken.training.config import TrainerConfig
 from unbroken.training.loss import LossFn
 from unbroken.training.step import Stepper
@@ -59,23 +60,15 @@ def make_source(
         pin_memory=config.dataloader_pin_memory,
         prefetch_factor=config.dataloader_prefetch_factor,
         on_skip=on_skip,
+        may_change=[fact for name in config.allow for fact in IN_DATA.get(name, ())],
     )
 
 
-def count_steps(config: TrainerConfig, source: BatchSource | None) -> int:
-    """Return the optimizer steps of the whole run.
-
-    Raises:
-        ConfigError: If only `num_train_epochs` is given and an epoch has no known length.
-    """
-    if config.max_steps != -1:
-        return config.max_steps
-    if source is None:
-        return 0
-    if source.steps_per_epoch is None:
-        raise ConfigError("max_steps", "must be given: the length of an epoch is not known")
-    # By its decimal digits: 0.1 epochs of 10 steps are one step, not 1.00000000000000000555.
-    return math.ceil(Fraction(repr(float(config.num_train_epochs))) * source.steps_per_epoch)
+def resume_policy(config: TrainerConfig) -> Policy:
+    """Return which differences a run accepts: those it names, and what follows from them."""
+    follows = () if config.exact_resume == "require" else (LENGTH,)
+    parts = {"fp16": "scaler", "lr_scheduler_type": "scheduler", "optim": "optimizer"}
+    return Policy((*config.allow, *follows), config.skip, config.exact_resume, parts)
 
 
 def named_objects(trainer: Trainer, more: Mapping[str, object]) -> dict[str, object]:
@@ -84,7 +77,7 @@ def named_objects(trainer: Trainer, more: Mapping[str, object]) -> dict[str, obj
     Raises:
         ConfigError: If `more` uses a name that the trainer itself needs.
     """
-    callbacks = {f"{i}-{type(c).__name__}": c for i, c in enumerate(trainer.callbacks)}
+    callbacks = with_state(trainer.callbacks)
     own = {
         "model": trainer.model,
         "optimizer": trainer.optimizer,
@@ -127,6 +120,16 @@ def make_stepper(
         randomness=randomness,
         seed=trainer.config.seed,
     )
+
+
+def make_ready(trainer: Trainer) -> None:
+    """Put the model and the ambient generators into the state that a fresh run begins in."""
+    # A model in evaluation mode as a whole was only loaded that way; one with some frozen
+    # parts in evaluation mode was put so on purpose.
+    if not trainer.model.training:
+        trainer.model.train()
+    trainer.optimizer.zero_grad(set_to_none=True)
+    seed_ambient(derive_key(trainer.config.seed, "ambient"))
 
 
 def keep_policy(config: TrainerConfig) -> KeepPolicy:

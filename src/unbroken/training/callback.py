@@ -63,3 +63,24 @@ def overridden(callbacks: Sequence[Callback], hook: str) -> list[Callable[..., N
     calls = [getattr(callback, hook) for callback in callbacks]
     empty = getattr(Callback, hook)
     return [call for call in calls if getattr(call, "__func__", None) is not empty]
+
+
+def with_state(callbacks: Sequence[Callback]) -> dict[str, Callback]:
+    """Return the callbacks that keep a state, named by their class and their place in it.
+
+    So one without a state may be added or taken away, and two of one class keep their own.
+
+    Example:
+        >>> class Counter(Callback):
+        ...     def state_dict(self):
+        ...         return {"count": 1}
+        >>> list(with_state([Callback(), Counter(), Counter()]))
+        ['0-Counter', '1-Counter']
+    """
+    named: dict[str, Callback] = {}
+    for callback in callbacks:
+        kind = type(callback)
+        if kind.state_dict is not Callback.state_dict:
+            place = sum(type(other) is kind for other in named.values())
+            named[f"{place}-{kind.__name__}"] = callback
+    return named

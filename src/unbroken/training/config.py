@@ -10,6 +10,7 @@ from typing import Any, Literal, Self, get_type_hints
 
 import typeguard
 
+from unbroken.checkpoint import ExactResume
 from unbroken.errors import ConfigError
 from unbroken.store import check_branch_name
 from unbroken.store.config_file import nearest, read_mapping, write_mapping
@@ -50,12 +51,19 @@ class TrainerConfig:
     """Train in a branch of this name, a run of its own in `output_dir`/branches, that begins in
     the checkpoint which `resume_from_checkpoint` names; the same command goes on with it."""
     allow: tuple[str, ...] = ()
-    """Settings whose change on resume is meant; any other change of the training is refused."""
+    """Changes on resume that are meant: settings, or groups ("data", "model", "optimizer"); any
+    other change of the training is refused."""
+    skip: tuple[str, ...] = ()
+    """What is not loaded when a run begins from a checkpoint: patterns of parameters
+    ("lm_head.*") or objects ("optimizer"). They keep the values that they have here."""
+    exact_resume: ExactResume = "prefer"
+    """"require": a resume that is only equivalent (other machine, other rounding) is refused."""
 
     batch_size: int = 8
     """Samples in one optimizer step, over all ranks and micro-batches (the global batch)."""
-    micro_batch_size: int | None = None
-    """Samples in one forward pass of one process; None: the whole global batch."""
+    micro_batch_size: int | Literal["auto"] | None = None
+    """Samples in one forward pass of one process; None: the whole global batch; "auto": the whole
+    batch, and half of it each time that a step does not fit into the device's memory."""
     max_steps: int = -1
     """Optimizer steps of the whole run; -1: `num_train_epochs` decides."""
     num_train_epochs: float = 3.0
@@ -145,9 +153,9 @@ class TrainerConfig:
     """How much better the metric must be to count."""
 
     def __post_init__(self) -> None:
-        allow: object = self.allow
-        if isinstance(allow, list):
-            object.__setattr__(self, "allow", tuple(allow))  # as JSON and YAML have it
+        for name in ("allow", "skip"):
+            if isinstance(getattr(self, name), list):  # as JSON and YAML have it
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         self._check_types()
         self._check_ranges()
         self._check_combinations()
@@ -167,7 +175,7 @@ class TrainerConfig:
     def _check_ranges(self) -> None:
         for name in _POSITIVE:
             value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
+            if value not in (None, "auto") and not (value > 0 and math.isfinite(value)):
                 raise ConfigError(name, "must be positive", found=value)
         for name in _NOT_NEGATIVE:
             value = getattr(self, name)
@@ -203,7 +211,8 @@ class TrainerConfig:
     @property
     def per_forward(self) -> int:
         """Samples in one forward pass of one process."""
-        return self.batch_size if self.micro_batch_size is None else self.micro_batch_size
+        size = self.micro_batch_size
+        return self.batch_size if size is None or size == "auto" else size
 
     @property
     def gradient_accumulation_steps(self) -> int:
@@ -242,7 +251,7 @@ class TrainerConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain values, for YAML or JSON."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {**values, "allow": list(self.allow)}
+        return {**values, "allow": list(self.allow), "skip": list(self.skip)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "TrainerConfig") -> Self:
@@ -306,13 +315,16 @@ _NOT_NEGATIVE = (
 )
 
 
+_GROUPS = ("data", "model", "optimizer", "scheduler", "loss", "code", "callbacks", "environment")
+
+
 def _admits_bool(name: str) -> bool:
     return "bool" in str(TrainerConfig.__annotations__[name])
 
 
 def _refuse_unknown(values: Iterable[str], where: str) -> None:
     known = [field.name for field in fields(TrainerConfig)]
-    groups = ("data", "model") if where == "allow" else ()
+    groups = _GROUPS if where == "allow" else ()
     for name in values:
         if name not in (*known, *groups):
             raise ConfigError(where, f"unknown field {name}", hint=nearest(name, known))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from unbroken.checkpoint import Difference, ResumeReport, brief
 
 _SHOWN = {
     "epoch": ".3g",
@@ -48,6 +53,18 @@ class Display:
         self._task = self._bar.add_task(f"step {step}/{total}", total=total, completed=step)
         self._bar.start()
 
+    def report(self, report: ResumeReport) -> None:
+        """Show how a start begins: on a terminal, its differences as a table."""
+        if not self._console.is_terminal or not report.differences:
+            for line in report.lines():
+                self.note(line)
+            return
+        for line in report.heading():
+            self.note(line)
+        self._console.print(difference_table(report.differences))
+        for line in report.notes:
+            self.note(line)
+
     def note(self, text: str) -> None:
         """Show one line of text."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -77,6 +94,17 @@ class Display:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def difference_table(differences: Iterable[Difference]) -> Table:
+    """Return differences as a table: setting, stored, now, verdict, effect."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("setting", "stored", "now", "verdict", "effect"):
+        table.add_column(column, overflow="fold", no_wrap=column == "verdict")
+    for one in differences:
+        values = (one.path, brief(one.stored), brief(one.now), one.verdict, one.effect)
+        table.add_row(*map(escape, values))
+    return table
 
 
 class Silence(Display):

@@ -17,8 +17,8 @@ def keep_freed_memory(device: torch.device) -> bool:
 
     A step frees its activations and gradients, and the next one needs as much again. Whether
     glibc gives it back in between depends on what happens to lie at the end of the heap; where it
-    does, the system must clear and map thousands of pages in every step (see mallopt(3)). GPU memory
-    has PyTorch's caching allocator for the same reason.
+    does, the system must clear and map thousands of pages in every step (see mallopt(3)). GPU
+    memory has PyTorch's caching allocator for the same reason.
 
     Args:
         device: Where the model is; only on "cpu" something is done.

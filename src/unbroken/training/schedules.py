@@ -35,8 +35,21 @@ def make_scheduler(
     if config.lr_scheduler_type == "reduce_lr_on_plateau":
         mode = "max" if config.greater_is_better else "min"
         return ReduceLROnPlateau(optimizer, mode=mode, **settings)  # type: ignore[arg-type]
+    return LambdaLR(optimizer, factor_of(config, max_steps))
+
+
+def factor_of(config: TrainerConfig, max_steps: int) -> Factor:
+    """Return the schedule that the configuration names, as a function of the step.
+
+    One that follows a metric has no such function: its factor is 1.
+
+    Example:
+        >>> factor_of(TrainerConfig(lr_scheduler_type="linear"), max_steps=10)(5)
+        0.5
+    """
     warmup = _warmup_steps(config, max_steps)
-    return LambdaLR(optimizer, warmed_up(_curve(config, settings, warmup), warmup, max_steps))
+    curve = _curve(config, dict(config.lr_scheduler_kwargs or {}), warmup)
+    return warmed_up(curve, warmup, max_steps)
 
 
 def warmed_up(curve: Callable[[int, int], float], warmup: int, max_steps: int) -> Factor:
@@ -73,7 +86,7 @@ def _curve(
 ) -> Callable[[int, int], float]:
     name = config.lr_scheduler_type
     allowed = _SETTINGS.get(name, {})
-    for key in settings:
+    for key in settings if name != "reduce_lr_on_plateau" else ():
         if key not in allowed:
             raise ConfigError(
                 f"lr_scheduler_kwargs.{key}",
@@ -81,7 +94,7 @@ def _curve(
                 expected=", ".join(allowed) or "none",
             )
     values = {**allowed, **settings}
-    if name in ("constant", "constant_with_warmup"):
+    if name in ("constant", "constant_with_warmup", "reduce_lr_on_plateau"):
         return lambda done, total: 1.0
     if name == "linear":
         return lambda done, total: 1 - done / total

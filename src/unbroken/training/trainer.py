@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -27,23 +25,27 @@ from unbroken.checkpoint import (
 from unbroken.data import BatchSource, MicroBatch, derive_key
 from unbroken.errors import ConfigError
 from unbroken.storage import Storage
-from unbroken.training.ambient import Randomness, seed_ambient
+from unbroken.training.ambient import Randomness
 from unbroken.training.assembly import (
-    count_steps,
     keep_policy,
+    make_ready,
     make_source,
     make_stepper,
     named_objects,
     pick_device,
     prepared_for_forward,
     refuse_missing_evaluation_data,
+    resume_policy,
 )
 from unbroken.training.callback import Callback, overridden
-from unbroken.training.changes import Fresh, examine, take_effect, with_structure
+from unbroken.training.changes import Examination
 from unbroken.training.config import TrainerConfig
+from unbroken.training.counting import count_steps, epoch_at
 from unbroken.training.determinism import deterministic_kernels
 from unbroken.training.display import Display
 from unbroken.training.evaluation import Evaluator
+from unbroken.training.going_on import go_on, run_fingerprint, what_to_save
+from unbroken.training.halving import Halving
 from unbroken.training.loss import LossFn, tokens_of
 from unbroken.training.memory import keep_freed_memory
 from unbroken.training.optimizers import make_optimizer, refuse_closures
@@ -124,25 +126,23 @@ class Trainer:
         self.eval_dataset = eval_dataset
         self.callbacks = list(callbacks)
         self.precision = Precision(config, self.device)
-        self._display = Display() if display is None else display
+        self.display = Display() if display is None else display
         self.source = None
         if train_dataset is not None:
-            skipping = self._display.skipping
+            skipping = self.display.skipping
             self.source = make_source(train_dataset, config, collate_fn, skipping)
-        length = None if self.source is None else self.source.steps_per_epoch
-        self._steps_per_epoch = None if length is None else float(length)
         self.max_steps = count_steps(config, self.source)
         self.optimizer = make_optimizer(model, config) if optimizer is None else optimizer
         refuse_closures(self.optimizer)
+        self.has_own_schedule = scheduler is None
         if scheduler is None:
             scheduler = make_scheduler(self.optimizer, config, self.max_steps)
         self.scheduler = scheduler
+        self.portions = Halving(self)
         self.statistics = Statistics()
         self.progress = Progress()
         self.resume_report = ResumeReport(step=0)
         self._is_loaded = False
-        settings = with_structure(model, settings or {})
-        self._facts = {"config": config.to_dict(), "settings": settings}
         self._clock = clock
         self._wall_clock = wall_clock
         self._forward = prepared_for_forward(model, config)
@@ -153,7 +153,7 @@ class Trainer:
             self._forward, config, collate_fn, loss_fn, precision=self.precision, device=self.device
         )
         self._counted_until = clock()
-        self._stop_reason: str | None = None
+        self.stop_reason: str | None = None
         self._saved: Progress | None = None
         self._at_edge = self._save_wanted = self._best_is_loaded = False
         self._pace = Pace(clock)
@@ -168,7 +168,10 @@ class Trainer:
             types=types,
             clock=clock,
             wall_clock=wall_clock,
-            examine=partial(examine, config, settings),
+            settings=settings,
+            policy=resume_policy(config),
+            fingerprint=lambda: run_fingerprint(self, train_dataset, collate_fn, loss_fn),
+            examine=Examination(self, own_optimizer=optimizer is None),
             **named_objects(self, state or {}),
         )
 
@@ -197,7 +200,7 @@ class Trainer:
         refuse_missing_evaluation_data(self)
         with ExitStack() as stack:
             stack.callback(self.checkpointer.close)
-            stack.callback(self._display.close)
+            stack.callback(self.display.close)
             stack.callback(self._batches.close)
             stack.enter_context(deterministic_kernels(self.config.full_determinism, self.device))
             keep_freed_memory(self.device)
@@ -212,7 +215,8 @@ class Trainer:
         self._pace.step_begins()
         with self._randomness.keyed():
             for micro_batches in self._windows():
-                self._train_step(micro_batches)
+                if not self._train_step(micro_batches):
+                    continue
                 self._at_step_edge()
                 self._pace.step_is_over()
                 preemption.margin_seconds = self._pace.seconds_to_stop()
@@ -224,19 +228,27 @@ class Trainer:
         """Yield the micro-batches of one optimizer step after the other, until the end."""
         if self._finished():
             return
-        batches = self._batches.from_()
+        batches, size = self._batches.from_(), self.config.per_forward
         while not self._finished():
+            if size != self.config.per_forward:  # the last step did not fit into memory
+                batches, size = self._batches.from_(), self.config.per_forward
             missing = self.config.gradient_accumulation_steps - self.progress.pending
             yield list(islice(batches, missing))
 
     def _finished(self) -> bool:
-        return self.progress.step >= self.max_steps or self._stop_reason is not None
+        return self.progress.step >= self.max_steps or self.stop_reason is not None
 
-    def _train_step(self, micro_batches: list[MicroBatch]) -> None:
-        stepped = self._stepper.run(micro_batches, after_each=self._after_micro_batch)
-        self.progress = self.progress.after_step(epoch=self._epoch())
+    def _train_step(self, micro_batches: list[MicroBatch]) -> bool:
+        """Return whether the step was taken; else it is to be tried again in smaller portions."""
+        stepped = self.portions.attempt(
+            lambda: self._stepper.run(micro_batches, after_each=self._after_micro_batch)
+        )
+        if stepped is None:
+            return False
+        self.progress = self.progress.after_step(epoch_at(self.progress, self._batches))
         self.statistics.add_step(stepped)
         self._count_time()
+        return True
 
     def _after_micro_batch(self, micro: MicroBatch) -> None:
         self._batches.used(micro)
@@ -246,11 +258,6 @@ class Trainer:
             samples=micro.after.samples, tokens=tokens_of(micro.data)
         )
         self._call("on_micro_batch_end")
-
-    def _epoch(self) -> float:
-        if self._steps_per_epoch is None:
-            return float(self._batches.position.epoch)
-        return (self.progress.step + 1) / self._steps_per_epoch
 
     def _at_step_edge(self) -> None:
         """Do what is due between two steps; saving comes last and so holds all the rest."""
@@ -264,7 +271,7 @@ class Trainer:
         self._at_edge = False
         if self.checkpointer.is_due(step) or self._save_wanted or self._finished():
             self.save_checkpoint()
-        self._display.advance(step)
+        self.display.advance(step)
 
     def _log(self) -> None:
         self._count_time()
@@ -287,7 +294,7 @@ class Trainer:
 
     def _record(self, record: Mapping[str, Any]) -> None:
         self.checkpointer.log(record)
-        self._display.statistics(self.progress.step, record)
+        self.display.statistics(self.progress.step, record)
 
     def evaluate(self) -> dict[str, float]:
         """Return the metrics of the model on the evaluation data; the run is not changed by it.
@@ -313,7 +320,7 @@ class Trainer:
 
     def stop(self, reason: str = "stop() was called") -> None:
         """End the run after the current step, as if it had reached `max_steps`."""
-        self._stop_reason = reason
+        self.stop_reason = reason
 
     def save_checkpoint(self) -> str:
         """Save everything as it is now into the run directory; return the checkpoint's folder.
@@ -327,11 +334,10 @@ class Trainer:
         if self._best_is_loaded:
             raise ConfigError("save_checkpoint", "the model holds its best weights, not its last")
         if self.progress == Progress():
-            self._make_ready()
+            make_ready(self)
         self._count_time()
         self.checkpointer.best_step = self.statistics.best_step
-        values = {"progress": asdict(self.progress), "stop_reason": self._stop_reason}
-        facts = {"progress": asdict(self.progress), **self._facts}
+        values, facts = what_to_save(self)
         with self._randomness.ambient():
             path = self.checkpointer.save(self.progress.step, values, facts=facts)
         self._saved = self.progress
@@ -343,37 +349,27 @@ class Trainer:
         """Put a saved state into everything; `train` goes on there. As `Checkpointer.resume`."""
         if Selection.parse(which).kind == "never" and self.progress != Progress():
             raise ConfigError("train", 'make a new Trainer for "never"', found=str(self.progress))
-        fresh = Fresh.of(self.optimizer)
-        report = self.resume_report = self.checkpointer.resume(which)
-        take_effect(report.differences, fresh, self.optimizer, self.scheduler)
+        with deterministic_kernels(self.config.full_determinism, self.device):
+            report = self.resume_report = self.checkpointer.resume(which)
         if report.resumed:
-            self.progress = Progress(**self.checkpointer.values["progress"])
-            self._stop_reason = self.checkpointer.values["stop_reason"]
+            go_on(self, report)
         self._is_loaded = True
         return report
 
     def _begin(self, which: ResumeFrom) -> ResumeReport:
         if which is not None or not self._is_loaded:
             self.load_checkpoint(self.config.resume_from_checkpoint if which is None else which)
-        self._is_loaded = self._best_is_loaded = False  # memory is no whole checkpoint any more
+        self._is_loaded = False  # what is in memory after this start is no whole checkpoint
+        self._best_is_loaded = False
         self._counted_until = self._clock()
-        for line in self.resume_report.lines():
-            self._display.note(line)
-        self._display.start(total=self.max_steps, step=self.progress.step)
+        self.display.report(self.resume_report)
+        self.display.start(total=self.max_steps, step=self.progress.step)
         if not self.resume_report.resumed:
-            self._make_ready()
+            make_ready(self)
             if self.config.save_at_start:
                 self.save_checkpoint()
         self._call("on_train_begin")
         return self.resume_report
-
-    def _make_ready(self) -> None:
-        # A model in evaluation mode as a whole was only loaded that way; one with some frozen
-        # parts in evaluation mode was put so on purpose.
-        if not self.model.training:
-            self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        seed_ambient(derive_key(self.config.seed, "ambient"))
 
     def _end(self, report: ResumeReport) -> TrainResult:
         best = self.statistics.best_step
@@ -381,7 +377,7 @@ class Trainer:
             self.checkpointer.load(best, ["model"])
             self._best_is_loaded = True
         self._call("on_train_end")
-        return TrainResult(self.progress, self._stop_reason, self.statistics.best_metric, report)
+        return TrainResult(self.progress, self.stop_reason, self.statistics.best_metric, report)
 
     def _stop(self, reason: str) -> None:
         if self._saved != self.progress:
@@ -389,7 +385,7 @@ class Trainer:
         stopped = TrainingStopped(self.progress.step, reason)
         event = {"event": "stopped", "step": stopped.step, "by": reason}
         self.checkpointer.run.history.append(event)
-        self._display.note(str(stopped))
+        self.display.note(str(stopped))
         raise stopped
 
     def _count_time(self) -> float:

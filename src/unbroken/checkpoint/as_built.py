@@ -1,0 +1,141 @@
+"""Optimizers, schedules and modules as this start has built them, for changes that are meant.
+
+A resume puts the stored hyperparameters in the place of these. Where the caller has named a
+change, they are put back, and what is state (moments, counters) stays.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+
+from unbroken.capture import named_parameters
+
+_NO_OPTIONS = ("params", "param_names", "lr", "initial_lr")
+_OF_THE_METRIC = ("best", "cooldown_counter", "num_bad_epochs", "last_epoch", "_last_lr")
+
+
+@dataclass(frozen=True)
+class AsBuilt:
+    """What objects were before a resume; make it with `of`.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+        >>> built = AsBuilt.of({"optimizer": optimizer})
+        >>> optimizer.param_groups[0]["lr"] = 0.5
+        >>> built.set_learning_rates(optimizer)
+        >>> optimizer.param_groups[0]["lr"]
+        0.1
+    """
+
+    groups: Mapping[int, list[dict[str, Any]]] = field(default_factory=dict)
+    schedules: Mapping[int, dict[str, Any]] = field(default_factory=dict)
+    frozen: Mapping[int, dict[str, bool]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, objects: Mapping[str, object]) -> AsBuilt:
+        """Take note of all optimizers, schedules and modules among the objects."""
+        found = list(all_objects(objects))
+        return cls(
+            groups={id(o): _options(o) for o in found if isinstance(o, Optimizer)},
+            schedules={
+                id(s): copy.deepcopy(s.state_dict()) for s in found if isinstance(s, LRScheduler)
+            },
+            frozen={
+                id(m): {name: p.requires_grad for name, p in named_parameters(m)}
+                for m in found
+                if isinstance(m, nn.Module)
+            },
+        )
+
+    def set_options(self, optimizer: Optimizer) -> None:
+        """Give an optimizer the hyperparameters it was built with, but for the learning rate."""
+        for group, built in zip(optimizer.param_groups, self.groups[id(optimizer)], strict=True):
+            group.update({key: v for key, v in built.items() if key not in _NO_OPTIONS})
+
+    def set_learning_rates(self, optimizer: Optimizer) -> None:
+        """Give an optimizer the learning rates it was built with."""
+        for group, built in zip(optimizer.param_groups, self.groups[id(optimizer)], strict=True):
+            for key in ("lr", "initial_lr"):
+                if key in built:
+                    _set(group, key, built[key])
+
+    def reschedule(self, scheduler: LRScheduler) -> None:
+        """Put a schedule as it was built at the step where the restored one stands.
+
+        It is stepped there from its beginning, whatever its class; a `LambdaLR` is a function
+        of the step and needs no steps. One that follows a metric keeps what it knows of it.
+        """
+        built = self.schedules[id(scheduler)]
+        if isinstance(scheduler, ReduceLROnPlateau):
+            settings = {key: value for key, value in built.items() if key not in _OF_THE_METRIC}
+            scheduler.load_state_dict({**scheduler.state_dict(), **settings})
+            self.set_learning_rates(scheduler.optimizer)
+            return
+        steps = scheduler.last_epoch - built["last_epoch"]
+        self.set_learning_rates(scheduler.optimizer)
+        if type(scheduler) is LambdaLR:
+            _jump(scheduler)
+            return
+        scheduler.load_state_dict(copy.deepcopy(built))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of stepping a schedule before its optimizer
+            for _ in range(steps):
+                scheduler.step()
+
+    def set_frozen(self, module: nn.Module) -> None:
+        """Freeze and unfreeze the parameters of a module as this start did."""
+        built = self.frozen[id(module)]
+        for name, parameter in named_parameters(module):
+            parameter.requires_grad_(built[name])
+            if not built[name]:
+                parameter.grad = None
+
+
+def all_objects(objects: Any) -> Iterator[object]:
+    """Yield registered objects one by one, those in lists and dicts too."""
+    for value in objects.values() if isinstance(objects, Mapping) else objects:
+        if isinstance(value, list | tuple | dict):
+            yield from all_objects(value)
+        else:
+            yield value
+
+
+def _options(optimizer: Optimizer) -> list[dict[str, Any]]:
+    return [
+        {key: _own(value) for key, value in group.items() if key not in ("params", "param_names")}
+        for group in optimizer.param_groups
+    ]
+
+
+def _own(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else copy.copy(value)
+
+
+def _set(group: dict[str, Any], key: str, value: Any) -> None:
+    """Set an option; a tensor is filled in place, for graphs and compiled steps that hold it."""
+    if isinstance(group.get(key), torch.Tensor) and isinstance(value, torch.Tensor):
+        group[key].copy_(value)
+    else:
+        group[key] = _own(value)
+
+
+def _jump(scheduler: LambdaLR) -> None:
+    """Set the learning rates that the functions give at the step where the schedule stands."""
+    groups = scheduler.optimizer.param_groups
+    scheduler.base_lrs = [group["initial_lr"] for group in groups]
+    for group, factor in zip(groups, scheduler.lr_lambdas, strict=True):
+        _set(group, "lr", group["initial_lr"] * factor(scheduler.last_epoch))
+    scheduler._last_lr = _rates(groups)  # noqa: SLF001 (what get_last_lr returns)
+
+
+def _rates(groups: Iterable[dict[str, Any]]) -> list[Any]:
+    return [_own(group["lr"]) for group in groups]

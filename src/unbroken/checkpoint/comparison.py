@@ -1,0 +1,230 @@
+"""What this start is, held against what a checkpoint was made with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from unbroken.capture import Skip, keep_skipped
+from unbroken.checkpoint.as_built import AsBuilt
+from unbroken.checkpoint.differences import (
+    Difference,
+    ExactResume,
+    Rule,
+    compare,
+    gravest_first,
+    is_named,
+    refuse_unnamed,
+)
+from unbroken.checkpoint.elsewhere import environment_differences
+from unbroken.checkpoint.fingerprints import fingerprint_differences, flat, rule_of
+from unbroken.checkpoint.taking_effect import take_effect, untrained_names
+from unbroken.fingerprint import (
+    Plain,
+    model_facts,
+    optimizer_facts,
+    plain_or_text,
+    scheduler_facts,
+)
+
+Examine = Callable[[Mapping[str, Any], tuple[Difference, ...]], tuple[Difference, ...]]
+"""From the facts of a checkpoint and the differences found so far to all that matter."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which differences a start accepts.
+
+    Args:
+        allow: Names of changes that are meant; the name of a group names all in it.
+        skip: What is not loaded, as `Skip` takes it.
+        exact_resume: "require" refuses what is only equivalent.
+        parts: Objects that a setting makes: {"fp16": "scaler"}. One that came, went or got
+            another class with a named setting is not loaded.
+
+    Example:
+        >>> Policy(allow=("learning_rate",)).exact_resume
+        'prefer'
+    """
+
+    allow: Sequence[str] = ()
+    skip: Sequence[str] = ()
+    exact_resume: ExactResume = "prefer"
+    parts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def named(self) -> set[str]:
+        """All names that the caller gave: what is not loaded may be anything."""
+        return {*self.allow, *self.not_loaded}
+
+    @property
+    def not_loaded(self) -> set[str]:
+        """The names of what is not loaded, and of the settings that make it."""
+        made = {setting for setting, part in self.parts.items() if part in self.skip}
+        return {*self.skip, *made}
+
+
+class Comparison:
+    """The facts of this start, taken before a resume changes anything, and the differences.
+
+    Args:
+        objects: The registered objects, by name.
+        settings: Settings in groups, as plain values.
+        more: Returns more groups of facts: {"data": ...}; called once, before a resume.
+        policy: Which differences are accepted.
+        examine: May add differences or take some away.
+    """
+
+    def __init__(
+        self,
+        objects: Mapping[str, object],
+        *,
+        settings: Mapping[str, Any] | None = None,
+        more: Callable[[], Mapping[str, Any]] | None = None,
+        policy: Policy | None = None,
+        examine: Examine | None = None,
+    ) -> None:
+        self._objects = objects
+        self._settings = _plain_settings(settings or {})
+        self._more = more
+        self._policy = Policy() if policy is None else policy
+        self._examine = examine
+
+    def note_what_is_here(self) -> None:
+        """Take the facts and the hyperparameters now, before a resume puts others in place."""
+        self.built  # noqa: B018 (is kept from now on)
+        self.facts  # noqa: B018
+
+    @cached_property
+    def built(self) -> AsBuilt:
+        """Optimizers, schedules and modules before the resume."""
+        return AsBuilt.of(self._objects)
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What goes into each checkpoint of this start, to be compared by the next one."""
+        more = {} if self._more is None else self._more()
+        fingerprint = {**fingerprint_of(self._objects), **more}
+        return {"settings": self._settings, "fingerprint": fingerprint}
+
+    def differences(self, stored: Mapping[str, Any]) -> tuple[Difference, ...]:
+        """Return all that is not what it was; nothing is refused yet."""
+        now = flat(self._settings)
+        rules = {**{path: rule_of(path) for path in now}, **_NAMING}
+        settings = compare(flat(_group(stored, "settings")), now, rules)
+        known = {difference.path for difference in settings}
+        prints = fingerprint_differences(_group(stored, "fingerprint"), self.facts["fingerprint"])
+        found = (*settings, *(d for d in prints if d.path not in known))
+        found = (*found, *environment_differences(_group(stored, "environment")))
+        if self._examine is not None:
+            found = self._examine(stored, found)
+        return gravest_first(_unrefused(found, self._policy))
+
+    def refuse(self, where: str, differences: tuple[Difference, ...]) -> None:
+        """Raise DifferenceError for what is not accepted."""
+        refuse_unnamed(
+            where,
+            differences,
+            allowed=self._policy.named,
+            exact_resume=self._policy.exact_resume,
+        )
+
+    def patterns(self, stored: Mapping[str, Any], *, own: bool) -> tuple[str, ...]:
+        """Return what is not loaded; a run leaves each thing out once, and then has its own.
+
+        Args:
+            stored: The facts of the checkpoint.
+            own: Whether this very run made it.
+        """
+        done = stored.get("skip") if own else None
+        already = done if isinstance(done, list) else []
+        return tuple(pattern for pattern in self._policy.skip if pattern not in already)
+
+    def partial(
+        self, tree: Mapping[str, Any], patterns: tuple[str, ...], found: tuple[Difference, ...]
+    ) -> tuple[dict[str, Any], tuple[Difference, ...]]:
+        """Return the tree to load, and a difference for each part of it that is not loaded."""
+        paths = {difference.path for difference in found}
+        goes = [
+            part
+            for path, part in self._policy.parts.items()
+            if path in paths and part not in patterns and not self._has_class(tree, part)
+        ]
+        untrained = untrained_names(found)
+        skip = Skip((*patterns, *goes), untrained)
+        if not skip:
+            return dict(tree), ()
+        loaded, skipped = keep_skipped(self._objects, tree, skip)
+        told = [path for path in skipped if path not in goes]
+        effect = "not loaded: skip names it"
+        return loaded, tuple(
+            Difference(path, "in the checkpoint", "as built here", effect, "changed")
+            for path in told
+        )
+
+    def _has_class(self, tree: Mapping[str, Any], part: str) -> bool:
+        """Return whether an object is of the class that the checkpoint has it in."""
+        live = self._objects.get(part)
+        return part in tree and tree[part].class_name == type(live).__name__
+
+    def take_effect(self, differences: tuple[Difference, ...]) -> None:
+        """Set anew, after a restore, what the accepted differences mean."""
+        take_effect(differences, self.built, self._objects)
+
+
+def fingerprint_of(objects: Mapping[str, object]) -> dict[str, Plain]:
+    """Return the facts of all modules, optimizers and schedules among the objects.
+
+    Those of the objects called "model", "optimizer" and "scheduler" stand in the group of this
+    name, those of others in a group in it.
+
+    Example:
+        >>> fingerprint_of({"model": nn.Linear(2, 1)})["model"]["class"]
+        'torch.nn.modules.linear.Linear'
+    """
+    groups: dict[str, Any] = {}
+    for name, value in objects.items():
+        for group, (kind, describe) in _DESCRIBED.items():
+            if isinstance(value, kind):
+                facts = describe(value)
+                groups.setdefault(group, {}).update(facts if name == group else {name: facts})
+    return groups
+
+
+_NAMING: Mapping[str, Rule] = {
+    "data.cache": ("harmless", "where things are; the training is the same")
+}
+_DESCRIBED: Mapping[str, tuple[type, Callable[[Any], dict[str, Plain]]]] = {
+    "model": (nn.Module, model_facts),
+    "optimizer": (Optimizer, optimizer_facts),
+    "scheduler": (LRScheduler, scheduler_facts),
+}
+
+
+def _unrefused(found: tuple[Difference, ...], policy: Policy) -> list[Difference]:
+    """What is not loaded at all cannot fail to fit."""
+    effect = "begins anew: skip names it"
+    return [
+        replace(d, effect=effect, verdict="changed")
+        if d.verdict == "refused" and is_named(d.path, policy.not_loaded)
+        else d
+        for d in found
+    ]
+
+
+def _plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _plain_settings(value) if isinstance(value, Mapping) else plain_or_text(value)
+        for name, value in settings.items()
+    }
+
+
+def _group(facts: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = facts.get(name)
+    return value if isinstance(value, Mapping) else {}

@@ -1,0 +1,133 @@
+"""A step that does not fit into the device's memory: told by name, or taken in smaller portions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from unbroken.checkpoint import Difference
+from unbroken.data import MapSource, Position
+from unbroken.errors import ConfigError, DeviceMemoryError
+from unbroken.training.changes import rules_for
+from unbroken.training.progress import Progress
+from unbroken.training.step import Stepped
+
+if TYPE_CHECKING:
+    from unbroken.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class StepStart:
+    """What the micro-batches of a step change, as it was before the first of them."""
+
+    progress: Progress
+    position: Position
+    data_digest: str | None
+    buffers: tuple[tuple[Tensor, Tensor], ...]
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> StepStart:
+        """Take note of it; buffers are copied."""
+        buffers = tuple((b, b.detach().clone()) for b in trainer.model.buffers())
+        position = Position() if trainer.source is None else trainer.source.position
+        return cls(trainer.progress, position, trainer.statistics.data_digest, buffers)
+
+    def put_back(self, trainer: Trainer) -> None:
+        """Make it as if the step had not been begun."""
+        trainer.model.zero_grad(set_to_none=True)
+        trainer.window.clear()
+        trainer.progress = self.progress
+        trainer.statistics.data_digest = self.data_digest
+        if trainer.source is not None:
+            trainer.source.position = self.position
+        with torch.no_grad():
+            for buffer, before in self.buffers:
+                buffer.copy_(before)
+
+
+class Halving:
+    """Halves the micro-batch when a step does not fit, if `micro_batch_size="auto"` asks for it.
+
+    Args:
+        trainer: Its configuration has the size in use from then on.
+
+    Raises:
+        ConfigError: If "auto" is asked for data whose batches are not cut here.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self.is_auto = trainer.config.micro_batch_size == "auto"
+        if (
+            self.is_auto
+            and trainer.source is not None
+            and not isinstance(trainer.source, MapSource)
+        ):
+            raise ConfigError(
+                "micro_batch_size",
+                '"auto" needs a map-style data set: a loader makes its batches itself',
+                found=type(trainer.source).__name__,
+            )
+
+    def attempt(self, step: Callable[[], Stepped]) -> Stepped | None:
+        """Run one step; None: it did not fit and is to be tried again in smaller portions.
+
+        Raises:
+            DeviceMemoryError: If it did not fit and cannot be made smaller, or must not be.
+        """
+        start = StepStart.of(self._trainer) if self.is_auto else None
+        try:
+            return step()
+        except torch.OutOfMemoryError as error:
+            if start is None or not self._can_be_halved(start):
+                raise self._as_ours(error) from error
+        start.put_back(self._trainer)  # after the error is gone, and with it what it held
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.use(self._trainer.config.per_forward // 2)
+        return None
+
+    def use(self, size: int) -> None:
+        """Cut batches into micro-batches of this size from here on, and tell it."""
+        trainer = self._trainer
+        before = trainer.config.per_forward
+        if size == before or not isinstance(trainer.source, MapSource):
+            return
+        trainer.config = trainer.config.replace(micro_batch_size=size)
+        trainer.source.split_into(size)
+        verdict, effect = rules_for(trainer.config, trainer.model)["micro_batch_size"]
+        difference = Difference("micro_batch_size", before, size, effect, verdict)
+        report = trainer.resume_report
+        trainer.resume_report = replace(report, differences=(*report.differences, difference))
+        event = {"event": "micro_batch_size", "step": trainer.progress.step, "from": before}
+        trainer.checkpointer.run.history.append({**event, "to": size, "verdict": verdict})
+        trainer.display.note(f"out of memory: {difference}")
+
+    def _can_be_halved(self, start: StepStart) -> bool:
+        trainer = self._trainer
+        strict = trainer.config.exact_resume == "require"
+        verdict, _ = rules_for(trainer.config, trainer.model)["micro_batch_size"]
+        in_update = trainer.progress.pending == trainer.config.gradient_accumulation_steps
+        divisible = trainer.config.per_forward % 2 == 0
+        return (
+            verdict == "equivalent"
+            and divisible
+            and not strict
+            and not in_update
+            and start.progress.pending == 0
+        )
+
+    def _as_ours(self, error: BaseException) -> DeviceMemoryError:
+        size = self._trainer.config.per_forward
+        smaller = f'micro_batch_size={size // 2} or "auto"; ' if size > 1 else ""
+        return DeviceMemoryError(
+            f"step {self._trainer.progress.step + 1}",
+            f"does not fit into the memory of {self._trainer.device}",
+            found=f"micro_batch_size {size}: {error}",
+            hint=f"choose a smaller portion: {smaller}gradient_checkpointing=True saves more; "
+            "the batch, and so the training, stays the same",
+        )
