@@ -26,6 +26,7 @@ def states_of(recordings: Iterable[Recording]) -> dict[str, int]:
 
 
 def failed(run: Launch, culprit: Culprit) -> Verdict:
+    """Return what to say of a launch that went wrong by itself."""
     if run.is_timed_out:
         return unknown(Culprit.TIMED_OUT, f"not at its end after {run.seconds:.0f} s (--timeout)")
     return unknown(culprit, f"the script ended with status {run.status}", *run.output)

@@ -21,11 +21,20 @@ class Batch:
 
 @dataclass(frozen=True)
 class Fetch:
-    """A batch that a `DataLoader` gave: the pass over which dataset, and its number in it."""
+    """A batch that a `DataLoader` gave.
+
+    Attributes:
+        dataset: Which dataset of the process, by the order of their first batches.
+        pass_number: Which pass over it, from 1.
+        index: Which batch of the pass, from 0.
+        samples: The indices of its samples in the dataset; none for an iterable dataset.
+        batch: Its contents.
+    """
 
     dataset: int
     pass_number: int
     index: int
+    samples: tuple[int | str, ...]
     batch: Batch
 
 
@@ -180,8 +189,8 @@ def _step(line: Mapping[str, Any]) -> Step:
         optimizer=line["optimizer"],
         inputs=tuple(Batch(digest, tuple(rows)) for digest, rows in line["inputs"]),
         fetched=tuple(
-            Fetch(dataset, number, index, Batch(digest, tuple(rows)))
-            for dataset, number, index, digest, rows in line["fetched"]
+            Fetch(dataset, number, index, tuple(samples), Batch(digest, tuple(rows)))
+            for dataset, number, index, samples, digest, rows in line["fetched"]
         ),
         losses=tuple(line["losses"]),
         loss_values=tuple(line["loss_values"]),

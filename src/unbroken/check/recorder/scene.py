@@ -24,6 +24,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from .digests import GroupDigest, TensorDigester
 from .optimizers import parameters_of
 
+_CLASSES = (nn.Module, Optimizer, GradScaler, LRScheduler)
+_COLLECTIONS = (dict, OrderedDict, list)
 _REFERENCES_OF_OURS = 3  # the list that holds it, the loop variable, the argument of getrefcount
 
 
@@ -111,8 +113,16 @@ class Scene:
 
 
 def _live_objects() -> list[Any]:
-    classes = (nn.Module, Optimizer, GradScaler, LRScheduler, dict, list)
-    return [one for one in gc.get_objects() if issubclass(type(one), classes)]
+    """Return the live objects of the classes that matter; there may be a million of others."""
+    matters: dict[type, bool] = {}
+    found = []
+    for one in gc.get_objects():
+        kind = type(one)
+        if kind not in matters:
+            matters[kind] = issubclass(kind, _CLASSES) or kind in _COLLECTIONS
+        if matters[kind]:
+            found.append(one)
+    return found
 
 
 def _roots(modules: list[nn.Module]) -> list[nn.Module]:
@@ -136,11 +146,7 @@ def _shapes(optimizers: list[Optimizer]) -> list[tuple[int, ...]]:
 
 def _mirrors(found: list[Any], known: set[int], shapes: list[tuple[int, ...]]) -> list[Any]:
     """Return dicts and lists whose tensors have the shapes of the parameters, and own memory."""
-    return [
-        one
-        for one in found
-        if type(one) in (dict, OrderedDict, list) and _is_mirror(one, known, shapes)
-    ]
+    return [one for one in found if type(one) in _COLLECTIONS and _is_mirror(one, known, shapes)]
 
 
 def _is_mirror(value: Any, known: set[int], shapes: list[tuple[int, ...]]) -> bool:

@@ -25,6 +25,7 @@ from .digests import HASH_NAME, TensorDigester, digest_of
 from .ending import kill_now, stop_now
 from .generators import generator_digests
 from .journal import Journal
+from .loaders import LoaderLog
 from .optimizers import (
     counts_digest,
     gradients_of,
@@ -38,6 +39,7 @@ from .plan import Plan, state_keys
 from .scene import Scene
 
 SAMPLED_FROM = 1 << 30  # bytes of parameters from which "auto" reads samples only
+_LOOK_AROUND = {2, *(8**power for power in range(1, 8))}  # steps; what is new is found then
 _MAX_PENDING = 4096  # batches that wait for a step: more come only where no step does
 
 
@@ -57,8 +59,7 @@ class Watch:
         self._stepping: list[weakref.ref[Optimizer]] = []
         self._scene: Scene | None = None
         self._inside = threading.local()
-        self._datasets: dict[int, int] = {}
-        self._passes: dict[int, int] = {}
+        self._loaders = LoaderLog()
         self._step = 0  # steps of this process
         self._behind = 0  # steps of the run before this process
         self._before: dict[str, Any] = {}
@@ -101,6 +102,7 @@ class Watch:
 
     def _wrap_next(self) -> None:
         original = _BaseDataLoaderIter.__next__
+        original_index: Callable[..., Any] = _BaseDataLoaderIter._next_index  # noqa: SLF001
 
         @wraps(original)
         def next_batch(iterator: _BaseDataLoaderIter) -> Any:
@@ -109,6 +111,13 @@ class Watch:
             self._look(self._note_fetched, iterator, index, batch)
             return batch
 
+        @wraps(original_index)
+        def next_index(iterator: _BaseDataLoaderIter) -> Any:
+            index = original_index(iterator)
+            self._look(self._loaders.note_index, iterator, index)
+            return index
+
+        _BaseDataLoaderIter._next_index = next_index  # type: ignore[method-assign]  # noqa: SLF001
         _BaseDataLoaderIter.__next__ = next_batch  # type: ignore[method-assign,assignment]
 
     def _wrap_backward(self) -> None:
@@ -133,13 +142,10 @@ class Watch:
                 self._inputs.append(found)
 
     def _note_fetched(self, iterator: Any, index: int, batch: Any) -> None:
-        dataset = self._datasets.setdefault(id(iterator._dataset), len(self._datasets))  # noqa: SLF001
-        if index == 0:
-            self._passes[dataset] = self._passes.get(dataset, 0) + 1
+        place = self._loaders.place_of(iterator, index)
         if len(self._fetched) < _MAX_PENDING:
-            found = batch_digest(batch, self._batch_digester())
-            if found is not None:
-                self._fetched.append([dataset, self._passes.get(dataset, 0), index, *found])
+            found = batch_digest(batch, self._batch_digester()) or ["", []]
+            self._fetched.append([*place, *found])
 
     def _note_losses(self, tensors: Any) -> None:
         roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
@@ -193,7 +199,7 @@ class Watch:
 
     def _note_step(self, optimizer: Optimizer) -> None:
         generators = generator_digests()
-        if self._scene is None or self._step & (self._step - 1) == 0:
+        if self._scene is None or self._step in _LOOK_AROUND:
             self._look_around(optimizer)
         scene, digester = self._scene, self._digester_for(optimizer)
         if scene is None:
