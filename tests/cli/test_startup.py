@@ -20,9 +20,20 @@ sys.exit(f"imported {sorted(heavy)}" if heavy else 0)
 
 
 @pytest.mark.parametrize(
-    "command", ["ls gpt2", "show gpt2", "verify gpt2", "--help", "verify --help", "demo --help"]
+    "command",
+    [
+        "ls gpt2",
+        "show gpt2",
+        "verify gpt2",
+        "diff gpt2 gpt2/checkpoint-10",
+        "diff gpt2 config.yaml",
+        "--help",
+        "verify --help",
+        "demo --help",
+    ],
 )
 def test_a_command_on_files_imports_neither_torch_nor_numpy(run, here, command):
+    (here / "config.yaml").write_text("learning_rate: 3e-4\n")
     ended = subprocess.run(
         [sys.executable, "-c", PROBE, *command.split()],
         cwd=here,

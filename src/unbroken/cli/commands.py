@@ -68,6 +68,39 @@ class Verify:
 
 
 @dataclass(frozen=True)
+class Diff:
+    """Tell what differs between checkpoints, runs and configuration files.
+
+    Configuration, environment, data, every value of the state, and all tensors; by their digests,
+    without reading a tensor. Exit status 0: the same; 1: different; 2: trouble.
+    """
+
+    a: Annotated[Positional[str], arg(metavar="A")]
+    """A checkpoint folder, a run directory (its newest checkpoint), or a .yaml, .yml or .json file
+    with settings."""
+    b: Annotated[Positional[str], arg(metavar="B")]
+    """Another one. Of a checkpoint and a file, the settings that the file names are compared."""
+    values: bool = False
+    """Read the tensors that differ: how far apart they are (absolute, relative, ULP), and where."""
+    show_all: Annotated[bool, arg(name="all")] = False
+    """Show every row of long tables."""
+    as_json: Json = False
+    """Print JSON instead of tables."""
+
+    def run(self) -> int:
+        """Print the differences; return the exit status."""
+        from unbroken.cli.diffing import print_diff
+
+        return print_diff(
+            self.a,
+            self.b,
+            with_values=self.values,
+            show_all=self.show_all,
+            as_json=self.as_json,
+        )
+
+
+@dataclass(frozen=True)
 class Demo:
     """Kill a training run again and again, and show that it equals one that was not killed.
 
@@ -138,5 +171,6 @@ COMMANDS = {
     "ls": Ls,
     "show": Show,
     "verify": Verify,
+    "diff": Diff,
     "doctor": Doctor,
 }

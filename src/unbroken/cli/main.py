@@ -1,7 +1,7 @@
 """The command `unbroken`: choose what to do, and turn errors into exit statuses.
 
-Nothing heavy is imported before it is known to be needed: `ls`, `show`, `verify` and `--help`
-load neither torch nor numpy.
+Nothing heavy is imported before it is known to be needed: `ls`, `show`, `verify`, `diff` and
+`--help` load neither torch nor numpy.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from unbroken.errors import UnbrokenError
 
 _FAILED = 1
+_TROUBLE_OF_DIFF = 2  # as of diff(1), whose 1 says that the two differ
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _BROKEN_PIPE = 141  # 128 + SIGPIPE
 
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     The status is 0 if all is well, 2 for a wrong command line or configuration, 75 for a
     training that was asked to stop and saved, 130 after Ctrl-C, and else the `exit_code` of
-    the error's class in `unbroken.errors`.
+    the error's class in `unbroken.errors`. Of `diff` it is 0, 1 if the two differ, else 2.
 
     Args:
         arguments: The words after `unbroken`; None: those of this process.
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except UnbrokenError as error:
         _print_error(error)
-        return error.exit_code
+        return _failure(given, error.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return _INTERRUPTED
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _BROKEN_PIPE
     except OSError as error:  # what the disk says: no permission, no room
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
-        return _FAILED
+        return _failure(given, _FAILED)
     return status
 
 
@@ -67,6 +68,10 @@ def _run(given: list[str]) -> int:
     from unbroken.cli.parsing import parse_command
 
     return parse_command(given).run()
+
+
+def _failure(given: Sequence[str], status: int) -> int:
+    return _TROUBLE_OF_DIFF if given[:1] == ["diff"] else status
 
 
 def _print_error(error: UnbrokenError) -> None:

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import tyro
 
-from unbroken.cli.commands import COMMANDS, Demo, Doctor, Ls, Show, Verify
+from unbroken.cli.commands import COMMANDS, Demo, Diff, Doctor, Ls, Show, Verify
 
 _DESCRIPTION = (
     "A PyTorch training run that is killed at any moment and started again is the same run, "
@@ -15,7 +15,7 @@ _DESCRIPTION = (
 )
 
 
-def parse_command(given: Sequence[str]) -> Demo | Doctor | Ls | Show | Verify:
+def parse_command(given: Sequence[str]) -> Demo | Diff | Doctor | Ls | Show | Verify:
     """Return the command that the words ask for.
 
     Raises:
@@ -27,7 +27,7 @@ def parse_command(given: Sequence[str]) -> Demo | Doctor | Ls | Show | Verify:
     """
     classes = cast("dict[str, Any]", COMMANDS)
     return cast(
-        "Demo | Doctor | Ls | Show | Verify",
+        "Demo | Diff | Doctor | Ls | Show | Verify",
         tyro.extras.subcommand_cli_from_dict(
             classes, prog="unbroken", description=_DESCRIPTION, args=list(given)
         ),
