@@ -139,7 +139,7 @@ class Doctor:
     break bit-exactness; 1: something would.
     """
 
-    path: Annotated[Positional[str | None], arg(metavar="RUN")] = None
+    path: Annotated[Positional[str | None], arg(metavar="[RUN]")] = None
     """A run directory, there or not yet: its file system is tried out."""
     thorough: bool = False
     """Also do the small training in two fresh processes."""
