@@ -173,6 +173,12 @@ def test_looking_makes_nothing(tmp_path):
     assert everything_in(tmp_path) == set()
 
 
+def test_a_run_behind_a_link_can_be_looked_at(tmp_path):
+    with RunDirectory.open(tmp_path / "run") as run:
+        (tmp_path / "link").symlink_to(tmp_path / "run")
+        assert RunDirectory.open_readonly(tmp_path / "link").run_id == run.run_id
+
+
 def test_who_only_looks_cannot_prune(tmp_path):
     RunDirectory.open(tmp_path).close()
     with pytest.raises(RunDirectoryError, match="reading only"):

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from unbroken.cli.places import Place, best_step_of, is_pinned, is_run, open_place, runs_in
+from unbroken.cli.run_tree import Branching, as_tree, lineage_of, origin_of, runs_below, short
 from unbroken.cli.tables import (
     date_text,
     make_console,
@@ -55,18 +56,23 @@ class Row:
 
 
 def print_listing(given: Sequence[str], *, as_json: bool) -> int:
-    """Print the runs, or the checkpoints of the runs, that the paths name.
+    """Print the runs, or the checkpoints of the runs, that the paths name; and their branches.
 
     Raises:
         RunDirectoryError: A path names no run, and holds none.
     """
     places = _places(given)
+    branches = _branches_below(places)
     if as_json:
-        print_json({"runs": [_run_json(place) for place in places]})
+        tree = as_tree([*places, *branches])
+        print_json({"runs": [_run_json(item.place) for item in tree]})
     elif _is_overview(given, places):
-        _print_overview(places)
+        _print_overview(as_tree(places))
     else:
         _print_each(places)
+        if branches:
+            tree = as_tree([*places, *branches])
+            _print_branches([item for item in tree if item.place in branches])
     return 0
 
 
@@ -98,7 +104,7 @@ def _places(given: Sequence[str]) -> list[Place]:
     if given:
         return [place for text in given for place in _places_at(text)]
     here = Path.cwd()
-    found = [here] if is_run(here) else [*runs_in(here / "runs"), *runs_in(here)]
+    found = [here] if is_run(here) else _runs_from(here)
     if not found:
         raise RunDirectoryError(
             str(here), "no run in ./runs or here", hint="name a run: unbroken ls RUN"
@@ -108,8 +114,23 @@ def _places(given: Sequence[str]) -> list[Place]:
 
 def _places_at(text: str) -> list[Place]:
     """Return the run or checkpoint that a path names, or else the runs in that folder."""
-    inside = [] if is_run(Path(text)) else runs_in(Path(text))
+    inside = [] if is_run(Path(text)) else runs_below(Path(text).absolute())
     return [open_place(str(path)) for path in inside] or [open_place(text)]
+
+
+def _runs_from(here: Path) -> list[Path]:
+    """Return the runs below ./runs, those that stand here, and their branches."""
+    found = runs_below(here / "runs")
+    found += [path for run in runs_in(here) for path in runs_below(run)]
+    return list(dict.fromkeys(found))
+
+
+def _branches_below(places: Sequence[Place]) -> list[Place]:
+    """Return the runs that stand below the runs named, and are not named themselves."""
+    named = {place.path for place in places}
+    found = [path for place in places if place.folder is None for path in runs_below(place.path)]
+    others = [path for path in dict.fromkeys(found) if path not in named]
+    return [Place(path, RunDirectory.open_readonly(path)) for path in others]
 
 
 def _is_overview(given: Sequence[str], places: Sequence[Place]) -> bool:
@@ -119,24 +140,29 @@ def _is_overview(given: Sequence[str], places: Sequence[Place]) -> bool:
 
 
 def _run_json(place: Place) -> dict[str, object]:
-    identity = None if place.run is None else place.run.run_id
-    created = None if place.run is None else place.run.created
-    rows = [asdict(row) for row in rows_of(place)]
-    return {"path": str(place.path), "id": identity, "created": created, "checkpoints": rows}
+    lineage = lineage_of(place)
+    return {
+        "path": str(place.path),
+        "id": None if place.run is None else place.run.run_id,
+        "created": None if place.run is None else place.run.created,
+        "parent": None if lineage is None else lineage.to_json(),
+        "checkpoints": [asdict(row) for row in rows_of(place)],
+    }
 
 
-def _print_overview(places: Sequence[Place]) -> None:
-    rows = [_overview_row(place) for place in places]
+def _print_overview(tree: Sequence[Branching]) -> None:
+    rows = [_overview_row(item) for item in tree]
     columns = ("run", "newest step", "checkpoints", "size", "created")
     numbers = ("newest step", "checkpoints", "size")
     print_table(make_console(), make_table(columns, rows, numbers))
 
 
-def _overview_row(place: Place) -> tuple[str, ...]:
+def _overview_row(item: Branching) -> tuple[str, ...]:
     """Return the line of a run from names and sizes: many runs have many manifests to read."""
+    place = item.place
     steps = [step for folder in place.folders if (step := step_of(folder)) is not None]
     return (
-        _short(place.path),
+        item.name,
         str(max(steps)) if steps else "-",
         str(len(place.folders)),
         size_text(sum(_nbytes_in(place, folder) for folder in place.folders)),
@@ -153,7 +179,7 @@ def _print_each(places: Sequence[Place]) -> None:
     console = make_console()
     columns = ("step", "created", "size", "tensors", "marks", "state")
     for number, place in enumerate(places):
-        console.print(*([""] if number else []), _short(place.path), sep="\n")
+        console.print(*([""] if number else []), _title(place), sep="\n")
         rows = [_cells(row) for row in rows_of(place)]
         table = make_table(columns, rows, ("step", "size", "tensors"))
         if rows:
@@ -165,6 +191,16 @@ def _print_each(places: Sequence[Place]) -> None:
     )
 
 
+def _print_branches(tree: Sequence[Branching]) -> None:
+    make_console().print("\nbranches", style="bold")
+    _print_overview(tree)
+
+
+def _title(place: Place) -> str:
+    origin = origin_of(place)
+    return short(place.path) + ("" if origin is None else f": a branch of {origin}")
+
+
 def _cells(row: Row) -> tuple[str, ...]:
     return (
         row.folder.removeprefix("checkpoint-") if row.step is None else str(row.step),
@@ -174,9 +210,3 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.marks or "-",
         row.state,
     )
-
-
-def _short(path: Path) -> str:
-    """Return the path as seen from the current directory, where it is below."""
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

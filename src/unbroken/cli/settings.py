@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import typeguard
 import tyro
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from unbroken.errors import ConfigError
 from unbroken.store.config_file import nearest, read_mapping
@@ -98,6 +98,7 @@ class TrainSettings:
 class _Words(TrainerConfig):
     """The settings as they stand on the command line: they are checked when all are together."""
 
+    resume_from_checkpoint: Annotated[bool | int | str, arg(aliases=("--resume",))] = "auto"
     config: Positional[str]
     """YAML file with any of these settings; `model:` and `data:` are mappings in it."""
     data: DataSettings = field(default_factory=DataSettings)

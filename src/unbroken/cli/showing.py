@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from unbroken.cli.places import Place, best_step_of, is_pinned, open_place
+from unbroken.cli.run_tree import lineage_of, origin_of
 from unbroken.cli.tables import (
     date_text,
     make_console,
@@ -21,7 +22,7 @@ from unbroken.cli.tables import (
     value_text,
 )
 from unbroken.errors import CheckpointError
-from unbroken.store import CheckpointReader, Json, Manifest
+from unbroken.store import CheckpointReader, Json, Manifest, RunDirectory
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,8 @@ def _identity(story: Story) -> dict[str, str]:
     facts = {"path": str(place.path)}
     if run is not None:
         facts |= {"run": run.run_id, "begun": date_text(run.created)}
+        origin = origin_of(place)
+        facts |= {} if origin is None else {"branch of": origin}
         facts["checkpoints"] = str(len(run.catalog.folders()))
         starts = [record for record in story.history if record.get("event") == "started"]
         facts["segments"] = str(len(starts))
@@ -159,6 +162,9 @@ def _print_history(console: Console, records: Iterable[Mapping[str, Any]]) -> No
         if event == "started":
             number += 1
             console.print("\n".join(_start_lines(number, record)))
+        elif event == "branched":
+            parent = record.get("parent") or {}
+            console.print(f"branched from run {parent.get('id')} at step {parent.get('step')}")
         elif event == "stopped":
             console.print(f"   stopped by {record.get('by')} after step {record.get('step')}")
         else:
@@ -201,12 +207,18 @@ def _as_json(story: Story, *, with_history: bool) -> dict[str, object]:
     run, reader = story.place.run, story.reader
     document: dict[str, object] = {
         "path": str(story.place.path),
-        "run": None if run is None else {"id": run.run_id, "created": run.created},
+        "run": None if run is None else _run_json(story.place, run),
         "checkpoint": None if reader is None else _checkpoint_json(story, reader),
         "unreadable": story.skipped,
         "metrics": story.metrics,
     }
     return {**document, "history": story.history} if with_history else document
+
+
+def _run_json(place: Place, run: RunDirectory) -> dict[str, object]:
+    lineage = lineage_of(place)
+    parent = None if lineage is None else lineage.to_json()
+    return {"id": run.run_id, "created": run.created, "parent": parent}
 
 
 def _checkpoint_json(story: Story, reader: CheckpointReader) -> dict[str, object]:

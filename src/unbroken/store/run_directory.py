@@ -137,8 +137,7 @@ class RunDirectory:
         """
         with as_directory_error(where):
             storage = _storage_of(where, create=False)
-            found = storage.stat("")
-            if found is None or not found.is_folder or not has_identity(storage):
+            if not has_identity(storage):
                 hint = "give a directory that holds a run.json"
                 raise RunDirectoryError(storage.describe(), "is not a run's directory", hint=hint)
             return cls(storage, read_identity(storage), None)
