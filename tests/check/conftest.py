@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+
 from check.fork_server import ForkServer
+
+collect_ignore_glob = ["scripts/*"]  # they are run, not imported
 
 
 @pytest.fixture(scope="session")
