@@ -13,7 +13,7 @@ from unbroken.capture.dtypes import DTYPES, SAFETENSORS_DTYPES, byte_view, carri
 from unbroken.capture.stored import LeafSource, describe
 from unbroken.errors import StateMismatchError
 
-_CHUNK = 2**20  # elements that are compared at a time: memory does not grow with the tensor
+_CHUNK = 2**16  # elements that are compared at a time: what is in between stays in the cache
 _BY_NAME = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 _PARTS = {
     torch.complex32: torch.float16,
@@ -249,4 +249,5 @@ def _minus(a: Array, b: Array) -> Array:
 
 def _length(parts: Array) -> Array:
     """Return the absolute values of real or complex numbers."""
-    return np.hypot(parts[:, 0], parts[:, -1] if parts.shape[1] == 2 else 0.0)
+    length: Array = abs(parts[:, 0]) if parts.shape[1] == 1 else np.hypot(parts[:, 0], parts[:, 1])
+    return length
