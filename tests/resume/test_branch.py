@@ -273,6 +273,19 @@ def test_a_changed_setting_has_to_be_named_on_a_branch_too(run):
     assert result.resume_report.step == 4
 
 
+def test_what_a_branch_is_told_to_skip_is_skipped_once_although_its_parent_did_so_too(
+    run, tmp_path
+):
+    skip, second = {"skip": ("optimizer",)}, tmp_path / "second"
+    judged(second, resume_from_checkpoint=str(run / "checkpoint-2"), **skip).train()
+    assert skipped(branched(second, 4, **skip)[1])
+    assert not skipped(branched(second, 4, **skip)[1])
+
+
+def skipped(result):
+    return [d.path for d in result.resume_report.differences if "skip names it" in d.effect]
+
+
 def test_the_best_weights_from_before_the_branch_are_there_at_its_end(run):
     best = load_file(run / "checkpoint-2" / "model.safetensors")
     branched(run, 4, max_steps=4)

@@ -161,7 +161,9 @@ class Resumption:
         if comparison is None:
             return tree
         found = comparison.differences(facts)
-        patterns = comparison.patterns(facts, own=reader.storage is self._run.storage)
+        is_here = reader.storage is self._run.storage
+        own = is_here and reader.manifest.run_id == self._run.run_id  # not its parent's
+        patterns = comparison.patterns(facts, own=own)
         tree, skipped = comparison.partial(tree, patterns, found)
         model = {name: self._objects[name] for name in ("model",) if name in self._objects}
         check(model, {name: tree[name] for name in model if name in tree})  # names both shapes

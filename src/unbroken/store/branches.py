@@ -77,8 +77,18 @@ def check_branch_name(name: str) -> None:
 def has_branch(parent: RunDirectory, name: str) -> bool:
     """Return whether a run has a branch of that name, or something else in its place.
 
+    Args:
+        parent: The run.
+        name: The name.
+
     Raises:
         ConfigError: It cannot be a name.
+
+    Example:
+        >>> from unbroken.storage import MemoryStorage
+        >>> with RunDirectory.open(MemoryStorage()) as run:
+        ...     has_branch(run, "lr-low")
+        False
     """
     check_branch_name(name)
     with as_directory_error(parent.storage):
