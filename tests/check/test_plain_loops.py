@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from check.trials import Trials
 
+from check.trials import Trials
 from unbroken.check import Culprit, Status
 
 LOST_AT_RESUME = {

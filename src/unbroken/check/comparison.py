@@ -39,8 +39,8 @@ class Difference:
     parts: tuple[str, ...]
 
 
-def first_difference(reference: Sequence[Step], again: Sequence[Step]) -> Difference | None:
-    """Return the first step with a difference that has an effect, of two uninterrupted runs."""
+def first_effect(reference: Sequence[Step], again: Sequence[Step]) -> Difference | None:
+    """Return the first step at which the runs themselves differ, not only what may lead to it."""
     for index, (there, here) in enumerate(zip(reference, again, strict=False)):
         parts = tuple(
             part for part in differing_parts(there, here, frozenset()) if part not in LATENT

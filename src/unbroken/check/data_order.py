@@ -36,7 +36,11 @@ def _explain(reference: Recording, resumed: Recording, place: int, index: int) -
     ours = by_content(resumed.steps).since(index)
     samples = by_samples(reference.steps)
     our_samples = by_samples(resumed.steps)
-    found = _window(contents, ours, place) or _position(contents, ours, place)
+    found = (
+        _window(contents, ours, place)
+        or _position(contents, ours, place)
+        or _stray(contents, ours, place)
+    )
     if found is not None or samples is None or our_samples is None:
         return found or _other_contents(reference, resumed, place, index)
     taken = our_samples.since(index)
@@ -90,6 +94,19 @@ def _position(stream: Stream, ours: Sequence[object], place: int) -> Found | Non
     if 0 in found:
         return Culprit.DATA_RESTARTED, _restarted(0, place)
     return _elsewhere(stream, min(found, key=lambda step: (abs(step - place), step)), place)
+
+
+def _stray(stream: Stream, ours: Sequence[object], place: int) -> Found | None:
+    """One batch from elsewhere, then the right ones."""
+    begin = stream.window(place)[0]
+    is_known = bool(ours) and ours[0] in stream.tokens
+    if not is_known or not any(follows(stream.tokens[begin + gap :], ours[1:]) for gap in (0, 1)):
+        return None
+    other = stream.step_of(stream.tokens.index(ours[0])) + 1
+    return Culprit.DATA_REPEATED, (
+        f"the batch of step {other} was used after resume, and only then the right ones: it was "
+        "read before the position was restored"
+    )
 
 
 def _restarted(begin: int, place: int) -> str:

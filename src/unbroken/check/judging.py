@@ -11,10 +11,12 @@ from unbroken.check.comparison import (
     PARTS,
     Difference,
     differing_parts,
-    first_difference,
+    first_effect,
     fixed_others,
+    moving_generators,
     reproducible_generators,
 )
+from unbroken.check.data_stream import epoch_starts
 from unbroken.check.recording import Recording
 from unbroken.check.restored_state import Kill, judge_state
 from unbroken.check.step_causes import Scenery, explain
@@ -70,7 +72,8 @@ def judge_resumed(reference: Reference, resumed: Ranks, kill: Kill, *, is_whole:
         is_whole: Whether it was left to run to its end.
 
     Example:
-        >>> from unbroken.check.recording import Recording
+        >>> from unbroken.check.data_stream import epoch_starts
+    from unbroken.check.recording import Recording
         >>> judge_resumed(Reference({}, {}), {}, Kill(1, True), is_whole=True).culprit
         <Culprit.NOT_RECORDED: 'not-recorded'>
     """
@@ -110,11 +113,36 @@ def _judge_rank(
         return _Judged(wrong or not_exact(Culprit.WEIGHTS, "not found"), rank)
     start, generators = place.start, reference.generators[rank]
     difference = _lasting_difference(uninterrupted, resumed, start, generators)
-    if difference is not None:
+    if difference is not None and not _is_harmless(difference, uninterrupted, resumed, start):
         scenery = Scenery(uninterrupted, resumed, start, difference, generators, reference.ranks)
         order = (scenery.place, PARTS.index(difference.parts[0]))
         return _Judged(explain(scenery), rank, order)
-    return _Judged(_judge_end(uninterrupted, resumed, start, is_whole), rank, (1 << 60, 0))
+    verdict = _judge_end(uninterrupted, resumed, start, is_whole)
+    if difference is not None and verdict.status is Status.EXACT:
+        verdict = replace(verdict, evidence=(*verdict.evidence, _HARMLESS))
+    return _Judged(verdict, rank, (1 << 60, 0))
+
+
+_HARMLESS = (
+    "a generator was not restored, and was drawn from since: that had no effect on these steps "
+    "(a data loader draws a number that nothing uses at the start of each pass)"
+)
+
+
+def _is_harmless(
+    difference: Difference, reference: Recording, resumed: Recording, start: int
+) -> bool:
+    """Return whether only generators differ, and that could have shown itself and did not.
+
+    It could if they were drawn from in the resumed steps, and a pass over the data began there.
+    """
+    if set(difference.parts) != {"generators"}:
+        return False
+    if first_effect(reference.steps[start:], resumed.steps) is not None:
+        return False
+    has_loaders = any(step.fetched for step in resumed.steps)
+    has_pass = any(begin > 0 for begin in epoch_starts(resumed.steps))
+    return bool(moving_generators(resumed.steps)) and (has_pass or not has_loaders)
 
 
 def _lasting_difference(
@@ -174,7 +202,7 @@ def _repeated(reference: Reference, again: Ranks, *, whole: bool) -> Verdict | N
         first = reference.ranks[rank].steps
         if first and recording.steps and first[0].before != recording.steps[0].before:
             return _nondeterministic("the initial weights", 1)
-        found = first_difference(first, recording.steps)
+        found = first_effect(first, recording.steps)
         if found is not None:
             return _nondeterministic(found.parts[0], found.index + 1)
         if whole and len(first) != len(recording.steps):

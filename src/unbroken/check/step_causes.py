@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from unbroken.check.comparison import Difference, differing_generators
+from unbroken.check.comparison import Difference, differing_generators, first_effect
 from unbroken.check.data_order import explain_data
 from unbroken.check.recording import Recording, Step
 from unbroken.check.verdict import Culprit, Verdict, not_exact
@@ -193,9 +193,13 @@ def _others(scenery: Scenery) -> Verdict:
 
 def _generators(scenery: Scenery) -> Verdict:
     culprit, why = _which_generators(scenery)
-    return not_exact(
-        culprit, why, "nothing in the compared steps depended on it; what is drawn later will"
-    )
+    effect = first_effect(scenery.reference.steps[scenery.start :], scenery.resumed.steps)
+    if effect is None:
+        later = "nothing in the compared steps depended on it; what is drawn later will"
+    else:
+        step, part = scenery.start + effect.index + 1, effect.parts[0]
+        later = f"its first effect is on step {step}: {part}"
+    return not_exact(culprit, why, later)
 
 
 def _which_generators(scenery: Scenery) -> tuple[Culprit, str]:

@@ -2,8 +2,8 @@
 
     python plain.py --out FOLDER [--bug NAME] [--batch-size 4]
 
-It has all that can be forgotten: dropout, BatchNorm, AdamW, a schedule, a gradient scaler, an average
-of the weights, shuffling by epoch, random augmentation, accumulation of two micro-batches.
+It has all that can be forgotten: dropout, BatchNorm, AdamW, a schedule, a gradient scaler, an
+average of the weights, shuffling by epoch, random augmentation, accumulation of two micro-batches.
 """
 
 import argparse
@@ -62,8 +62,7 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=30)
 scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=3)
 data = Noisy()
-step, epoch, position = 0, 0, 0  # the position counts micro-batches in the epoch
-gradients = [None for _ in model.parameters()]
+step, first_epoch, position = 0, 0, 0  # the position counts micro-batches in the epoch
 first_weights = copy.deepcopy(model.state_dict())
 
 
@@ -86,50 +85,52 @@ def save():
 
 
 def load():
-    global step, epoch, position
+    """Restore all but what the bug forgets; then do what else the bug does."""
     state = torch.load(CHECKPOINT)
-    step, epoch, position = state["progress"]
-    if BUG == "forgets the running statistics":
-        weights = {name: value for name, value in state["model"].items() if "running" not in name}
-        model.load_state_dict(weights, strict=False)
-    elif BUG == "forgets one layer":
-        weights = {name: value for name, value in state["model"].items() if "layers.3" not in name}
-        model.load_state_dict(weights, strict=False)
-    elif BUG != "forgets the weights":
-        model.load_state_dict(state["model"])
-    if BUG != "forgets the optimizer":
-        optimizer.load_state_dict(state["optimizer"])
+    restore = {
+        "the weights": lambda: model.load_state_dict(state["model"]),
+        "the optimizer": lambda: optimizer.load_state_dict(state["optimizer"]),
+        "the scheduler": lambda: scheduler.load_state_dict(state["scheduler"]),
+        "the scaler": lambda: scaler.load_state_dict(state["scaler"]),
+        "the average": lambda: average.load_state_dict(state["average"]),
+        "the augmentation": lambda: data.noise.set_state(state["noise"]),
+        "a counter of the model": lambda: setattr(model, "seen", state["seen"]),
+        "pending gradients": lambda: set_gradients(state["gradients"]),
+    }
+    for what, do in restore.items():
+        if f"forgets {what}" != BUG:
+            without = WITHOUT.get(BUG)
+            load_weights_without(without, state) if without and what == "the weights" else do()
+    if "seeds" not in BUG:
+        torch.set_rng_state(state["torch"])
     if BUG == "another weight decay":
         optimizer.param_groups[0]["weight_decay"] = 0.1
-    if BUG != "forgets the scheduler":
-        scheduler.load_state_dict(state["scheduler"])
-    if BUG != "forgets the scaler":
-        scaler.load_state_dict(state["scaler"])
-    if BUG != "forgets the average":
-        average.load_state_dict(state["average"])
-    if BUG != "forgets the augmentation":
-        data.noise.set_state(state["noise"])
-    if BUG not in ("seeds at each start", "seeds only at the first start"):
-        torch.set_rng_state(state["torch"])
-    if BUG != "forgets a counter of the model":
-        model.seen = state["seen"]
-    if BUG != "forgets pending gradients":
-        for parameter, gradient in zip(model.parameters(), state["gradients"], strict=True):
-            parameter.grad = gradient
-    if BUG == "forgets the position":
-        position = 0
-    if BUG == "skips to the next epoch":
-        epoch, position = epoch + 1, 0
-    if BUG == "counts what was read ahead":
-        position += 2 * ACCUMULATE
-    if BUG == "counts one step too few":
-        position -= ACCUMULATE
-    if BUG == "counts in steps":  # though the size of a batch may have changed
-        epoch, position = divmod(step * ACCUMULATE, SAMPLES // BATCH)
     if BUG == "fails":
         raise SystemExit("cannot read the checkpoint")
-    if BUG == "is done at once":
-        epoch = EPOCHS
+    step, epoch, position = state["progress"]
+    places = {
+        "forgets the position": (epoch, 0),
+        "skips to the next epoch": (epoch + 1, 0),
+        "counts what was read ahead": (epoch, position + 2 * ACCUMULATE),
+        "counts one step too few": (epoch, position - ACCUMULATE),
+        # though the size of a batch may have changed
+        "counts in steps": divmod(step * ACCUMULATE, SAMPLES // BATCH),
+        "is done at once": (EPOCHS, 0),
+    }
+    return step, *places.get(BUG, (epoch, position))
+
+
+WITHOUT = {"forgets the running statistics": "running", "forgets one layer": "layers.3"}
+
+
+def load_weights_without(part, state):
+    kept = {name: value for name, value in state["model"].items() if part not in name}
+    model.load_state_dict(kept, strict=False)
+
+
+def set_gradients(gradients):
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        parameter.grad = gradient
 
 
 def order_of(number):
@@ -141,10 +142,10 @@ def order_of(number):
 
 
 if CHECKPOINT.exists() and BUG != "ignores the checkpoint":
-    load()
+    step, first_epoch, position = load()
 save_steps = 1000 if BUG == "never saves" else SAVE_STEPS
 last = 2 if BUG == "stops too early" and CHECKPOINT.exists() else EPOCHS
-for epoch in range(epoch, last):
+for epoch in range(first_epoch, last):
     batches = torch.tensor(order_of(epoch)).split(BATCH)[position:]
     loader = torch.utils.data.DataLoader(
         data, batch_sampler=[batch.tolist() for batch in batches], generator=torch.Generator()

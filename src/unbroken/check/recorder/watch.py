@@ -166,6 +166,9 @@ class Watch:
             self._stepping.pop()
         if self._stepping:
             return  # a step inside another optimizer's step
+        if self._makes_no_step(optimizer):
+            self._optimizers.pop(optimizer, None)
+            return
         self._step += 1
         self._look(self._note_step, optimizer)
         self._forget()
@@ -174,6 +177,12 @@ class Watch:
             kill_now(self._plan.parent)
         if step == self._plan.stop_after:
             stop_now()
+
+    def _makes_no_step(self, optimizer: Optimizer) -> bool:
+        """Return whether the call only makes the optimizer's state, as DCP does before a load."""
+        is_first = "before" in self._before
+        rates = [float(group.get("lr", 1.0)) for group in optimizer.param_groups]
+        return is_first and not self._losses and not any(rates)
 
     def _note_state_before(self, optimizer: Optimizer) -> None:
         if optimizer in self._optimizers:
