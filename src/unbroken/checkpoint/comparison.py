@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from unbroken.capture import Skip, keep_skipped
 from unbroken.checkpoint.as_built import AsBuilt
+from unbroken.checkpoint.code import code_differences, code_facts
 from unbroken.checkpoint.differences import (
     Difference,
     ExactResume,
@@ -110,7 +111,7 @@ class Comparison:
     def facts(self) -> dict[str, Any]:
         """What goes into each checkpoint of this start, to be compared by the next one."""
         more = {} if self._more is None else self._more()
-        fingerprint = {**fingerprint_of(self._objects), **more}
+        fingerprint = {**fingerprint_of(self._objects), "code": code_facts(), **more}
         return {"settings": self._settings, "fingerprint": fingerprint}
 
     def differences(self, stored: Mapping[str, Any]) -> tuple[Difference, ...]:
@@ -118,10 +119,15 @@ class Comparison:
         now = flat(self._settings)
         rules = {**{path: rule_of(path) for path in now}, **_NAMING}
         settings = compare(flat(_group(stored, "settings")), now, rules)
-        known = {difference.path for difference in settings}
-        prints = fingerprint_differences(_group(stored, "fingerprint"), self.facts["fingerprint"])
-        found = (*settings, *(d for d in prints if d.path not in known))
-        found = (*found, *environment_differences(_group(stored, "environment")))
+        before, prints = _group(stored, "fingerprint"), self.facts["fingerprint"]
+        told = {difference.path for difference in settings}
+        others = fingerprint_differences(_without_code(before), _without_code(prints))
+        found = (
+            *settings,
+            *(difference for difference in others if difference.path not in told),
+            *code_differences(_group(before, "code")),
+            *environment_differences(_group(stored, "environment")),
+        )
         if self._examine is not None:
             found = self._examine(stored, found)
         return gravest_first(_unrefused(found, self._policy))
@@ -223,6 +229,10 @@ def _plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         name: _plain_settings(value) if isinstance(value, Mapping) else plain_or_text(value)
         for name, value in settings.items()
     }
+
+
+def _without_code(groups: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: facts for name, facts in groups.items() if name != "code"}
 
 
 def _group(facts: Mapping[str, Any], name: str) -> Mapping[str, Any]:

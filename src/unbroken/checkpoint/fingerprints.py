@@ -12,7 +12,7 @@ from unbroken.checkpoint.differences import Difference, Rule
 RULES: tuple[tuple[str, Rule], ...] = (
     ("model.class", ("changed", "another class of model computes from here on")),
     ("model.source.*", ("changed", "the code of this class is not what it was")),
-    ("model.structure", ("changed", "the model prints otherwise: a layer or a rate changed")),
+    ("model.layer.*", ("changed", "this layer computes something else; its weights are kept")),
     ("model.frozen", ("changed", "other parameters train from here on; all other state is kept")),
     ("model.*", ("changed", "the model computes something else; its weights are kept")),
     ("optimizer.*class", ("refused", 'its state means nothing to another; skip=["optimizer"]')),
@@ -28,7 +28,6 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("data.source.*", ("changed", "the code of the data set is not what it was")),
     ("data.*", ("changed", "other batches are made from here on")),
     ("callbacks.*", ("equivalent", "whether the training depends on it cannot be seen")),
-    ("code.*", ("equivalent", "whether the training depends on it cannot be seen")),
 )
 """What a difference means: the first pattern that fits the path counts."""
 
@@ -53,7 +52,7 @@ def fingerprint_differences(
         >>> [(d.path, d.stored, d.now) for d in fingerprint_differences(stored, now)]
         [('model.n_head', 2, 4)]
     """
-    before, after = flat(_with_optional_parts(stored)), flat(_with_optional_parts(now))
+    before, after = _comparable(stored, now), _comparable(now, stored)
     found = [
         Difference(path, before[path], value, *rule_of(path)[::-1])
         for path, value in after.items()
@@ -79,13 +78,16 @@ def flat(groups: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _with_optional_parts(groups: Mapping[str, Any]) -> dict[str, Any]:
-    """Spell a part that is not there as None, and one that is by its name."""
+def _comparable(groups: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all facts by path; a layer, or an optional part, that is missing is None."""
+    facts = flat(groups)
+    layers = (path for path in flat(others) if path.startswith("model.layer."))
+    missing = dict.fromkeys(path for path in layers if path not in facts)
     data = groups.get("data")
     if not isinstance(data, Mapping):
-        return dict(groups)
-    named = {f"{part}.is": _name_of(data.get(part)) for part in _OPTIONAL}
-    return {**groups, "data": {**data, **named}}
+        return {**facts, **missing}
+    parts = {f"data.{part}.is": _name_of(data.get(part)) for part in _OPTIONAL}
+    return {**facts, **missing, **parts}
 
 
 def _name_of(part: Any) -> Any:
@@ -116,9 +118,7 @@ def _told_once(
 ) -> list[Difference]:
     """Leave out what only says again, less well, what another difference says."""
     paths = {difference.path for difference in found}
-    telling = {path for path in paths if path.startswith("model.")} - {"model.frozen"}
-    if len(telling) > 1:
-        paths.discard("model.structure")
+    paths -= _alike(found)
     unclear = before.get("data.repeatable") is False or after.get("data.repeatable") is False
     if unclear or "data.length" in paths:
         paths.discard("data.records")  # cannot be compared, or other records by necessity
@@ -127,6 +127,16 @@ def _told_once(
     if same_records and "data.records" not in paths and "data.length" not in paths:
         return [_softened(difference) for difference in kept]
     return kept
+
+
+def _alike(found: list[Difference]) -> set[str]:
+    """Return the layers that changed as another one did, or as the configuration tells."""
+    layers = [d for d in found if d.path.startswith("model.layer.")]
+    told = {d.path for d in found if d.path.startswith("model.") and d not in layers}
+    if told - {"model.frozen"}:
+        return {layer.path for layer in layers}
+    first = {(layer.stored, layer.now): layer.path for layer in reversed(layers)}
+    return {layer.path for layer in layers} - set(first.values())
 
 
 def _softened(difference: Difference) -> Difference:

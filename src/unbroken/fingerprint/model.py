@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
-import xxhash
 from torch import nn
 
 from unbroken.capture import named_modules, named_parameters, unwrapped
 from unbroken.fingerprint.plain import Plain, plain_attributes, plain_items
 from unbroken.fingerprint.source import is_users_own, qualified_name, source_digest
 
-_VOLATILE = {"training", "call_super_init", "dump_patches"}
+_OF_EVERY_MODULE = {*vars(nn.Module()), "config"}
 _OWN_TO_A_FILE = {"_name_or_path", "name_or_path", "transformers_version", "torch_dtype", "dtype"}
 
 
@@ -24,10 +24,11 @@ def model_facts(model: nn.Module) -> dict[str, Plain]:
     checked there one by one.
 
     Returns:
-        `class`; `source`: by name of each of the user's own classes in it, a digest of its code;
-        `structure`: a digest of what it prints; `frozen`: the names of the parameters that are
-        not trained; and under their own names the values of its own configuration, if it has
-        one, and the plain values in the user's own modules, such as a number of heads.
+        `class`; `source`: by name of each of the user's own classes in it, a digest of its code
+        but for `__init__`, whose work is seen in the rest; `layer`: by name of each module, its
+        class and what it prints of itself; `frozen`: the names of the parameters that are not
+        trained; and under their own names the values of its own configuration, if it has one,
+        and the values and functions in the user's own modules, such as a number of heads.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1))
@@ -42,7 +43,7 @@ def model_facts(model: nn.Module) -> dict[str, Plain]:
         **_config(model),
         "class": qualified_name(model),
         "source": _sources(model),
-        "structure": _structure(model),
+        "layer": {name: _printed(module) for name, module in named_modules(model) if name},
         "frozen": [*sorted({n for n, p in named_parameters(model) if not p.requires_grad})],
     }
 
@@ -50,7 +51,7 @@ def model_facts(model: nn.Module) -> dict[str, Plain]:
 def _sources(model: nn.Module) -> dict[str, Plain]:
     classes = {type(module) for _, module in named_modules(model)}
     own = sorted((c for c in classes if is_users_own(c)), key=qualified_name)
-    return {qualified_name(one): source_digest(one) for one in own}
+    return {qualified_name(one): source_digest(one, leave_out="__init__") for one in own}
 
 
 def _config(model: nn.Module) -> dict[str, Plain]:
@@ -67,16 +68,26 @@ def _config(model: nn.Module) -> dict[str, Plain]:
 
 
 def _attributes(model: nn.Module) -> dict[str, Plain]:
-    """Return the plain values of modules whose class does not print them itself."""
+    """Return the values of modules whose class does not print them itself."""
     return {
         f"{name}.{key}" if name else key: value
         for name, module in named_modules(model)
         if is_users_own(type(module))
-        for key, value in plain_attributes(module).items()
-        if key not in _VOLATILE
+        for key, value in _values(module).items()
     }
 
 
-def _structure(model: nn.Module) -> str:
-    printed = re.sub(r" at 0x[0-9a-f]+", "", repr(model))  # an address is not the same twice
-    return xxhash.xxh3_128(printed.encode()).hexdigest()
+def _values(module: nn.Module) -> dict[str, Plain]:
+    own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+    functions = {
+        name: source_digest(value) or qualified_name(value)
+        for name, value in own.items()
+        if isinstance(value, FunctionType | BuiltinFunctionType)
+    }
+    return {**plain_items(own), **functions}
+
+
+def _printed(module: nn.Module) -> str:
+    """Return what a module prints of itself, without its parts."""
+    text = re.sub(r" at 0x[0-9a-f]+", "", module.extra_repr())  # an address is not the same twice
+    return f"{type(module).__name__}({text})"

@@ -66,11 +66,12 @@ def callable_facts(thing: Callable[..., Any]) -> dict[str, Plain]:
     }
 
 
-def source_digest(thing: object) -> str | None:
+def source_digest(thing: object, *, leave_out: str | None = None) -> str | None:
     """Return a digest of the code of a class or function, and of what it calls by global names.
 
     Args:
         thing: A class, a function, or an object, whose class counts.
+        leave_out: A method of classes that does not count.
 
     Returns:
         32 hexadecimal digits (xxh3-128), or None where the code is installed or built in.
@@ -80,7 +81,7 @@ def source_digest(thing: object) -> str | None:
         True
     """
     texts: dict[str, str] = {}
-    _gather(_owner(thing), texts)
+    _gather(_owner(thing), texts, leave_out)
     if not texts:
         return None
     joined = "\0".join(f"{name}\0{text}" for name, text in sorted(texts.items()))
@@ -132,19 +133,20 @@ def _unwrapped(thing: Any) -> tuple[Any, dict[str, Plain]]:
             return thing, values
 
 
-def _gather(thing: object, texts: dict[str, str]) -> None:
+def _gather(thing: object, texts: dict[str, str], leave_out: str | None) -> None:
     """Add the code of a thing, of its bases, and of the user's functions that it names."""
     name = qualified_name(thing)
     if name in texts or not is_users_own(thing):
         return
-    texts[name] = _syntax(thing)
+    texts[name] = _syntax(thing, leave_out)
     if isinstance(thing, type):
         for base in thing.__mro__[1:]:
-            _gather(base, texts)
+            _gather(base, texts, leave_out)
     for function in _functions_of(thing):
-        for value in _globals_of(function).values():
-            if isinstance(value, FunctionType | type):
-                _gather(value, texts)
+        if function.__name__ != leave_out:
+            for value in _globals_of(function).values():
+                if isinstance(value, FunctionType | type):
+                    _gather(value, texts, leave_out)
 
 
 def _functions_of(thing: object) -> list[FunctionType]:
@@ -197,15 +199,15 @@ def _content(cell: Any) -> Any:
         return ...
 
 
-def _syntax(thing: Any) -> str:
+def _syntax(thing: Any, leave_out: str | None) -> str:
     """Return the code of a class or function in one spelling, without docstrings and comments."""
     if getattr(thing, "__name__", None) == "<lambda>":
         return _syntax_of_lambda(thing)
     try:
         text = textwrap.dedent(inspect.getsource(thing))
-        return ast.unparse(_without_docstrings(ast.parse(text)))
+        return ast.unparse(_only_what_runs(ast.parse(text), leave_out))
     except (OSError, TypeError, SyntaxError):  # no source: typed at a prompt, or `python -c`
-        return _bytecode(thing)
+        return _bytecode(thing, leave_out)
 
 
 def _syntax_of_lambda(function: FunctionType) -> str:
@@ -220,18 +222,20 @@ def _syntax_of_lambda(function: FunctionType) -> str:
     return "\n".join(found) if found else _bytecode(function)
 
 
-def _without_docstrings(tree: ast.AST) -> ast.AST:
+def _only_what_runs(tree: ast.AST, leave_out: str | None) -> ast.AST:
     for node in ast.walk(tree):
-        body = getattr(node, "body", None)
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             continue
-        if isinstance(body, list) and ast.get_docstring(node, clean=False) is not None:
-            node.body = body[1:] or [ast.Pass()]
+        if ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:]
+        kept = [part for part in node.body if getattr(part, "name", "") != (leave_out or "-")]
+        node.body = kept or [ast.Pass()]
     return tree
 
 
-def _bytecode(thing: object) -> str:
-    codes = (code for function in _functions_of(thing) for code in _nested(function.__code__))
+def _bytecode(thing: object, leave_out: str | None = None) -> str:
+    functions = (f for f in _functions_of(thing) if f.__name__ != leave_out)
+    codes = (code for function in functions for code in _nested(function.__code__))
     parts = [
         (
             code.co_code.hex(),
