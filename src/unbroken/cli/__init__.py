@@ -1,4 +1,4 @@
-"""The command line: `unbroken train | demo | ls | show | verify | diff | doctor`."""
+"""The command line: `unbroken train | demo | check | ls | show | verify | diff | doctor`."""
 
 from __future__ import annotations
 

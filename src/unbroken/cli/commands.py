@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, Suppress, UseAppendAction, arg
 
 from unbroken.errors import ConfigError
 
@@ -101,6 +101,45 @@ class Diff:
 
 
 @dataclass(frozen=True)
+class Check:
+    """Prove whether any training script resumes exactly.
+
+    unbroken check [options] -- python train.py ARGS. The script runs twice without a kill, and
+    once with SIGKILLs, each followed by the resume command. Every optimizer step is compared:
+    data, loss, learning rate, gradients, weights, buffers, optimizer state, random generators.
+    The script is not changed. Exit status: 0 exact, 1 not exact, 2 could not tell.
+    """
+
+    steps: int | None = None
+    """End each run after so many optimizer steps; None: let the script come to its end."""
+    kills: int = 2
+    """How many kills, at random steps."""
+    at: str | None = None
+    """The steps after which to kill, instead of random ones: 7 or 7,12."""
+    seed: int = 0
+    """Where the random steps come from."""
+    resume_command: str | None = None
+    """The command that continues a killed run; None: the same command."""
+    clean: UseAppendAction[tuple[str, ...]] = ()
+    """What the script leaves in the current folder, to be removed before each run."""
+    timeout: float = 3600.0
+    """Seconds after which a start of the script is given up."""
+    digests: Literal["auto", "full", "sampled"] = "auto"
+    """Compare every byte, or blocks of large tensors; auto: blocks from 1 GiB of parameters on."""
+    keep: str | None = None
+    """Keep recordings and outputs in this new folder."""
+    as_json: Json = False
+    """Print JSON instead of the story."""
+    command: Suppress[tuple[str, ...]] = ()
+
+    def run(self) -> int:
+        """Print the verdict; return the exit status."""
+        from unbroken.cli.checking import print_check, question_of
+
+        return print_check(question_of(self), as_json=self.as_json)
+
+
+@dataclass(frozen=True)
 class Demo:
     """Kill a training run again and again, and show that it equals one that was not killed.
 
@@ -168,6 +207,7 @@ MIN_DEMO_STEPS = 12
 COMMANDS = {
     "train": Train,
     "demo": Demo,
+    "check": Check,
     "ls": Ls,
     "show": Show,
     "verify": Verify,

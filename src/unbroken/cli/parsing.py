@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import tyro
 
-from unbroken.cli.commands import COMMANDS, Demo, Diff, Doctor, Ls, Show, Verify
+from unbroken.cli.commands import COMMANDS, Check, Demo, Diff, Doctor, Ls, Show, Verify
 
 _DESCRIPTION = (
     "A PyTorch training run that is killed at any moment and started again is the same run, "
@@ -15,7 +16,7 @@ _DESCRIPTION = (
 )
 
 
-def parse_command(given: Sequence[str]) -> Demo | Diff | Doctor | Ls | Show | Verify:
+def parse_command(given: Sequence[str]) -> Check | Demo | Diff | Doctor | Ls | Show | Verify:
     """Return the command that the words ask for.
 
     Raises:
@@ -26,9 +27,20 @@ def parse_command(given: Sequence[str]) -> Demo | Diff | Doctor | Ls | Show | Ve
         10
     """
     classes = cast("dict[str, Any]", COMMANDS)
-    return cast(
-        "Demo | Diff | Doctor | Ls | Show | Verify",
+    own, command = _before_and_after_dashes(given)
+    found = cast(
+        "Check | Demo | Diff | Doctor | Ls | Show | Verify",
         tyro.extras.subcommand_cli_from_dict(
-            classes, prog="unbroken", description=_DESCRIPTION, args=list(given)
+            classes, prog="unbroken", description=_DESCRIPTION, args=own
         ),
     )
+    return replace(found, command=tuple(command)) if isinstance(found, Check) else found
+
+
+def _before_and_after_dashes(given: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return our own words, and those of the command that `check` is to run."""
+    words = list(given)
+    if words[:1] != ["check"] or "--" not in words:
+        return words, []
+    dashes = words.index("--")
+    return words[:dashes], words[dashes + 1 :]
