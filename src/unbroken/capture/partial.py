@@ -12,7 +12,7 @@ from unbroken.capture.encode import encode
 from unbroken.capture.leaves import TensorLeaf
 from unbroken.capture.objects import capture
 from unbroken.capture.tree import Captured, types_in
-from unbroken.errors import ConfigError
+from unbroken.errors import ConfigError, StateMismatchError
 
 _GONE = object()
 
@@ -65,6 +65,7 @@ def keep_skipped(
 
     Raises:
         ConfigError: A pattern fits nothing.
+        StateMismatchError: A pattern fits only one of several tied tensors.
 
     Example:
         >>> import torch
@@ -119,7 +120,10 @@ class _Blender:
             return stored
         names_in, blend = _PARTS[live.kind]
         names = sorted(names_in(stored) | names_in(live))
-        return blend(stored, live, {n for n in names if self._skips(path, n, live.kind)})
+        chosen = {name for name in names if self._skips(path, name, live.kind)}
+        if live.kind == "module":
+            _refuse_half_of_a_tie(live, chosen, path)
+        return blend(stored, live, chosen)
 
     def _skips(self, path: str, leaf: str | None, kind: str = "") -> bool:
         used = [p for p in self._skip.patterns if _fits(p, path, leaf)]
@@ -138,6 +142,19 @@ def _fits(pattern: str, path: str, leaf: str | None) -> bool:
 
 def _join(path: str, key: object) -> str:
     return f"{path}.{key}" if path else str(key)
+
+
+def _refuse_half_of_a_tie(module: Captured, names: set[str], path: str) -> None:
+    """One memory cannot be loaded under one of its names and kept under another."""
+    leaves = {name: tensor.path for name, tensor in module.state.items()}
+    kept = {leaves[name] for name in names if name in leaves}
+    tied = sorted(name for name, leaf in leaves.items() if leaf in kept and name not in names)
+    if tied:
+        raise StateMismatchError(
+            f"{path}: {', '.join(tied)}",
+            "is tied to a tensor that skip names",
+            hint="let skip name all tensors that are tied, or none of them",
+        )
 
 
 def _blend_module(stored: Captured, live: Captured, names: set[str]) -> Captured:

@@ -88,17 +88,20 @@ class Halving:
         start.put_back(self._trainer)  # after the error is gone, and with it what it held
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self.use(self._trainer.config.per_forward // 2)
+        self._halve()
         return None
 
     def use(self, size: int) -> None:
-        """Cut batches into micro-batches of this size from here on, and tell it."""
+        """Cut batches into micro-batches of this size from here on."""
         trainer = self._trainer
-        before = trainer.config.per_forward
-        if size == before or not isinstance(trainer.source, MapSource):
-            return
-        trainer.config = trainer.config.replace(micro_batch_size=size)
-        trainer.source.split_into(size)
+        if size != trainer.config.per_forward and isinstance(trainer.source, MapSource):
+            trainer.config = trainer.config.replace(micro_batch_size=size)
+            trainer.source.split_into(size)
+
+    def _halve(self) -> None:
+        trainer = self._trainer
+        before, size = trainer.config.per_forward, trainer.config.per_forward // 2
+        self.use(size)
         verdict, effect = rules_for(trainer.config, trainer.model)["micro_batch_size"]
         difference = Difference("micro_batch_size", before, size, effect, verdict)
         report = trainer.resume_report
