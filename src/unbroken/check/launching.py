@@ -108,17 +108,22 @@ def _wait(process: subprocess.Popen[bytes], timeout: float) -> bool:
 def _end_all(process: subprocess.Popen[bytes], plan: Path | None, grace: float) -> None:
     """SIGKILL what is left of a launch; ranks may first come to their own end."""
     until = time.monotonic() + grace
-    while plan is not None and _left(plan, b"RANK=") and time.monotonic() < until:
+    while plan is not None and processes_of(plan, b"RANK=") and time.monotonic() < until:
         time.sleep(0.02)
-    left = _left(plan) if plan is not None else []
+    left = processes_of(plan) if plan is not None else []
     for pid in (process.pid, *left):
         with suppress(ProcessLookupError):
             if pid != process.pid or process.poll() is None:
                 os.kill(pid, signal.SIGKILL)
 
 
-def _left(plan: Path, having: bytes = b"") -> list[int]:
-    """Return the living processes of a launch: those whose environment names its plan."""
+def processes_of(plan: Path, having: bytes = b"") -> list[int]:
+    """Return the living processes of a launch: those whose environment names its plan.
+
+    Args:
+        plan: The path of the plan.
+        having: Only those that have a variable that begins so.
+    """
     mark = f"{_PLAN}={plan}".encode()
     found = []
     for folder in Path("/proc").glob("[0-9]*"):

@@ -64,6 +64,7 @@ class Watch:
         self._behind = 0  # steps of the run before this process
         self._before: dict[str, Any] = {}
         self._is_blind = False
+        self._is_idle = False  # the step in hand moves nothing
         self._spent = 0.0
         self._forget()
 
@@ -166,8 +167,9 @@ class Watch:
             self._stepping.pop()
         if self._stepping:
             return  # a step inside another optimizer's step
-        if self._makes_no_step(optimizer):
-            self._optimizers.pop(optimizer, None)
+        self._is_idle = False
+        self._look(self._note_whether_idle, optimizer)
+        if self._is_idle:
             return
         self._step += 1
         self._look(self._note_step, optimizer)
@@ -178,11 +180,13 @@ class Watch:
         if step == self._plan.stop_after:
             stop_now()
 
-    def _makes_no_step(self, optimizer: Optimizer) -> bool:
-        """Return whether the call only makes the optimizer's state, as DCP does before a load."""
+    def _note_whether_idle(self, optimizer: Optimizer) -> None:
+        """A first step without a loss and at rate 0 only makes the state, as DCP's loading does."""
         is_first = "before" in self._before
-        rates = [float(group.get("lr", 1.0)) for group in optimizer.param_groups]
-        return is_first and not self._losses and not any(rates)
+        if is_first and not self._losses and not any(learning_rates_of(optimizer)):
+            self._is_idle = True
+            self._before = {}
+            self._optimizers.pop(optimizer)
 
     def _note_state_before(self, optimizer: Optimizer) -> None:
         if optimizer in self._optimizers:
