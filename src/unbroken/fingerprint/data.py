@@ -16,7 +16,12 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from unbroken.data import KeyedRandom, Permutation, derive_key
 from unbroken.fingerprint.plain import Plain, plain_attributes
 from unbroken.fingerprint.records import record_digest
-from unbroken.fingerprint.source import callable_facts, qualified_name, source_digest
+from unbroken.fingerprint.source import (
+    callable_facts,
+    is_users_own,
+    qualified_name,
+    source_digest,
+)
 
 _RECORDS = 16
 _SECONDS = 0.02
@@ -164,8 +169,15 @@ def _own_copy(value: Any) -> Any:
         return copy.deepcopy(value)
     if isinstance(value, torch.Generator):
         return value.clone_state()
-    if isinstance(value, Dataset):
+    if _is_data_set(value):
         return _copied(value)
-    if isinstance(value, list) and value and isinstance(value[0], Dataset):
+    if isinstance(value, list | tuple) and value and _is_data_set(value[0]):
         return [_copied(part) for part in value]
     return value
+
+
+def _is_data_set(value: Any) -> bool:
+    if isinstance(value, Dataset):
+        return True
+    has_records = hasattr(value, "__getitem__") and hasattr(value, "__len__")
+    return has_records and is_users_own(type(value))

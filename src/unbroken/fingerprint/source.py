@@ -54,11 +54,13 @@ def callable_facts(thing: Callable[..., Any]) -> dict[str, Plain]:
         >>> callable_facts(schedule(10))["values"]
         {'warmup': 10}
     """
-    function, values = _unwrapped(thing)
+    function, given = _unwrapped(thing)
+    values: dict[str, Plain] = {}
     for part in _functions_of(function):
         values |= _values_of(part)
     if not isinstance(function, type | FunctionType):
         values |= plain_attributes(function)
+    values |= given
     return {
         "name": qualified_name(function),
         "source": source_digest(function),

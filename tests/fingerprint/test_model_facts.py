@@ -1,0 +1,61 @@
+"""Fingerprints of models and optimizers, as they were built."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from unbroken.fingerprint import model_facts, optimizer_facts, scheduler_facts
+
+
+class Heads(nn.Module):
+    def __init__(self, n_head: int = 2, act=torch.relu, swapped: bool = False) -> None:
+        super().__init__()
+        self.n_head, self.act = n_head, act
+        for name in ("b", "a") if swapped else ("a", "b"):
+            self.add_module(name, nn.Linear(4, 4))
+
+    def forward(self, x):
+        return self.act(self.b(self.a(x)))
+
+
+def test_numbers_and_functions_in_a_module_count_and_the_order_of_its_parts_does_not():
+    assert model_facts(Heads())["n_head"] == 2
+    assert model_facts(Heads(act=torch.tanh)) != model_facts(Heads())
+    assert model_facts(Heads(swapped=True)) == model_facts(Heads())
+
+
+def test_the_configuration_of_a_gpt2_counts_key_by_key():
+    config = GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16, n_positions=8)
+    facts = model_facts(GPT2LMHeadModel(config))
+    assert (facts["n_head"], facts["resid_pdrop"]) == (2, 0.1)
+    assert facts["layer"]["transformer.h.0.mlp.dropout"] == "Dropout(p=0.1, inplace=False)"
+
+
+def test_facts_draw_from_no_generator():
+    model = Heads()
+    states = [random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()]
+    optimizer = torch.optim.AdamW(model.parameters())
+    model_facts(model), optimizer_facts(optimizer)
+    after = [random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()]
+    assert after == states
+
+
+def test_hyperparameters_are_those_before_a_schedule_moved_them():
+    optimizer = torch.optim.SGD(Heads().parameters(), lr=0.5, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.1)
+    facts = optimizer_facts(optimizer)
+    assert (facts["lr"], facts["momentum"], optimizer.param_groups[0]["lr"]) == (0.5, 0.9, 0.05)
+    assert "lr" not in scheduler_facts(scheduler)
+
+
+def test_schedules_inside_a_schedule_count():
+    optimizer = torch.optim.SGD(Heads().parameters(), lr=1.0)
+    parts = [torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=g) for g in (0.5, 0.1)]
+    whole = torch.optim.lr_scheduler.SequentialLR(optimizer, parts, milestones=[3])
+    facts = scheduler_facts(whole)
+    assert [facts[f"schedulers.{i}"]["gamma"] for i in (0, 1)] == [0.5, 0.1]
