@@ -97,6 +97,8 @@ def is_users_own(thing: object) -> bool:
         >>> is_users_own(ast.AST), is_users_own(list)
         (False, False)
     """
+    if str(getattr(thing, "__module__", "")).partition(".")[0] == "unbroken":
+        return False  # its version tells, though it may be installed from its sources
     code = getattr(thing, "__code__", None)
     path = code.co_filename if isinstance(code, CodeType) else _file_of_class(thing)
     if path is None or path.startswith("<frozen"):
