@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from unbroken.checkpoint import EXIT_STOPPED as EXIT_STOPPED
     from unbroken.checkpoint import Checkpointer as Checkpointer
+    from unbroken.checkpoint import Difference as Difference
+    from unbroken.checkpoint import Policy as Policy
     from unbroken.checkpoint import ResumeReport as ResumeReport
     from unbroken.checkpoint import TrainingStopped as TrainingStopped
     from unbroken.data import TokenDataset as TokenDataset
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from unbroken.errors import ConfigError as ConfigError
     from unbroken.errors import CorruptCheckpointError as CorruptCheckpointError
     from unbroken.errors import DataError as DataError
+    from unbroken.errors import DeviceMemoryError as DeviceMemoryError
     from unbroken.errors import DifferenceError as DifferenceError
     from unbroken.errors import LockHeldError as LockHeldError
     from unbroken.errors import NewerFormatError as NewerFormatError
@@ -45,7 +48,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "unbroken.checkpoint": ("EXIT_STOPPED", "Checkpointer", "ResumeReport", "TrainingStopped"),
+    "unbroken.checkpoint": (
+        "EXIT_STOPPED",
+        "Checkpointer",
+        "Difference",
+        "Policy",
+        "ResumeReport",
+        "TrainingStopped",
+    ),
     "unbroken.data": ("TokenDataset", "batch_source"),
     "unbroken.errors": (
         "CaptureError",
@@ -54,6 +64,7 @@ _HOMES = {
         "ConfigError",
         "CorruptCheckpointError",
         "DataError",
+        "DeviceMemoryError",
         "DifferenceError",
         "LockHeldError",
         "NewerFormatError",

@@ -137,7 +137,10 @@ def _marks(story: Story, reader: CheckpointReader) -> dict[str, bool]:
 def _print_facts(console: Console, title: str, facts: Json) -> None:
     if isinstance(facts, Mapping) and facts:
         console.print(f"\n{title}", style="bold")
-        print_table(console, make_facts({name: value_text(value) for name, value in facts.items()}))
+        known = {name: value for name, value in facts.items() if value is not None}
+        unset = {} if title == "environment" else facts  # of many variables few are ever set
+        texts = {name: value_text(value) for name, value in {**unset, **known}.items()}
+        print_table(console, make_facts(texts))
 
 
 def _print_files(console: Console, manifest: Manifest) -> None:
