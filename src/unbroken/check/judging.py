@@ -72,8 +72,6 @@ def judge_resumed(reference: Reference, resumed: Ranks, kill: Kill, *, is_whole:
         is_whole: Whether it was left to run to its end.
 
     Example:
-        >>> from unbroken.check.data_stream import epoch_starts
-    from unbroken.check.recording import Recording
         >>> judge_resumed(Reference({}, {}), {}, Kill(1, True), is_whole=True).culprit
         <Culprit.NOT_RECORDED: 'not-recorded'>
     """

@@ -19,6 +19,7 @@ from unbroken.errors import ConfigError
 _ENTRY = Path(__file__).parent / "entry"
 _PLAN = "UNBROKEN_CHECK_PLAN"
 _GRACE_SECONDS = 5.0  # for the other ranks to come to the same step
+_POLL_SECONDS = 0.02
 _TAIL = 15
 
 
@@ -75,7 +76,7 @@ def launch(words: Sequence[str], place: Place, records: Path, plan: Plan, timeou
             )
         except OSError as error:
             raise ConfigError(words[0], f"cannot be started: {error.strerror}") from error
-        is_timed_out = not _wait(process, timeout)
+        is_timed_out = not _wait(process, plan_path, timeout)
         _end_all(process, plan_path, grace=0.0 if is_timed_out else _GRACE_SECONDS)
     tail = log.read_text(errors="replace").splitlines()[-_TAIL:]
     seconds = time.monotonic() - began
@@ -93,28 +94,30 @@ def _environment(place: Place, plan: Path) -> dict[str, str]:
     }
 
 
-def _wait(process: subprocess.Popen[bytes], timeout: float) -> bool:
+def _wait(process: subprocess.Popen[bytes], plan: Path, timeout: float) -> bool:
     """Return whether the process ended in time; end all of it if we are interrupted."""
     try:
         process.wait(timeout)
     except subprocess.TimeoutExpired:
         return False
     except BaseException:
-        _end_all(process, None, grace=0.0)
+        _end_all(process, plan, grace=0.0)
         raise
     return True
 
 
-def _end_all(process: subprocess.Popen[bytes], plan: Path | None, grace: float) -> None:
-    """SIGKILL what is left of a launch; ranks may first come to their own end."""
+def _end_all(process: subprocess.Popen[bytes], plan: Path, grace: float) -> None:
+    """SIGKILL what is left of a launch and see it gone; ranks may first come to their own end."""
     until = time.monotonic() + grace
-    while plan is not None and processes_of(plan, b"RANK=") and time.monotonic() < until:
-        time.sleep(0.02)
-    left = processes_of(plan) if plan is not None else []
-    for pid in (process.pid, *left):
-        with suppress(ProcessLookupError):
-            if pid != process.pid or process.poll() is None:
+    while processes_of(plan, b"RANK=") and time.monotonic() < until:
+        time.sleep(_POLL_SECONDS)
+    if process.poll() is None:
+        process.kill()
+    while left := processes_of(plan):
+        for pid in left:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        time.sleep(_POLL_SECONDS)
 
 
 def processes_of(plan: Path, having: bytes = b"") -> list[int]:

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from unbroken.testing.faulty import PowerCut as PowerCut
     from unbroken.testing.faulty import PowerCutMode as PowerCutMode
     from unbroken.testing.killing import KillingStorage as KillingStorage
+    from unbroken.testing.loaders import (
+        assert_loader_resumes_at_every_step as assert_loader_resumes_at_every_step,
+    )
+    from unbroken.testing.resuming import assert_resumes_exactly as assert_resumes_exactly
     from unbroken.testing.shared_storage_contract import (
         SharedStorageContract as SharedStorageContract,
     )
@@ -24,6 +28,8 @@ _HOME = {
     "PowerCutMode": "faulty",
     "SharedStorageContract": "shared_storage_contract",
     "StorageContract": "storage_contract",
+    "assert_loader_resumes_at_every_step": "loaders",
+    "assert_resumes_exactly": "resuming",
 }
 
 __all__ = [
@@ -34,6 +40,8 @@ __all__ = [
     "PowerCutMode",
     "SharedStorageContract",
     "StorageContract",
+    "assert_loader_resumes_at_every_step",
+    "assert_resumes_exactly",
 ]
 
 
