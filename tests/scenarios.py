@@ -6,11 +6,11 @@ it: as fresh as a new interpreter for all that training can see, at a hundredth 
 
 from __future__ import annotations
 
-import copy
 import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from unbroken.checkpoint import ResumeReport, resuming
+from leaving_out import leave_out
 from unbroken.storage import LocalStorage
 from unbroken.store import CheckpointReader
 from unbroken.testing import KillingStorage
@@ -49,18 +49,28 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Cut:
-    """Where a run is killed: in a step, or inside the save after it."""
+    """Where a run is killed: in a step, or at a durable step of the save after it."""
 
     step: int
     save_steps: int
     storage_step: int | None = None
 
+    @property
+    def checkpoint(self) -> int:
+        """The step of the newest checkpoint that the killed run leaves."""
+        return (self.step - 1) // self.save_steps * self.save_steps
+
+    @property
+    def logged(self) -> int:
+        """The last step of which the killed run leaves a line of metrics."""
+        return self.step - 1 if self.storage_step is None else self.step
+
 
 CUTS = {
     "first step": Cut(step=1, save_steps=5),
-    "mid-epoch": Cut(step=4, save_steps=3),
+    "mid-epoch": Cut(step=5, save_steps=3),
     "epoch edge": Cut(step=6, save_steps=5),
-    "second epoch": Cut(step=9, save_steps=4),
+    "second epoch": Cut(step=10, save_steps=4),
     "last step": Cut(step=15, save_steps=7),
     "inside a save": Cut(step=6, save_steps=3, storage_step=12),
 }
@@ -184,7 +194,11 @@ def make_trainer(scenario: Scenario, folder: str, cut: Cut | None, save_steps: i
 
 
 def train(
-    scenario: Scenario, folder: str, cut: Cut | None, save_steps: int, left_out: str | None
+    scenario: Scenario,
+    folder: str,
+    save_steps: int,
+    cut: Cut | None = None,
+    left_out: str | None = None,
 ) -> None:
     """Train in this process; `left_out` names a part of the state that a resume leaves out."""
     torch.set_num_threads(1)
@@ -193,43 +207,6 @@ def train(
     if left_out is not None:
         leave_out(trainer, left_out)
     trainer.train()
-
-
-def leave_out(trainer: Trainer, part: str) -> None:
-    """Make a resume forget one part: it has the value of a new process again."""
-    if part == "random generators":
-        trainer._randomness._scope = Unkeyed()
-        resuming.restore_rng = lambda tree: None
-        return
-    if part == "keys of the samples":
-        trainer.source._batches._deterministic = True
-        trainer.source._batches._nothing_random = False
-        return
-    owner = trainer.model if part == "buffers" else trainer.checkpointer.objects[part]
-    fresh = copy.deepcopy(owner.state_dict())
-    if part == "buffers":
-        fresh = {name: fresh[name] for name, _ in owner.named_buffers()}
-    load = trainer.checkpointer.resume
-
-    def resume(which: object) -> ResumeReport:
-        report = load(which)
-        owner.load_state_dict(fresh, **({"strict": False} if part == "buffers" else {}))
-        return report
-
-    trainer.checkpointer.resume = resume
-
-
-class Unkeyed:
-    """The ambient generators, as a trainer without keyed randomness would use them."""
-
-    def seed(self, key: int) -> None:
-        pass
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error: object) -> None:
-        pass
 
 
 def run_fresh(function, *arguments) -> int:
@@ -241,11 +218,15 @@ def run_fresh(function, *arguments) -> int:
 
 
 def outcome(folder: Path, step: int = STEPS) -> dict:
-    """Return what a finished run left: all tensors, all other state, every line of metrics."""
+    """Return what a finished run left: all tensors, all other state, every line of metrics.
+
+    Without the measured times alone.
+    """
     reader = CheckpointReader(LocalStorage(folder), f"checkpoint-{step}")
     tensors = {path: region.digest for path, (_, region) in reader.manifest.tensors.items()}
     state = json.loads(reader.read_file("state.json"))
-    del state["statistics"]  # holds measured times; what it counts is in the metrics
+    for measured in ("seconds", "logged_seconds"):
+        del state["statistics"]["state"][measured]
     return {"tensors": tensors, "state": state, "metrics": metrics(folder)}
 
 
@@ -258,15 +239,38 @@ def metrics(folder: Path) -> list[dict]:
     ]
 
 
-def uninterrupted(scenario: Scenario, folder: Path, save_steps: int) -> dict:
-    assert run_fresh(train, scenario, str(folder), None, save_steps, None) == 0
-    return outcome(folder)
+def uninterrupted(scenario: Scenario, folder: Path) -> dict:
+    """Return what the run ends with that nobody touched; it is one and the same for all cuts.
+
+    It saves at its beginning and its end alone. Runs that are cut save more often, each at a
+    cadence of its own, and are compared with all that this one leaves: so the comparison shows
+    as well that nothing in the state depends on how often it is saved.
+    """
+    assert run_fresh(train, scenario, str(folder / "whole"), STEPS) == 0
+    return outcome(folder / "whole")
 
 
-def killed_and_resumed(
-    scenario: Scenario, folder: Path, cut: Cut, left_out: str | None = None
-) -> dict:
-    killed = run_fresh(train, scenario, str(folder), cut, cut.save_steps, left_out)
-    assert killed == -signal.SIGKILL
-    assert run_fresh(train, scenario, str(folder), None, cut.save_steps, left_out) == 0
-    return outcome(folder)
+@dataclass(frozen=True)
+class KilledRun:
+    """A run as a kill left it; it may be resumed again and again, each time by the same command."""
+
+    scenario: Scenario
+    cut: Cut
+    folder: Path
+
+    def resumed(self, left_out: str | None = None) -> dict:
+        """Resume it, in a fresh process, and return what it ends with."""
+        shutil.rmtree(self.folder / "run", ignore_errors=True)
+        run = shutil.copytree(self.folder / "killed", self.folder / "run")
+        arguments = (self.scenario, str(run), self.cut.save_steps, None, left_out)
+        assert run_fresh(train, *arguments) == 0
+        return outcome(run)
+
+
+def killed(scenario: Scenario, cut: Cut, folder: Path) -> KilledRun:
+    """Train in a fresh process, until it is killed where the cut says."""
+    run = folder / "run"
+    assert run_fresh(train, scenario, str(run), cut.save_steps, cut) == -signal.SIGKILL
+    assert max(int(path.name.split("-")[1]) for path in run.glob("checkpoint-*")) == cut.checkpoint
+    run.rename(folder / "killed")
+    return KilledRun(scenario, cut, folder)
