@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SAMPLE_FROM = 256 * 1024
-BLOCKS = 16
+BLOCKS = 8
 BLOCK = 4096
 
 
@@ -61,7 +61,7 @@ class TensorDigester:
     """Turns tensors into digests.
 
     Args:
-        sampled: Read of each tensor of more than 256 KiB only 16 blocks of 4 KiB, evenly spread,
+        sampled: Read of each tensor of more than 256 KiB only 8 blocks of 4 KiB, evenly spread,
             the same ones each time; of smaller ones every byte.
 
     Example:
@@ -75,13 +75,23 @@ class TensorDigester:
 
     def of(self, tensor: Tensor) -> bytes:
         """Return the digest of a tensor's elements in logical order, as 8 bytes."""
+        if not (type(tensor) in _PLAIN and tensor.layout == torch.strided and tensor.is_cpu):
+            return self._of_unusual(tensor)
+        if self.sampled and tensor.nbytes > SAMPLE_FROM:
+            tensor = _sample(tensor)
+        return _hash_memory(tensor)
+
+    def _of_unusual(self, tensor: Tensor) -> bytes:
+        """Return the digest of a tensor that is not simply memory of this process."""
         here = _local(tensor)
         if here.is_sparse:
             here = here.coalesce()
             return hash_of(self.of(here.indices()) + self.of(here.values()))
-        if self.sampled and here.numel() * here.element_size() > SAMPLE_FROM:
+        if here.device.type == "meta":
+            return hash_of(str(tuple(here.shape)).encode())
+        if self.sampled and here.nbytes > SAMPLE_FROM:
             here = _sample(here)
-        return _hash_memory(here)
+        return _hash_memory(here.cpu())
 
     def of_all(self, tensors: Iterable[Tensor | None]) -> GroupDigest:
         """Return the digest of tensors in their order; None has a digest of its own."""
@@ -90,6 +100,7 @@ class TensorDigester:
 
 
 _ABSENT = b"absent.."
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -97,20 +108,20 @@ def _local(tensor: Tensor) -> Tensor:
     here = tensor.detach()
     if hasattr(here, "to_local"):
         here = here.to_local()
-    return here.resolve_conj() if here.is_complex() else here
+    return here
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    raw = tensor.contiguous().view(-1).view(torch.uint8)
+    raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
     stride = (raw.numel() - BLOCK) // (BLOCKS - 1)
     return raw.as_strided((BLOCKS, BLOCK), (stride, 1))
 
 
 def _hash_memory(tensor: Tensor) -> bytes:
-    if tensor.device.type == "meta":
-        return hash_of(str(tuple(tensor.shape)).encode())
-    here = tensor.cpu().contiguous()
-    nbytes = here.numel() * here.element_size()
+    if tensor.is_complex():
+        tensor = tensor.resolve_conj()
+    here = tensor.contiguous()
+    nbytes = here.nbytes
     if nbytes == 0:
         return hash_of(b"")
     return hash_of((ctypes.c_char * nbytes).from_address(here.data_ptr()))
