@@ -14,3 +14,6 @@ settings.load_profile("unbroken")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Scripts of users that tests edit and start; they are no modules of tests.
+collect_ignore_glob = ["*/scripts/*"]

@@ -156,5 +156,5 @@ def test_another_number_of_threads_is_told_as_equivalent(run):
 def test_another_dropout_in_the_code_is_noticed_by_what_the_model_prints(run):
     model = small_model()
     model[1].p = 0.3
-    with pytest.raises(DifferenceError, match=r"model\.structure"):
+    with pytest.raises(DifferenceError, match=r"model\.layer\.1: stored Dropout\(p=0\.2"):
         small_trainer(run, model=model, max_steps=8, weight_decay=0.1).train()
