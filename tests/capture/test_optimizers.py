@@ -111,6 +111,13 @@ def test_state_follows_the_name_when_the_order_of_parameters_changes(order):
         assert account(next(moments)) == account(next(moments))
 
 
+def test_parameters_come_back_in_their_stored_order_in_which_norms_are_summed():
+    net = model(1)
+    optimizer = optim.AdamW(list(net.parameters())[::-1])
+    carry(trained(optim.AdamW), {"model": net, "optimizer": optimizer})
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [*map(id, net.parameters())]
+
+
 def test_stock_pytorch_would_have_given_the_moments_to_others():
     source, net = trained(optim.AdamW), model(1)
     weights = [net[0].weight, net[1].weight]

@@ -130,6 +130,7 @@ def restore_optimizer(optimizer: Optimizer, stored: Captured, names: ParameterNa
         saved = _take_group(saved_groups, _live_names(group, names), names)
         _restore_options(group, saved)
         by_name = {_name_here(name, names): name for name in saved["params"]}
+        _put_in_order(group["params"], list(by_name), names)
         for parameter in group["params"]:
             name = by_name[names.of(parameter) or ""]
             if name in stored.state["state"]:
@@ -137,6 +138,12 @@ def restore_optimizer(optimizer: Optimizer, stored: Captured, names: ParameterNa
                 loader = _StateLoader(parameter, was, _step_on_device(group), blocks)
                 optimizer.state[parameter] = loader(stored.state["state"][name])
     optimizer.state.update(load_tensors(stored.facts.get("shared", {})))
+
+
+def _put_in_order(parameters: list[Any], stored: list[str], names: ParameterNames) -> None:
+    """Bring parameters into their stored order: norms of gradients are summed in it."""
+    place = {name: position for position, name in enumerate(stored)}
+    parameters.sort(key=lambda parameter: place[names.of(parameter) or ""])
 
 
 def _take_group(saved: list[Any], live: set[str], names: ParameterNames) -> dict[str, Any]:
