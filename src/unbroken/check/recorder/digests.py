@@ -114,7 +114,7 @@ def _local(tensor: Tensor) -> Tensor:
 def _sample(tensor: Tensor) -> Tensor:
     raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
     stride = (raw.numel() - BLOCK) // (BLOCKS - 1)
-    return raw.as_strided((BLOCKS, BLOCK), (stride, 1))
+    return torch.cat((raw.as_strided((BLOCKS - 1, BLOCK), (stride, 1)).flatten(), raw[-BLOCK:]))
 
 
 def _hash_memory(tensor: Tensor) -> bytes:
