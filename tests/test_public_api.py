@@ -10,6 +10,7 @@ from importlib.resources import files
 import pytest
 
 import unbroken
+from unbroken.testing import assert_loader_resumes_at_every_step, assert_resumes_exactly
 
 NAMES = [
     "Callback",
@@ -61,6 +62,9 @@ PARAMETERS = {
     unbroken.Checkpointer.is_due: "self step",
     unbroken.Checkpointer.log: "self record",
     unbroken.Checkpointer.close: "self",
+    assert_resumes_exactly: "command arguments resume_command at kills steps seed timeout folder "
+    "clean",
+    assert_loader_resumes_at_every_step: "make_loader steps",
 }
 
 
