@@ -131,15 +131,10 @@ def refuse_unnamed(
     unnamed = [d for d in found if d.verdict in needs_name and not is_named(d.path, allowed)]
     if not refused and not unnamed:
         return
-    error = DifferenceError(
-        where,
-        _sentence((refused or unnamed)[0]),
-        hint=_way_out(refused, [d.path for d in unnamed], exact_resume),
-        differences=found,
-    )
-    for other in [*refused, *unnamed][1:]:
-        error.add_note(f"also {_sentence(other)}")
-    raise error
+    first, *others = map(_sentence, [*refused, *unnamed])
+    way_out = _way_out(refused, [d.path for d in unnamed], exact_resume)
+    hint = "\n".join([*(f"also {other}" for other in others), way_out])
+    raise DifferenceError(where, first, hint=hint, differences=found)
 
 
 def is_named(path: str, names: Collection[str]) -> bool:
