@@ -66,6 +66,15 @@ CASES = {
         *("titan_like.py", 9, "", "excludes the optimizer"),
         broken(Culprit.OPTIMIZER),
     ),
+    "as nanoGPT does, with the generator restored": ("random_crops.py", 6, "", "", EXACT),
+    "as nanoGPT does": (
+        *("random_crops.py", 6, "seeds at each start", ""),
+        broken(Culprit.SEED_RESET),
+    ),
+    "as nanoGPT does, seeds only at the first start": (
+        *("random_crops.py", 6, "", "seeds only at the first start"),
+        broken(Culprit.GENERATORS),
+    ),
     "ours": ("ours.py", 7, "", "", EXACT),
     "ours, told never to resume": (
         *("ours.py", 7, "", "never resumes"),

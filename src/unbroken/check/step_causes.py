@@ -67,7 +67,13 @@ def explain(scenery: Scenery) -> Verdict:
 
 
 def _data(scenery: Scenery) -> Verdict:
-    return explain_data(scenery.reference, scenery.resumed, scenery.start, scenery.difference.index)
+    index = scenery.difference.index
+    found = explain_data(scenery.reference, scenery.resumed, scenery.start, index)
+    has_loaders = any(step.fetched for step in scenery.resumed.steps)
+    if has_loaders or "generators" not in scenery.difference.parts:
+        return found
+    culprit, why = _which_generators(scenery)  # batches that no loader gave are drawn at random
+    return not_exact(culprit, f"data: other batches; {why}", found.words, *found.evidence)
 
 
 def _learning_rate(scenery: Scenery) -> Verdict:
