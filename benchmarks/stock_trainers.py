@@ -82,6 +82,8 @@ def row(what: str, found: dict) -> str:
     sign = "yes" if found["status"] == Status.EXACT else "**no**"
     culprit = "" if found["status"] == Status.EXACT else f"`{found['culprit']}`: "
     words = found["words"].partition(" in every bit")[0]
+    if found["status"] == Status.EXACT and found["evidence"]:
+        words += f" ({found['evidence'][0].partition(':')[0]})"
     return f"| {what} | {found['after']} | {sign} | {culprit}{words} |"
 
 
