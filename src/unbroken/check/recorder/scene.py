@@ -39,6 +39,8 @@ class Scene:
         self._trained = {id(parameter) for one in optimizers for parameter in parameters_of(one)}
         modules = _roots([one for one in found if isinstance(one, nn.Module)])
         self._modules = [weakref.ref(module) for module in modules]
+        self._moving = [weakref.ref(one) for one in modules if any(self._moves(one))]
+        self._idle = [weakref.ref(one) for one in modules if not all(self._moves(one))]
         self._scalers = [weakref.ref(one) for one in found if isinstance(one, GradScaler)]
         self._schedulers = [weakref.ref(one) for one in found if isinstance(one, LRScheduler)]
         self._mirrors = _mirrors(found, self._known_memory(optimizers), _shapes(optimizers))
@@ -70,28 +72,29 @@ class Scene:
 
     def others(self, digester: TensorDigester) -> list[list[str]]:
         """Return label and digest of all that no optimizer moves and that looks like weights."""
-        found = [self._other(module, digester) for module in self._live(self._modules)]
+        found = [self._other(module, digester) for module in self._live(self._idle)]
         self._mirrors = [one for one in self._mirrors if sys.getrefcount(one) > _REFERENCES_OF_OURS]
         for mirror in self._mirrors:
             tensors = _tensors(mirror)
             label = f"{type(mirror).__name__} of {len(tensors)} tensors shaped as the parameters"
             found.append([label, _digest_of_idle(tensors, digester)])
-        return sorted(one for one in found if one is not None)
+        return sorted(found)
 
-    def _other(self, module: nn.Module, digester: TensorDigester) -> list[str] | None:
+    def _moves(self, module: nn.Module) -> list[bool]:
+        """Return for each parameter of a module whether an optimizer moves it."""
+        return [id(parameter) in self._trained for parameter in module.parameters()]
+
+    def _other(self, module: nn.Module, digester: TensorDigester) -> list[str]:
         """Return an untrained module, or the parameters in a trained one that are not trained."""
         parameters = list(module.parameters())
         idle = [parameter for parameter in parameters if id(parameter) not in self._trained]
         where = f"{type(module).__name__} ({len(idle)} parameters outside the optimizer)"
-        if not idle:
-            return None
         buffers = module.buffers() if len(idle) == len(parameters) else ()
         return [where, _digest_of_idle([*idle, *buffers], digester)]
 
     def _buffers(self) -> Iterator[tuple[str, Tensor]]:
-        for module in self._live(self._modules):
-            if any(id(parameter) in self._trained for parameter in module.parameters()):
-                yield from module.named_buffers()
+        for module in self._live(self._moving):
+            yield from module.named_buffers()
 
     def _known_memory(self, optimizers: list[Optimizer]) -> set[int]:
         """Return the addresses of all tensors that are seen elsewhere."""
