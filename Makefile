@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check lint types layers fast sweep clean
+.PHONY: demo test check lint types layers fast sweep stock-trainers clean
 
 demo: $(READY)
 	$(BIN)/unbroken demo
@@ -39,6 +39,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $(READY)
+
+stock-trainers: $(READY)  # writes docs/stock-trainers.md; about five minutes
+	$(BIN)/python benchmarks/stock_trainers.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis runs

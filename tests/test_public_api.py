@@ -31,6 +31,8 @@ NAMES = [
     "NewerFormatError",
     "Policy",
     "Progress",
+    "RankError",
+    "RankTimeoutError",
     "ResumeReport",
     "RunDirectoryError",
     "SaveError",

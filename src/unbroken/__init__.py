@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from unbroken.errors import DifferenceError as DifferenceError
     from unbroken.errors import LockHeldError as LockHeldError
     from unbroken.errors import NewerFormatError as NewerFormatError
+    from unbroken.errors import RankError as RankError
+    from unbroken.errors import RankTimeoutError as RankTimeoutError
     from unbroken.errors import RunDirectoryError as RunDirectoryError
     from unbroken.errors import SaveError as SaveError
     from unbroken.errors import StateMismatchError as StateMismatchError
@@ -68,6 +70,8 @@ _HOMES = {
         "DifferenceError",
         "LockHeldError",
         "NewerFormatError",
+        "RankError",
+        "RankTimeoutError",
         "RunDirectoryError",
         "SaveError",
         "StateMismatchError",

@@ -8,6 +8,8 @@
     │   └── LockHeldError                     stop the other process first
     ├── SaveError (OSError)                   make room or repair the disk; nothing saved is lost
     ├── DeviceMemoryError (RuntimeError)      choose a smaller micro-batch
+    ├── RankError (RuntimeError)              see the rank that it names: it failed or disagrees
+    │   └── RankTimeoutError (TimeoutError)   see the rank that it names: it did not answer
     └── CheckpointError
         ├── CheckpointNotFoundError (FileNotFoundError)   name another checkpoint
         ├── CorruptCheckpointError            use another checkpoint; this one is damaged
@@ -117,6 +119,28 @@ class DeviceMemoryError(UnbrokenError, RuntimeError):
     """A step does not fit into the memory of the device; the run is as it was before the step."""
 
     exit_code: ClassVar[int] = 14
+
+
+class RankError(UnbrokenError, RuntimeError):
+    """Another rank failed or disagrees; see the rank that it names.
+
+    Args:
+        ranks: The ranks to look at, in order; empty where nobody can tell.
+    """
+
+    exit_code: ClassVar[int] = 15
+
+    def __init__(
+        self, where: str, what: str = "", *, ranks: tuple[int, ...] = (), **more: Any
+    ) -> None:
+        self.ranks = ranks
+        super().__init__(where, what, **more)
+
+
+class RankTimeoutError(RankError, TimeoutError):
+    """Another rank did not answer in time: it is slow, stopped or gone."""
+
+    exit_code: ClassVar[int] = 16
 
 
 class CheckpointError(UnbrokenError):

@@ -217,6 +217,13 @@ def test_a_missing_rank_is_no_exact_resume():
     assert (verdict.status, verdict.culprit) == (Status.NOT_EXACT, Culprit.SETTINGS)
 
 
+def test_a_rank_that_makes_no_step_is_no_exact_resume():
+    reference = make_reference({0: WHOLE, 1: WHOLE}, {0: WHOLE, 1: WHOLE})
+    resumed = {0: recording(4), 1: Recording(rank=1)}
+    verdict = judge_resumed(reference, resumed, KILL, is_whole=True)
+    assert (verdict.status, verdict.culprit) == (Status.NOT_EXACT, Culprit.STEPS_MISSING)
+
+
 def test_a_recorder_that_failed_proves_nothing():
     verdict = judge(replace(recording(4), errors=("Traceback ...",)))
     assert (verdict.status, verdict.culprit) == (Status.UNKNOWN, Culprit.RECORDER_FAILED)

@@ -10,7 +10,7 @@ from typing import Any
 
 from unbroken.check.recording import Step
 
-_RUN = 4  # so many batches in a row are a place, and no accident
+_RUNS = (4, 2)  # so many batches in a row are a place, and no accident
 
 
 @dataclass(frozen=True)
@@ -47,18 +47,24 @@ class Stream:
     def find(self, ours: Sequence[Any]) -> list[int]:
         """Return each index from which `ours` follow one another, as far as both go.
 
+        Four in a row are looked for, then two: a position that was lost right before the end of
+        an epoch shows itself only in those.
+
         Example:
             >>> Stream(("a", "b", "a", "c"), (0, 1, 2, 3), (0,)).find(("a", "c"))
             [2]
         """
-        if not ours:
-            return []
-        return [index for index in range(len(self.tokens)) if follows(self.tokens[index:], ours)]
+        for run in _RUNS:
+            places = range(len(self.tokens))
+            found = [index for index in places if follows(self.tokens[index:], ours, run)]
+            if found:
+                return found
+        return []
 
 
-def follows(theirs: Sequence[Any], ours: Sequence[Any]) -> bool:
+def follows(theirs: Sequence[Any], ours: Sequence[Any], run: int = _RUNS[0]) -> bool:
     """Return whether two rows of data begin alike."""
-    pairs = list(zip(theirs[:_RUN], ours[:_RUN], strict=False))
+    pairs = list(zip(theirs[:run], ours[:run], strict=False))
     return bool(pairs) and all(a == b for a, b in pairs)
 
 

@@ -81,6 +81,9 @@ def judge_resumed(reference: Reference, resumed: Ranks, kill: Kill, *, is_whole:
     if set(resumed) != set(reference.ranks):
         words = f"{len(resumed)} ranks after resume, {len(reference.ranks)} in the reference"
         return not_exact(Culprit.SETTINGS, words)
+    idle = [rank for rank, recording in resumed.items() if not recording.steps]
+    if idle:
+        return not_exact(Culprit.STEPS_MISSING, f"rank {idle[0]} made no step after resume")
     found = [_judge_rank(reference, rank, resumed[rank], kill, is_whole) for rank in resumed]
     worst = min(found, key=lambda one: (one.status is Status.EXACT, one.order))
     if len(resumed) > 1 and worst.verdict.status is not Status.EXACT:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from fnmatch import fnmatch
 from pathlib import Path
 
 from unbroken.errors import ConfigError
@@ -80,10 +82,17 @@ class Places:
             return Place(self.current, out, (out, *self.clean))
         if self.separation is Separation.COPY:
             folder = self.root / name / "folder"
-            ignore = shutil.ignore_patterns(*_NOT_COPIED)
-            shutil.copytree(self.current, folder, ignore=ignore, symlinks=True)
+            shutil.copytree(self.current, folder, ignore=self._not_copied, symlinks=True)
             return Place(folder, out, (out, folder))
         return Place(self.current, out, (out,))
+
+    def _not_copied(self, folder: str, names: list[str]) -> list[str]:
+        """Return what of a folder is not copied: what is not the script's, and our own root."""
+        return [
+            name
+            for name in names
+            if _is_left_out(name) or (Path(folder) / name).resolve() == self.root.resolve()
+        ]
 
     def remove_leftovers(self) -> None:
         """Remove what the script leaves in place."""
@@ -123,6 +132,10 @@ def choose_separation(
     return Separation.COPY, ()
 
 
+def _is_left_out(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in _NOT_COPIED)
+
+
 def _checked(current: Path, name: str) -> Path:
     path = current / name
     if current.resolve() not in path.resolve().parents:
@@ -142,10 +155,10 @@ def _mentions_variable(path: Path) -> bool:
 
 def _check_size(current: Path) -> None:
     size = 0
-    skipped = set(_NOT_COPIED)
-    for path in current.rglob("*"):
-        if path.is_file() and not path.is_symlink() and not skipped & set(path.parts):
-            size += path.stat().st_size
+    for folder, inner, files in os.walk(current):
+        inner[:] = [name for name in inner if not _is_left_out(name)]
+        paths = [Path(folder) / name for name in files]
+        size += sum(path.stat().st_size for path in paths if not path.is_symlink())
         if size > MAX_COPY_BYTES:
             hint = (
                 f"write {PLACEHOLDER} in the command where the script's output folder stands, let "

@@ -186,7 +186,7 @@ class _Check:
     def _kill_and_resume(self, reference: Reference) -> Iterator[tuple[int, Verdict]]:
         """Kill the script at each chosen step; yield the verdict on each resume."""
         moments = self._moments(reference.steps)
-        self._tell(f"2. Killed after step {_list(moments)}: {shlex.join(self._resume)}")
+        self._tell(f"2. Killed after {_list(moments)}: {shlex.join(self._resume)}")
         place, began = self._places.make("killed"), time.time_ns()
         first = self._launch(self._question.command, place, self._plan(moments[0]))
         wrong = judge_killed(reference, first.ranks) or not_hit(first)
@@ -230,4 +230,5 @@ class _Check:
 
 
 def _list(steps: Sequence[int]) -> str:
-    return " and ".join(map(str, steps)) if len(steps) < 3 else ", ".join(map(str, steps))
+    names = " and ".join([", ".join(map(str, steps[:-1])), str(steps[-1])]) if steps[1:] else ""
+    return f"steps {names}" if names else f"step {steps[0]}"

@@ -192,7 +192,7 @@ def _others(scenery: Scenery) -> Verdict:
     lost = [label for label, digest in scenery.there.others if (label, digest) not in here]
     words = (
         f"weights that no optimizer moves differ ({'; '.join(lost)}): "
-        "an average of the weights (EMA) was not restored"
+        "an average of the weights (EMA), or another copy of them, was not restored"
     )
     return not_exact(Culprit.AVERAGE, words, "the trained weights do not show it")
 

@@ -64,18 +64,18 @@ def print_check(question: Question, *, as_json: bool) -> int:
 
 def _print_answer(console: Console, answer: Answer) -> None:
     console.print()
-    for after, verdict in answer.kills:
-        if len(answer.kills) > 1:
-            console.print(Text(f"Killed after step {after}"))
+    is_one = len(answer.kills) < 2
+    for after, verdict in answer.kills if not is_one else ():
+        console.print(Text(f"Killed after step {after}"))
         _print_verdict(console, verdict)
-    if not answer.kills:
+    if is_one:
         _print_verdict(console, answer.verdict)
+    else:
+        status = answer.verdict.status
+        console.print(Text(f"In all: {status.value.upper()}", style=_STYLES[status]))
     if answer.overhead is not None:
         seconds = f"{answer.seconds:.0f} s in all"
         console.print(Text(f"The recorder took {answer.overhead:.1%} of a step; {seconds}."))
-    if len(answer.kills) > 1:
-        status = answer.verdict.status
-        console.print(Text(status.value.upper(), style=_STYLES[status]))
 
 
 def _print_verdict(console: Console, verdict: Verdict) -> None:

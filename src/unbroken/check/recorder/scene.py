@@ -26,6 +26,7 @@ from .optimizers import parameters_of
 
 _CLASSES = (nn.Module, Optimizer, GradScaler, LRScheduler)
 _COLLECTIONS = (dict, OrderedDict, list)
+_SAMPLED_FROM = 1 << 26  # bytes of weights outside the optimizer from which samples are read
 _REFERENCES_OF_OURS = 3  # the list that holds it, the loop variable, the argument of getrefcount
 
 
@@ -74,7 +75,7 @@ class Scene:
         for mirror in self._mirrors:
             tensors = _tensors(mirror)
             label = f"{type(mirror).__name__} of {len(tensors)} tensors shaped as the parameters"
-            found.append([label, digester.of_all(tensors).whole])
+            found.append([label, _digest_of_idle(tensors, digester)])
         return sorted(one for one in found if one is not None)
 
     def _other(self, module: nn.Module, digester: TensorDigester) -> list[str] | None:
@@ -85,7 +86,7 @@ class Scene:
         if not idle:
             return None
         buffers = module.buffers() if len(idle) == len(parameters) else ()
-        return [where, digester.of_all((*idle, *buffers)).whole]
+        return [where, _digest_of_idle([*idle, *buffers], digester)]
 
     def _buffers(self) -> Iterator[tuple[str, Tensor]]:
         for module in self._live(self._modules):
@@ -110,6 +111,12 @@ class Scene:
     @staticmethod
     def _live(references: Iterable[weakref.ref[Any]]) -> list[Any]:
         return [one for reference in references if (one := reference()) is not None]
+
+
+def _digest_of_idle(tensors: list[Tensor], digester: TensorDigester) -> str:
+    """Return a digest of weights that nothing trains; frozen ones can be most of a model."""
+    is_large = sum(tensor.nbytes for tensor in tensors) > _SAMPLED_FROM
+    return (TensorDigester(sampled=True) if is_large else digester).of_all(tensors).whole
 
 
 def _live_objects() -> list[Any]:

@@ -1,0 +1,10 @@
+"""The ranks of a run: what they tell each other, and how one rank's trouble reaches all."""
+
+from __future__ import annotations
+
+from unbroken.distributed.alone import Alone as Alone
+from unbroken.distributed.group import Group as Group
+from unbroken.distributed.joining import join as join
+from unbroken.distributed.ranks import Ranks as Ranks
+
+__all__ = ["Alone", "Group", "Ranks", "join"]

@@ -1,0 +1,108 @@
+"""What a run asks of its ranks: to tell, to agree, and to fail together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
+
+from unbroken.store import Json
+
+T = TypeVar("T")
+
+
+class Group(Protocol):
+    """The ranks of one run; all of them make the same calls in the same order.
+
+    A call returns on all ranks or raises on all of them, and never waits longer than the
+    timeout of the group. Values are JSON: what comes back is what JSON keeps (tuples are lists,
+    keys are strings), on every rank the same, the sender included. Each call has a name, `what`;
+    ranks whose calls differ are told so, by both names.
+
+    Once a call has raised for an answer that did not come, the ranks can no longer be in step:
+    all later calls raise the same error, and only `close` is left to do.
+
+    Attributes:
+        rank: The number of this process, from 0.
+        world_size: How many ranks there are.
+        local_rank: The number of this process on its machine, from 0.
+
+    Example:
+        >>> from unbroken.distributed import join
+        >>> group = join()  # torchrun did not start this process: it is alone
+        >>> group.rank, group.world_size, group.gather("step", 7)
+        (0, 1, [7])
+    """
+
+    @property
+    def rank(self) -> int: ...  # noqa: D102 - an attribute
+
+    @property
+    def world_size(self) -> int: ...  # noqa: D102 - an attribute
+
+    @property
+    def local_rank(self) -> int: ...  # noqa: D102 - an attribute
+
+    def gather(self, what: str, value: Json) -> list[Json]:
+        """Return the values of all ranks, by rank, on every rank.
+
+        Raises:
+            RankTimeoutError: `ranks` did not answer in time.
+            RankError: `ranks` have left the group, or made another call.
+        """
+        ...
+
+    def share(self, what: str, value: Json = None) -> Json:
+        """Return the value of rank 0 on every rank; those of the others are not looked at.
+
+        Raises:
+            RankTimeoutError: `ranks` did not answer in time.
+            RankError: `ranks` have left the group, or made another call.
+        """
+        ...
+
+    def agree(self, what: str, value: Json) -> None:
+        """Return only if all ranks have the same value.
+
+        Same is the same JSON text: 1, 1.0 and True are three values.
+
+        Raises:
+            RankError: `ranks` have another value than most; on every rank, with all values.
+                Of values that are mappings only the part that differs is shown.
+            RankTimeoutError: `ranks` did not answer in time.
+        """
+        ...
+
+    def together(self, what: str, action: Callable[[], T]) -> T:
+        """Run an action on every rank and return its own result, if it succeeded on all ranks.
+
+        Raises:
+            RankError: The action failed on `ranks`; the message is the lowest one's. A rank on
+                which it failed raises its own error instead.
+            RankTimeoutError: `ranks` did not answer in time.
+        """
+        ...
+
+    def any(self, flag: bool) -> bool:
+        """Return whether the flag is set on any rank; cheap enough for once a step.
+
+        Raises:
+            RankTimeoutError: `ranks` did not answer in time.
+            RankError: `ranks` have left the group, or made another call.
+        """
+        ...
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Return the sums over the ranks of each value, as float64.
+
+        They are added in the order of the ranks: the same bits on all ranks and in every run.
+
+        Raises:
+            RankTimeoutError: `ranks` did not answer in time.
+            RankError: `ranks` have left the group, made another call, or gave more or fewer
+                values than the others.
+        """
+        ...
+
+    def close(self) -> None:
+        """Leave the group; closing twice is allowed. Ranks that still ask this one are told."""
+        ...

@@ -1,0 +1,151 @@
+"""Messages between ranks through the key-value store of their process group.
+
+A store, and not a collective, because of what happens when a rank is missing: a collective of
+gloo or NCCL hangs or says that *something* timed out, while keys that are not there tell whose
+they are. It is the faster way as well (2 ranks of one machine: 0.3 ms against 0.8 ms for an
+all_gather of one byte by gloo).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from datetime import timedelta
+from queue import SimpleQueue
+from typing import TypeVar
+
+from torch._C._distributed_c10d import Store
+from torch.distributed import DistError, DistStoreError
+
+T = TypeVar("T")
+
+_PART = 4 << 20  # bytes; a TCPStore takes no value of more than 8 MiB
+_GOODBYE = 5.0  # seconds that leaving may take
+_GRACE = 0.5  # seconds; after them the store itself is late with saying that time is up
+
+
+class NoAnswerError(Exception):
+    """The messages of `ranks` were not there in time; of no rank: the store itself was silent."""
+
+    def __init__(self, ranks: tuple[int, ...] = ()) -> None:
+        super().__init__(ranks)
+        self.ranks = ranks
+
+
+class StoreLostError(Exception):
+    """The process that holds the store has ended."""
+
+
+class Mailbox:
+    """Numbered rounds of messages: each rank posts one, and reads those of all.
+
+    Every rank must post to each round, in order; a rank that posts to a round has read the round
+    before it, or needs it no longer. So nobody needs the round before that, and each rank
+    removes its own message of it.
+
+    The store is used by a thread of its own. A `TCPStore` waits without limit for an answer of
+    the process that holds it, which may be stopped; and a thread that waits in it cannot be
+    interrupted by Ctrl-C.
+    """
+
+    def __init__(self, store: Store, rank: int, world_size: int, timeout: float) -> None:
+        # A connection of our own: a wait must not hold up NCCL's watchdog, which uses the store.
+        self._store: Store = store.clone()  # type: ignore[attr-defined]
+        self._store.set_timeout(timedelta(seconds=timeout))
+        self._rank, self._world_size, self._timeout = rank, world_size, timeout
+        self._round = 0
+        self._store_is_silent = False
+        self._posted: dict[int, list[str]] = {}
+        self._jobs: SimpleQueue[tuple[Future[object], Callable[[], object]] | None] = SimpleQueue()
+        threading.Thread(target=self._work, name="unbroken-mailbox", daemon=True).start()
+
+    def exchange(self, message: bytes) -> list[bytes]:
+        """Post to the next round and return the messages of all ranks to it, by rank."""
+        number = self._next_round()
+        messages = self._in_time(lambda: self._post_and_read(number, message))
+        self._later(lambda: self._remove_before(number))
+        return messages
+
+    def post(self, message: bytes) -> None:
+        """Post to the next round without reading it."""
+        number = self._next_round()
+        self._in_time(lambda: self._post(number, message))
+
+    def leave(self, message: bytes, *, wait_for_others: bool = False) -> None:
+        """Post a last message, and wait a little until all have left, if that is asked for."""
+        number = self._next_round()
+        left = [f"left/{rank}" for rank in range(self._world_size)]
+
+        def say_goodbye() -> None:
+            self._post(number, message)
+            self._set(left[self._rank], b"")
+            if wait_for_others:
+                self._store.wait(left, timedelta(seconds=_GOODBYE))
+
+        with contextlib.suppress(NoAnswerError, StoreLostError):
+            self._in_time(say_goodbye, 0.0 if self._store_is_silent else _GOODBYE)
+        self._jobs.put(None)
+
+    def _next_round(self) -> int:
+        self._round += 1
+        return self._round
+
+    def _in_time(self, job: Callable[[], T], seconds: float | None = None) -> T:
+        """Run a job in the thread of the store; wait a little longer than the store would."""
+        done = self._later(job)
+        try:
+            return done.result((self._timeout if seconds is None else seconds) + _GRACE)
+        except TimeoutError:
+            self._store_is_silent = True
+            raise NoAnswerError from None
+        except DistError as error:
+            raise StoreLostError from error
+
+    def _later(self, job: Callable[[], T]) -> Future[T]:
+        done: Future[T] = Future()
+        self._jobs.put((done, job))  # type: ignore[arg-type]
+        return done
+
+    def _work(self) -> None:
+        while (item := self._jobs.get()) is not None:
+            done, job = item
+            try:
+                done.set_result(job())
+            except Exception as error:
+                done.set_exception(error)
+
+    def _post_and_read(self, number: int, message: bytes) -> list[bytes]:
+        self._post(number, message)
+        keys = [f"{number}/{rank}" for rank in range(self._world_size)]
+        try:
+            first = self._store.multi_get(keys)
+        except DistStoreError:
+            missing = tuple(r for r, key in enumerate(keys) if not self._store.check([key]))
+            if missing:
+                raise NoAnswerError(missing) from None
+            first = self._store.multi_get(keys)  # the last one came in this moment
+        return [self._whole(key, part) for key, part in zip(keys, first, strict=True)]
+
+    def _post(self, number: int, message: bytes) -> None:
+        key = f"{number}/{self._rank}"
+        parts = [message[start : start + _PART] for start in range(0, len(message), _PART)]
+        keys = [key, *(f"{key}/{index}" for index in range(1, len(parts)))]
+        parts[0] = b"%d\n" % len(parts) + parts[0]
+        for name, part in reversed(list(zip(keys, parts, strict=True))):
+            self._set(name, part)  # the first one last: when it is there, all are
+        self._posted[number] = keys
+
+    def _set(self, key: str, value: bytes) -> None:
+        self._store.set(key, value)  # type: ignore[arg-type]  # torch says str and means bytes
+
+    def _whole(self, key: str, first: bytes) -> bytes:
+        count, _, part = first.partition(b"\n")
+        rest = [f"{key}/{index}" for index in range(1, int(count))]
+        return b"".join([part, *(self._store.multi_get(rest) if rest else [])])
+
+    def _remove_before(self, number: int) -> None:
+        for old in [posted for posted in self._posted if posted < number]:
+            for key in self._posted.pop(old):
+                self._store.delete_key(key)

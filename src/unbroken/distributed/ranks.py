@@ -1,0 +1,191 @@
+"""A run of several processes, which talk through the store of their process group."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import add
+from typing import Any, TypeVar, cast
+
+from torch._C._distributed_c10d import Store
+
+from unbroken.distributed.disagreement import disagreement, name_ranks, narrowed
+from unbroken.distributed.mailbox import Mailbox, NoAnswerError, StoreLostError
+from unbroken.errors import RankError, RankTimeoutError
+from unbroken.store import Json
+
+T = TypeVar("T")
+
+_LEFT, _FAILED = "left", "failed"
+
+
+class Ranks:
+    """The group of several processes. `join` makes it.
+
+    A rank that ends with `close`, or fails inside `together`, is known to the others at once.
+    One that is killed or stopped is known when the timeout has passed: there is no heartbeat,
+    as torchrun ends all ranks when one of them dies.
+
+    Args:
+        store: The key-value store of the process group, under a prefix that nobody else uses.
+        rank: The number of this process.
+        world_size: How many processes there are.
+        local_rank: The number of this process on its machine.
+        timeout: Seconds to wait for the other ranks in each call.
+        store_on_rank_0: Whether rank 0 holds the store; else the launcher does.
+        on_close: Called by `close`, after the others have been told.
+
+    Example:
+        >>> from torch.distributed import HashStore
+        >>> group = Ranks(HashStore(), rank=0, world_size=1)
+        >>> group.gather("step", 7), group.any(True), group.sum([0.5])
+        ([7], True, [0.5])
+        >>> group.close()
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        rank: int,
+        world_size: int,
+        local_rank: int = 0,
+        timeout: float = 600.0,
+        store_on_rank_0: bool = False,
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
+        self._mailbox = Mailbox(store, rank, world_size, timeout)
+        self._timeout = timeout
+        self._store_on_rank_0 = store_on_rank_0
+        self._on_close = on_close
+        self._broken: RankError | None = None
+        self._closed = False
+
+    def gather(self, what: str, value: Json) -> list[Json]:
+        """Return the values of all ranks, by rank, on every rank."""
+        return self._ask("gather", what, value)
+
+    def share(self, what: str, value: Json = None) -> Json:
+        """Return the value of rank 0 on every rank."""
+        return self._ask("share", what, value if self.rank == 0 else None)[0]
+
+    def agree(self, what: str, value: Json) -> None:
+        """Return only if all ranks have the same value."""
+        texts = cast("list[str]", self._ask("agree", what, json.dumps(value, sort_keys=True)))
+        if len(set(texts)) > 1:
+            where, parts = narrowed(what, [json.loads(text) for text in texts])
+            raise disagreement(parts, where, "every rank needs the same")
+
+    def together(self, what: str, action: Callable[[], T]) -> T:
+        """Run an action on every rank and return its own result, if it succeeded on all ranks."""
+        try:
+            result = action()
+        except BaseException as error:
+            with contextlib.suppress(RankError):
+                self._tell(_FAILED, what, f"{type(error).__name__}: {error}")
+            raise
+        self._ask("together", what, None)
+        return result
+
+    def any(self, flag: bool) -> bool:
+        """Return whether the flag is set on any rank."""
+        return True in self._ask("any", "", bool(flag))
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Return the sums over the ranks of each value, as float64, added by rank."""
+        rows = cast("list[list[float]]", self._ask("sum", "", [float(value) for value in values]))
+        if len({len(row) for row in rows}) > 1:
+            raise disagreement([str(len(row)) for row in rows], "how many values to sum")
+        return [reduce(add, column) for column in zip(*rows, strict=True)]
+
+    def close(self) -> None:
+        """Leave the group, and the process group if it was joined with it."""
+        if self._closed:
+            return
+        self._closed = True
+        # The store ends with the process that holds it; the others may still read in it.
+        needed = self.rank == 0 and self._store_on_rank_0
+        needed = needed and not isinstance(self._broken, RankTimeoutError)
+        self._mailbox.leave(_encoded(_LEFT, "", None), wait_for_others=needed)
+        self._on_close()
+
+    def _ask(self, kind: str, what: str, value: Json) -> list[Json]:
+        """Send a value under the name of the call and return those of all ranks, by rank."""
+        message = _encoded(kind, what, value)
+        texts = self._in_touch(f"{kind} {what}".rstrip(), lambda: self._mailbox.exchange(message))
+        messages = [json.loads(text) for text in texts]
+        self._raise_failures(kind, what, messages)
+        return [value for _, _, value in messages]
+
+    def _tell(self, kind: str, what: str, value: Json) -> None:
+        message = _encoded(kind, what, value)
+        self._in_touch(f"{kind} {what}", lambda: self._mailbox.post(message))
+
+    def _in_touch(self, call: str, talk: Callable[[], T]) -> T:
+        if self._broken is not None:
+            raise self._broken
+        if self._closed:
+            raise RankError("group", f"{call}: this rank has left the group")
+        try:
+            return talk()
+        except NoAnswerError as silent:
+            self._broken = self._no_answer(call, silent.ranks)
+        except StoreLostError:
+            self._broken = self._store_lost(call)
+        raise self._broken
+
+    def _raise_failures(self, kind: str, what: str, messages: Sequence[Any]) -> None:
+        calls = [(message[0], message[1]) for message in messages]
+        left = tuple(rank for rank, call in enumerate(calls) if call[0] == _LEFT)
+        failed = tuple(rank for rank, call in enumerate(calls) if call[0] == _FAILED)
+        if failed:
+            first, more = failed[0], len(failed) - 1
+            also = f" (and {more} other {'ranks' if more > 1 else 'rank'})" if more else ""
+            found = f"{messages[first][1]}: {messages[first][2]}{also}"
+            error = RankError(name_ranks(failed[:1]), found, ranks=failed)
+        elif left:
+            error = RankError(
+                name_ranks(left),
+                f"has left before {kind} {what}".rstrip(),
+                ranks=left,
+                hint="its own output says why it ended",
+            )
+        elif len(set(calls)) > 1:
+            error = disagreement(
+                [f"{name} {of!r}" if of else name for name, of in calls],
+                "the ranks are out of step",
+                "every rank must make the same calls in the same order",
+            )
+        else:
+            return
+        # A failure that all ranks expect here leaves them in step.
+        if left or set(calls) - {(kind, what), (_FAILED, what)} or kind != "together":
+            self._broken = error
+        raise error
+
+    def _no_answer(self, call: str, ranks: tuple[int, ...]) -> RankTimeoutError:
+        if ranks:
+            return RankTimeoutError(
+                name_ranks(ranks),
+                f"no answer within {self._timeout:g} s: {call}",
+                ranks=ranks,
+                hint="a rank that does not answer is slow, stopped or dead: see its output",
+            )
+        where, holder = self._store_holder()
+        what = f"no answer within {self._timeout:g} s from the store of the process group: {call}"
+        return RankTimeoutError(where, what, ranks=holder, hint=f"{where} holds it")
+
+    def _store_lost(self, call: str) -> RankError:
+        where, holder = self._store_holder()
+        what = f"has ended, and with it the store of the process group: {call}"
+        return RankError(where, what, ranks=holder, hint="its own output says why it ended")
+
+    def _store_holder(self) -> tuple[str, tuple[int, ...]]:
+        return ("rank 0", (0,)) if self._store_on_rank_0 else ("the launcher", ())
+
+
+def _encoded(kind: str, what: str, value: Json) -> bytes:
+    return json.dumps([kind, what, value]).encode()
