@@ -1,4 +1,4 @@
-"""A run on several ranks: exact after any kill, and in lanes the same bits on any number of them."""
+"""A run on several ranks: exact after any kill; in lanes the same bits on any number of ranks."""
 
 from __future__ import annotations
 
@@ -21,6 +21,13 @@ def finished(folder, settings=None, world_size=2, kill=None) -> dict:
     return outcome(folder, STEPS)
 
 
+def killed(folder, settings: dict, kill: tuple, world_size: int = 2) -> None:
+    """Run until a rank kills itself; then the others are ended, as torchrun ends them."""
+    others = [rank for rank in range(world_size) if rank != kill[0]]
+    codes = run_ranks(train, str(folder), settings, kill, world_size=world_size, never_end=others)
+    assert codes == [-signal.SIGKILL] * world_size
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """The run of one process in four lanes, and the same in two processes without lanes."""
@@ -41,8 +48,7 @@ def told(outcome_of_run: dict) -> dict:
 def test_a_killed_rank_and_the_same_command_again_end_with_the_same_bits(
     rank, step, alone, tmp_path
 ):
-    codes = run_ranks(train, str(tmp_path / "run"), {}, (rank, step), never_end=[0, 1])
-    assert codes == [-signal.SIGKILL] * 2  # the other one is ended as torchrun ends it
+    killed(tmp_path / "run", {}, (rank, step))
     assert finished(tmp_path / "run") == alone["ranks"]
 
 
@@ -73,11 +79,8 @@ def test_lanes_are_exact_with_accumulation_and_mixed_precision(more, tmp_path):
 
 
 def test_four_then_two_then_one_then_four_ranks_end_with_the_bits_of_one(alone, tmp_path):
-    for world_size, kill in ((4, (3, 3)), (2, (0, 5)), (1, (0, 7))):
-        everybody = list(range(world_size))
-        run_ranks(
-            train, str(tmp_path / "run"), LANES, kill, world_size=world_size, never_end=everybody
-        )
+    for world_size, kill in ((4, (3, 5)), (2, (0, 7)), (1, (0, 8))):
+        killed(tmp_path / "run", LANES, kill, world_size)
     assert told(finished(tmp_path / "run", LANES, world_size=4)) == told(alone["lanes"])
 
 
@@ -106,7 +109,7 @@ def test_a_signal_to_one_rank_stops_all_after_a_save(alone, tmp_path):
 
 
 def test_metrics_are_written_once_by_one_rank(alone, tmp_path):
-    run_ranks(train, str(tmp_path / "run"), {}, (1, 6), never_end=[0, 1])
+    killed(tmp_path / "run", {}, (1, 6))
     finished(tmp_path / "run")
     steps = [line["step"] for line in metrics(tmp_path / "run")]
     assert steps == list(range(1, STEPS + 1))
@@ -141,7 +144,7 @@ def test_a_rank_that_is_stopped_ends_the_others_in_an_error_that_names_it(tmp_pa
 
 
 def test_a_damaged_checkpoint_is_walked_past_by_all_ranks(alone, tmp_path):
-    run_ranks(train, str(tmp_path / "run"), {}, (1, 8), never_end=[0, 1])
+    killed(tmp_path / "run", {}, (1, 8))
     weights = tmp_path / "run" / "checkpoint-6" / "model.safetensors"
     raw = bytearray(weights.read_bytes())
     raw[-1] ^= 1

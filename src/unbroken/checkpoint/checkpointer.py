@@ -229,14 +229,18 @@ class Checkpointer:
             SaveError: If the disk fails or is full; all earlier checkpoints are as they were.
             RankError: If it failed on another rank, or the ranks do not hold the same state.
         """
-        group, run = self.group, self.run
+        group = self.group
         if group.world_size > 1:
             group.agree("the random generators at a save", rng_digest())
         write = partial(self._save_as_owner, step, values, facts or {})
         group.together("save", lambda: None if group.rank else write())
         self._has_resumed = True
         self._timer.done()
-        return run.storage.describe(f"checkpoint-{step}")
+        return self.path(step)
+
+    def path(self, step: int) -> str:
+        """Return the path of the checkpoint of a step, whether it is there or not."""
+        return self.run.storage.describe(f"checkpoint-{step}")
 
     def _save_as_owner(self, step: int, values: Any, facts: Mapping[str, Any]) -> None:
         self._refuse_two_futures()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +12,7 @@ from torch import nn
 
 from unbroken.checkpoint import Policy
 from unbroken.data import BatchSource, MapSource, batch_source, derive_key
-from unbroken.distributed import Group, gather_tensors
+from unbroken.distributed import Group, gather_tensors, join
 from unbroken.errors import ConfigError
 from unbroken.store import Interval, KeepPolicy
 from unbroken.training.ambient import Randomness, seed_ambient
@@ -26,12 +28,13 @@ if TYPE_CHECKING:
     from unbroken.training.trainer import Trainer
 
 
-def accelerator(config: TrainerConfig | None) -> str:
-    """Return the type of device that the ranks will work on."""
+def joined(config: TrainerConfig | None) -> Group:
+    """Return the ranks of torchrun's environment; they are left when this process exits."""
     name = "auto" if config is None else config.device
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name.partition(":")[0]
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    group = join(device_type=auto if name == "auto" else name.partition(":")[0])
+    atexit.register(group.close)  # a process group that is left to the interpreter may abort it
+    return group
 
 
 def pick_display(display: Display | None, group: Group) -> Display:
@@ -190,7 +193,7 @@ def make_lanes(trainer: Trainer) -> LaneSum | None:
             "its statistics would be those of each rank's or lane's samples",
             hint="use another normalisation (GroupNorm, LayerNorm), or one rank without lanes",
         )
-    gather = None if group.world_size == 1 else gather_tensors
+    gather = None if group.world_size == 1 else partial(gather_tensors, group)
     return LaneSum(trainer.model, lanes // group.world_size, gather)
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -24,13 +25,13 @@ from unbroken.checkpoint import (
     TrainingStopped,
 )
 from unbroken.data import BatchSource, MicroBatch, derive_key
-from unbroken.distributed import Group, join
+from unbroken.distributed import Group
 from unbroken.errors import ConfigError
 from unbroken.storage import Storage
 from unbroken.training.ambient import Randomness
 from unbroken.training.assembly import (
-    accelerator,
     for_ranks,
+    joined,
     keep_policy,
     make_ready,
     make_source,
@@ -135,7 +136,7 @@ class Trainer:
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        self.group = join(device_type=accelerator(config)) if group is None else group
+        self.group = joined(config) if group is None else group
         self.config = config = for_ranks(config or TrainerConfig(), self.group)
         self.device = pick_device(config.device, self.group)
         self.model = model.to(self.device)
@@ -159,8 +160,7 @@ class Trainer:
         self.progress = Progress()
         self.resume_report = ResumeReport(step=0)
         self._is_loaded = False
-        self._clock = clock
-        self._wall_clock = wall_clock
+        self._clock, self._wall_clock = clock, wall_clock
         self._forward = prepared_for_forward(model, config)
         self.randomness = Randomness(cuda=self.device.type == "cuda")
         self.window = Window(model, self.group)
@@ -267,9 +267,8 @@ class Trainer:
     def _train_step(self, micro_batches: list[MicroBatch]) -> bool:
         """Return whether the step was taken; else it is to be tried again in smaller portions."""
         tokens_before = self.progress.tokens
-        stepped = self.portions.attempt(
-            lambda: self._stepper.run(micro_batches, after_each=self._after_micro_batch)
-        )
+        run = partial(self._stepper.run, micro_batches, after_each=self._after_micro_batch)
+        stepped = self.portions.attempt(run)
         if stepped is None:
             return False
         if self.group.world_size > 1:
@@ -344,7 +343,7 @@ class Trainer:
         """
         if self._at_edge:
             self.save_wanted = True
-            return self.checkpointer.run.storage.describe(f"checkpoint-{self.progress.step}")
+            return self.checkpointer.path(self.progress.step)
         refuse_to_save(self, best_is_loaded=self._best_is_loaded)
         if self.progress == Progress():
             make_ready(self)
@@ -390,14 +389,12 @@ class Trainer:
         if self._saved != self.progress:
             self.save_checkpoint()
         stopped = TrainingStopped(self.progress.step, reason)
-        event = {"event": "stopped", "step": stopped.step, "by": reason}
-        self.checkpointer.note_event(event)
+        self.checkpointer.note_event({"event": "stopped", "step": stopped.step, "by": reason})
         self.display.note(str(stopped))
         raise stopped
 
     def _count_time(self) -> float:
         """Add the seconds since the last call to the run's; return them."""
-        now = self._clock()
-        seconds, self._counted_until = now - self._counted_until, now
-        self.statistics.seconds += seconds
-        return seconds
+        before, self._counted_until = self._counted_until, self._clock()
+        self.statistics.seconds += self._counted_until - before
+        return self._counted_until - before
