@@ -49,14 +49,14 @@ NAMES = [
 
 PARAMETERS = {
     unbroken.Trainer: "model config train_dataset eval_dataset callbacks optimizer scheduler "
-    "collate_fn loss_fn state settings types storage display clock wall_clock",
+    "collate_fn loss_fn state settings types storage display group clock wall_clock",
     unbroken.Trainer.train: "self resume_from_checkpoint",
     unbroken.Trainer.evaluate: "self",
     unbroken.Trainer.save_checkpoint: "self",
     unbroken.Trainer.load_checkpoint: "self which",
     unbroken.Trainer.stop: "self reason",
     unbroken.Checkpointer: "directory branch save_steps save_minutes keep types clock wall_clock "
-    "settings policy fingerprint examine objects",
+    "settings policy fingerprint examine group objects",
     unbroken.Checkpointer.resume: "self which",
     unbroken.Checkpointer.load: "self step names",
     unbroken.Checkpointer.save: "self step values facts",

@@ -14,13 +14,18 @@ CUTS = [(w, m) for w in (1, 2, 4, 8) for m in (1, 2, 4, 8, 16) if G % (w * m) ==
 
 
 def stream(world: int, micro: int, start: int, stop: int) -> list[int]:
-    """What all ranks use, put together as the definition says: micro-batch by micro-batch."""
+    """What all ranks use, put together as the definition says: step by step, rank by rank."""
     ranks = [
         iter(MicroBatchSampler(GlobalOrder(N, 7), G, micro, rank, world, start))
         for rank in range(world)
     ]
-    rounds = (stop - start) // (world * micro)
-    return [key for _ in range(rounds) for rank in ranks for key in next(rank)]
+    used = []
+    while start < stop:
+        rest = G - start % G  # of the step
+        rounds = range(rest // (world * micro))
+        used += [key for rank in ranks for _ in rounds for key in next(rank)]
+        start += rest
+    return used
 
 
 @pytest.mark.parametrize("start", [0, G, 7 * G, 10**15 * G])
@@ -45,7 +50,7 @@ def test_a_pending_step_that_cannot_be_cut_is_refused():
 def test_each_key_knows_its_place():
     sampler = MicroBatchSampler(GlobalOrder(10, 0), 8, 2, rank=1, world_size=2, start=8)
     keys = next(iter(sampler))
-    assert [(key.position, key.epoch) for key in keys] == [(10, 1), (11, 1)]
+    assert [(key.position, key.epoch) for key in keys] == [(12, 1), (13, 1)]
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])

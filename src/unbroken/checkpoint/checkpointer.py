@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,10 +22,12 @@ from unbroken.capture import (
 from unbroken.checkpoint.branching import open_branch
 from unbroken.checkpoint.comparison import Comparison, Examine, Policy
 from unbroken.checkpoint.environment import environment_facts
+from unbroken.checkpoint.generators import rng_digest
 from unbroken.checkpoint.policy import Cadence, Timer
 from unbroken.checkpoint.report import ResumeReport
 from unbroken.checkpoint.resuming import STATE_FILE, Resumption
 from unbroken.checkpoint.selection import ResumeFrom, Selection
+from unbroken.distributed import Alone, Group
 from unbroken.errors import ConfigError
 from unbroken.storage import Storage
 from unbroken.store import (
@@ -63,6 +66,8 @@ class Checkpointer:
         fingerprint: Returns more groups of facts to compare; called once, before a resume.
         examine: Called with the facts of a checkpoint and the differences found, before anything
             is loaded: returns all that matter, or raises to refuse the checkpoint.
+        group: The ranks that train the same model, each calling every method; rank 0 writes. None:
+            this process alone.
         objects: What to save, by name: modules, optimizers, schedulers, a GradScaler, random
             generators, tensors, anything with `state_dict` and `load_state_dict`, and lists and
             dicts of these. The object called `model` gives the parameters their names.
@@ -100,6 +105,7 @@ class Checkpointer:
         policy: Policy | None = None,
         fingerprint: Callable[[], Mapping[str, Any]] | None = None,
         examine: Examine | None = None,
+        group: Group | None = None,
         **objects: object,
     ) -> None:
         for name in _RESERVED:
@@ -111,6 +117,7 @@ class Checkpointer:
         self.values: Any = None
         if isinstance(directory, str | os.PathLike):
             directory = os.path.abspath(directory)  # the same run after a chdir
+        self.group: Group = Alone() if group is None else group
         self._directory = directory
         self._branch = branch
         self._notes: tuple[str, ...] = ()
@@ -120,6 +127,7 @@ class Checkpointer:
         self.comparison = Comparison(
             objects, settings=settings, more=fingerprint, policy=policy, examine=examine
         )
+        self._by_time = save_minutes is not None  # ranks need not see the same time
         self._timer = Timer(Cadence(save_steps, save_minutes), clock)
         self._run: RunDirectory | None = None
         self._origin: str | None = None
@@ -133,6 +141,14 @@ class Checkpointer:
         return self._run
 
     def _open(self, selection: Selection | None) -> RunDirectory:
+        """Open the run directory: rank 0 as its owner, the others to look."""
+        group = self.group
+        what = "open the run directory"
+        own = group.together(what, lambda: None if group.rank else self._open_as_owner(selection))
+        place = group.share("the run directory", None if own is None else own.storage.describe())
+        return group.together(what, lambda: own or RunDirectory.open_readonly(str(place)))
+
+    def _open_as_owner(self, selection: Selection | None) -> RunDirectory:
         if self._branch is None:
             return RunDirectory.open(self._directory, clock=self._wall_clock)
         run, self._notes = open_branch(
@@ -168,7 +184,7 @@ class Checkpointer:
             self.close()
             self._run, selection = self._open(selection), Selection("auto")
         resumption = Resumption(
-            self.run, self.objects, self._types, comparison, notes=self._notes
+            self.run, self.objects, self._types, comparison, notes=self._notes, group=self.group
         )
         report = resumption.start(selection)
         self._has_resumed = True
@@ -186,7 +202,8 @@ class Checkpointer:
             CheckpointError: If the checkpoint does not exist, is damaged or does not fit.
         """
         objects = {name: self.objects[name] for name in names}
-        Resumption(self.run, objects, self._types).load_only(step)
+        resumption = Resumption(self.run, objects, self._types, group=self.group)
+        self.group.together("load", lambda: resumption.load_only(step))
 
     def save_if_due(self, step: int, values: Any = None) -> str | None:
         """Save if the cadence says so; return the folder of the checkpoint, or None."""
@@ -194,7 +211,7 @@ class Checkpointer:
 
     def is_due(self, step: int) -> bool:
         """Return whether the cadence asks for a save after `step` steps."""
-        return self._timer.due(step)
+        return self.group.any(self._timer.due(step)) if self._by_time else self._timer.due(step)
 
     def save(self, step: int, values: Any = None, *, facts: Mapping[str, Any] | None = None) -> str:
         """Save the objects as they are now; when this returns, the checkpoint is durable.
@@ -210,13 +227,26 @@ class Checkpointer:
         Raises:
             CaptureError: If something cannot be stored; the message names its path and type.
             SaveError: If the disk fails or is full; all earlier checkpoints are as they were.
+            RankError: If it failed on another rank, or the ranks do not hold the same state.
         """
-        self._refuse_two_futures()
-        manifest = self._write(self.run, step, values, facts or {})
+        group = self.group
+        if group.world_size > 1:
+            group.agree("the random generators at a save", rng_digest())
+        write = partial(self._save_as_owner, step, values, facts or {})
+        group.together("save", lambda: None if group.rank else write())
+        self._has_resumed = True
         self._timer.done()
+        return self.path(step)
+
+    def path(self, step: int) -> str:
+        """Return the path of the checkpoint of a step, whether it is there or not."""
+        return self.run.storage.describe(f"checkpoint-{step}")
+
+    def _save_as_owner(self, step: int, values: Any, facts: Mapping[str, Any]) -> None:
+        self._refuse_two_futures()
+        manifest = self._write(self.run, step, values, facts)
         self.run.history.append({"event": "saved", "step": step, "digest": manifest.state_digest})
         self.run.prune(self.keep, best_steps=() if self.best_step is None else (self.best_step,))
-        return self.run.storage.describe(f"checkpoint-{step}")
 
     def _write(
         self, run: RunDirectory, step: int, values: Any, facts: Mapping[str, Any]
@@ -249,8 +279,14 @@ class Checkpointer:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl: there exactly once, however often the run is killed."""
-        self._refuse_two_futures()
-        self.run.metrics.append(record)
+        if self.group.rank == 0:
+            self._refuse_two_futures()
+            self.run.metrics.append(record)
+
+    def note_event(self, event: Mapping[str, Any]) -> None:
+        """Append one line to history.jsonl; on other ranks than 0 nothing happens."""
+        if self.group.rank == 0:
+            self.run.history.append(event)
 
     def _refuse_two_futures(self) -> None:
         """Raise where a run with checkpoints would get a second, unrelated line of them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,13 @@ from unbroken.checkpoint.comparison import Comparison
 from unbroken.checkpoint.differences import Difference
 from unbroken.checkpoint.report import ResumeReport
 from unbroken.checkpoint.selection import Selection
+from unbroken.distributed import Group
 from unbroken.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
+    RankError,
     RunDirectoryError,
+    UnbrokenError,
 )
 from unbroken.storage import LocalStorage
 from unbroken.store import CheckpointReader, Json, Rejection, RunDirectory
@@ -40,6 +44,7 @@ class Resumption:
         types: Classes of namedtuples and enums inside the state.
         comparison: What this start is; None: whatever the checkpoint was made with is fine.
         notes: What else the report says.
+        group: The ranks that resume together: rank 0 chooses, all load, all must succeed.
 
     Attributes:
         values: The plain values of the resumed checkpoint, or None.
@@ -56,11 +61,13 @@ class Resumption:
         comparison: Comparison | None = None,
         *,
         notes: tuple[str, ...] = (),
+        group: Group,
     ) -> None:
         self.values: Any = None
         self.best_step: int | None = None
         self.origin: str | None = None
         self._run = run
+        self._group = group
         self._notes = notes
         self._objects = objects
         self._types = types
@@ -72,21 +79,90 @@ class Resumption:
         """Resume what `selection` asks for, or make ready for a fresh start."""
         rejected: list[Rejection] = []
         reader = None
-        for candidate in self._candidates(selection):
+        for candidate in self._chosen_together(selection):
             if isinstance(candidate, Rejection):
                 rejected.append(candidate)
                 continue
-            try:
-                self._load(candidate)
-            except CorruptCheckpointError as error:
-                if selection.kind in ("step", "path", "best"):
-                    raise
-                rejected.append(Rejection(candidate.folder, candidate.step, str(error)))
-            else:
+            damage = self._load_together(candidate)
+            if damage is None:
                 reader = candidate
                 break
+            if selection.kind in ("step", "path", "best"):
+                raise damage
+            rejected.append(Rejection(candidate.folder, candidate.step, str(damage)))
         self._refuse_nothing_found(selection, reader, rejected)
-        return self._clear_the_way(selection, reader, tuple(rejected))
+        return self._begun_together(selection, reader, tuple(rejected))
+
+    def _chosen_together(self, selection: Selection) -> Iterator[CheckpointReader | Rejection]:
+        """Yield what rank 0 chooses, as every rank sees it."""
+        group, own = self._group, iter(self._candidates(selection))
+        if group.rank > 0:
+            own = iter(())
+        while True:
+            found = group.together("choose a checkpoint", lambda: next(own, None))
+            said = group.share("the checkpoint", described(found))
+            if said is None:
+                return
+            see = partial(self._seen, found, said)
+            seen = group.together("open the checkpoint", see)
+            if isinstance(seen, CheckpointReader):
+                group.agree("the state of the checkpoint", seen.manifest.state_digest)
+            yield seen
+
+    def _seen(
+        self, found: CheckpointReader | Rejection | None, said: Any
+    ) -> CheckpointReader | Rejection:
+        """Return what rank 0 found, as this rank sees it."""
+        if found is not None:
+            return found
+        if "reason" in said:
+            return Rejection(said["folder"], said["step"], said["reason"])
+        here = self._run.storage
+        storage = here if said["place"] == here.describe() else LocalStorage(said["place"])
+        return CheckpointReader(storage, said["folder"])
+
+    def _load_together(self, reader: CheckpointReader) -> CorruptCheckpointError | None:
+        """Load on every rank; return the damage that one of them found.
+
+        Raises:
+            UnbrokenError: What failed on this rank for another reason.
+            RankError: It failed on another one.
+        """
+        error: UnbrokenError | None = None
+        try:
+            self._load(reader)
+        except UnbrokenError as caught:
+            error = caught
+        damaged = type(error) is CorruptCheckpointError
+        said: Any = None if error is None else [damaged, str(error)]
+        ranks: list[Any] = self._group.gather("load", said)
+        failed = {rank: one for rank, one in enumerate(ranks) if one is not None}
+        if not failed:
+            return None
+        if isinstance(error, CorruptCheckpointError) and self._group.world_size == 1:
+            return error
+        if all(is_damage for is_damage, _ in failed.values()):
+            rank, (_, text) = next(iter(failed.items()))
+            return CorruptCheckpointError(f"rank {rank}", text)
+        if error is not None:
+            raise error
+        rank, (_, text) = next(iter(failed.items()))
+        raise RankError(f"rank {rank}", f"could not resume: {text}")
+
+    def _begun_together(
+        self, selection: Selection, reader: CheckpointReader | None, rejected: tuple[Rejection, ...]
+    ) -> ResumeReport:
+        """Let rank 0 clear the way; every rank has its own differences."""
+        group = self._group
+        report = group.together(
+            "begin",
+            lambda: self._clear_the_way(selection, reader, rejected) if group.rank == 0 else None,
+        )
+        if report is not None:
+            return report
+        checkpoint = None if reader is None else reader.storage.describe(reader.folder)
+        step = 0 if reader is None else reader.step
+        return ResumeReport(step, checkpoint, rejected, differences=self._differences)
 
     def load_only(self, step: int) -> None:
         """Fill these objects alone from the checkpoint of `step`."""
@@ -251,3 +327,12 @@ class Resumption:
         copy = self._run.set_aside_metrics() if keep_copy else None
         metrics.cut(nbytes)
         return () if copy is None else (f"set aside: the old metrics.jsonl is now {copy}",)
+
+
+def described(found: CheckpointReader | Rejection | None) -> Json:
+    """Return what other ranks must know to see the same."""
+    if found is None:
+        return None
+    if isinstance(found, Rejection):
+        return {"folder": found.folder, "step": found.step, "reason": found.reason}
+    return {"folder": found.folder, "place": found.storage.describe()}

@@ -191,8 +191,7 @@ class MapSource:
         size, used = self.shape.micro_batch_size, sampler.start
         batches = iter(loader)
         try:
-            for data in batches:
-                first = used + self.shape.rank * size
+            for first, data in zip(sampler.places(), batches, strict=False):
                 used += self.shape.stride
                 yield MicroBatch(data, size, self.order.epoch(first), first, Position(used))
         finally:

@@ -84,9 +84,10 @@ class BatchShape:
 class MicroBatchSampler:
     """The samples of one rank, micro-batch by micro-batch, from any position on, endless.
 
-    Optimizer step s takes the global positions [s*G, (s+1)*G) of the order; micro-batch a of
-    rank r takes [(a*W + r)*m, +m) of them. So world size, accumulation and workers only cut
-    the stream; they never change which samples a step uses, nor their order.
+    Optimizer step s takes the global positions [s*G, (s+1)*G) of the order; rank r takes the r-th
+    of W equal parts of them, and its micro-batch a the a-th m samples of that part. So world
+    size, accumulation and workers only cut the stream; they never change which samples a step
+    uses, nor their order; and the micro-batches of all ranks are those of one.
 
     It is a `batch_sampler` for a plain `torch.utils.data.DataLoader`; give that loader its own
     `generator=` as well, because `iter(DataLoader)` else draws from torch's global generator.
@@ -108,7 +109,7 @@ class MicroBatchSampler:
         >>> sampler = MicroBatchSampler(order, 4, 1, rank=1, world_size=2, start=4)
         >>> batches = iter(sampler)
         >>> next(batches), next(batches), next(batches)
-        ([5], [7], [1])
+        ([6], [7], [2])
     """
 
     def __init__(
@@ -128,11 +129,19 @@ class MicroBatchSampler:
         self.shape = BatchShape(global_batch_size, micro_batch_size, rank, world_size)
         self.start = start
         self.shape.left_in_step(start - steps_from)
+        self._steps_from = steps_from
+
+    def places(self) -> Iterator[int]:
+        """Yield the position of the first sample of each micro-batch of this rank."""
+        shape, begin = self.shape, self.start
+        left = shape.left_in_step(self.start - self._steps_from)
+        while True:
+            for micro in range(left):  # of a step that is pending only the rest is dealt out
+                yield begin + (shape.rank * left + micro) * shape.micro_batch_size
+            begin += left * shape.stride
+            left = shape.accumulation
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         size = self.shape.micro_batch_size
-        # G is a multiple of m * W, so step by step and straight on are the same places.
-        first = self.start + self.shape.rank * size
-        while True:
+        for first in self.places():
             yield self.order.keys(first, first + size)
-            first += self.shape.stride

@@ -6,5 +6,6 @@ from unbroken.distributed.alone import Alone as Alone
 from unbroken.distributed.group import Group as Group
 from unbroken.distributed.joining import join as join
 from unbroken.distributed.ranks import Ranks as Ranks
+from unbroken.distributed.tensors import gather_tensors as gather_tensors
 
-__all__ = ["Alone", "Group", "Ranks", "join"]
+__all__ = ["Alone", "Group", "Ranks", "gather_tensors", "join"]

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from unbroken.checkpoint import Policy
-from unbroken.data import BatchSource, batch_source, derive_key
+from unbroken.data import BatchSource, MapSource, batch_source, derive_key
+from unbroken.distributed import Group, gather_tensors, join
 from unbroken.errors import ConfigError
 from unbroken.store import Interval, KeepPolicy
 from unbroken.training.ambient import Randomness, seed_ambient
 from unbroken.training.callback import with_state
 from unbroken.training.changes import IN_DATA, LENGTH
 from unbroken.training.config import TrainerConfig
+from unbroken.training.display import Display, Silence
+from unbroken.training.lanes import LaneSum
 from unbroken.training.loss import LossFn
 from unbroken.training.step import Stepper
 
@@ -23,21 +28,60 @@ if TYPE_CHECKING:
     from unbroken.training.trainer import Trainer
 
 
-def pick_device(name: str) -> torch.device:
-    """Return the device that `TrainerConfig.device` names.
+def joined(config: TrainerConfig | None) -> Group:
+    """Return the ranks of torchrun's environment; they are left when this process exits."""
+    name = "auto" if config is None else config.device
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    group = join(device_type=auto if name == "auto" else name.partition(":")[0])
+    atexit.register(group.close)  # a process group that is left to the interpreter may abort it
+    return group
+
+
+def pick_display(display: Display | None, group: Group) -> Display:
+    """Return the display; rank 0 alone has one."""
+    if group.rank > 0:
+        return Silence()
+    return Display() if display is None else display
+
+
+def pick_device(name: str, group: Group) -> torch.device:
+    """Return the device that `TrainerConfig.device` names; on several ranks each its own GPU.
 
     Raises:
         ConfigError: If PyTorch knows no such device, or it is not there.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError("device", expected='"auto" or a torch.device', found=name) from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device", "there is no CUDA device here", found=name)
+    if name == "cuda" and group.world_size > 1:
+        return torch.device("cuda", group.local_rank)
     return device
+
+
+def for_ranks(config: TrainerConfig, group: Group) -> TrainerConfig:
+    """Return the configuration with what follows from the number of ranks; check that it fits.
+
+    Raises:
+        ConfigError: If the ranks cannot share the work as it is cut.
+    """
+    ranks = group.world_size
+    if ranks == 1:
+        return config
+    if config.micro_batch_size == "auto":
+        raise ConfigError("micro_batch_size", '"auto" is for one rank', found=f"{ranks} ranks")
+    if config.lanes is not None and config.lanes % ranks:
+        raise ConfigError("lanes", expected=f"a multiple of {ranks} ranks", found=config.lanes)
+    if config.micro_batch_size is None and config.lanes is None:
+        if config.batch_size % ranks:
+            expected = f"a multiple of {ranks} ranks"
+            raise ConfigError("batch_size", expected=expected, found=config.batch_size)
+        return config.replace(micro_batch_size=config.batch_size // ranks)
+    return config
 
 
 def make_source(
@@ -45,9 +89,14 @@ def make_source(
     config: TrainerConfig,
     collate_fn: Callable[[list[Any]], Any] | None,
     on_skip: Callable[[int, int, float], None],
+    group: Group,
 ) -> BatchSource:
-    """Return the source of training batches; `on_skip` is told what skipping costs."""
-    return batch_source(
+    """Return the source of training batches; `on_skip` is told what skipping costs.
+
+    Raises:
+        ConfigError: If several ranks are to share a loader, which deals its batches itself.
+    """
+    source = batch_source(
         dataset,
         seed=config.seed if config.data_seed is None else config.data_seed,
         global_batch_size=config.batch_size,
@@ -61,7 +110,16 @@ def make_source(
         prefetch_factor=config.dataloader_prefetch_factor,
         on_skip=on_skip,
         may_change=[fact for name in config.allow for fact in IN_DATA.get(name, ())],
+        rank=group.rank,
+        world_size=group.world_size,
     )
+    if group.world_size > 1 and not isinstance(source, MapSource):
+        raise ConfigError(
+            "train_dataset",
+            "several ranks need a map-style data set",
+            found=type(dataset).__name__,
+        )
+    return source
 
 
 def resume_policy(config: TrainerConfig) -> Policy:
@@ -105,6 +163,40 @@ def refuse_missing_evaluation_data(trainer: Trainer) -> None:
         raise ConfigError("eval_dataset", "is needed for eval_steps or eval_minutes")
 
 
+def refuse_to_save(trainer: Trainer, *, best_is_loaded: bool) -> None:
+    """Raise where what is in memory is not the whole state of the run.
+
+    Raises:
+        ConfigError: If the model holds its best weights; or inside a window of lanes.
+    """
+    if best_is_loaded:
+        raise ConfigError("save_checkpoint", "the model holds its best weights, not its last")
+    if trainer.progress.pending and (trainer.group.world_size > 1 or trainer.config.lanes):
+        what = "inside an accumulation window needs one rank and no lanes"
+        raise ConfigError("save_checkpoint", what)
+
+
+def make_lanes(trainer: Trainer) -> LaneSum | None:
+    """Return what sums gradients over lanes and ranks; None where there is one of both.
+
+    Raises:
+        ConfigError: If the model has batch statistics, which would be those of each portion.
+    """
+    group, lanes = trainer.group, trainer.config.lanes or trainer.group.world_size
+    if lanes == 1:
+        return None
+    normal = nn.modules.batchnorm._BatchNorm  # noqa: SLF001 (the base of all of them)
+    found = [name for name, m in trainer.model.named_modules() if isinstance(m, normal)]
+    if found:
+        raise ConfigError(
+            f"model.{found[0]}",
+            "its statistics would be those of each rank's or lane's samples",
+            hint="use another normalisation (GroupNorm, LayerNorm), or one rank without lanes",
+        )
+    gather = None if group.world_size == 1 else partial(gather_tensors, group)
+    return LaneSum(trainer.model, lanes // group.world_size, gather)
+
+
 def make_stepper(
     trainer: Trainer, forward: nn.Module, loss_fn: LossFn | None, randomness: Randomness
 ) -> Stepper:
@@ -117,6 +209,7 @@ def make_stepper(
         window=trainer.window,
         loss_fn=loss_fn,
         device=trainer.device,
+        lanes=make_lanes(trainer),
         randomness=randomness,
         seed=trainer.config.seed,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -41,7 +42,7 @@ _RULED: tuple[tuple[Rule, str], ...] = (
     (_JUDGING, "early_stopping_patience early_stopping_threshold"),
     (_LENGTH, "max_steps num_train_epochs"),
     (_SPLIT, "micro_batch_size"),
-    (_ROUNDING, "torch_compile gradient_checkpointing device full_determinism"),
+    (_ROUNDING, "lanes torch_compile gradient_checkpointing device full_determinism"),
     (_UPDATES, "weight_decay adam_beta1 adam_beta2 adam_epsilon sgd_momentum"),
     (_SCHEDULE, "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps"),
     (_FORWARD, "max_grad_norm bf16 fp16"),
@@ -102,10 +103,22 @@ class Examination:
             now["micro_batch_size"] = stored.get("micro_batch_size")  # goes on with that size
         rules = rules_for(config, self._trainer.model)
         differences = compare(_comparable(stored), _comparable(now), rules)
-        others = tuple(d for d in found if not d.path.startswith(self._told))
+        others = tuple(
+            self._judged_by_lanes(d, stored) for d in found if not d.path.startswith(self._told)
+        )
         if not stored or not self._trainer.has_own_schedule:
             return (*differences, *others)
         return (*differences, *self._length(differences, facts), *others)
+
+    def _judged_by_lanes(self, difference: Difference, stored: Mapping[str, Any]) -> Difference:
+        """Lanes make another number of ranks harmless."""
+        lanes = self._trainer.config.lanes
+        if difference.path != "environment.world_size" or lanes is None:
+            return difference
+        if stored.get("lanes") != lanes:
+            return difference
+        effect = "the same lanes on other ranks: the same bits"
+        return replace(difference, verdict="harmless", effect=effect)
 
     def _length(
         self, differences: tuple[Difference, ...], facts: Mapping[str, Any]

@@ -64,6 +64,9 @@ class TrainerConfig:
     micro_batch_size: int | Literal["auto"] | None = None
     """Samples in one forward pass of one process; None: the whole global batch; "auto": the whole
     batch, and half of it each time that a step does not fit into the device's memory."""
+    lanes: int | None = None
+    """Sum gradients in so many lanes, a power of two: the same bits on 1, 2, 4, ... `lanes` ranks.
+    None: a lane for each rank, and the same bits on as many ranks."""
     max_steps: int = -1
     """Optimizer steps of the whole run; -1: `num_train_epochs` decides."""
     num_train_epochs: float = 3.0
@@ -199,6 +202,14 @@ class TrainerConfig:
                 expected=f"a multiple of {self.per_forward}",
                 found=self.batch_size,
             )
+        lanes = 1 if self.lanes is None else self.lanes
+        if lanes & (lanes - 1) or self.batch_size % (lanes * self.per_forward):
+            raise ConfigError(
+                "lanes",
+                expected="a power of two; batch_size a multiple of lanes * micro_batch_size",
+                found=f"lanes {lanes}, batch_size {self.batch_size}, "
+                f"micro_batch_size {self.per_forward}",
+            )
         if self.fp16 and self.bf16:
             raise ConfigError("fp16", "cannot be combined with bf16: choose one")
         if self.early_stopping_patience is not None and not self.evaluates:
@@ -212,7 +223,9 @@ class TrainerConfig:
     def per_forward(self) -> int:
         """Samples in one forward pass of one process."""
         size = self.micro_batch_size
-        return self.batch_size if size is None or size == "auto" else size
+        if isinstance(size, int):
+            return size
+        return self.batch_size // (1 if self.lanes is None or size == "auto" else self.lanes)
 
     @property
     def gradient_accumulation_steps(self) -> int:
@@ -287,6 +300,7 @@ class TrainerConfig:
 _POSITIVE = (
     "batch_size",
     "micro_batch_size",
+    "lanes",
     "num_train_epochs",
     "samples_per_epoch",
     "dataloader_prefetch_factor",

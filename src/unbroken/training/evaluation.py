@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import islice, zip_longest
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from unbroken.data import derive_key, keyed_random
+from unbroken.distributed import Group
 from unbroken.errors import ConfigError, DataError
 from unbroken.training.config import TrainerConfig
 from unbroken.training.loss import LossFn, compute_loss, to_device, weight_of
@@ -29,6 +31,7 @@ class Evaluator:
         loss_fn: As `compute_loss` takes it.
         precision: Autocast.
         device: Where the model is.
+        group: The ranks that share the evaluation.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class Evaluator:
         *,
         precision: Precision,
         device: torch.device,
+        group: Group,
     ) -> None:
         self._forward = forward
         self._batch_size = config.eval_batch_size or config.per_forward
@@ -48,6 +52,7 @@ class Evaluator:
         self._loss_fn = loss_fn
         self._precision = precision
         self._device = device
+        self._group = group
 
     def mean_loss(self, dataset: Any) -> float:
         """Return the mean loss over all labels.
@@ -65,14 +70,27 @@ class Evaluator:
         self._forward.eval()
         try:
             with keyed_random(self._key, cuda=self._device.type == "cuda"), torch.no_grad():
-                losses = [self._loss_and_weight(batch) for batch in self._batches(dataset)]
+                losses = [self._loss_and_weight(batch) for batch in self._own(dataset)]
         finally:
             for module, training in modes.items():
                 module.training = training
-        count = sum(weight for _, weight in losses)
+        found = self._of_all_ranks(losses)
+        count = sum(weight for _, weight in found)
         if count == 0:
             raise DataError("eval_dataset", "gave no labels")
-        return sum(float(loss) * weight for loss, weight in losses) / count
+        return sum(loss * weight for loss, weight in found) / count
+
+    def _own(self, dataset: Any) -> Iterable[Any]:
+        """Return this rank's batches: every so manieth."""
+        group = self._group
+        return islice(self._batches(dataset), group.rank, None, group.world_size)
+
+    def _of_all_ranks(self, losses: list[tuple[Tensor, int]]) -> list[tuple[float, int]]:
+        """Return the losses of all batches in the order of the batches, so the same on all."""
+        own = [[float(loss), weight] for loss, weight in losses]
+        ranks: Any = self._group.gather("the evaluation", own)
+        rounds = zip_longest(*ranks)
+        return [(one[0], one[1]) for batches in rounds for one in batches if one is not None]
 
     def _loss_and_weight(self, batch: Any) -> tuple[Tensor, int]:
         with self._precision.autocast():

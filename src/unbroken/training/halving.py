@@ -107,7 +107,7 @@ class Halving:
         report = trainer.resume_report
         trainer.resume_report = replace(report, differences=(*report.differences, difference))
         event = {"event": "micro_batch_size", "step": trainer.progress.step, "from": before}
-        trainer.checkpointer.run.history.append({**event, "to": size, "verdict": verdict})
+        trainer.checkpointer.note_event({**event, "to": size, "verdict": verdict})
         trainer.display.note(f"out of memory: {difference}")
 
     def _can_be_halved(self, start: StepStart) -> bool:

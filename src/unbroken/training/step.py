@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from unbroken.data import MicroBatch, derive_key
 from unbroken.errors import DataError
 from unbroken.training.ambient import Randomness
+from unbroken.training.lanes import LaneSum
 from unbroken.training.loss import LossFn, compute_loss, to_device
 from unbroken.training.precision import Precision
 from unbroken.training.window import Window
@@ -44,6 +45,7 @@ class Stepper:
         window: The micro-batches of the unfinished step.
         loss_fn: As `compute_loss` takes it.
         device: Where the model is.
+        lanes: Sums gradients lane by lane, and over the ranks; None: one rank, one lane.
         randomness: The global generators, keyed while a step runs.
         seed: All randomness is derived from it and from the position of each micro-batch.
     """
@@ -58,6 +60,7 @@ class Stepper:
         window: Window,
         loss_fn: LossFn | None,
         device: torch.device,
+        lanes: LaneSum | None,
         randomness: Randomness,
         seed: int,
     ) -> None:
@@ -68,6 +71,7 @@ class Stepper:
         self._window = window
         self._loss_fn = loss_fn
         self._device = device
+        self._lanes = lanes
         self._seed = seed
         self._randomness = randomness
 
@@ -80,10 +84,16 @@ class Stepper:
             micro_batches: Those that are still missing in the step.
             after_each: Called after each backward pass.
         """
-        for micro, share in zip(micro_batches, self._window.shares(micro_batches), strict=True):
+        in_lane = len(micro_batches) // (1 if self._lanes is None else self._lanes.lanes)
+        shares = self._window.shares(micro_batches)
+        for number, (micro, share) in enumerate(zip(micro_batches, shares, strict=True), 1):
             self._randomness.seed(derive_key(self._seed, "forward", micro.first_position))
             self._accumulate(micro, share)
+            if self._lanes is not None and number % in_lane == 0:
+                self._lanes.lane_is_over(self._window.take_loss())
             after_each(micro)
+        if self._lanes is not None:
+            self._window.add(self._lanes.finish())
         return self._take_step()
 
     def _accumulate(self, micro: MicroBatch, share: float) -> None:

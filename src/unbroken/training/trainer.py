@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
 from unbroken.checkpoint import (
     Cadence,
@@ -23,35 +25,47 @@ from unbroken.checkpoint import (
     TrainingStopped,
 )
 from unbroken.data import BatchSource, MicroBatch, derive_key
+from unbroken.distributed import Group
 from unbroken.errors import ConfigError
 from unbroken.storage import Storage
 from unbroken.training.ambient import Randomness
 from unbroken.training.assembly import (
+    for_ranks,
+    joined,
     keep_policy,
     make_ready,
     make_source,
     make_stepper,
     named_objects,
     pick_device,
+    pick_display,
     prepared_for_forward,
     refuse_missing_evaluation_data,
+    refuse_to_save,
     resume_policy,
 )
 from unbroken.training.callback import Callback, overridden
 from unbroken.training.changes import Examination
 from unbroken.training.config import TrainerConfig
 from unbroken.training.counting import count_steps, epoch_at
+from unbroken.training.data_digest import DataDigest
 from unbroken.training.determinism import deterministic_kernels
 from unbroken.training.display import Display
 from unbroken.training.evaluation import Evaluator
 from unbroken.training.going_on import go_on, run_fingerprint, what_to_save
 from unbroken.training.halving import Halving
+from unbroken.training.judging import eval_is_due, evaluate_and_judge, load_best, place_of
 from unbroken.training.loss import LossFn, tokens_of
 from unbroken.training.memory import keep_freed_memory
 from unbroken.training.optimizers import make_optimizer, refuse_closures
 from unbroken.training.pace import Pace
 from unbroken.training.precision import Precision
 from unbroken.training.progress import Progress
+from unbroken.training.ranks import (
+    agree_on_weights,
+    agree_on_wishes,
+    agreed_reason,
+)
 from unbroken.training.result import TrainResult
 from unbroken.training.schedules import make_scheduler
 from unbroken.training.statistics import Statistics
@@ -80,7 +94,8 @@ class Trainer:
             They are compared on resume as those of `config` are.
         types: Classes of namedtuples and enums inside saved state.
         storage: Where the run directory is; None: `output_dir` on the local disk.
-        display: None: a progress bar on a terminal, lines elsewhere.
+        display: None: a progress bar on a terminal, lines elsewhere; on other ranks nothing.
+        group: The ranks that train together. None: those of torchrun's environment.
         clock: Monotonic seconds.
         wall_clock: Seconds since 1970.
 
@@ -117,20 +132,22 @@ class Trainer:
         types: Sequence[type] = (),
         storage: Storage | None = None,
         display: Display | None = None,
+        group: Group | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        self.config = config = TrainerConfig() if config is None else config
-        self.device = pick_device(config.device)
+        self.group = joined(config) if group is None else group
+        self.config = config = for_ranks(config or TrainerConfig(), self.group)
+        self.device = pick_device(config.device, self.group)
         self.model = model.to(self.device)
         self.eval_dataset = eval_dataset
         self.callbacks = list(callbacks)
         self.precision = Precision(config, self.device)
-        self.display = Display() if display is None else display
+        self.display = pick_display(display, self.group)
         self.source = None
         if train_dataset is not None:
             skipping = self.display.skipping
-            self.source = make_source(train_dataset, config, collate_fn, skipping)
+            self.source = make_source(train_dataset, config, collate_fn, skipping, self.group)
         self.max_steps = count_steps(config, self.source)
         self.optimizer = make_optimizer(model, config) if optimizer is None else optimizer
         refuse_closures(self.optimizer)
@@ -143,22 +160,28 @@ class Trainer:
         self.progress = Progress()
         self.resume_report = ResumeReport(step=0)
         self._is_loaded = False
-        self._clock = clock
-        self._wall_clock = wall_clock
+        self._clock, self._wall_clock = clock, wall_clock
         self._forward = prepared_for_forward(model, config)
-        self._randomness = Randomness(cuda=self.device.type == "cuda")
-        self.window = Window(model)
-        self._stepper = make_stepper(self, self._forward, loss_fn, self._randomness)
+        self.randomness = Randomness(cuda=self.device.type == "cuda")
+        self.window = Window(model, self.group)
+        self._stepper = make_stepper(self, self._forward, loss_fn, self.randomness)
         self._evaluator = Evaluator(
-            self._forward, config, collate_fn, loss_fn, precision=self.precision, device=self.device
+            self._forward,
+            config,
+            collate_fn,
+            loss_fn,
+            precision=self.precision,
+            device=self.device,
+            group=self.group,
         )
         self._counted_until = clock()
+        self._data_digest = DataDigest(self.statistics, self.group)
         self.stop_reason: str | None = None
         self._saved: Progress | None = None
-        self._at_edge = self._save_wanted = self._best_is_loaded = False
+        self._at_edge = self.save_wanted = self._best_is_loaded = False
         self._pace = Pace(clock)
         self._log_timer = Timer(Cadence(config.logging_steps, config.logging_minutes), clock)
-        self._eval_timer = Timer(Cadence(config.eval_steps, config.eval_minutes), clock)
+        self.eval_timer = Timer(Cadence(config.eval_steps, config.eval_minutes), clock)
         self.checkpointer = Checkpointer(
             config.output_dir if storage is None else storage,
             branch=config.branch,
@@ -172,6 +195,7 @@ class Trainer:
             policy=resume_policy(config),
             fingerprint=lambda: run_fingerprint(self, train_dataset, collate_fn, loss_fn),
             examine=Examination(self, own_optimizer=optimizer is None),
+            group=self.group,
             **named_objects(self, state or {}),
         )
 
@@ -209,18 +233,21 @@ class Trainer:
             stack.enter_context(preemption)
             report = self._begin(resume_from_checkpoint)
             self._loop(preemption)
-            return self._end(report)
+            self._best_is_loaded = load_best(self)
+            self.call("on_train_end")
+            best = self.statistics.best_metric
+            return TrainResult(self.progress, self.stop_reason, best, report)
 
     def _loop(self, preemption: Preemption) -> None:
         self._pace.step_begins()
-        with self._randomness.keyed():
+        with self.randomness.keyed():
             for micro_batches in self._windows():
                 if not self._train_step(micro_batches):
                     continue
                 self._at_step_edge()
                 self._pace.step_is_over()
                 preemption.margin_seconds = self._pace.seconds_to_stop()
-                reason = preemption.reason()
+                reason = agreed_reason(self.group, preemption.reason())
                 if reason is not None and not self._finished():
                     self._stop(reason)
 
@@ -232,19 +259,21 @@ class Trainer:
         while not self._finished():
             if size != self.config.per_forward:  # the last step did not fit into memory
                 batches, size = self._batches.from_(), self.config.per_forward
-            missing = self.config.gradient_accumulation_steps - self.progress.pending
-            yield list(islice(batches, missing))
+            yield list(islice(batches, self._batches.left_in_step()))
 
     def _finished(self) -> bool:
         return self.progress.step >= self.max_steps or self.stop_reason is not None
 
     def _train_step(self, micro_batches: list[MicroBatch]) -> bool:
         """Return whether the step was taken; else it is to be tried again in smaller portions."""
-        stepped = self.portions.attempt(
-            lambda: self._stepper.run(micro_batches, after_each=self._after_micro_batch)
-        )
+        tokens_before = self.progress.tokens
+        run = partial(self._stepper.run, micro_batches, after_each=self._after_micro_batch)
+        stepped = self.portions.attempt(run)
         if stepped is None:
             return False
+        if self.group.world_size > 1:
+            self.progress = replace(self.progress, tokens=tokens_before + self.window.tokens)
+            self._data_digest.step_is_over()
         self.progress = self.progress.after_step(epoch_at(self.progress, self._batches))
         self.statistics.add_step(stepped)
         self._count_time()
@@ -253,46 +282,45 @@ class Trainer:
     def _after_micro_batch(self, micro: MicroBatch) -> None:
         self._batches.used(micro)
         if self.config.log_data_digest:
-            self.statistics.add_data(micro.data)
+            self._data_digest.add(micro.data)
         self.progress = self.progress.after_micro_batch(
             samples=micro.after.samples, tokens=tokens_of(micro.data)
         )
-        self._call("on_micro_batch_end")
+        self.call("on_micro_batch_end")
 
     def _at_step_edge(self) -> None:
         """Do what is due between two steps; saving comes last and so holds all the rest."""
-        step, self._at_edge, self._save_wanted = self.progress.step, True, False
-        self._call("on_step_end")
+        step, self._at_edge, self.save_wanted = self.progress.step, True, False
+        self.call("on_step_end")
+        agree_on_wishes(self)
         if self._log_timer.due(step) or self._finished():
             self._log()
-        if self.config.evaluates and (self._eval_timer.due(step) or self._finished()):
-            improved = self._evaluate_and_judge()
-            self._save_wanted |= improved and self.config.load_best_model_at_end
+        if self.config.evaluates and (eval_is_due(self) or self._finished()):
+            improved = evaluate_and_judge(self)
+            self.save_wanted |= improved and self.config.load_best_model_at_end
+        agree_on_wishes(self)
         self._at_edge = False
-        if self.checkpointer.is_due(step) or self._save_wanted or self._finished():
+        if self.checkpointer.is_due(step) or self.save_wanted or self._finished():
             self.save_checkpoint()
         self.display.advance(step)
 
     def _log(self) -> None:
         self._count_time()
-        record = {**self._place(), **self.statistics.log(self.progress)}
-        self._record(record)
+        self.record(record := {**place_of(self), **self.statistics.log(self.progress)})
         self._log_timer.done()
-        self._call("on_log", record)
+        self.call("on_log", record)
 
-    def _place(self) -> dict[str, Any]:
-        return {"step": self.progress.step, "epoch": round(self.progress.epoch, 6)}
-
-    def _call(self, hook: str, *arguments: Any) -> None:
+    def call(self, hook: str, *arguments: Any) -> None:
         """Call a hook of every callback; what they draw depends on the place in the run alone."""
         calls = overridden(self.callbacks, hook)
         if calls:
             key = derive_key(self.config.seed, hook, self.progress.samples)
-            with self._randomness.keyed_by(key):
+            with self.randomness.keyed_by(key):
                 for call in calls:
                     call(self, *arguments)
 
-    def _record(self, record: Mapping[str, Any]) -> None:
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Write one line of statistics, and show it."""
         self.checkpointer.log(record)
         self.display.statistics(self.progress.step, record)
 
@@ -302,21 +330,6 @@ class Trainer:
         Override it to add metrics of your own; `metric_for_best_model` may name any of them.
         """
         return {"eval_loss": self._evaluator.mean_loss(self.eval_dataset)}
-
-    def _evaluate_and_judge(self) -> bool:
-        """Evaluate; return whether the model is the best so far."""
-        self._randomness.seed(derive_key(self.config.seed, "evaluate", self.progress.step))
-        metrics = {name: float(value) for name, value in self.evaluate().items()}
-        self._eval_timer.done()
-        self._record({**self._place(), **metrics})
-        best = self.statistics.consider(metrics, self.progress.step, self.config)
-        if isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step(metrics[self.config.metric_for_best_model])
-        patience = self.config.early_stopping_patience
-        if patience is not None and self.statistics.evaluations_without_gain >= patience:
-            self.stop(f"early stopping: {patience} evaluations without a better metric")
-        self._call("on_evaluate", metrics)
-        return best
 
     def stop(self, reason: str = "stop() was called") -> None:
         """End the run after the current step, as if it had reached `max_steps`."""
@@ -329,26 +342,26 @@ class Trainer:
         two steps, by a callback, it is made when all that belongs to the step has happened.
         """
         if self._at_edge:
-            self._save_wanted = True
-            return self.checkpointer.run.storage.describe(f"checkpoint-{self.progress.step}")
-        if self._best_is_loaded:
-            raise ConfigError("save_checkpoint", "the model holds its best weights, not its last")
+            self.save_wanted = True
+            return self.checkpointer.path(self.progress.step)
+        refuse_to_save(self, best_is_loaded=self._best_is_loaded)
         if self.progress == Progress():
             make_ready(self)
         self._count_time()
         self.checkpointer.best_step = self.statistics.best_step
         values, facts = what_to_save(self)
-        with self._randomness.ambient():
+        with self.randomness.ambient():
             path = self.checkpointer.save(self.progress.step, values, facts=facts)
         self._saved = self.progress
         self._pace.save_took(self._count_time())
-        self._call("on_save", path)
+        self.call("on_save", path)
         return path
 
     def load_checkpoint(self, which: ResumeFrom = "latest") -> ResumeReport:
         """Put a saved state into everything; `train` goes on there. As `Checkpointer.resume`."""
         if Selection.parse(which).kind == "never" and self.progress != Progress():
             raise ConfigError("train", 'make a new Trainer for "never"', found=str(self.progress))
+        self.group.agree("the configuration", self.config.to_dict())
         with deterministic_kernels(self.config.full_determinism, self.device):
             report = self.resume_report = self.checkpointer.resume(which)
         if report.resumed:
@@ -368,29 +381,20 @@ class Trainer:
             make_ready(self)
             if self.config.save_at_start:
                 self.save_checkpoint()
-        self._call("on_train_begin")
+        agree_on_weights(self)
+        self.call("on_train_begin")
         return self.resume_report
-
-    def _end(self, report: ResumeReport) -> TrainResult:
-        best = self.statistics.best_step
-        if self.config.load_best_model_at_end and best is not None:
-            self.checkpointer.load(best, ["model"])
-            self._best_is_loaded = True
-        self._call("on_train_end")
-        return TrainResult(self.progress, self.stop_reason, self.statistics.best_metric, report)
 
     def _stop(self, reason: str) -> None:
         if self._saved != self.progress:
             self.save_checkpoint()
         stopped = TrainingStopped(self.progress.step, reason)
-        event = {"event": "stopped", "step": stopped.step, "by": reason}
-        self.checkpointer.run.history.append(event)
+        self.checkpointer.note_event({"event": "stopped", "step": stopped.step, "by": reason})
         self.display.note(str(stopped))
         raise stopped
 
     def _count_time(self) -> float:
         """Add the seconds since the last call to the run's; return them."""
-        now = self._clock()
-        seconds, self._counted_until = now - self._counted_until, now
-        self.statistics.seconds += seconds
-        return seconds
+        before, self._counted_until = self._counted_until, self._clock()
+        self.statistics.seconds += self._counted_until - before
+        return self._counted_until - before

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from unbroken.capture import capture_gradients, restore_gradients
 from unbroken.data import MicroBatch
-from unbroken.training.loss import weight_of
+from unbroken.distributed import Group
+from unbroken.errors import DataError
+from unbroken.training.loss import tokens_of, weight_of
 
 
 class Window:
@@ -20,15 +22,19 @@ class Window:
 
     Args:
         model: Whose parameters hold the gradients.
+        group: The ranks that share the step.
 
     Attributes:
         loss: The weighted mean loss of the micro-batches so far, or None before the first.
+        tokens: Tokens in the step, of all ranks.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, group: Group) -> None:
         self.loss: Tensor | None = None
         self._model = model
         self._weight = 0
+        self._group = group
+        self.tokens = 0
 
     def shares(self, micro_batches: Sequence[MicroBatch]) -> list[float]:
         """Return each micro-batch's share of the step's mean loss.
@@ -36,17 +42,26 @@ class Window:
         Each label counts the same, in whatever micro-batch it stands. (Equal shares would give
         the labels of short sequences more weight: transformers#34191.)
         """
-        if len(micro_batches) == 1 and self.loss is None:
+        if len(micro_batches) == 1 and self.loss is None and self._group.world_size == 1:
             return [1.0]  # alone in its step
         weights = [weight_of(micro.data, micro.samples) for micro in micro_batches]
         if self.loss is None:
-            self._weight = sum(weights)
+            tokens = sum(tokens_of(micro.data) for micro in micro_batches)
+            total = self._group.sum([float(sum(weights)), float(tokens)])
+            self._weight, self.tokens = map(int, total)
         return [weight / max(1, self._weight) for weight in weights]
 
     def add(self, loss: Tensor) -> None:
         """Count the loss of one micro-batch, already multiplied by its share."""
         loss = loss.detach()
         self.loss = loss if self.loss is None else self.loss + loss
+
+    def take_loss(self) -> Tensor:
+        """Return the loss since the last call."""
+        if self.loss is None:
+            raise DataError("batch", "a lane has no micro-batch")
+        loss, self.loss = self.loss, None
+        return loss
 
     def clear(self) -> None:
         """Begin the next window."""

@@ -1,0 +1,60 @@
+"""What the ranks of a run decide together, between two steps and when they begin."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import xxhash
+
+from unbroken.distributed import Group
+
+if TYPE_CHECKING:
+    from unbroken.training.trainer import Trainer
+
+
+def agreed_reason(group: Group, reason: str | None) -> str | None:
+    """Return why to stop, if any rank has a reason: the first rank's that has one."""
+    if not group.any(reason is not None):
+        return None
+    reasons = group.gather("why to stop", reason)
+    return next(str(one) for one in reasons if one is not None)
+
+
+def agree_on_wishes(trainer: Trainer) -> None:
+    """Let a stop or a save that one rank's callback asked for be that of all."""
+    group = trainer.group
+    if group.world_size == 1 or not group.any(
+        trainer.stop_reason is not None or trainer.save_wanted
+    ):
+        return
+    wishes: Any = group.gather(
+        "what callbacks asked for", [trainer.stop_reason, trainer.save_wanted]
+    )
+    trainer.stop_reason = next((reason for reason, _ in wishes if reason is not None), None)
+    trainer.save_wanted = any(wanted for _, wanted in wishes)
+
+
+def agree_on_weights(trainer: Trainer) -> None:
+    """Raise unless all ranks begin with the same weights and buffers.
+
+    Raises:
+        RankError: Naming the ranks whose model is another one.
+    """
+    if trainer.group.world_size == 1:
+        return
+    digest = xxhash.xxh3_128()
+    for tensor in trainer.model.state_dict(keep_vars=True).values():
+        if isinstance(tensor, torch.Tensor) and tensor.numel():
+            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(flat.numpy().data)
+    what = "the weights to begin with (seed before the model is built)"
+    trainer.group.agree(what, digest.hexdigest())
+
+
+def shared_metrics(group: Group, metrics: dict[str, float]) -> dict[str, float]:
+    """Return rank 0's metrics, bit for bit."""
+    if group.world_size == 1:
+        return metrics
+    said: Any = group.share("metrics", {name: value.hex() for name, value in metrics.items()})
+    return {name: float.fromhex(value) for name, value in said.items()}
