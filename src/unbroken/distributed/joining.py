@@ -36,7 +36,8 @@ def join(*, device_type: str = "cpu", timeout: float = _TIMEOUT) -> Group:
         The group; `Alone` where WORLD_SIZE is 1 or not set.
 
     Raises:
-        ConfigError: The environment names no rank, or is no torchrun's.
+        ConfigError: The environment names no rank, or is no torchrun's; or there is no GPU for
+            this rank.
         RankTimeoutError: Some ranks have not come in time.
         RankError: The process group could not be initialised on another rank.
 
@@ -77,24 +78,41 @@ def _initialised(device_type: str, timeout: float) -> Group:
         on_close=_destroy,
     )
 
-    def initialise() -> None:
-        if device_type == "cuda":
-            torch.cuda.set_device(local_rank)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
-            store=store,
-            rank=rank,
-            world_size=group.world_size,
-            timeout=timedelta(seconds=timeout),
-        )
-
     try:
-        group.gather("join", None)  # names the ranks that are missing, which gloo could not
-        group.together("initialise the process group", initialise)
+        # The roll call: it names the ranks that are missing, which gloo could not.
+        group.agree("device_type", device_type)
+        if device_type == "cuda":
+            group.together("choose the GPU", lambda: _choose_gpu(local_rank))
+        group.together(
+            "initialise the process group", lambda: _start(group, store, device_type, timeout)
+        )
     except BaseException:
         group.close()
         raise
     return group
+
+
+def _choose_gpu(local_rank: int) -> None:
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ConfigError(
+            "LOCAL_RANK",
+            "there is no GPU for this rank",
+            expected=f"less than {count}",
+            found=local_rank,
+            hint="start as many ranks as there are GPUs: torchrun --nproc-per-node=gpu",
+        )
+    torch.cuda.set_device(local_rank)
+
+
+def _start(group: Group, store: Store, device_type: str, timeout: float) -> None:
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
+        store=store,
+        rank=group.rank,
+        world_size=group.world_size,
+        timeout=timedelta(seconds=timeout),
+    )
 
 
 def _rendezvous(timeout: float) -> Store:
