@@ -19,6 +19,7 @@ from unbroken.errors import ConfigError
 _ENTRY = Path(__file__).parent / "entry"
 _PLAN = "UNBROKEN_CHECK_PLAN"
 _GRACE_SECONDS = 5.0  # for the other ranks to come to the same step
+_END_SECONDS = 30.0  # for what was killed to be gone
 _POLL_SECONDS = 0.02
 _TAIL = 15
 
@@ -113,7 +114,8 @@ def _end_all(process: subprocess.Popen[bytes], plan: Path, grace: float) -> None
         time.sleep(_POLL_SECONDS)
     if process.poll() is None:
         process.kill()
-    while left := processes_of(plan):
+    until = time.monotonic() + _END_SECONDS
+    while (left := processes_of(plan)) and time.monotonic() < until:
         for pid in left:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
