@@ -26,7 +26,9 @@ from unbroken.testing import KillingStorage
 from unbroken.training import Callback, Silence, Trainer, TrainerConfig
 
 _FRESH = multiprocessing.get_context("forkserver")
-_FRESH.set_forkserver_preload(["torch._dynamo", "unbroken.training", "unbroken.testing"])
+_FRESH.set_forkserver_preload(
+    ["torch._dynamo", "unbroken.training", "unbroken.testing.killing", "scenarios"]
+)
 
 SAMPLES, BATCH, EPOCHS = 40, 8, 3
 STEPS_PER_EPOCH = SAMPLES // BATCH
