@@ -181,7 +181,10 @@ def check(objects: Mapping[str, object], tree: Mapping[str, Any]) -> None:
             memory format or tie; the error lists the first mismatches and counts all.
     """
     names = ParameterNames(objects)
-    hint = "build the objects as they were when the checkpoint was saved"
+    hint = (
+        "build the objects as they were when the checkpoint was saved, "
+        'or name what is not to be loaded: skip=["name of an object", "pattern.of.parameters.*"]'
+    )
     raise_all(_check_all(objects, tree, "", names), hint)
 
 

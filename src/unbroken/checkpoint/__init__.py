@@ -26,6 +26,7 @@ from unbroken.checkpoint.preemption import TrainingStopped as TrainingStopped
 from unbroken.checkpoint.report import ResumeReport as ResumeReport
 from unbroken.checkpoint.selection import ResumeFrom as ResumeFrom
 from unbroken.checkpoint.selection import Selection as Selection
+from unbroken.checkpoint.taking_effect import ratio as ratio
 
 __all__ = [
     "ENVIRONMENT_RULES",
@@ -54,4 +55,5 @@ __all__ = [
     "environment_differences",
     "environment_facts",
     "overall",
+    "ratio",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,10 +56,11 @@ class AsBuilt:
             },
         )
 
-    def set_options(self, optimizer: Optimizer) -> None:
-        """Give an optimizer the hyperparameters it was built with, but for the learning rate."""
+    def set_options(self, optimizer: Optimizer, names: Collection[str]) -> None:
+        """Give an optimizer these hyperparameters as it was built; not the learning rate."""
+        chosen = set(names) - set(_NO_OPTIONS)
         for group, built in zip(optimizer.param_groups, self.groups[id(optimizer)], strict=True):
-            group.update({key: v for key, v in built.items() if key not in _NO_OPTIONS})
+            group.update({name: built[name] for name in chosen if name in built})
 
     def set_learning_rates(self, optimizer: Optimizer) -> None:
         """Give an optimizer the learning rates it was built with."""
@@ -68,24 +69,32 @@ class AsBuilt:
                 if key in built:
                     _set(group, key, built[key])
 
-    def reschedule(self, scheduler: LRScheduler) -> None:
+    def reschedule(self, scheduler: LRScheduler, *, scale: float = 1.0) -> None:
         """Put a schedule as it was built at the step where the restored one stands.
 
         It is stepped there from its beginning, whatever its class; a `LambdaLR` is a function
-        of the step and needs no steps. One that follows a metric keeps what it knows of it.
+        of the step and needs no steps.
+
+        Args:
+            scheduler: Just restored.
+            scale: One that follows a metric keeps what it knows of it, and its learning rates
+                times this.
         """
-        built = self.schedules[id(scheduler)]
+        built = copy.deepcopy(self.schedules[id(scheduler)])
         if isinstance(scheduler, ReduceLROnPlateau):
             settings = {key: value for key, value in built.items() if key not in _OF_THE_METRIC}
             scheduler.load_state_dict({**scheduler.state_dict(), **settings})
-            self.set_learning_rates(scheduler.optimizer)
+            for group in scheduler.optimizer.param_groups:
+                _set(group, "lr", group["lr"] * scale)
             return
-        steps = scheduler.last_epoch - built["last_epoch"]
+        steps = _steps_of(scheduler.state_dict()) - _steps_of(built)
         self.set_learning_rates(scheduler.optimizer)
         if type(scheduler) is LambdaLR:
+            now = {"last_epoch": scheduler.last_epoch, "_step_count": scheduler._step_count}  # noqa: SLF001
+            scheduler.load_state_dict({**built, **now})  # functions that are objects have state
             _jump(scheduler)
             return
-        scheduler.load_state_dict(copy.deepcopy(built))
+        scheduler.load_state_dict(built)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of stepping a schedule before its optimizer
             for _ in range(steps):
@@ -102,11 +111,24 @@ class AsBuilt:
 
 def all_objects(objects: Any) -> Iterator[object]:
     """Yield registered objects one by one, those in lists and dicts too."""
-    for value in objects.values() if isinstance(objects, Mapping) else objects:
+    return (value for _, value in named_objects(objects))
+
+
+def named_objects(objects: Any, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield registered objects with their paths: "critic", or "optimizers.0" in a list."""
+    items = objects.items() if isinstance(objects, Mapping) else enumerate(objects)
+    for name, value in items:
         if isinstance(value, list | tuple | dict):
-            yield from all_objects(value)
+            yield from named_objects(value, f"{prefix}{name}.")
         else:
-            yield value
+            yield f"{prefix}{name}", value
+
+
+def _steps_of(state: Mapping[str, Any]) -> int:
+    """Return how often a schedule was stepped; one made of others stands where they do."""
+    if "last_epoch" in state:
+        return int(state["last_epoch"])
+    return max(_steps_of(inner) for inner in state["_schedulers"])
 
 
 def _options(optimizer: Optimizer) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -21,7 +21,6 @@ from unbroken.capture import (
 )
 from unbroken.checkpoint.branching import open_branch
 from unbroken.checkpoint.comparison import Comparison, Examine, Policy
-from unbroken.checkpoint.environment import environment_facts
 from unbroken.checkpoint.generators import rng_digest
 from unbroken.checkpoint.policy import Cadence, Timer
 from unbroken.checkpoint.report import ResumeReport
@@ -66,6 +65,7 @@ class Checkpointer:
         fingerprint: Returns more groups of facts to compare; called once, before a resume.
         examine: Called with the facts of a checkpoint and the differences found, before anything
             is loaded: returns all that matter, or raises to refuse the checkpoint.
+        told: Names of objects whose hyperparameters `settings` or `examine` tell already.
         group: The ranks that train the same model, each calling every method; rank 0 writes. None:
             this process alone.
         objects: What to save, by name: modules, optimizers, schedulers, a GradScaler, random
@@ -105,6 +105,7 @@ class Checkpointer:
         policy: Policy | None = None,
         fingerprint: Callable[[], Mapping[str, Any]] | None = None,
         examine: Examine | None = None,
+        told: Collection[str] = (),
         group: Group | None = None,
         **objects: object,
     ) -> None:
@@ -125,7 +126,12 @@ class Checkpointer:
         self._types = tuple(types)
         self._wall_clock = wall_clock
         self.comparison = Comparison(
-            objects, settings=settings, more=fingerprint, policy=policy, examine=examine
+            objects,
+            settings=settings,
+            more=fingerprint,
+            policy=policy,
+            examine=examine,
+            told=told,
         )
         self._by_time = save_minutes is not None  # ranks need not see the same time
         self._timer = Timer(Cadence(save_steps, save_minutes), clock)
@@ -269,7 +275,6 @@ class Checkpointer:
 
     def _facts(self, run: RunDirectory) -> dict[str, Any]:
         return {
-            "environment": environment_facts(),
             "metrics_bytes": run.metrics.nbytes,
             "best_step": self.best_step,
             "origin": self._origin,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from unbroken.capture import Skip, keep_skipped
-from unbroken.checkpoint.as_built import AsBuilt
+from unbroken.checkpoint.as_built import AsBuilt, named_objects
 from unbroken.checkpoint.code import code_differences, code_facts
 from unbroken.checkpoint.differences import (
     Difference,
@@ -24,8 +24,9 @@ from unbroken.checkpoint.differences import (
     refuse_unnamed,
 )
 from unbroken.checkpoint.elsewhere import environment_differences
+from unbroken.checkpoint.environment import environment_facts
 from unbroken.checkpoint.fingerprints import fingerprint_differences, flat, rule_of
-from unbroken.checkpoint.taking_effect import take_effect, untrained_names
+from unbroken.checkpoint.taking_effect import NOT_LOADED, take_effect, untrained_names
 from unbroken.fingerprint import (
     Plain,
     model_facts,
@@ -80,6 +81,7 @@ class Comparison:
         more: Returns more groups of facts: {"data": ...}; called once, before a resume.
         policy: Which differences are accepted.
         examine: May add differences or take some away.
+        told: Names of objects that settings make, and so tell enough of.
     """
 
     def __init__(
@@ -90,7 +92,9 @@ class Comparison:
         more: Callable[[], Mapping[str, Any]] | None = None,
         policy: Policy | None = None,
         examine: Examine | None = None,
+        told: Collection[str] = (),
     ) -> None:
+        self._told = set(told)
         self._objects = objects
         self._settings = _plain_settings(settings or {})
         self._more = more
@@ -112,7 +116,11 @@ class Comparison:
         """What goes into each checkpoint of this start, to be compared by the next one."""
         more = {} if self._more is None else self._more()
         fingerprint = {**fingerprint_of(self._objects), "code": code_facts(), **more}
-        return {"settings": self._settings, "fingerprint": fingerprint}
+        return {
+            "environment": environment_facts(),
+            "settings": self._settings,
+            "fingerprint": fingerprint,
+        }
 
     def differences(self, stored: Mapping[str, Any]) -> tuple[Difference, ...]:
         """Return all that is not what it was; nothing is refused yet."""
@@ -121,16 +129,27 @@ class Comparison:
         settings = compare(flat(_group(stored, "settings")), now, rules)
         before, prints = _group(stored, "fingerprint"), self.facts["fingerprint"]
         told = {difference.path for difference in settings}
-        others = fingerprint_differences(_without_code(before), _without_code(prints))
+        others = fingerprint_differences(self._untold(before), self._untold(prints))
         found = (
             *settings,
             *(difference for difference in others if difference.path not in told),
             *code_differences(_group(before, "code")),
-            *environment_differences(_group(stored, "environment")),
+            *environment_differences(_group(stored, "environment"), self.facts["environment"]),
         )
         if self._examine is not None:
             found = self._examine(stored, found)
         return gravest_first(_unrefused(found, self._policy))
+
+    def _untold(self, groups: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the groups without the code, and without objects that settings tell of."""
+        others = {name for name, _ in named_objects(self._objects)} - self._told
+        return {
+            name: {key: v for key, v in facts.items() if key in others}
+            if name in self._told
+            else facts
+            for name, facts in groups.items()
+            if name != "code"
+        }
 
     def refuse(self, where: str, differences: tuple[Difference, ...]) -> None:
         """Raise DifferenceError for what is not accepted."""
@@ -162,17 +181,25 @@ class Comparison:
             for path, part in self._policy.parts.items()
             if path in paths and part not in patterns and not self._has_class(tree, part)
         ]
+        goes += self._callbacks_that_came_or_went(tree)
         untrained = untrained_names(found)
         skip = Skip((*patterns, *goes), untrained)
         if not skip:
             return dict(tree), ()
         loaded, skipped = keep_skipped(self._objects, tree, skip)
         told = [path for path in skipped if path not in goes]
-        effect = "not loaded: skip names it"
         return loaded, tuple(
-            Difference(path, "in the checkpoint", "as built here", effect, "changed")
+            Difference(path, "in the checkpoint", "as built here", NOT_LOADED, "changed")
             for path in told
         )
+
+    def _callbacks_that_came_or_went(self, tree: Mapping[str, Any]) -> list[str]:
+        """Return the callbacks with a state that only one side has, if that is named."""
+        here, there = self._objects.get("callbacks"), tree.get("callbacks")
+        named = is_named("callbacks", self._policy.named)
+        if not named or not isinstance(here, dict) or not isinstance(there, dict):
+            return []
+        return [f"callbacks.{name}" for name in here.keys() ^ there.keys()]
 
     def _has_class(self, tree: Mapping[str, Any], part: str) -> bool:
         """Return whether an object is of the class that the checkpoint has it in."""
@@ -195,7 +222,7 @@ def fingerprint_of(objects: Mapping[str, object]) -> dict[str, Plain]:
         'torch.nn.modules.linear.Linear'
     """
     groups: dict[str, Any] = {}
-    for name, value in objects.items():
+    for name, value in named_objects(objects):
         for group, (kind, describe) in _DESCRIBED.items():
             if isinstance(value, kind):
                 facts = describe(value)
@@ -229,10 +256,6 @@ def _plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         name: _plain_settings(value) if isinstance(value, Mapping) else plain_or_text(value)
         for name, value in settings.items()
     }
-
-
-def _without_code(groups: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: facts for name, facts in groups.items() if name != "code"}
 
 
 def _group(facts: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from unbroken.errors import DifferenceError
 
+_LIMIT = 60
+
 Verdict = Literal["same", "harmless", "equivalent", "changed", "refused"]
 """What a setting means for the bits of a run: see `Difference`."""
 
@@ -44,8 +46,18 @@ class Difference:
 
     def __str__(self) -> str:
         """Return the difference in one line."""
-        values = f"stored {brief(self.stored)}, now {brief(self.now)}"
-        return f"{self.path}: {values}: {self.verdict}: {self.effect}"
+        stored, now = self.values()
+        return f"{self.path}: stored {stored}, now {now}: {self.verdict}: {self.effect}"
+
+    def values(self) -> tuple[str, str]:
+        """Return both values in short; of lists only what the other one has not."""
+        stored, now = self.stored, self.now
+        if isinstance(stored, list) and isinstance(now, list):
+            gone = [item for item in stored if item not in now]
+            came = [item for item in now if item not in stored]
+            if gone or came:
+                return brief(gone or "none of these"), brief(came or "none of these")
+        return _apart(str(stored), str(now))
 
 
 Rule = tuple[Verdict, str]
@@ -149,8 +161,8 @@ def is_named(path: str, names: Collection[str]) -> bool:
 
 
 def _sentence(difference: Difference) -> str:
-    values = f"stored {brief(difference.stored)}, now {brief(difference.now)}"
-    return f"{difference.path}: {values}: {difference.effect}"
+    stored, now = difference.values()
+    return f"{difference.path}: stored {stored}, now {now}: {difference.effect}"
 
 
 def _way_out(refused: list[Difference], names: list[str], exact_resume: ExactResume) -> str:
@@ -165,7 +177,18 @@ def _way_out(refused: list[Difference], names: list[str], exact_resume: ExactRes
     )
 
 
-def brief(value: object, limit: int = 60) -> str:
+def _apart(stored: str, now: str) -> tuple[str, str]:
+    """Return two texts in short; of long ones the place where they part."""
+    if len(stored) <= _LIMIT and len(now) <= _LIMIT:
+        return stored, now
+    pairs = enumerate(zip(stored, now, strict=False))
+    parting = next((i for i, (one, other) in pairs if one != other), min(len(stored), len(now)))
+    start = max(0, parting - _LIMIT // 3)
+    dots = "..." if start else ""
+    return f"{dots}{brief(stored[start:])}", f"{dots}{brief(now[start:])}"
+
+
+def brief(value: object, limit: int = _LIMIT) -> str:
     """Return a value as text that fits into a line.
 
     Example:

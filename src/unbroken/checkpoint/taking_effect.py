@@ -9,8 +9,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from unbroken.checkpoint.as_built import AsBuilt, all_objects
+from unbroken.checkpoint.as_built import AsBuilt, named_objects
 from unbroken.checkpoint.differences import Difference
+
+NOT_LOADED = "not loaded: skip names it"
 
 
 def take_effect(
@@ -18,29 +20,66 @@ def take_effect(
 ) -> None:
     """Set hyperparameters, schedules and frozen parameters as this start has built them.
 
-    Moments and counters stay; a schedule is the new one at the step where the run is.
+    Moments and counters stay; a schedule is the new one at the step where the run is, also over
+    an optimizer that was not loaded. Under a schedule that was not loaded the rates begin anew.
 
     Args:
         differences: Those that were allowed; their paths say what changed.
         built: The objects before the resume.
         objects: The same objects, just restored.
     """
-    changed = {d.path for d in differences if d.verdict in ("changed", "equivalent")}
+    found = [d for d in differences if d.verdict in ("changed", "equivalent")]
+    changed = {d.path: d for d in found if d.effect != NOT_LOADED}
+    skipped = {d.path for d in found if d.effect == NOT_LOADED}
     if "model.frozen" in changed and isinstance(objects.get("model"), nn.Module):
         built.set_frozen(objects["model"])
-    if any(path.startswith("optimizer.") for path in changed - {"optimizer.lr"}):
-        for optimizer in _of_type(objects, Optimizer):
-            built.set_options(optimizer)
-    if "optimizer.lr" in changed:
-        for optimizer in _of_type(objects, Optimizer):
+    moved: dict[int, float] = {}
+    for name, optimizer in _of_type(objects, Optimizer):
+        options = options_of("optimizer", name, changed)
+        built.set_options(optimizer, options)
+        if "lr" in options:
+            moved[id(optimizer)] = ratio(changed[options["lr"]])
+            if not _scheduled(objects, optimizer):
+                built.set_learning_rates(optimizer)
+        elif _is_in(name, skipped):
+            moved[id(optimizer)] = 1.0
+    for name, scheduler in _of_type(objects, LRScheduler):
+        optimizer = scheduler.optimizer
+        if name in skipped:
             built.set_learning_rates(optimizer)
-    if "optimizer.lr" in changed or any(path.startswith("scheduler.") for path in changed):
-        for scheduler in _of_type(objects, LRScheduler):
-            built.reschedule(scheduler)
+        elif options_of("scheduler", name, changed) or id(optimizer) in moved:
+            built.reschedule(scheduler, scale=moved.get(id(optimizer), 1.0))
 
 
-def _of_type(objects: Mapping[str, Any], kind: type[Any]) -> list[Any]:
-    return [value for value in all_objects(objects) if isinstance(value, kind)]
+def options_of(kind: str, name: str, paths: Iterable[str]) -> dict[str, str]:
+    """Return what changed of one object: its options, each with its path.
+
+    Example:
+        >>> options_of("optimizer", "critic", ["optimizer.lr", "optimizer.critic.betas"])
+        {'betas': 'optimizer.critic.betas'}
+    """
+    prefix = f"{kind}." if name == kind else f"{kind}.{name}."
+    own = {path.removeprefix(prefix): path for path in paths if path.startswith(prefix)}
+    return {option.partition(".")[0]: path for option, path in own.items()}
+
+
+def ratio(difference: Difference) -> float:
+    """Return a new number over the old one; 1 where that means nothing."""
+    numbers = isinstance(difference.now, int | float), isinstance(difference.stored, int | float)
+    return difference.now / difference.stored if all(numbers) and difference.stored else 1.0
+
+
+def _is_in(name: str, skipped: set[str]) -> bool:
+    return any(path == name or path.startswith(f"{name}.") for path in skipped)
+
+
+def _scheduled(objects: Mapping[str, Any], optimizer: Optimizer) -> bool:
+    schedulers = _of_type(objects, LRScheduler)
+    return any(scheduler.optimizer is optimizer for _, scheduler in schedulers)
+
+
+def _of_type(objects: Mapping[str, Any], kind: type[Any]) -> list[tuple[str, Any]]:
+    return [(name, value) for name, value in named_objects(objects) if isinstance(value, kind)]
 
 
 def untrained_names(differences: Iterable[Difference]) -> frozenset[str]:

@@ -104,17 +104,30 @@ def batch_source(
         )
     grouping = Grouping(_gives_samples(data), collate_fn or default_collate, drop_last)
     _refuse_options_without_meaning(grouping, epoch_size, collate_fn, num_workers)
-    return _loader_source(data, seed, shape, grouping, on_skip)
+    return _loader_source(data, seed, shape, grouping, on_skip, may_change)
 
 
 def _loader_source(
-    data: Any, seed: int, shape: BatchShape, grouping: Grouping, on_skip: OnSkip | None
+    data: Any,
+    seed: int,
+    shape: BatchShape,
+    grouping: Grouping,
+    on_skip: OnSkip | None,
+    may_change: Collection[str],
 ) -> LoaderSource:
     reason = reason_to_replay(data)
     if reason is None:
-        return StatefulSource(data, seed=seed, shape=shape, grouping=grouping)
+        return StatefulSource(
+            data, seed=seed, shape=shape, grouping=grouping, may_change=may_change
+        )
     return CountedSource(
-        data, seed=seed, shape=shape, grouping=grouping, reason=reason, on_skip=on_skip
+        data,
+        seed=seed,
+        shape=shape,
+        grouping=grouping,
+        reason=reason,
+        on_skip=on_skip,
+        may_change=may_change,
     )
 
 

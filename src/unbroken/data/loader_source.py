@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar
@@ -93,13 +93,21 @@ class LoaderSource:
         seed: The seed of the run.
         shape: How a global batch is cut.
         grouping: What the loader gives, and how micro-batches are made of it.
+        may_change: Facts (see `state_dict`) that need not be those of a loaded state.
     """
 
     kind: ClassVar[str]
 
     def __init__(
-        self, loader: Any, *, seed: int, shape: BatchShape, grouping: Grouping | None = None
+        self,
+        loader: Any,
+        *,
+        seed: int,
+        shape: BatchShape,
+        grouping: Grouping | None = None,
+        may_change: Collection[str] = (),
     ) -> None:
+        self._may_change = frozenset(may_change)
         self.shape = shape
         self.position = Position()
         self._loader = ForeignLoader(loader, seed)
@@ -153,7 +161,7 @@ class LoaderSource:
         Raises:
             DataError: It was saved with another loader, seed or cut of the global batch.
         """
-        require_same_facts(state, self._facts())
+        require_same_facts(state, self._facts(), self._may_change)
         self._running.close()
         names = ("samples", "epoch", "taken", "pending", "loader_state")
         self.position = Position(**{name: state[name] for name in names})
@@ -271,8 +279,9 @@ class CountedSource(LoaderSource):
         reason: str = "it has no state_dict",
         on_skip: OnSkip | None = None,
         clock: Callable[[], float] = time.monotonic,
+        may_change: Collection[str] = (),
     ) -> None:
-        super().__init__(loader, seed=seed, shape=shape, grouping=grouping)
+        super().__init__(loader, seed=seed, shape=shape, grouping=grouping, may_change=may_change)
         self.on_skip = on_skip
         self._reason = reason
         self._clock = clock

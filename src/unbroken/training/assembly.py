@@ -20,6 +20,7 @@ from unbroken.training.callback import with_state
 from unbroken.training.changes import IN_DATA, LENGTH
 from unbroken.training.config import TrainerConfig
 from unbroken.training.display import Display, Silence
+from unbroken.training.evaluation import Evaluator
 from unbroken.training.lanes import LaneSum
 from unbroken.training.loss import LossFn
 from unbroken.training.step import Stepper
@@ -120,6 +121,12 @@ def make_source(
             found=type(dataset).__name__,
         )
     return source
+
+
+def made_by_settings(trainer: Trainer) -> list[str]:
+    """Return the objects that the configuration made, and so tells enough of."""
+    made = {"optimizer": trainer.has_own_optimizer, "scheduler": trainer.has_own_schedule}
+    return [name for name, is_own in made.items() if is_own]
 
 
 def resume_policy(config: TrainerConfig) -> Policy:
@@ -223,6 +230,24 @@ def make_ready(trainer: Trainer) -> None:
         trainer.model.train()
     trainer.optimizer.zero_grad(set_to_none=True)
     seed_ambient(derive_key(trainer.config.seed, "ambient"))
+
+
+def make_evaluator(
+    trainer: Trainer,
+    forward: nn.Module,
+    collate_fn: Callable[[list[Any]], Any] | None,
+    loss_fn: LossFn | None,
+) -> Evaluator:
+    """Return what computes the loss of evaluation data."""
+    return Evaluator(
+        forward,
+        trainer.config,
+        collate_fn,
+        loss_fn,
+        precision=trainer.precision,
+        device=trainer.device,
+        group=trainer.group,
+    )
 
 
 def keep_policy(config: TrainerConfig) -> KeepPolicy:

@@ -21,6 +21,8 @@ _CADENCE: Rule = ("harmless", "something happens at other steps; the training is
 _NAMING: Rule = ("harmless", "where things are; the training is the same")
 _LOADING: Rule = ("harmless", "how data are read; the order and the samples are the same")
 _JUDGING: Rule = ("harmless", "when the run ends or which checkpoint is the best")
+_METRIC: Rule = ("harmless", "the best so far, and the wait for a better one, begin anew")
+_NOT_USED: Rule = ("harmless", "not used: the optimizer or the schedule is one of your own")
 _LENGTH: Rule = ("harmless", "the run ends elsewhere")
 _ROUNDING: Rule = ("equivalent", "the same sums, rounded in another order")
 _SPLIT: Rule = ("equivalent", "the same samples in each step, summed in other portions")
@@ -38,8 +40,8 @@ _RULED: tuple[tuple[Rule, str], ...] = (
     (_CADENCE, "keep_every_n_steps max_time"),
     (_NAMING, "output_dir branch"),
     (_LOADING, "dataloader_num_workers dataloader_prefetch_factor dataloader_pin_memory"),
-    (_JUDGING, "metric_for_best_model greater_is_better load_best_model_at_end"),
-    (_JUDGING, "early_stopping_patience early_stopping_threshold"),
+    (_METRIC, "metric_for_best_model greater_is_better"),
+    (_JUDGING, "load_best_model_at_end early_stopping_patience early_stopping_threshold"),
     (_LENGTH, "max_steps num_train_epochs"),
     (_SPLIT, "micro_batch_size"),
     (_ROUNDING, "lanes torch_compile gradient_checkpointing device full_determinism"),
@@ -67,17 +69,26 @@ LENGTH = "schedule"
 """The path of the difference that tells of a schedule which reaches its end elsewhere."""
 
 IN_DATA: Mapping[str, tuple[str, ...]] = {
-    "batch_size": ("global_batch_size",),
+    "batch_size": ("global_batch_size", "epoch_size"),
     "seed": ("seed",),
     "data_seed": ("seed",),
     "shuffle": ("shuffle",),
     "samples_per_epoch": ("epoch_size",),
     "dataloader_drop_last": ("epoch_size",),
-    "data": ("n", "epoch_size", "fingerprint"),
-    "data.length": ("n", "epoch_size"),
+    "data": ("n", "epoch_size", "fingerprint", "length"),
+    "data.length": ("n", "epoch_size", "length"),
     "data.fingerprint": ("fingerprint",),
 }
 """What a named change may change in the state of the data."""
+
+
+JUDGING_SETTINGS = {
+    "metric_for_best_model",
+    "greater_is_better",
+    "early_stopping_patience",
+    "early_stopping_threshold",
+}
+METRIC_SETTINGS = {"metric_for_best_model", "greater_is_better"}
 
 
 class Examination:
@@ -85,13 +96,12 @@ class Examination:
 
     Args:
         trainer: The Trainer of this start.
-        own_optimizer: Whether its configuration made the optimizer, and so tells enough of it.
+        own_optimizer: Whether its configuration made the optimizer.
     """
 
     def __init__(self, trainer: Trainer, *, own_optimizer: bool) -> None:
         self._trainer = trainer
-        told = {"optimizer.": own_optimizer, "scheduler.": trainer.has_own_schedule}
-        self._told = tuple(prefix for prefix, is_told in told.items() if is_told)
+        self._own_optimizer = own_optimizer
 
     def __call__(
         self, facts: Mapping[str, Any], found: tuple[Difference, ...]
@@ -101,14 +111,28 @@ class Examination:
         now = config.to_dict()
         if config.micro_batch_size == "auto":
             now["micro_batch_size"] = stored.get("micro_batch_size")  # goes on with that size
-        rules = rules_for(config, self._trainer.model)
-        differences = compare(_comparable(stored), _comparable(now), rules)
-        others = tuple(
-            self._judged_by_lanes(d, stored) for d in found if not d.path.startswith(self._told)
-        )
+        differences = compare(_comparable(stored), _comparable(now), self._rules())
+        others = tuple(self._judged(difference, stored) for difference in found)
         if not stored or not self._trainer.has_own_schedule:
             return (*differences, *others)
         return (*differences, *self._length(differences, facts), *others)
+
+    def _rules(self) -> dict[str, Rule]:
+        rules = rules_for(self._trainer.config, self._trainer.model)
+        if not self._own_optimizer:
+            rules.update(dict.fromkeys({*OPTIMIZER_SETTINGS, "optim"}, _NOT_USED))
+        if not self._trainer.has_own_schedule:
+            rules.update(dict.fromkeys(SCHEDULE_SETTINGS - {"learning_rate"}, _NOT_USED))
+        if not self._own_optimizer and self._trainer.config.lr_scheduler_type != "polynomial":
+            rules["learning_rate"] = _NOT_USED
+        return rules
+
+    def _judged(self, difference: Difference, stored: Mapping[str, Any]) -> Difference:
+        """Evaluation data matter where they steer the learning rate."""
+        steers = self._trainer.config.lr_scheduler_type == "reduce_lr_on_plateau"
+        if difference.path.startswith("eval_data.") and not steers:
+            return replace(difference, verdict="harmless", effect="other evaluations")
+        return self._judged_by_lanes(difference, stored)
 
     def _judged_by_lanes(self, difference: Difference, stored: Mapping[str, Any]) -> Difference:
         """Lanes make another number of ranks harmless."""
@@ -129,11 +153,18 @@ class Examination:
         was, now = facts.get("max_steps"), count_steps(config, self._trainer.source, progress)
         if {d.path for d in differences} & SCHEDULE_SETTINGS or not isinstance(was, int):
             return ()
-        rates = [config.learning_rate * factor_of(config, n)(progress.step) for n in (was, now)]
-        if was == now or rates[0] == rates[1]:
-            return ()
-        effect = "the learning rate of the next step, by the new length of the schedule"
-        return (Difference(LENGTH, rates[0], rates[1], effect, "changed"),)
+        before, after = factor_of(config, was), factor_of(config, now)
+        for step in _sampled(progress.step, min(was, now)):
+            rates = config.learning_rate * before(step), config.learning_rate * after(step)
+            if rates[0] != rates[1]:
+                effect = f"the learning rate of step {step + 1}, by the new length of the schedule"
+                return (Difference(LENGTH, *rates, effect, "changed"),)
+        return ()
+
+
+def _sampled(start: int, stop: int) -> list[int]:
+    """Return all steps between two, or a thousand of them."""
+    return sorted({start + (stop - start) * i // 1000 for i in range(1001)} | {start})
 
 
 def rules_for(config: TrainerConfig, model: nn.Module) -> dict[str, Rule]:

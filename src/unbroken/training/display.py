@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from unbroken.checkpoint import Difference, ResumeReport, brief
+from unbroken.checkpoint import Difference, ResumeReport
 
 _SHOWN = {
     "epoch": ".3g",
@@ -102,8 +102,7 @@ def difference_table(differences: Iterable[Difference]) -> Table:
     for column in ("setting", "stored", "now", "verdict", "effect"):
         table.add_column(column, overflow="fold", no_wrap=column == "verdict")
     for one in differences:
-        values = (one.path, brief(one.stored), brief(one.now), one.verdict, one.effect)
-        table.add_row(*map(escape, values))
+        table.add_row(*map(escape, (one.path, *one.values(), one.verdict, one.effect)))
     return table
 
 

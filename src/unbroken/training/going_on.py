@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from torch.optim.lr_scheduler import LambdaLR
 
-from unbroken.checkpoint import ResumeReport
+from unbroken.checkpoint import Difference, ResumeReport, ratio
 from unbroken.errors import DataError
 from unbroken.fingerprint import callable_facts, data_facts, qualified_name, source_digest
-from unbroken.training.changes import LENGTH, OPTIMIZER_SETTINGS, SCHEDULE_SETTINGS
+from unbroken.training.changes import (
+    JUDGING_SETTINGS,
+    LENGTH,
+    METRIC_SETTINGS,
+    SCHEDULE_SETTINGS,
+)
 from unbroken.training.counting import count_steps
 from unbroken.training.loss import LossFn
 from unbroken.training.progress import Progress
@@ -32,7 +37,12 @@ def run_fingerprint(
     data = {} if dataset is None else data_facts(dataset, collate_fn)
     if data.get("repeatable") is False:
         _tell_of_own_generator(trainer)
-    groups = {"data": data, "loss": {} if loss_fn is None else callable_facts(loss_fn)}
+    evaluation = {} if trainer.eval_dataset is None else data_facts(trainer.eval_dataset)
+    groups = {
+        "eval_data": evaluation,
+        "data": data,
+        "loss": {} if loss_fn is None else callable_facts(loss_fn),
+    }
     names = sorted(qualified_name(type(callback)) for callback in trainer.callbacks)
     sources = {qualified_name(type(c)): source_digest(c) for c in trainer.callbacks}
     return {**groups, "callbacks": {"names": names, "source": sources}}
@@ -68,20 +78,42 @@ def go_on(trainer: Trainer, report: ResumeReport) -> None:
     named changes of optimizer and schedule take effect.
     """
     values = trainer.checkpointer.values
+    changed = {difference.path for difference in report.differences}
     trainer.progress = Progress(**values["progress"])
-    trainer.stop_reason = values["stop_reason"]
+    again = changed & {*JUDGING_SETTINGS, "max_steps", "num_train_epochs"}
+    trainer.stop_reason = None if again else values["stop_reason"]
+    if changed & METRIC_SETTINGS:
+        trainer.statistics.forget_best()
     micro = values.get("micro_batch_size")
     if trainer.portions.is_auto and micro and trainer.config.batch_size % micro == 0:
         trainer.portions.use(micro)
     _settle_length(trainer)
+    _take_effect(trainer, {difference.path: difference for difference in report.differences})
+
+
+_MADE_BY = {
+    "weight_decay": ("weight_decay",),
+    "adam_beta1": ("betas",),
+    "adam_beta2": ("betas",),
+    "adam_epsilon": ("eps",),
+    "sgd_momentum": ("momentum",),
+}
+"""The options of an optimizer that a setting makes."""
+
+
+def _take_effect(trainer: Trainer, changed: Mapping[str, Difference]) -> None:
+    """Set anew what the settings make; where objects are the user's own they make nothing."""
     built = trainer.checkpointer.comparison.built
-    changed = {d.path for d in report.differences}
-    if changed & OPTIMIZER_SETTINGS:
-        built.set_options(trainer.optimizer)
-    if changed & {*SCHEDULE_SETTINGS, LENGTH} and trainer.has_own_schedule:
-        if isinstance(trainer.scheduler, LambdaLR) and trainer.scheduler.last_epoch == 0:
-            trainer.scheduler.last_epoch = trainer.progress.step  # it took the place of another
-        built.reschedule(trainer.scheduler)
+    if trainer.has_own_optimizer:
+        options = [option for name in changed for option in _MADE_BY.get(name, ())]
+        built.set_options(trainer.optimizer, options)
+    anew = {*SCHEDULE_SETTINGS, LENGTH, "optim"}
+    if not changed.keys() & anew or not trainer.has_own_schedule or "scheduler" in changed:
+        return
+    if isinstance(trainer.scheduler, LambdaLR) and trainer.scheduler.last_epoch == 0:
+        trainer.scheduler.last_epoch = trainer.progress.step  # it took the place of another
+    rate = changed.get("learning_rate")
+    built.reschedule(trainer.scheduler, scale=1.0 if rate is None else ratio(rate))
 
 
 def _settle_length(trainer: Trainer) -> None:

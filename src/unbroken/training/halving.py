@@ -126,7 +126,10 @@ class Halving:
 
     def _as_ours(self, error: BaseException) -> DeviceMemoryError:
         size = self._trainer.config.per_forward
-        smaller = f'micro_batch_size={size // 2} or "auto"; ' if size > 1 else ""
+        auto = "" if self.is_auto else ' or "auto"'
+        smaller = f"micro_batch_size={size // 2}{auto}; " if size > 1 else ""
+        if self.is_auto and self._trainer.config.exact_resume == "require":
+            smaller = f'exact_resume="prefer", so that it may be halved; {smaller}'
         return DeviceMemoryError(
             f"step {self._trainer.progress.step + 1}",
             f"does not fit into the memory of {self._trainer.device}",

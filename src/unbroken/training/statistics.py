@@ -96,6 +96,10 @@ class Statistics:
         self.best_metric, self.best_step = float(metrics[name]), step
         return True
 
+    def forget_best(self) -> None:
+        """Begin anew to look for the best: the metric is another one."""
+        self.best_metric, self.best_step, self.evaluations_without_gain = None, None, 0
+
     def _gain(self, value: float, greater_is_better: bool) -> float | None:
         """Return how much better `value` is than the best so far; None when it is the first."""
         if self.best_metric is None or math.isnan(self.best_metric):

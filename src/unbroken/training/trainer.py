@@ -33,6 +33,8 @@ from unbroken.training.assembly import (
     for_ranks,
     joined,
     keep_policy,
+    made_by_settings,
+    make_evaluator,
     make_ready,
     make_source,
     make_stepper,
@@ -51,7 +53,6 @@ from unbroken.training.counting import count_steps, epoch_at
 from unbroken.training.data_digest import DataDigest
 from unbroken.training.determinism import deterministic_kernels
 from unbroken.training.display import Display
-from unbroken.training.evaluation import Evaluator
 from unbroken.training.going_on import go_on, run_fingerprint, what_to_save
 from unbroken.training.halving import Halving
 from unbroken.training.judging import eval_is_due, evaluate_and_judge, load_best, place_of
@@ -151,7 +152,7 @@ class Trainer:
         self.max_steps = count_steps(config, self.source)
         self.optimizer = make_optimizer(model, config) if optimizer is None else optimizer
         refuse_closures(self.optimizer)
-        self.has_own_schedule = scheduler is None
+        self.has_own_optimizer, self.has_own_schedule = optimizer is None, scheduler is None
         if scheduler is None:
             scheduler = make_scheduler(self.optimizer, config, self.max_steps)
         self.scheduler = scheduler
@@ -165,15 +166,7 @@ class Trainer:
         self.randomness = Randomness(cuda=self.device.type == "cuda")
         self.window = Window(model, self.group)
         self._stepper = make_stepper(self, self._forward, loss_fn, self.randomness)
-        self._evaluator = Evaluator(
-            self._forward,
-            config,
-            collate_fn,
-            loss_fn,
-            precision=self.precision,
-            device=self.device,
-            group=self.group,
-        )
+        self._evaluator = make_evaluator(self, self._forward, collate_fn, loss_fn)
         self._counted_until = clock()
         self._data_digest = DataDigest(self.statistics, self.group)
         self.stop_reason: str | None = None
@@ -195,6 +188,7 @@ class Trainer:
             policy=resume_policy(config),
             fingerprint=lambda: run_fingerprint(self, train_dataset, collate_fn, loss_fn),
             examine=Examination(self, own_optimizer=optimizer is None),
+            told=made_by_settings(self),
             group=self.group,
             **named_objects(self, state or {}),
         )
@@ -350,7 +344,8 @@ class Trainer:
         self._count_time()
         self.checkpointer.best_step = self.statistics.best_step
         values, facts = what_to_save(self)
-        with self.randomness.ambient():
+        deterministic = deterministic_kernels(self.config.full_determinism, self.device)
+        with self.randomness.ambient(), deterministic:
             path = self.checkpointer.save(self.progress.step, values, facts=facts)
         self._saved = self.progress
         self._pace.save_took(self._count_time())
