@@ -42,7 +42,8 @@ def test_reading_draws_from_no_generator_and_opens_no_file():
 
 
 def test_equal_data_have_equal_facts_and_other_data_others():
-    assert data_facts(Files()) == data_facts(Files())
+    still = lambda: 0.0  # noqa: E731 (time that stands still: all sixteen are read)
+    assert data_facts(Files(), clock=still) == data_facts(Files(), clock=still)
     assert data_facts(Files())["records"] != data_facts(Files(salt=1))["records"]
 
 

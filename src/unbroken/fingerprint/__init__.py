@@ -1,25 +1,29 @@
 """What a run is made of, as plain values that a later start can compare: never its state."""
 
 from unbroken.fingerprint.data import data_facts as data_facts
+from unbroken.fingerprint.facts import callable_facts as callable_facts
+from unbroken.fingerprint.facts import facts_of as facts_of
+from unbroken.fingerprint.facts import object_facts as object_facts
 from unbroken.fingerprint.model import model_facts as model_facts
 from unbroken.fingerprint.optimizer import optimizer_facts as optimizer_facts
 from unbroken.fingerprint.optimizer import scheduler_facts as scheduler_facts
+from unbroken.fingerprint.owners import is_users_own as is_users_own
+from unbroken.fingerprint.owners import qualified_name as qualified_name
 from unbroken.fingerprint.plain import Plain as Plain
 from unbroken.fingerprint.plain import plain_attributes as plain_attributes
 from unbroken.fingerprint.plain import plain_items as plain_items
 from unbroken.fingerprint.plain import plain_or_text as plain_or_text
 from unbroken.fingerprint.records import record_digest as record_digest
-from unbroken.fingerprint.source import callable_facts as callable_facts
-from unbroken.fingerprint.source import is_users_own as is_users_own
-from unbroken.fingerprint.source import qualified_name as qualified_name
 from unbroken.fingerprint.source import source_digest as source_digest
 
 __all__ = [
     "Plain",
     "callable_facts",
     "data_facts",
+    "facts_of",
     "is_users_own",
     "model_facts",
+    "object_facts",
     "optimizer_facts",
     "plain_attributes",
     "plain_items",

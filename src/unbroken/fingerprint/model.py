@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import re
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -10,11 +10,16 @@ from typing import Any
 from torch import nn
 
 from unbroken.capture import named_modules, named_parameters, unwrapped
-from unbroken.fingerprint.plain import Plain, plain_attributes, plain_items
-from unbroken.fingerprint.source import is_users_own, qualified_name, source_digest
+from unbroken.fingerprint.asking import answer, asked, attributes_of
+from unbroken.fingerprint.facts import facts_of, facts_of_items, names_used_by, values_around
+from unbroken.fingerprint.owners import is_users_own, qualified_name
+from unbroken.fingerprint.passing import OWN_TO_A_START
+from unbroken.fingerprint.plain import Plain
+from unbroken.fingerprint.source import source_digest
 
-_OF_EVERY_MODULE = {*vars(nn.Module()), "config"}
-_OWN_TO_A_FILE = {"_name_or_path", "name_or_path", "transformers_version", "torch_dtype", "dtype"}
+_OF_EVERY_MODULE = {*vars(nn.Module()), "config", *OWN_TO_A_START}
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_ROOT = "(model)"
 
 
 def model_facts(model: nn.Module) -> dict[str, Plain]:
@@ -25,10 +30,11 @@ def model_facts(model: nn.Module) -> dict[str, Plain]:
 
     Returns:
         `class`; `source`: by name of each of the user's own classes in it, a digest of its code
-        but for `__init__`, whose work is seen in the rest; `layer`: by name of each module, its
-        class and what it prints of itself; `frozen`: the names of the parameters that are not
-        trained; and under their own names the values of its own configuration, if it has one,
-        and the values and functions in the user's own modules, such as a number of heads.
+        but for `__init__`, whose work is seen in the rest; `globals`: what that code takes from
+        globals and closures; `layer`: by name of each module, its class, what it prints of itself
+        and the numbers and functions in it; `frozen`: the names of the parameters that are not
+        trained; and under their own names the values of its configuration, if it has one, and
+        the values, functions and hooks in the user's own modules, such as a number of heads.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1))
@@ -38,56 +44,100 @@ def model_facts(model: nn.Module) -> dict[str, Plain]:
         ('torch.nn.modules.container.Sequential', ['0.bias'])
     """
     model = unwrapped(model)
+    modules = dict(named_modules(model))
+    own = {type(module) for module in modules.values() if is_users_own(type(module))}
+    classes = sorted(own, key=qualified_name)
+    around = {qualified_name(one): values_around(one, leave_out="__init__") for one in classes}
     return {
-        **_attributes(model),
-        **_config(model),
-        "class": qualified_name(model),
-        "source": _sources(model),
-        "layer": {name: _printed(module) for name, module in named_modules(model) if name},
+        **_attributes(modules, classes),
+        **_configs(modules),
+        "class": qualified_name(type(model)),
+        "source": {qualified_name(o): source_digest(o, leave_out="__init__") for o in classes},
+        "globals": {name: values for name, values in around.items() if values},
+        "layer": {name or _ROOT: _printed(module) for name, module in modules.items()},
         "frozen": [*sorted({n for n, p in named_parameters(model) if not p.requires_grad})],
     }
 
 
-def _sources(model: nn.Module) -> dict[str, Plain]:
-    classes = {type(module) for _, module in named_modules(model)}
-    own = sorted((c for c in classes if is_users_own(c)), key=qualified_name)
-    return {qualified_name(one): source_digest(one, leave_out="__init__") for one in own}
+def _configs(modules: dict[str, nn.Module]) -> dict[str, Plain]:
+    """Return the model's own configuration by its keys, and by module those of its parts."""
+    found: dict[str, Plain] = {}
+    taken: list[Any] = []
+    for name, module in modules.items():
+        config = asked(module, "config")
+        if config is None or any(config is one for one in taken):
+            continue
+        taken.append(config)
+        facts = _config(config)
+        if facts:
+            found |= {f"{name}.config": facts} if name else facts
+    return found
 
 
-def _config(model: nn.Module) -> dict[str, Plain]:
-    """Return the model's own configuration: a Hugging Face one, a dataclass, a namespace."""
-    config: Any = getattr(model, "config", None)
-    if callable(getattr(config, "to_dict", None)):
-        values = config.to_dict()
-    elif dataclasses.is_dataclass(config) and not isinstance(config, type):
-        values = dataclasses.asdict(config)
-    else:
-        values = config if isinstance(config, dict) else plain_attributes(config)
-    named = {str(name): value for name, value in values.items()}
-    return plain_items({n: value for n, value in named.items() if n not in _OWN_TO_A_FILE})
+def _config(config: Any) -> dict[str, Plain]:
+    """Return a configuration: a Hugging Face one, a dataclass, a namespace, a dictionary."""
+    told = answer(config, "to_dict")
+    if isinstance(told, dict):
+        return facts_of_items(told)
+    values = config if isinstance(config, dict) else attributes_of(config)
+    return facts_of_items({n: v for n, v in values.items() if not str(n).startswith("_")})
 
 
-def _attributes(model: nn.Module) -> dict[str, Plain]:
-    """Return the values of modules whose class does not print them itself."""
-    return {
-        f"{name}.{key}" if name else key: value
-        for name, module in named_modules(model)
-        if is_users_own(type(module))
-        for key, value in _values(module).items()
-    }
+def _attributes(modules: dict[str, nn.Module], classes: list[type]) -> dict[str, Plain]:
+    """Return the values and hooks of modules whose class does not print them itself."""
+    used = names_used_by(*classes, leave_out="__init__")
+    parts = {id(module) for module in modules.values()}
+    found: dict[str, Plain] = {}
+    for name, module in modules.items():
+        items = {hook: hooks for hook in _HOOKS if (hooks := _hooks(module, hook))}
+        if is_users_own(type(module)):
+            own = attributes_of(module).items()
+            items |= {n: value for n, value in own if n not in _OF_EVERY_MODULE}
+        values = facts_of_items(items, used=used, beside=parts)
+        found |= {f"{name}.{key}" if name else key: value for key, value in values.items()}
+    return found
 
 
-def _values(module: nn.Module) -> dict[str, Plain]:
-    own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
-    functions = {
-        name: source_digest(value) or qualified_name(value)
-        for name, value in own.items()
-        if isinstance(value, FunctionType | BuiltinFunctionType)
-    }
-    return {**plain_items(own), **functions}
+def _hooks(module: nn.Module, name: str) -> list[Any]:
+    """Return the hooks on a module, but for those of this library."""
+    hooks = (attributes_of(module).get(name) or {}).values()
+    return [hook for hook in hooks if not str(asked(hook, "__module__")).startswith("unbroken")]
 
 
 def _printed(module: nn.Module) -> str:
-    """Return what a module prints of itself, without its parts."""
-    text = re.sub(r" at 0x[0-9a-f]+", "", module.extra_repr())  # an address is not the same twice
-    return f"{type(module).__name__}({text})"
+    """Return what a module prints of itself, without its parts, and what it does not print."""
+    text = _same_twice(str(answer(module, "extra_repr") or ""))
+    more = [] if is_users_own(type(module)) else _unprinted(module, text)
+    return f"{type(module).__name__}({', '.join([text, *more] if text else more)})"
+
+
+def _same_twice(text: str) -> str:
+    """Return a text without addresses, and with sets in order."""
+    text = re.sub(r" at 0x[0-9a-f]+", "", text)
+    return re.sub(r"\{([^{}:]*)\}", lambda m: f"{{{', '.join(sorted(m[1].split(', ')))}}}", text)
+
+
+def _unprinted(module: nn.Module, printed: str) -> list[str]:
+    """Return the numbers, texts and functions in an installed module that it does not print."""
+    found = []
+    for name, value in sorted(attributes_of(module).items()):
+        if name in _OF_EVERY_MODULE or name.startswith("_") or not _is_setting(value):
+            continue
+        facts = value.__name__ if isinstance(value, BuiltinFunctionType) else facts_of(value)
+        if isinstance(facts, dict):
+            facts = facts["name"] if facts.get("source") is None else facts
+        text = f"{name}={_spelled(facts)}"
+        if facts is not ... and text not in printed and f"{name}={value}" not in printed:
+            found.append(text)
+    return found
+
+
+def _is_setting(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(isinstance(one, bool | int | float | str) for one in value)
+    kinds = bool | int | float | str | FunctionType | BuiltinFunctionType
+    return isinstance(value, kinds)
+
+
+def _spelled(facts: Any) -> str:
+    return facts if isinstance(facts, str) else json.dumps(facts, sort_keys=True)

@@ -7,10 +7,14 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from unbroken.fingerprint.asking import attributes_of
+from unbroken.fingerprint.facts import callable_facts, facts_of_items
+from unbroken.fingerprint.owners import is_users_own, qualified_name
 from unbroken.fingerprint.plain import Plain, plain_attributes, plain_items
-from unbroken.fingerprint.source import callable_facts, is_users_own, qualified_name, source_digest
+from unbroken.fingerprint.source import source_digest
 
 _MOVED = {"params", "param_names", "lr", "initial_lr"}
+_STATE = {"defaults", "param_groups", "state"}
 _NO_SETTINGS = {"base_lrs", "last_epoch", "verbose"}
 
 
@@ -31,9 +35,16 @@ def optimizer_facts(optimizer: Optimizer) -> dict[str, Plain]:
     groups = [_options(group) for group in optimizer.param_groups]
     names = sorted({name for group in groups for name in group})
     options = {name: _merged([group.get(name) for group in groups]) for name in names}
-    own = is_users_own(type(optimizer))
-    source: dict[str, Plain] = {"source": source_digest(optimizer)} if own else {}
-    return {"class": qualified_name(optimizer), **source, **options}
+    return {"class": qualified_name(type(optimizer)), **_own_facts(optimizer), **options}
+
+
+def _own_facts(optimizer: Optimizer) -> dict[str, Plain]:
+    """Return the code and the settings of an optimizer of the user's own class."""
+    if not is_users_own(type(optimizer)):
+        return {}
+    public = {n: v for n, v in attributes_of(optimizer).items() if not n.startswith("_")}
+    settings = {n: v for n, v in public.items() if n not in _STATE}
+    return {"source": source_digest(type(optimizer)), **facts_of_items(settings)}
 
 
 def _options(group: dict[str, Any]) -> dict[str, Plain]:

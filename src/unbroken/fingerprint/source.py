@@ -1,7 +1,8 @@
 """The source of functions and classes as digests: what a run does, as far as code tells.
 
-Comments, docstrings and layout do not count: the digest is that of the syntax tree. Installed
-packages do not count either: their version, which the environment holds, says what they are.
+Comments, docstrings, type hints and layout do not count: the digest is that of the syntax tree.
+Installed packages do not count either: their version, which the environment holds, says what
+they are.
 """
 
 from __future__ import annotations
@@ -10,62 +11,15 @@ import ast
 import functools
 import inspect
 import linecache
-import sysconfig
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import xxhash
 
-from unbroken.fingerprint.plain import Plain, plain_attributes, plain_items
-
-_INSTALLED = tuple(
-    path
-    for name in ("stdlib", "platstdlib", "purelib", "platlib")
-    if (path := sysconfig.get_path(name))
-)
-_SITES = ("site-packages", "dist-packages")
-
-
-def qualified_name(thing: object) -> str:
-    """Return the module and name of a class or function, or of the class of an object.
-
-    Example:
-        >>> qualified_name(textwrap.dedent), qualified_name(3)
-        ('textwrap.dedent', 'builtins.int')
-    """
-    named: Any = thing if hasattr(thing, "__qualname__") else type(thing)
-    return f"{named.__module__}.{named.__qualname__}"
-
-
-def callable_facts(thing: Callable[..., Any]) -> dict[str, Plain]:
-    """Return what a function, or an object that is called, is and does.
-
-    Returns:
-        `name`; `source`, the digest of its own code and of the code of the user's own functions
-        that it calls by their global names, or None for installed code; `values`: the numbers it
-        takes from defaults, closures and globals, the arguments of a partial, and the plain
-        attributes of an object.
-
-    Example:
-        >>> def schedule(warmup):
-        ...     return lambda step: min(1.0, step / warmup)
-        >>> callable_facts(schedule(10))["values"]
-        {'warmup': 10}
-    """
-    function, given = _unwrapped(thing)
-    values: dict[str, Plain] = {}
-    for part in _functions_of(function):
-        values |= _values_of(part)
-    if not isinstance(function, type | FunctionType):
-        values |= plain_attributes(function)
-    values |= given
-    return {
-        "name": qualified_name(function),
-        "source": source_digest(function),
-        "values": dict(sorted(values.items())),
-    }
+from unbroken.fingerprint.asking import attributes_of
+from unbroken.fingerprint.owners import is_users_module, is_users_own, qualified_name
 
 
 def source_digest(thing: object, *, leave_out: str | None = None) -> str | None:
@@ -82,94 +36,113 @@ def source_digest(thing: object, *, leave_out: str | None = None) -> str | None:
         >>> source_digest(ast.parse) is None
         True
     """
-    texts: dict[str, str] = {}
-    _gather(_owner(thing), texts, leave_out)
-    if not texts:
-        return None
-    joined = "\0".join(f"{name}\0{text}" for name, text in sorted(texts.items()))
-    return xxhash.xxh3_128(joined.encode()).hexdigest()
+    texts = [
+        f"{qualified_name(one)}\0{_syntax(one, leave_out)}" for one in reached(thing, leave_out)
+    ]
+    return xxhash.xxh3_128("\0".join(sorted(texts)).encode()).hexdigest() if texts else None
 
 
-def is_users_own(thing: object) -> bool:
-    """Return whether the code of a class or function is neither installed nor built in.
-
-    Example:
-        >>> is_users_own(ast.AST), is_users_own(list)
-        (False, False)
-    """
-    if str(getattr(thing, "__module__", "")).partition(".")[0] == "unbroken":
-        return False  # its version tells, though it may be installed from its sources
-    code = getattr(thing, "__code__", None)
-    path = code.co_filename if isinstance(code, CodeType) else _file_of_class(thing)
-    if path is None or path.startswith("<frozen"):
-        return False
-    return not path.startswith(_INSTALLED) and not any(site in path for site in _SITES)
-
-
-def _file_of_class(thing: object) -> str | None:
-    """Return where a class stands: by its methods, which know it even in a notebook."""
-    for value in vars(thing).values() if isinstance(thing, type) else ():
-        function = inspect.unwrap(value) if callable(value) else value
-        if isinstance(function, FunctionType) and function.__module__ == thing.__module__:
-            return function.__code__.co_filename
-    return None
+def reached(thing: object, leave_out: str | None = None) -> list[Any]:
+    """Return the user's own functions and classes that a thing runs: itself, and what it names."""
+    found: dict[int, Any] = {}
+    waiting: list[Any] = [owner_of(thing)]
+    while waiting:
+        one = waiting.pop(0)
+        if id(one) in found or not is_users_own(one):
+            continue
+        found[id(one)] = one
+        waiting += one.__mro__[1:] if isinstance(one, type) else ()
+        for function in functions_of(one, leave_out):
+            named = (called_by(value)[0] for value in globals_of(function).values())
+            waiting += [value for value in named if isinstance(value, FunctionType | type)]
+    return [*found.values()]
 
 
-def _owner(thing: object) -> object:
+def owner_of(thing: object) -> Any:
     """Return the class or function whose code counts for a thing."""
-    function, _ = _unwrapped(thing)
+    function, _ = called_by(thing)
     return function if isinstance(function, type | FunctionType) else type(function)
 
 
-def _unwrapped(thing: Any) -> tuple[Any, dict[str, Plain]]:
-    """Return what a partial or a method calls, and the plain arguments of the partial."""
-    values: dict[str, Plain] = {}
-    while True:
+def called_by(thing: Any) -> tuple[Any, dict[str, Any]]:
+    """Return what a partial, a method or an installed decorator calls, and given arguments."""
+    given: dict[str, Any] = {}
+    for _ in range(_MAX_WRAPPERS):
         if isinstance(thing, functools.partial):
-            given = {**{str(i): v for i, v in enumerate(thing.args)}, **thing.keywords}
-            values = {**plain_items(given), **values}
+            given = {**{str(i): v for i, v in enumerate(thing.args)}, **thing.keywords, **given}
             thing = thing.func
         elif inspect.ismethod(thing):
             thing = thing.__func__
-        elif hasattr(thing, "__wrapped__"):
-            thing = thing.__wrapped__
+        elif not is_users_own(thing) and not isinstance(thing, type | ModuleType):
+            inner = attributes_of(thing).get("__wrapped__")
+            if inner is None:
+                break
+            thing = inner
         else:
-            return thing, values
+            break
+    return thing, given
 
 
-def _gather(thing: object, texts: dict[str, str], leave_out: str | None) -> None:
-    """Add the code of a thing, of its bases, and of the user's functions that it names."""
-    name = qualified_name(thing)
-    if name in texts or not is_users_own(thing):
-        return
-    texts[name] = _syntax(thing, leave_out)
-    if isinstance(thing, type):
-        for base in thing.__mro__[1:]:
-            _gather(base, texts, leave_out)
-    for function in _functions_of(thing):
-        if function.__name__ != leave_out:
-            for value in _globals_of(function).values():
-                if isinstance(value, FunctionType | type):
-                    _gather(value, texts, leave_out)
+_MAX_WRAPPERS = 16
 
 
-def _functions_of(thing: object) -> list[FunctionType]:
+def functions_of(thing: object, leave_out: str | None = None) -> list[FunctionType]:
     """Return the functions whose code a thing runs: itself, or the methods of its class."""
     if isinstance(thing, FunctionType):
         return [thing]
     owner = thing if isinstance(thing, type) else type(thing)
     if not is_users_own(owner):
         return []
-    methods = (getattr(value, "__func__", value) for value in vars(owner).values())
-    return [method for method in methods if isinstance(method, FunctionType)]
+    members = (_function_in(value) for value in vars(owner).values())
+    own = [member for member in members if isinstance(member, FunctionType)]
+    return [function for function in own if function.__name__ != leave_out]
 
 
-def _globals_of(function: FunctionType) -> dict[str, Any]:
-    """Return the globals that a function names, its inner functions' included; no modules."""
-    space = function.__globals__
-    names = (name for code in _nested(function.__code__) for name in code.co_names)
-    found = {name: space[name] for name in names if name in space}
-    return {name: value for name, value in found.items() if not isinstance(value, ModuleType)}
+def _function_in(member: Any) -> Any:
+    if isinstance(member, property):
+        member = member.fget
+    elif isinstance(member, functools.cached_property):
+        member = member.func
+    elif isinstance(member, staticmethod | classmethod):
+        member = member.__func__
+    return called_by(member)[0]
+
+
+def globals_of(function: FunctionType) -> dict[str, Any]:
+    """Return the globals that a function names, its inner functions' included.
+
+    Of a module of the user's own, those of its names that the function has too; no others.
+    """
+    names = names_in(function)
+    found: dict[str, Any] = {}
+    modules: list[tuple[str, dict[str, Any]]] = [("", function.__globals__)]
+    seen: set[int] = set()
+    while modules:
+        prefix, space = modules.pop()
+        if id(space) in seen:
+            continue
+        seen.add(id(space))
+        for name in names & space.keys():
+            value = space[name]
+            if is_users_module(value):
+                modules.append((f"{prefix}{name}.", vars(value)))
+            elif not isinstance(value, ModuleType):
+                found[f"{prefix}{name}"] = value
+    return dict(sorted(found.items()))
+
+
+def names_in(function: FunctionType) -> set[str]:
+    """Return the names of globals and attributes in a function, its inner functions' included."""
+    return {name for code in _nested(function.__code__) for name in code.co_names}
+
+
+def texts_in(function: FunctionType) -> set[str]:
+    """Return the short texts in a function: keys, and names of attributes that it asks for."""
+    constants = (one for code in _nested(function.__code__) for one in code.co_consts)
+    return {one for one in constants if isinstance(one, str) and len(one) < _LONG}
+
+
+_LONG = 64
 
 
 def _nested(code: CodeType) -> Iterator[CodeType]:
@@ -179,37 +152,14 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
             yield from _nested(constant)
 
 
-def _values_of(function: FunctionType) -> dict[str, Plain]:
-    """Return the numbers that a function depends on: defaults, closures, globals.
-
-    Texts among the globals are left out: they are names and paths more often than settings.
-    """
-    numbers = {
-        name: value
-        for name, value in _globals_of(function).items()
-        if isinstance(value, bool | int | float)
-    }
-    arguments = inspect.signature(function).parameters.values()
-    defaults = {a.name: a.default for a in arguments if a.default is not inspect.Parameter.empty}
-    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    closed = {name: _content(cell) for name, cell in cells}
-    return plain_items({**numbers, **defaults, **closed})
-
-
-def _content(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not filled yet: a function that names itself
-        return ...
-
-
 def _syntax(thing: Any, leave_out: str | None) -> str:
     """Return the code of a class or function in one spelling, without docstrings and comments."""
     if getattr(thing, "__name__", None) == "<lambda>":
         return _syntax_of_lambda(thing)
     try:
-        text = textwrap.dedent(inspect.getsource(thing))
-        return ast.unparse(_only_what_runs(ast.parse(text), leave_out))
+        # A function by its code object: a decorated one would show what it decorates.
+        text = inspect.getsource(getattr(thing, "__code__", thing))
+        return ast.unparse(_only_what_runs(ast.parse(textwrap.dedent(text)), leave_out))
     except (OSError, TypeError, SyntaxError):  # no source: typed at a prompt, or `python -c`
         return _bytecode(thing, leave_out)
 
@@ -234,18 +184,53 @@ def _only_what_runs(tree: ast.AST, leave_out: str | None) -> ast.AST:
             node.body = node.body[1:]
         kept = [part for part in node.body if getattr(part, "name", "") != (leave_out or "-")]
         node.body = kept or [ast.Pass()]
+    _WithoutHints().visit(tree)
     return tree
 
 
+class _WithoutHints(ast.NodeTransformer):
+    """Takes type hints away; in a class they stay as dots, for there they may make fields."""
+
+    def visit_arg(self, node: ast.arg) -> ast.arg:
+        node.annotation = None
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        node.returns = None
+        node.body = [self._without_hint(part) for part in node.body]
+        return self.generic_visit(node)
+
+    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> ast.AST:
+        node.returns = None
+        node.body = [self._without_hint(part) for part in node.body]
+        return self.generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        node.annotation = ast.Constant(...)
+        return self.generic_visit(node)
+
+    def _without_hint(self, part: ast.stmt) -> ast.stmt:
+        if not isinstance(part, ast.AnnAssign):
+            return part
+        if part.value is None:
+            return ast.Pass()
+        return ast.Assign([part.target], part.value, lineno=part.lineno)
+
+
 def _bytecode(thing: object, leave_out: str | None = None) -> str:
-    functions = (f for f in _functions_of(thing) if f.__name__ != leave_out)
+    """Return the instructions: they change with Python, but so they do for everybody."""
+    functions = functions_of(thing, leave_out)
     codes = (code for function in functions for code in _nested(function.__code__))
-    parts = [
-        (
-            code.co_code.hex(),
-            code.co_names,
-            [repr(c) for c in code.co_consts if type(c) is not CodeType],
-        )
-        for code in codes
-    ]
+    parts = [(code.co_code.hex(), code.co_names, _spelled(code.co_consts)) for code in codes]
     return f"bytecode {parts}"
+
+
+def _spelled(constant: Any) -> str:
+    """Return a constant in a spelling that is the same in each process: sets have no order."""
+    if isinstance(constant, CodeType):
+        return "code"
+    if isinstance(constant, tuple):
+        return f"({','.join(_spelled(one) for one in constant)})"
+    if isinstance(constant, frozenset):
+        return f"{{{','.join(sorted(_spelled(one) for one in constant))}}}"
+    return repr(constant)

@@ -1,0 +1,151 @@
+"""Work in a forked child, of which only lines of text come back: it leaves no trace here.
+
+The child shares no position in a file, no socket and no generator with this process, writes
+nothing to the terminal, and ends at a deadline. With its own copy of everything it may open
+files, draw numbers and fill caches.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import os
+import select
+import signal
+import stat
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+_DONE = "."
+_HANDLED = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGALRM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
+
+
+def can_work_apart() -> bool:
+    """Return whether a fork is safe: on Linux, before CUDA has begun."""
+    return sys.platform == "linux" and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+
+
+def lines_from_apart(work: Callable[[Callable[[str], None]], None], *, seconds: float) -> list[str]:
+    """Return the lines that `work(write)` wrote in a child until it ended or was ended.
+
+    A lock that another thread held at the fork stays locked in the child for ever. It then
+    stands still, and ends at the deadline like one that is slow.
+    """
+    if not can_work_apart():
+        return []
+    deadline = time.monotonic() + seconds
+    reader, writer = os.pipe()
+    child = _forked()
+    if child == 0:
+        _work_as_child(work, writer, seconds)
+    os.close(writer)
+    try:
+        return _lines_until(deadline, reader) if child is not None else []
+    finally:
+        os.close(reader)
+        if child is not None:
+            _end(child)
+
+
+def _forked() -> int | None:
+    """Return the child's id, 0 in the child, None where no process can be made."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python 3.12 warns of threads; see above
+        try:
+            return os.fork()
+        except OSError:
+            return None
+
+
+def _lines_until(deadline: float, reader: int) -> list[str]:
+    """Return all whole lines that arrive in time."""
+    poll, text = select.poll(), b""
+    poll.register(reader, select.POLLIN)
+    while not text.endswith(f"{_DONE}\n".encode()):
+        left = deadline - time.monotonic()
+        if left <= 0 or not poll.poll(left * 1000):
+            break
+        part = os.read(reader, 65536)
+        if not part:
+            break
+        text += part
+    return [line for line in text.decode().split("\n")[:-1] if line != _DONE]
+
+
+def _end(child: int) -> None:
+    try:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    except (ProcessLookupError, ChildProcessError):
+        pass  # another handler of this process has waited for it
+
+
+def _work_as_child(
+    work: Callable[[Callable[[str], None]], None], writer: int, seconds: float
+) -> None:
+    """Do the work and end, past all handlers of exit and errors."""
+    try:
+        _live_no_longer_than(seconds)
+        gc.disable()  # nothing of the parent may be finished here: it could flush its files
+        _let_go_of_files(keep=writer)
+        torch.set_num_threads(1)  # the threads of the parent's pools are not here
+        work(partial(_write, writer))
+        _write(writer, _DONE)
+    finally:
+        os._exit(0)
+
+
+def _write(writer: int, line: str) -> None:
+    os.write(writer, f"{line}\n".encode())
+
+
+def _live_no_longer_than(seconds: float) -> None:
+    """End by the clock even if the parent is gone, and on the signals that it handles."""
+    signal.set_wakeup_fd(-1)
+    for number in _HANDLED:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def _let_go_of_files(keep: int) -> None:
+    """Read open files at positions of one's own; write to none; hear and say nothing."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor in [int(name) for name in os.listdir("/proc/self/fd")]:
+        if descriptor in (keep, nowhere):
+            continue
+        if descriptor <= 2:
+            os.dup2(nowhere, descriptor)
+        else:
+            _let_go(descriptor, nowhere)
+    sys.stdout = sys.stderr = open(nowhere, "w")  # noqa: SIM115 (open until the end)
+
+
+def _let_go(descriptor: int, nowhere: int) -> None:
+    try:
+        mode = os.fstat(descriptor).st_mode
+    except OSError:  # the folder that was listed
+        return
+    if stat.S_ISSOCK(mode) or stat.S_ISFIFO(mode):
+        os.dup2(nowhere, descriptor)
+    elif stat.S_ISREG(mode):
+        writes = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY
+        if writes:
+            os.dup2(nowhere, descriptor)
+        else:
+            own = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY)
+            os.lseek(own, os.lseek(descriptor, 0, os.SEEK_CUR), os.SEEK_SET)
+            os.dup2(own, descriptor)
+            os.close(own)

@@ -1,0 +1,49 @@
+"""Questions to objects of users that cannot fail here, whatever their code does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MemberDescriptorType
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What a call raised."""
+
+    error: Exception
+
+
+def tried(call: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a user's code returns, or what it raised as `Failed`."""
+    try:
+        return call(*arguments)
+    except Exception as error:  # users' code runs here, and a fact must never end a run
+        return Failed(error)
+
+
+def asked(thing: object, name: str) -> Any:
+    """Return an attribute, or None where there is none or its property raises."""
+    found = tried(getattr, thing, name, None)
+    return None if isinstance(found, Failed) else found
+
+
+def answer(thing: object, method: str) -> Any:
+    """Return what a method without arguments returns, or None where there is none or it raises."""
+    call = asked(thing, method)
+    found = tried(call) if callable(call) else None
+    return None if isinstance(found, Failed) else found
+
+
+def attributes_of(thing: object) -> dict[str, Any]:
+    """Return the attributes in an object itself, slots too, without running any code of it."""
+    found: dict[str, Any] = {}
+    for owner in type(thing).__mro__:
+        for name, member in vars(owner).items():
+            if isinstance(member, MemberDescriptorType):
+                value = tried(member.__get__, thing)
+                if not isinstance(value, Failed):
+                    found[name] = value
+    own = tried(object.__getattribute__, thing, "__dict__")
+    return {**found, **own} if isinstance(own, dict) else found
