@@ -39,7 +39,7 @@ EQUIVALENT = {
     "the data set's code, but not its records": (
         "configured",
         ("return len(self.x)", "return self.x.shape[0]"),
-        "data.source.__main__.Points",
+        "data.source.Points",
     ),
     "one more callback": ("configured", ("[Kill()]", "[Kill(), Callback()]"), "callbacks.names"),
     "another kernel": ("handmade", ("foreach=False", "foreach=True"), "optimizer.foreach"),
