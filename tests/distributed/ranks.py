@@ -21,6 +21,10 @@ _FRESH.set_forkserver_preload(
     ["torch._dynamo", "torch.distributed", "unbroken.training", "unbroken.testing.killing"]
 )
 
+# A TCPStore looks up the name of each address that connects, 127.0.0.1 too; where the name server
+# loses a packet, that takes 5 s, and the store answers nobody meanwhile. See resolv.conf(5).
+_QUICK_NAMES = {"RES_OPTIONS": "timeout:1 attempts:1"}
+
 
 def run_ranks(
     function: Callable[..., object],
@@ -67,6 +71,7 @@ def _store(on_rank_0: bool) -> Iterator[int]:
     else:
         from torch.distributed import TCPStore
 
+        os.environ.update(_QUICK_NAMES)
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         yield store.port
 
@@ -84,6 +89,8 @@ def _environment(
         "TORCHELASTIC_RESTART_COUNT": str(restart),
         "TORCHELASTIC_USE_AGENT_STORE": str(not store_on_rank_0),
         "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": socket.if_nameindex()[0][1],  # the loopback
+        **_QUICK_NAMES,
     }
 
 

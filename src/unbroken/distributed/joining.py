@@ -67,9 +67,9 @@ def _over_the_users(timeout: float) -> Group:
 
 def _initialised(device_type: str, timeout: float) -> Group:
     rank, local_rank = _number("RANK"), _number("LOCAL_RANK", default=0)
-    store = _rendezvous(timeout)
+    store = _own_part(_rendezvous(timeout), rank)
     group = Ranks(
-        _own_part(store, rank),
+        PrefixStore("ranks", store),
         rank=rank,
         world_size=_number("WORLD_SIZE"),
         local_rank=local_rank,
@@ -108,7 +108,8 @@ def _choose_gpu(local_rank: int) -> None:
 def _start(group: Group, store: Store, device_type: str, timeout: float) -> None:
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
-        store=store,
+        # A part of its own: gloo would take what an earlier process group left for an answer.
+        store=PrefixStore("torch", store),
         rank=group.rank,
         world_size=group.world_size,
         timeout=timedelta(seconds=timeout),
