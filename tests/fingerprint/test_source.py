@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from unbroken.fingerprint import callable_facts, is_users_own, source_digest
+from unbroken.fingerprint import callable_facts, is_users_own, qualified_name, source_digest
 
 _NUMBERS = itertools.count()
 BASE = '''
@@ -51,8 +51,9 @@ def load(tmp_path):
         ("    return helper(x) * scale", "    # a comment\n    return helper(x)*scale"),
         ("def work", "\n\n\ndef work"),
         ("LIMIT = 3", "OTHER = 4\nLIMIT = 3"),
+        ("def work(x, scale=2):", "def work(x: float, scale: int = 2) -> float:"),
     ],
-    ids=["docstring", "comment and spaces", "lines", "an unused global"],
+    ids=["docstring", "comment and spaces", "lines", "an unused global", "type hints"],
 )
 def test_how_code_is_written_does_not_count(old, new, load):
     before, after = load(BASE), load(BASE.replace(old, new, 1))
@@ -112,3 +113,36 @@ def test_installed_code_is_told_by_its_version_alone():
     loss = callable_facts(nn.CrossEntropyLoss(label_smoothing=0.1))
     assert loss["source"] is None
     assert loss["values"]["label_smoothing"] == 0.1
+
+
+def test_a_hint_inside_a_function_does_not_count(load):
+    texts = [f"def f(x):\n    y{hint} = x\n    return y\n" for hint in ("", ": int")]
+    first, second = (source_digest(load(text).f) for text in texts)
+    assert first == second
+
+
+def test_a_class_that_moves_from_the_script_to_a_module_is_the_same(load):
+    here, there = load(BASE), load(BASE)
+    for thing in (here.Net, here.Net.forward, here.work, here.helper):
+        thing.__module__ = "__main__"
+    assert qualified_name(here.Net) == qualified_name(there.Net) == "Net"
+    assert source_digest(here.Net) == source_digest(there.Net)
+    assert callable_facts(here.work) == callable_facts(there.work)
+
+
+def test_two_functions_of_one_name_do_not_hide_each_other(load):
+    def using(one, two):
+        module = load("import functools\ndef loss(x):\n    return first(x) + second(x)\n")
+        module.first = load(f"def scale(x):\n    return {one}\n").scale
+        module.second = load(f"def scale(x):\n    return {two}\n").scale
+        return source_digest(module.loss)
+
+    assert using("x", "x * 2") != using("x", "x * 3")
+    assert using("x", "x * 2") != using("x + 1", "x * 2")
+
+
+def test_a_decorator_of_an_installed_package_shows_what_it_decorates(load):
+    text = "import torch\n@torch.no_grad()\ndef f(x):\n    return x * {}\n"
+    digests = [source_digest(load(text.format(k)).f) for k in (2, 3)]
+    assert None not in digests
+    assert digests[0] != digests[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MemberDescriptorType
@@ -38,12 +39,14 @@ def answer(thing: object, method: str) -> Any:
 
 def attributes_of(thing: object) -> dict[str, Any]:
     """Return the attributes in an object itself, slots too, without running any code of it."""
-    found: dict[str, Any] = {}
-    for owner in type(thing).__mro__:
-        for name, member in vars(owner).items():
-            if isinstance(member, MemberDescriptorType):
-                value = tried(member.__get__, thing)
-                if not isinstance(value, Failed):
-                    found[name] = value
+    kind: Any = type(thing)
+    slots = {name: tried(member.__get__, thing) for name, member in _slots(kind)}
+    found = {name: value for name, value in slots.items() if not isinstance(value, Failed)}
     own = tried(object.__getattribute__, thing, "__dict__")
     return {**found, **own} if isinstance(own, dict) else found
+
+
+@functools.lru_cache(maxsize=512)
+def _slots(owner: Any) -> list[tuple[str, MemberDescriptorType]]:
+    members = (item for base in owner.__mro__ for item in vars(base).items())
+    return [(name, one) for name, one in members if isinstance(one, MemberDescriptorType)]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch.utils.data import ConcatDataset, DataLoader, Subset
+from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Subset
 
 from unbroken.fingerprint.asking import Failed, asked, attributes_of, tried
 from unbroken.fingerprint.facts import callable_facts, facts_of, facts_of_items
@@ -18,6 +18,7 @@ from unbroken.fingerprint.tokenizers import tokenizer_digest
 
 _TRANSFORMS = ("transform", "target_transform", "transforms")
 _TOLD_ONCE = frozenset({"tokenizer", "data_source", "dataset", "sampler", *_TRANSFORMS})
+_OF_THIS_RANK = frozenset({"num_replicas", "rank", "epoch", "num_samples", "total_size"})
 
 
 def data_facts(
@@ -73,7 +74,8 @@ def _loader(loader: DataLoader[Any]) -> dict[str, Plain]:
         "drop_last": loader.drop_last,
         "sampler": qualified_name(type(loader.sampler)),
     }
-    for name in ("sampler", "batch_sampler"):
+    own = [] if type(loader.batch_sampler) in (BatchSampler, type(None)) else ["batch_sampler"]
+    for name in ("sampler", *own):
         if values := _settings(getattr(loader, name)):
             facts[f"{name}_values"] = values
     return facts
@@ -84,6 +86,8 @@ def _settings(sampler: Any) -> dict[str, Plain]:
     if isinstance(sampler, list | tuple):
         return facts_of_items({"indices": sampler})
     own = attributes_of(sampler)
+    if "num_replicas" in own:
+        own = {name: value for name, value in own.items() if name not in _OF_THIS_RANK}
     return facts_of_items({n: v for n, v in own.items() if n not in _TOLD_ONCE})
 
 
@@ -102,8 +106,10 @@ def _code(data: Any, collate_fn: Callable[..., Any] | None) -> dict[str, Plain]:
     if collate_fn is not None:
         facts["collate_fn"] = callable_facts(collate_fn, without=_TOLD_ONCE)
     for holder in (data, collate_fn):
-        if (tokenizer := asked(holder, "tokenizer")) is not None:
-            facts["tokenizer"] = tokenizer_digest(tokenizer)
+        tokenizer = asked(holder, "tokenizer")
+        digest = None if tokenizer is None else tried(tokenizer_digest, tokenizer)
+        if isinstance(digest, str):
+            facts["tokenizer"] = digest
     return facts
 
 

@@ -159,21 +159,29 @@ class _Walk:
         self._left = _MAX_NODES
 
     def facts(self, value: Any, depth: int) -> Any:
+        found = tried(self._facts, value, depth)
+        return ... if isinstance(found, Failed) else found
+
+    def _facts(self, value: Any, depth: int) -> Any:
         self._left -= 1
-        if isinstance(value, Enum | torch.dtype):
+        if isinstance(value, Enum):
+            return f"{type(value).__name__}.{value.name}"
+        if isinstance(value, torch.dtype):
             return str(value)
         if value is None or isinstance(value, bool | int | float | str):
             return _of_plain(value)
-        if self._left < 0 or depth > _MAX_DEPTH or id(value) in self._path | self._beside:
+        if self._left < 0 or depth > _MAX_DEPTH or self._is_told(value):
             return ...
         if isinstance(value, _TOLD_ELSEWHERE):
             return ...
         self._path.add(id(value))
         try:
-            found = tried(self._parts, value, depth)
+            return self._parts(value, depth)
         finally:
             self._path.discard(id(value))
-        return ... if isinstance(found, Failed) else found
+
+    def _is_told(self, value: object) -> bool:
+        return id(value) in self._path or id(value) in self._beside
 
     def _parts(self, value: Any, depth: int) -> Any:
         if isinstance(value, torch.Tensor | np.ndarray | np.generic):
@@ -192,6 +200,7 @@ class _Walk:
 
     def _mapping(self, value: Mapping[Any, Any], depth: int) -> Any:
         items = {str(key): part for key, part in some_of(value.items(), len(value))}
+        items = {key: part for key, part in items.items() if not is_passing_text(key)}
         if self._used is not None and (common := items.keys() & self._used):
             items = {key: part for key, part in items.items() if key in common}
         if len(items) <= _MAX_ITEMS:
@@ -265,6 +274,7 @@ class _Walk:
 
 
 _MAX_SET = 65536
+_HUGE = 2**63
 
 
 def _of_plain(value: Any) -> Any:
@@ -273,7 +283,9 @@ def _of_plain(value: Any) -> Any:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
-        return ... if is_passing_number(float(min(value, 2**62))) else int(value)
+        if abs(value) >= _HUGE:
+            return hex(value)[:_MAX_ITEMS]
+        return ... if is_passing_number(value) else int(value)
     if not math.isfinite(value):
         return str(float(value))
     return ... if is_passing_number(value) else float(value)
@@ -316,9 +328,10 @@ def _attributes(thing: Any) -> dict[str, Any]:
     kept = {n: v for n, v in own.items() if n not in _OF_EVERY_MODULE}
     if not is_users_own(type(thing)):
         kept = {n: v for n, v in kept.items() if not n.startswith("_")}
-    if next(thing.parameters(), None) is None:
-        kept |= {n: b for n, b in thing._buffers.items() if b is not None}  # noqa: SLF001
-    return {**kept, **{n: m for n, m in thing._modules.items() if m is not None}}  # noqa: SLF001
+    held = {**own.get("_modules", {})}
+    if tried(lambda: next(nn.Module.parameters(thing), None)) is None:
+        held |= own.get("_buffers", {})  # constants of a loss; else they are state
+    return {**kept, **{name: part for name, part in held.items() if part is not None}}
 
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))

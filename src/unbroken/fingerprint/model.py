@@ -124,8 +124,8 @@ def _unprinted(module: nn.Module, printed: str) -> list[str]:
         if name in _OF_EVERY_MODULE or name.startswith("_") or not _is_setting(value):
             continue
         facts = value.__name__ if isinstance(value, BuiltinFunctionType) else facts_of(value)
-        if isinstance(facts, dict):
-            facts = facts["name"] if facts.get("source") is None else facts
+        if isinstance(facts, dict) and facts.get("source") is None:
+            facts = f"{facts['name']}{_spelled(facts['values']) if facts['values'] else ''}"
         text = f"{name}={_spelled(facts)}"
         if facts is not ... and text not in printed and f"{name}={value}" not in printed:
             found.append(text)

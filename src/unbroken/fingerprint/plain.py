@@ -14,6 +14,7 @@ Plain = None | bool | int | float | str | list["Plain"] | dict[str, "Plain"]
 """A JSON value."""
 
 _MAX_ITEMS = 64
+_MAX_DEPTH = 8
 
 
 def plain_items(items: Mapping[str, object]) -> dict[str, Plain]:
@@ -55,23 +56,28 @@ def plain_attributes(thing: object) -> dict[str, Plain]:
     return plain_items({name: value for name, value in items if not name.startswith("_")})
 
 
-def _plain(value: object) -> Any:
+def _plain(value: object, depth: int = 0) -> Any:
     """Return a value as JSON has it, or Ellipsis."""
     if value is None or (isinstance(value, bool | int | str) and not isinstance(value, Enum)):
         return value
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else str(float(value))
     if isinstance(value, np.generic | torch.Tensor):
-        return _plain(value.item()) if value.ndim == 0 else ...
+        has_number = value.ndim == 0 and not getattr(value, "is_meta", False)
+        return _plain(value.item()) if has_number else ...
     if isinstance(value, Enum | torch.dtype | torch.device):
         return str(value)
+    if not isinstance(value, list | tuple | Mapping) or len(value) > _MAX_ITEMS:
+        return ...
+    if depth > _MAX_DEPTH:  # a list may hold itself
+        return ...
     if isinstance(value, list | tuple):
-        return _all([_plain(item) for item in value])
-    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        items = _all([_plain(item) for item in value.values()])
+        return _all([_plain(item, depth + 1) for item in value])
+    if all(isinstance(key, str) for key in value):
+        items = _all([_plain(item, depth + 1) for item in value.values()])
         return items if items is ... else dict(zip(value, items, strict=True))
     return ...
 
 
 def _all(items: list[Any]) -> Any:
-    return ... if len(items) > _MAX_ITEMS or ... in items else items
+    return ... if ... in items else items

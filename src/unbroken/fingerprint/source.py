@@ -152,6 +152,7 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
             yield from _nested(constant)
 
 
+@functools.lru_cache(maxsize=512)  # of a class that is many times in a list or a model
 def _syntax(thing: Any, leave_out: str | None) -> str:
     """Return the code of a class or function in one spelling, without docstrings and comments."""
     if getattr(thing, "__name__", None) == "<lambda>":
@@ -160,7 +161,14 @@ def _syntax(thing: Any, leave_out: str | None) -> str:
         # A function by its code object: a decorated one would show what it decorates.
         text = inspect.getsource(getattr(thing, "__code__", thing))
         return ast.unparse(_only_what_runs(ast.parse(textwrap.dedent(text)), leave_out))
-    except (OSError, TypeError, SyntaxError):  # no source: typed at a prompt, or `python -c`
+    except (
+        OSError,
+        TypeError,
+        ValueError,
+        IndexError,
+        SyntaxError,
+        RecursionError,
+    ):  # no source: typed at a prompt, or `python -c`
         return _bytecode(thing, leave_out)
 
 
