@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 from pathlib import Path
 
@@ -70,6 +71,17 @@ def fail_to_save(group):
 
 def _full_disk():
     raise OSError(28, "No space left on device")
+
+
+def fail_to_save_as_process(group):
+    group.gather("pid", os.getpid())
+    fail_to_save(group)
+
+
+def save_when_rank_0_has_had_a_second_to_end(group):
+    rank_0 = os.pidfd_open(group.gather("pid", os.getpid())[0])
+    select.select([rank_0], [], [], 1.0)  # ready when it has ended
+    save(group)
 
 
 def be_interrupted_while_saving(group):

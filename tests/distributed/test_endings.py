@@ -11,6 +11,7 @@ from distributed.endings import (
     endings,
     fail_before_gathering,
     fail_to_save,
+    fail_to_save_as_process,
     gather,
     gather_something_else,
     gather_while_saving,
@@ -18,6 +19,7 @@ from distributed.endings import (
     kill_itself,
     leave,
     save,
+    save_when_rank_0_has_had_a_second_to_end,
     share,
     stop_itself,
     sum_three,
@@ -147,10 +149,11 @@ def test_a_rank_that_leaves_is_missed_at_once(tmp_path, rank, store_on_rank_0):
     assert seen[0]["message"] == f"rank {rank}: has left before gather loss"
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_failure_is_told_before_the_store_goes_with_its_rank(tmp_path, rank):
-    seen = endings(tmp_path, *placed(rank, fail_to_save, save, 2), store_on_rank_0=True)
-    assert seen[1 - rank]["message"] == f"rank {rank}: save: {FULL}"
+def test_a_failed_rank_0_keeps_the_store_until_the_others_have_read_why(tmp_path):
+    acts = (fail_to_save_as_process, save_when_rank_0_has_had_a_second_to_end)
+    own, other = endings(tmp_path, *acts, store_on_rank_0=True)
+    assert own["error"] == "OSError"
+    assert other["message"] == f"rank 0: save: {FULL}"
 
 
 @pytest.mark.parametrize(
