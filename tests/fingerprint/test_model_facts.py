@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from unbroken.fingerprint import model_facts, optimizer_facts, scheduler_facts
@@ -59,3 +61,17 @@ def test_schedules_inside_a_schedule_count():
     whole = torch.optim.lr_scheduler.SequentialLR(optimizer, parts, milestones=[3])
     facts = scheduler_facts(whole)
     assert [facts[f"schedulers.{i}"]["gamma"] for i in (0, 1)] == [0.5, 0.1]
+
+
+def test_the_facts_of_a_gpt2_fit_on_a_few_pages():
+    with torch.device("meta"):
+        facts = model_facts(GPT2LMHeadModel(GPT2Config()))
+    assert 5_000 < len(json.dumps(facts)) < 60_000
+
+
+def test_the_decay_of_an_averaged_model_counts():
+    averaged = [
+        AveragedModel(nn.Linear(1, 1), multi_avg_fn=get_ema_multi_avg_fn(decay))
+        for decay in (0.9, 0.99)
+    ]
+    assert model_facts(averaged[0]) != model_facts(averaged[1])
