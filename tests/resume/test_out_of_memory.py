@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -12,14 +13,12 @@ from scenarios import metrics
 from small_trainers import PAIRS, bits, small_trainer
 from unbroken.errors import ConfigError, DeviceMemoryError
 
-ROOM = {"samples": 0}
-
 
 class Small(nn.Module):
     """A model on a device that holds only so many samples."""
 
     def __init__(self, room: int, *, statistics: bool = False) -> None:
-        ROOM["samples"] = room
+        os.environ["ROOM_FOR_SAMPLES"] = str(room)  # of the machine, not of the model
         super().__init__()
         torch.manual_seed(5)
         self.layer = nn.Linear(6, 4)
@@ -28,7 +27,7 @@ class Small(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.seen += len(x)
-        if len(x) > ROOM["samples"]:
+        if len(x) > int(os.environ["ROOM_FOR_SAMPLES"]):
             raise torch.OutOfMemoryError("there is no more room")
         return self.layer(self.normal(x))
 

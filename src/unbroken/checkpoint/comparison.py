@@ -35,6 +35,9 @@ from unbroken.fingerprint import (
     scheduler_facts,
 )
 
+FINGERPRINT_VERSION = 1
+"""Raised whenever the same thing would get other facts than before."""
+
 Examine = Callable[[Mapping[str, Any], tuple[Difference, ...]], tuple[Difference, ...]]
 """From the facts of a checkpoint and the differences found so far to all that matter."""
 
@@ -115,7 +118,8 @@ class Comparison:
     def facts(self) -> dict[str, Any]:
         """What goes into each checkpoint of this start, to be compared by the next one."""
         more = {} if self._more is None else self._more()
-        fingerprint = {**fingerprint_of(self._objects), "code": code_facts(), **more}
+        groups = {**fingerprint_of(self._objects), "code": code_facts(), **more}
+        fingerprint = {"version": FINGERPRINT_VERSION, **groups}
         return {
             "environment": environment_facts(),
             "settings": self._settings,
@@ -129,7 +133,7 @@ class Comparison:
         settings = compare(flat(_group(stored, "settings")), now, rules)
         before, prints = _group(stored, "fingerprint"), self.facts["fingerprint"]
         told = {difference.path for difference in settings}
-        others = fingerprint_differences(self._untold(before), self._untold(prints))
+        others = self._of_fingerprints(before, prints)
         found = (
             *settings,
             *(difference for difference in others if difference.path not in told),
@@ -140,6 +144,16 @@ class Comparison:
             found = self._examine(stored, found)
         return gravest_first(_unrefused(found, self._policy))
 
+    def _of_fingerprints(
+        self, before: Mapping[str, Any], now: Mapping[str, Any]
+    ) -> tuple[Difference, ...]:
+        """Compare facts that were taken in the same way; else say that nothing can be said."""
+        version = before.get("version")
+        if not before or version == FINGERPRINT_VERSION:
+            return fingerprint_differences(self._untold(before), self._untold(now))
+        effect = "facts were taken otherwise: model, data and code are not compared"
+        return (Difference("fingerprint", version, FINGERPRINT_VERSION, effect, "equivalent"),)
+
     def _untold(self, groups: Mapping[str, Any]) -> dict[str, Any]:
         """Return the groups without the code, and without objects that settings tell of."""
         others = {name for name, _ in named_objects(self._objects)} - self._told
@@ -148,7 +162,7 @@ class Comparison:
             if name in self._told
             else facts
             for name, facts in groups.items()
-            if name != "code"
+            if name not in ("code", "version")
         }
 
     def refuse(self, where: str, differences: tuple[Difference, ...]) -> None:

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from unbroken.checkpoint import Difference, ResumeReport, ratio
 from unbroken.errors import DataError
-from unbroken.fingerprint import callable_facts, data_facts, qualified_name, source_digest
+from unbroken.fingerprint import callable_facts, data_facts, object_facts, qualified_name
 from unbroken.training.changes import (
     JUDGING_SETTINGS,
     LENGTH,
@@ -38,14 +38,11 @@ def run_fingerprint(
     if data.get("repeatable") is False:
         _tell_of_own_generator(trainer)
     evaluation = {} if trainer.eval_dataset is None else data_facts(trainer.eval_dataset)
-    groups = {
-        "eval_data": evaluation,
-        "data": data,
-        "loss": {} if loss_fn is None else callable_facts(loss_fn),
-    }
+    loss = {} if loss_fn is None else callable_facts(loss_fn)
     names = sorted(qualified_name(type(callback)) for callback in trainer.callbacks)
-    sources = {qualified_name(type(c)): source_digest(c) for c in trainer.callbacks}
-    return {**groups, "callbacks": {"names": names, "source": sources}}
+    facts = [object_facts(callback) for callback in trainer.callbacks]
+    callbacks = {"names": names, **{str(place): one for place, one in enumerate(facts)}}
+    return {"data": data, "eval_data": evaluation, "loss": loss, "callbacks": callbacks}
 
 
 def _tell_of_own_generator(trainer: Trainer) -> None:
