@@ -258,3 +258,27 @@ def test_long_values_are_shown_where_they_part(tmp_path):
     with Checkpointer(tmp_path, model=other) as again, pytest.raises(DifferenceError) as caught:
         again.resume()
     assert "relu" in str(caught.value)
+
+
+class Average:
+    """A state of one's own, with a number that training depends on."""
+
+    def __init__(self, decay: float) -> None:
+        self.decay, self.value = decay, 0.0
+
+    def state_dict(self) -> dict:
+        return {"value": self.value}
+
+    def load_state_dict(self, state) -> None:
+        self.value = state["value"]
+
+
+def test_a_number_in_an_object_of_the_state_is_compared(tmp_path):
+    def run(decay: float, **settings):
+        return small_trainer(tmp_path, trainer={"state": {"average": Average(decay)}}, **settings)
+
+    run(0.9).train()
+    assert run(0.9).train().resume_report.verdict == "exact"
+    with pytest.raises(DifferenceError, match=r"state\.average\.values\.decay"):
+        run(0.99).train()
+    assert run(0.99, allow=["state"]).train().resume_report.verdict == "changed"

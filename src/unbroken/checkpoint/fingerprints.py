@@ -27,6 +27,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("data.fingerprint", ("changed", "other samples from here on")),
     ("data.source.*", ("changed", "the code of the data set is not what it was")),
     ("data.*", ("changed", "other batches are made from here on")),
+    ("state.*", ("changed", "an object in the state of the run is another one")),
     ("eval_data.*", ("changed", "other evaluations steer the learning rate")),
     ("callbacks.*", ("equivalent", "whether the training depends on it cannot be seen")),
 )

@@ -329,7 +329,17 @@ _NOT_NEGATIVE = (
 )
 
 
-_GROUPS = ("data", "model", "optimizer", "scheduler", "loss", "code", "callbacks", "environment")
+_GROUPS = (
+    "data",
+    "model",
+    "optimizer",
+    "scheduler",
+    "loss",
+    "code",
+    "callbacks",
+    "environment",
+    "state",
+)
 
 
 def _admits_bool(name: str) -> bool:

@@ -10,7 +10,13 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from unbroken.checkpoint import Difference, ResumeReport, ratio
 from unbroken.errors import DataError
-from unbroken.fingerprint import callable_facts, data_facts, object_facts, qualified_name
+from unbroken.fingerprint import (
+    callable_facts,
+    data_facts,
+    is_users_own,
+    object_facts,
+    qualified_name,
+)
 from unbroken.training.changes import (
     JUDGING_SETTINGS,
     LENGTH,
@@ -42,7 +48,14 @@ def run_fingerprint(
     names = sorted(qualified_name(type(callback)) for callback in trainer.callbacks)
     facts = [object_facts(callback) for callback in trainer.callbacks]
     callbacks = {"names": names, **{str(place): one for place, one in enumerate(facts)}}
-    return {"data": data, "eval_data": evaluation, "loss": loss, "callbacks": callbacks}
+    groups = {"data": data, "eval_data": evaluation, "loss": loss, "callbacks": callbacks}
+    return {**groups, "state": _of_own_objects(trainer)}
+
+
+def _of_own_objects(trainer: Trainer) -> dict[str, Any]:
+    """Return the facts of the user's own classes in the state of the run, such as an average."""
+    objects = trainer.checkpointer.objects.items()
+    return {name: object_facts(one) for name, one in objects if is_users_own(type(one))}
 
 
 def _tell_of_own_generator(trainer: Trainer) -> None:

@@ -253,7 +253,8 @@ class Trainer:
         while not self._finished():
             if size != self.config.per_forward:  # the last step did not fit into memory
                 batches, size = self._batches.from_(), self.config.per_forward
-            yield list(islice(batches, self._batches.left_in_step()))
+            missing = self._batches.shape.accumulation - self.progress.pending
+            yield list(islice(batches, missing))
 
     def _finished(self) -> bool:
         return self.progress.step >= self.max_steps or self.stop_reason is not None
