@@ -2,11 +2,12 @@
 
     python benchmarks/step_overhead.py [--rounds 12]
 
-The protocol: each measurement has its own process, on one core and with one thread; a round
-measures every method once, and who goes first rotates from round to round. A process's figure is the
-median of its steps, from step WARM to the last but one, so that no start, no save and no end is in
-it. What is stated is the median over the rounds, and the speed over the bare loop *of the same
-round*: its median and its quartiles. All use fused AdamW, the default of transformers and ours.
+The protocol: each measurement has its own process, on one core and with one thread. A round
+measures every method once, and who goes first rotates from round to round. A process's figure
+is the median of its steps, from step WARM to the last but one: no start, no save and no end is
+in it. What is stated is the median over the rounds, and the speed over the bare loop *of the
+same round*: its median and its quartiles. All use fused AdamW, the default of transformers and
+ours.
 """
 
 from __future__ import annotations
