@@ -182,7 +182,7 @@ PASSING = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("value", PASSING, ids=repr)
+@pytest.mark.parametrize("value", PASSING, ids=[str(place) for place in range(len(PASSING))])
 def test_what_is_another_at_each_start_is_left_out(value):
     assert facts_of(value) is ...
 
