@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from torch.optim.lr_scheduler import LambdaLR
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from unbroken.checkpoint import Difference, ResumeReport, ratio
 from unbroken.errors import DataError
@@ -54,8 +56,12 @@ def run_fingerprint(
 
 def _of_own_objects(trainer: Trainer) -> dict[str, Any]:
     """Return the facts of the user's own classes in the state of the run, such as an average."""
-    objects = trainer.checkpointer.objects.items()
-    return {name: object_facts(one) for name, one in objects if is_users_own(type(one))}
+    told = (nn.Module, Optimizer, LRScheduler)  # in groups of their own
+    return {
+        name: object_facts(one)
+        for name, one in trainer.checkpointer.objects.items()
+        if is_users_own(type(one)) and not isinstance(one, told)
+    }
 
 
 def _tell_of_own_generator(trainer: Trainer) -> None:
