@@ -193,6 +193,58 @@ class Doctor:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """Tell how often a cluster that is not here should save, and what failures will cost it.
+
+    The interval that loses least time, the useful part of the time (goodput), the storage needed;
+    by a formula, and by a simulation of failures that must agree with it.
+    """
+
+    gpus: int
+    """How many GPUs train together."""
+    parameters: str
+    """Of the model: 124M, 8B, 405B."""
+    bandwidth: str
+    """What the storage takes from all GPUs together: 2GB/s, 2TB/s."""
+    optimizer: Literal["adamw", "adamw-bf16", "adamw-8bit", "lion", "momentum", "sgd"] = "adamw"
+    """Which moments are saved: 8, 4, 2, 4, 4 and 0 bytes for each parameter."""
+    parameter_bytes: int = 4
+    """Of one parameter as it is saved."""
+    gpu_days: float | None = None
+    """Mean days between failures of one GPU and all around it; None: those of Llama 3's 16,384
+    GPUs, 419 unexpected interruptions in 54 days."""
+    lost_seconds: float | None = None
+    """Training that one save costs, where saving overlaps with training; None: it blocks."""
+    starting_seconds: float = 300.0
+    """From a failure until the checkpoint is read."""
+    step_seconds: float | None = None
+    """Of one training step, to tell the interval in steps too."""
+    keep: int = 3
+    """How many checkpoints are kept."""
+    as_json: Json = False
+    """Print JSON instead of tables."""
+
+    def run(self) -> int:
+        """Print the plan; return the exit status."""
+        from unbroken.cli.planning import make_plan, number_of, print_plan
+        from unbroken.goodput import PUBLISHED_FAILURES, Cluster
+
+        gpu_days = PUBLISHED_FAILURES.gpu_days if self.gpu_days is None else self.gpu_days
+        cluster = Cluster(
+            self.gpus,
+            number_of(self.parameters, "--parameters"),
+            number_of(self.bandwidth, "--bandwidth"),
+            self.optimizer,
+            self.parameter_bytes,
+            gpu_days,
+            self.lost_seconds,
+            self.starting_seconds,
+        )
+        plan = make_plan(cluster, kept=self.keep, step_seconds=self.step_seconds)
+        return print_plan(plan, as_json=self.as_json)
+
+
+@dataclass(frozen=True)
 class Train:
     """Train a causal language model on text files, as a YAML file says.
 
@@ -213,4 +265,5 @@ COMMANDS = {
     "verify": Verify,
     "diff": Diff,
     "doctor": Doctor,
+    "plan": Plan,
 }

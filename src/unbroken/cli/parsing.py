@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import tyro
 
-from unbroken.cli.commands import COMMANDS, Check, Demo, Diff, Doctor, Ls, Show, Verify
+from unbroken.cli.commands import COMMANDS, Check, Demo, Diff, Doctor, Ls, Plan, Show, Verify
 
 _DESCRIPTION = (
     "A PyTorch training run that is killed at any moment and started again is the same run, "
@@ -16,7 +16,7 @@ _DESCRIPTION = (
 )
 
 
-def parse_command(given: Sequence[str]) -> Check | Demo | Diff | Doctor | Ls | Show | Verify:
+def parse_command(given: Sequence[str]) -> Check | Demo | Diff | Doctor | Ls | Plan | Show | Verify:
     """Return the command that the words ask for.
 
     Raises:
@@ -29,7 +29,7 @@ def parse_command(given: Sequence[str]) -> Check | Demo | Diff | Doctor | Ls | S
     classes = cast("dict[str, Any]", COMMANDS)
     own, command = _before_and_after_dashes(given)
     found = cast(
-        "Check | Demo | Diff | Doctor | Ls | Show | Verify",
+        "Check | Demo | Diff | Doctor | Ls | Plan | Show | Verify",
         tyro.extras.subcommand_cli_from_dict(
             classes, prog="unbroken", description=_DESCRIPTION, args=own
         ),

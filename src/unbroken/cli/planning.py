@@ -1,0 +1,180 @@
+"""`unbroken plan`: how often a cluster should save, and what failures cost it."""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+
+from unbroken.cli.tables import (
+    make_console,
+    make_facts,
+    make_table,
+    print_json,
+    print_table,
+    size_text,
+)
+from unbroken.errors import ConfigError
+from unbroken.goodput import Cluster, Rhythm, Simulated, simulate
+
+_SCALES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
+_HABITS = (600.0, 1800.0, 3600.0, 4 * 3600.0)  # seconds: what people choose by feeling
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A cluster, the best rhythm for it, and what becomes of others.
+
+    Attributes:
+        cluster: As asked for.
+        rhythm: With the best interval.
+        simulated: The same rhythm, played event by event.
+        kept: Checkpoints that are kept.
+        step_seconds: Of one training step; None: not told.
+    """
+
+    cluster: Cluster
+    rhythm: Rhythm
+    simulated: Simulated
+    kept: int
+    step_seconds: float | None
+
+    @property
+    def save_steps(self) -> int | None:
+        """The interval in steps, at least 1."""
+        if self.step_seconds is None:
+            return None
+        return max(1, round(self.rhythm.interval / self.step_seconds))
+
+    @property
+    def storage_bytes(self) -> float:
+        """What the kept checkpoints take, and the one being written."""
+        return self.cluster.state_bytes * (self.kept + 1)
+
+
+def make_plan(
+    cluster: Cluster, *, kept: int, step_seconds: float | None = None, seed: int = 0
+) -> Plan:
+    """Return the best rhythm for a cluster, checked by simulation.
+
+    Raises:
+        ConfigError: `kept` or `step_seconds` is not positive, or nothing would ever be kept.
+
+    Example:
+        >>> cluster = Cluster(gpus=1024, parameters=8e9, bandwidth=50e9, lost=0.5)
+        >>> plan = make_plan(cluster, kept=3, step_seconds=2.0)
+        >>> plan.save_steps, f"{plan.rhythm.goodput:.1%}"
+        (211, '99.6%')
+    """
+    if kept < 1:
+        raise ConfigError("--keep", expected="at least 1", found=kept)
+    if step_seconds is not None and not step_seconds > 0:
+        raise ConfigError("--step-seconds", expected="more than 0", found=step_seconds)
+    rhythm = cluster.rhythm()
+    if rhythm.goodput < 0.001:
+        raise ConfigError(
+            "unbroken plan",
+            "this training would never get on",
+            expected="failures much rarer than saves and starts take",
+            found=f"a failure every {seconds_text(rhythm.between_failures)}, "
+            f"{seconds_text(rhythm.restart)} to start again, "
+            f"{seconds_text(cluster.transfer)} to save",
+            hint="more bandwidth, fewer GPUs, or less to save",
+        )
+    simulated = simulate(rhythm, random.Random(seed))  # noqa: S311  (nothing secret)
+    return Plan(cluster, rhythm, simulated, kept, step_seconds)
+
+
+def print_plan(plan: Plan, *, as_json: bool) -> int:
+    """Print the plan; return the exit status."""
+    if as_json:
+        print_json(_as_json(plan))
+        return 0
+    console = make_console()
+    print_table(console, make_facts(_facts(plan)))
+    console.print()
+    _print_other_intervals(console, plan)
+    return 0
+
+
+def number_of(text: str, where: str) -> float:
+    """Return a number that may end in k, M, B, G or T, and in B/s: "405B", "2TB/s".
+
+    Raises:
+        ConfigError: It is no such number.
+
+    Example:
+        >>> number_of("8B", "--parameters"), number_of("50 GB/s", "--bandwidth")
+        (8000000000.0, 50000000000.0)
+    """
+    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?) ?([kmgbt]?)(?:b/s)?", text.strip().lower())
+    try:
+        return float(found[1]) * _SCALES[found[2]] if found else float(text)
+    except ValueError:
+        raise ConfigError(where, expected="a number such as 8B or 50GB/s", found=text) from None
+
+
+def seconds_text(seconds: float) -> str:
+    """Return a duration for people.
+
+    Example:
+        >>> seconds_text(0.5), seconds_text(58), seconds_text(421), seconds_text(11124)
+        ('0.50 s', '58 s', '7.0 min', '3.1 h')
+    """
+    if seconds < 10:
+        return f"{seconds:.2f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _facts(plan: Plan) -> dict[str, str]:
+    cluster, rhythm = plan.cluster, plan.rhythm
+    in_steps = "" if plan.save_steps is None else f": save_steps={plan.save_steps}"
+    return {
+        "checkpoint": f"{size_text(round(cluster.state_bytes))}, "
+        f"{seconds_text(cluster.transfer)} to write or read",
+        "failures": f"one every {seconds_text(rhythm.between_failures)}, "
+        f"{seconds_text(rhythm.restart)} until training goes on",
+        "save every": seconds_text(rhythm.interval) + in_steps,
+        "goodput": f"{rhythm.goodput:.2%} by the formula, {plan.simulated.goodput:.2%} "
+        f"± {plan.simulated.error:.2%} in {plan.simulated.failures:,} simulated failures",
+        "lost": f"{rhythm.saving:.2%} saving, {rhythm.repeated:.2%} done again, "
+        f"{rhythm.starting:.2%} starting",
+        "a day loses": seconds_text((1 - rhythm.goodput) * 24 * 3600),
+        "storage": f"{size_text(round(plan.storage_bytes))}: {plan.kept} kept, 1 being written",
+    }
+
+
+def _print_other_intervals(console: Console, plan: Plan) -> None:
+    best = plan.rhythm.interval
+    rhythms = [plan.cluster.rhythm(interval) for interval in sorted({best, *_HABITS})]
+    rows = [
+        [
+            seconds_text(one.interval) + (" (best)" if one.interval == best else ""),
+            *(f"{part:.2%}" for part in (one.goodput, one.saving, one.repeated, one.starting)),
+        ]
+        for one in rhythms
+    ]
+    columns = ["save every", "goodput", "saving", "done again", "starting"]
+    print_table(console, make_table(columns, rows, columns[1:]))
+
+
+def _as_json(plan: Plan) -> dict[str, Any]:
+    rhythm = plan.rhythm
+    return {
+        "cluster": {**asdict(plan.cluster), "state_bytes": plan.cluster.state_bytes},
+        "rhythm": asdict(rhythm),
+        "save_steps": plan.save_steps,
+        "goodput": rhythm.goodput,
+        "simulated": asdict(plan.simulated),
+        "lost": {
+            "saving": rhythm.saving,
+            "repeated": rhythm.repeated,
+            "starting": rhythm.starting,
+        },
+        "storage_bytes": plan.storage_bytes,
+    }
