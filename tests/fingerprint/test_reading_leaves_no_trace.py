@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 
-from unbroken.fingerprint import data_facts
-from unbroken.fingerprint.apart import lines_from_apart
+from unbroken.fingerprint import NOT_COMPARED, begin_data_facts, data_facts
+from unbroken.fingerprint.apart import Apart
 
 
 class Data(Dataset):
@@ -29,6 +29,14 @@ class Data(Dataset):
     def __getitem__(self, index: int) -> torch.Tensor:
         self.each(index)
         return torch.tensor(float(index))
+
+
+def unread(data: Any) -> str:
+    """Return why the records of a data set are not compared."""
+    records = data_facts(data)["records"]
+    assert isinstance(records, str)
+    assert records.startswith(NOT_COMPARED)
+    return records.removeprefix(NOT_COMPARED)
 
 
 class Reader:
@@ -68,7 +76,7 @@ def test_an_open_file_keeps_its_position(numbers):
 def test_an_inherited_file_is_read_from_where_it_stood(numbers):
     with open(numbers, "rb", buffering=0) as file:
         file.seek(16)
-        text = lines_from_apart(lambda write: write(file.read(8).hex()), seconds=5)
+        text = Apart(lambda write: write(file.read(8).hex()), seconds=5).heard().lines
         assert text == [struct.pack("q", 2).hex()]
         assert file.tell() == 16
 
@@ -100,15 +108,15 @@ def test_a_data_set_that_hangs_is_given_up_and_reaped():
     lock = threading.Lock()
     with lock:
         begun = time.monotonic()
-        assert "records" not in data_facts(Data(lambda index: lock.acquire()))
+        assert unread(Data(lambda index: lock.acquire())) == "it took longer than 3 s"
     assert time.monotonic() - begun < 5
     with suppress(ChildProcessError):  # there is none at all
         assert os.waitpid(-1, os.WNOHANG) == (0, 0)
 
 
 def test_a_child_that_dies_leaves_no_records():
-    assert "records" not in data_facts(Data(lambda index: os._exit(3)))
-    assert "records" not in data_facts(Data(lambda index: os.kill(os.getpid(), 9)))
+    assert unread(Data(lambda index: os._exit(3))) == "their reader died"
+    assert unread(Data(lambda index: os.kill(os.getpid(), 9))) == "their reader died"
 
 
 def test_threads_in_the_parent_do_no_harm():
@@ -141,7 +149,12 @@ def test_a_record_that_raises_counts_by_its_exception():
 
 
 def test_a_file_that_cannot_be_read_now_is_no_record():
-    assert "records" not in data_facts(Data(lambda index: os.stat("/nowhere")))
+    data = Data(lambda index: os.stat("/nowhere"))
+    assert unread(data) == "reading one raised FileNotFoundError"
+
+
+def test_records_of_which_not_one_can_be_read_are_not_taken_for_equal():
+    assert unread(Data(lambda index: {}["gone"])) == "reading one raised KeyError"
 
 
 class Batched(Data):
@@ -150,10 +163,10 @@ class Batched(Data):
         return torch.tensor(index)
 
 
-def test_a_data_set_of_batches_raises_nothing():
+def test_a_data_set_of_batches_is_read_by_lists_of_one():
     sampler = BatchSampler(SequentialSampler(range(64)), 8, drop_last=False)
     loader = DataLoader(Batched(), sampler=sampler, batch_size=None)
-    assert len({*data_facts(loader)["records"]}) == 1
+    assert len({*data_facts(loader, clock=lambda: 0.0)["records"]}) == 16
 
 
 def test_plain_containers_are_read_without_a_child(monkeypatch):
@@ -164,4 +177,18 @@ def test_plain_containers_are_read_without_a_child(monkeypatch):
 
 def test_without_a_fork_there_are_no_records(monkeypatch):
     monkeypatch.setattr("sys.platform", "darwin")
-    assert "records" not in data_facts(Data())
+    assert unread(Data()) == "there is no process of their own to read them in"
+
+
+def test_what_the_data_are_is_taken_when_it_is_begun():
+    data = Data()
+    begun = begin_data_facts(data, clock=lambda: 0.0)
+    data.each = lambda index: 1 / 0
+    assert begun()["records"] == data_facts(Data(), clock=lambda: 0.0)["records"]
+
+
+def test_a_child_that_nobody_asks_is_reaped():
+    begun = begin_data_facts(Data(lambda index: time.sleep(60)))
+    del begun
+    with suppress(ChildProcessError):  # there is none at all
+        assert os.waitpid(-1, os.WNOHANG) == (0, 0)

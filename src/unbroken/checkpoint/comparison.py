@@ -81,7 +81,8 @@ class Comparison:
     Args:
         objects: The registered objects, by name.
         settings: Settings in groups, as plain values.
-        more: Returns more groups of facts: {"data": ...}; called once, before a resume.
+        more: Returns more groups of facts: {"data": ...}; called once, before a resume. A group
+            may be a function that waits for them: it is called when they are needed.
         policy: Which differences are accepted.
         examine: May add differences or take some away.
         told: Names of objects that settings make, and so tell enough of.
@@ -106,8 +107,8 @@ class Comparison:
 
     def note_what_is_here(self) -> None:
         """Take the facts and the hyperparameters now, before a resume puts others in place."""
-        self.built  # noqa: B018 (is kept from now on)
-        self.facts  # noqa: B018
+        self._begun  # noqa: B018 (is kept from now on)
+        self.built  # noqa: B018
 
     @cached_property
     def built(self) -> AsBuilt:
@@ -117,13 +118,21 @@ class Comparison:
     @cached_property
     def facts(self) -> dict[str, Any]:
         """What goes into each checkpoint of this start, to be compared by the next one."""
+        begun = self._begun
+        groups = begun["fingerprint"].items()
+        told = {name: facts() if callable(facts) else facts for name, facts in groups}
+        return {**begun, "fingerprint": told}
+
+    @cached_property
+    def _begun(self) -> dict[str, Any]:
+        """The facts, or what waits for them: processes that read data sets work meanwhile."""
+        environment, of_objects = environment_facts(), fingerprint_of(self._objects)
         more = {} if self._more is None else self._more()
-        groups = {**fingerprint_of(self._objects), "code": code_facts(), **more}
-        fingerprint = {"version": FINGERPRINT_VERSION, **groups}
+        groups = {**of_objects, **more, "code": code_facts()}  # the last one waits for git
         return {
-            "environment": environment_facts(),
+            "environment": environment,
             "settings": self._settings,
-            "fingerprint": fingerprint,
+            "fingerprint": {"version": FINGERPRINT_VERSION, **groups},
         }
 
     def differences(self, stored: Mapping[str, Any]) -> tuple[Difference, ...]:

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from unbroken.checkpoint.differences import Difference, Rule
+from unbroken.fingerprint import NOT_COMPARED
 
 RULES: tuple[tuple[str, Rule], ...] = (
     ("model.class", ("changed", "another class of model computes from here on")),
@@ -55,12 +56,38 @@ def fingerprint_differences(
         [('model.n_head', 2, 4)]
     """
     before, after = _comparable(stored, now), _comparable(now, stored)
+    unread = [_not_compared(path, before[path], after[path]) for path in _unread(before, after)]
+    told = {difference.path for difference in unread}
     found = [
         Difference(path, before[path], value, *rule_of(path)[::-1])
         for path, value in after.items()
-        if path in before and _differs(path, before[path], value)
+        if path in before and path not in told and _differs(path, before[path], value)
     ]
-    return tuple(_told_once(found, before, after))
+    return (*_told_once(found, before, after), *unread)
+
+
+def _unread(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Return the facts that one side could not take."""
+    sides = (before, after)
+    return [path for path in after if path in before and any(_is_unread(s[path]) for s in sides)]
+
+
+def _is_unread(fact: Any) -> bool:
+    return isinstance(fact, str) and fact.startswith(NOT_COMPARED)
+
+
+def _not_compared(path: str, stored: Any, now: Any) -> Difference:
+    """Tell of facts that one side could not take: whatever changed there would not be seen."""
+    before, after = _in_short(stored), _in_short(now)
+    return Difference(path, before, after, _UNSEEN.get(path, "is not compared"), "equivalent")
+
+
+def _in_short(fact: Any) -> Any:
+    return fact.removeprefix(NOT_COMPARED) if _is_unread(fact) else f"{len(fact)} digests"
+
+
+_GIVEN = "records are not compared; a string `fingerprint` of the data set would be"
+_UNSEEN = {"data.records": _GIVEN, "eval_data.records": _GIVEN}
 
 
 def flat(groups: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -85,11 +112,23 @@ def _comparable(groups: Mapping[str, Any], others: Mapping[str, Any]) -> dict[st
     facts = flat(groups)
     layers = (path for path in flat(others) if path.startswith("model.layer."))
     missing = dict.fromkeys(path for path in layers if path not in facts)
+    missing |= {path: none for path, none in _NO_RECORDS.items() if _lacks(path, facts, others)}
     data = groups.get("data")
     if not isinstance(data, Mapping):
         return {**facts, **missing}
     parts = {f"data.{part}.is": _name_of(data.get(part)) for part in _OPTIONAL}
     return {**facts, **missing, **parts}
+
+
+def _lacks(path: str, facts: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """Return whether the other side alone has records of data that are on both."""
+    group, _, name = path.partition(".")
+    there = others.get(group)
+    has_data = f"{group}.length" in facts
+    return has_data and path not in facts and isinstance(there, Mapping) and name in there
+
+
+_NO_RECORDS = dict.fromkeys(_UNSEEN, f"{NOT_COMPARED}none were read")
 
 
 def _name_of(part: Any) -> Any:

@@ -1,5 +1,6 @@
 """What a run is made of, as plain values that a later start can compare: never its state."""
 
+from unbroken.fingerprint.data import begin_data_facts as begin_data_facts
 from unbroken.fingerprint.data import data_facts as data_facts
 from unbroken.fingerprint.facts import callable_facts as callable_facts
 from unbroken.fingerprint.facts import facts_of as facts_of
@@ -9,6 +10,7 @@ from unbroken.fingerprint.optimizer import optimizer_facts as optimizer_facts
 from unbroken.fingerprint.optimizer import scheduler_facts as scheduler_facts
 from unbroken.fingerprint.owners import is_users_own as is_users_own
 from unbroken.fingerprint.owners import qualified_name as qualified_name
+from unbroken.fingerprint.plain import NOT_COMPARED as NOT_COMPARED
 from unbroken.fingerprint.plain import Plain as Plain
 from unbroken.fingerprint.plain import plain_attributes as plain_attributes
 from unbroken.fingerprint.plain import plain_items as plain_items
@@ -17,7 +19,9 @@ from unbroken.fingerprint.records import record_digest as record_digest
 from unbroken.fingerprint.source import source_digest as source_digest
 
 __all__ = [
+    "NOT_COMPARED",
     "Plain",
+    "begin_data_facts",
     "callable_facts",
     "data_facts",
     "facts_of",

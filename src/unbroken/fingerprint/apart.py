@@ -17,6 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -32,31 +33,69 @@ _HANDLED = (
 )
 
 
-def can_work_apart() -> bool:
-    """Return whether a fork is safe: on Linux, before CUDA has begun."""
-    return sys.platform == "linux" and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+@dataclass(frozen=True)
+class Heard:
+    """What a child wrote.
 
-
-def lines_from_apart(work: Callable[[Callable[[str], None]], None], *, seconds: float) -> list[str]:
-    """Return the lines that `work(write)` wrote in a child until it ended or was ended.
-
-    A lock that another thread held at the fork stays locked in the child for ever. It then
-    stands still, and ends at the deadline like one that is slow.
+    Attributes:
+        lines: All whole lines that arrived in time.
+        missing: Why there may be more that did not; None: it came to its end.
     """
-    if not can_work_apart():
-        return []
-    deadline = time.monotonic() + seconds
-    reader, writer = os.pipe()
-    child = _forked()
-    if child == 0:
-        _work_as_child(work, writer, seconds)
-    os.close(writer)
-    try:
-        return _lines_until(deadline, reader) if child is not None else []
-    finally:
-        os.close(reader)
+
+    lines: list[str]
+    missing: str | None
+
+
+class Apart:
+    """Work that has begun in a forked child; this process goes on meanwhile.
+
+    That CUDA has begun here does no harm as long as the work leaves it alone, as the workers of a
+    DataLoader do. A lock that another thread held at the fork stays locked in the child for ever.
+    It then stands still, and ends at the deadline like one that is slow.
+
+    Args:
+        work: Called as `work(write)` in the child, with what writes a line.
+        seconds: How long the child may live.
+    """
+
+    def __init__(self, work: Callable[[Callable[[str], None]], None], *, seconds: float) -> None:
+        self._seconds = seconds
+        self._deadline = time.monotonic() + seconds
+        self._child: int | None = None
+        if sys.platform != "linux":
+            return
+        self._reader, writer = os.pipe()
+        self._child = _forked()
+        if self._child == 0:
+            _work_as_child(work, writer, seconds)
+        os.close(writer)
+        if self._child is None:
+            os.close(self._reader)
+
+    def heard(self) -> Heard:
+        """Wait for the child, and end it; once."""
+        if self._child is None:
+            return Heard([], "there is no process of their own to read them in")
+        try:
+            lines = _lines_until(self._deadline, self._reader)
+        finally:
+            self._end()
+        if lines[-1:] == [_DONE]:
+            return Heard(lines[:-1], None)
+        is_late = time.monotonic() >= self._deadline
+        return Heard(
+            lines, f"it took longer than {self._seconds:g} s" if is_late else "their reader died"
+        )
+
+    def _end(self) -> None:
+        child, self._child = self._child, None
         if child is not None:
+            os.close(self._reader)
             _end(child)
+
+    def __del__(self) -> None:
+        """Leave no process behind where nobody asked what it has to say."""
+        self._end()
 
 
 def _forked() -> int | None:
@@ -75,13 +114,13 @@ def _lines_until(deadline: float, reader: int) -> list[str]:
     poll.register(reader, select.POLLIN)
     while not text.endswith(f"{_DONE}\n".encode()):
         left = deadline - time.monotonic()
-        if left <= 0 or not poll.poll(left * 1000):
+        if not poll.poll(max(0.0, left) * 1000):  # what came in time may be read late
             break
         part = os.read(reader, 65536)
         if not part:
             break
         text += part
-    return [line for line in text.decode().split("\n")[:-1] if line != _DONE]
+    return text.decode().split("\n")[:-1]
 
 
 def _end(child: int) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Subset
 
-from unbroken.fingerprint.asking import Failed, asked, attributes_of, tried
+from unbroken.fingerprint.asking import asked, attributes_of, tried
 from unbroken.fingerprint.facts import callable_facts, facts_of, facts_of_items
 from unbroken.fingerprint.owners import is_users_own, qualified_name
 from unbroken.fingerprint.plain import Plain
-from unbroken.fingerprint.sampling import sampled_records
+from unbroken.fingerprint.sampling import begin_sampling
 from unbroken.fingerprint.source import source_digest
 from unbroken.fingerprint.tokenizers import tokenizer_digest
 
@@ -30,9 +30,9 @@ def data_facts(
     """Return what training data are, from a few of their records; leaves no trace in them.
 
     The records are read under keyed generators. A data set runs in a forked child, so that
-    neither its generators nor its files nor its counters are touched here; where no child can be
-    made (CUDA has begun, or not on Linux), no records are read. Sixteen are read, or as many as
-    20 milliseconds allow: lists are compared by what both have.
+    neither its generators nor its files nor its counters are touched here. Sixteen are read, or
+    as many as 20 milliseconds allow: lists are compared by what both have. Where they cannot be
+    read (they are on a GPU, or there is no fork), `records` is a text that says so.
 
     Args:
         data: A map-style data set, a `DataLoader`, or any other iterable (which is not read).
@@ -51,21 +51,38 @@ def data_facts(
         >>> facts["length"], len(facts["records"]), facts["repeatable"]
         (3, 3, True)
     """
+    return begin_data_facts(data, collate_fn, clock=clock)()
+
+
+def begin_data_facts(
+    data: Any,
+    collate_fn: Callable[..., Any] | None = None,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Callable[[], dict[str, Plain]]:
+    """Begin to read records, and return what waits for `data_facts`, to be called once.
+
+    What the data are is taken now, whatever happens to them before the answer is asked for.
+
+    Example:
+        >>> facts = begin_data_facts([3, 1, 2])
+        >>> facts()["length"]
+        3
+    """
     if isinstance(data, DataLoader):
         collate_fn = data.collate_fn if collate_fn is None else collate_fn
-        return {**data_facts(data.dataset, collate_fn, clock=clock), "loader": _loader(data)}
+        begun, loader = begin_data_facts(data.dataset, collate_fn, clock=clock), _loader(data)
+        return lambda: {**begun(), "loader": loader}
     facts: dict[str, Plain] = {"class": qualified_name(type(data)), **_code(data, collate_fn)}
-    length = tried(len, data)
-    if isinstance(length, Failed):
-        length = None
-    else:
+    length, own = tried(len, data), asked(data, "fingerprint")
+    if isinstance(length, int):
         facts["length"] = length
-    own = asked(data, "fingerprint")
     if isinstance(own, str):
-        return {**facts, "fingerprint": own}
-    if length is None or not hasattr(type(data), "__getitem__"):
-        return facts
-    return {**facts, **sampled_records(data, length, clock)}
+        return lambda: {**facts, "fingerprint": own}
+    if not isinstance(length, int) or not hasattr(type(data), "__getitem__"):
+        return lambda: facts
+    reading = begin_sampling(data, length, clock)  # last: after a fork memory is slower
+    return lambda: {**facts, **reading()}
 
 
 def _loader(loader: DataLoader[Any]) -> dict[str, Plain]:

@@ -13,6 +13,9 @@ import torch
 Plain = None | bool | int | float | str | list["Plain"] | dict[str, "Plain"]
 """A JSON value."""
 
+NOT_COMPARED = "not compared: "
+"""What the value of a fact begins with that could not be taken; why not follows."""
+
 _MAX_ITEMS = 64
 _MAX_DEPTH = 8
 

@@ -7,44 +7,57 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 from unbroken.data import KeyedRandom, Permutation, derive_key
-from unbroken.fingerprint.apart import lines_from_apart
+from unbroken.fingerprint.apart import Apart, Heard
 from unbroken.fingerprint.asking import Failed, tried
 from unbroken.fingerprint.owners import qualified_name
-from unbroken.fingerprint.plain import Plain
+from unbroken.fingerprint.plain import NOT_COMPARED, Plain
 from unbroken.fingerprint.records import record_digest
 
 _RECORDS = 16
 _SECONDS = 0.02  # for reading
-_DEADLINE = 0.5  # for all of it, a fork and a first record that is slow included
+_DEADLINE = 3.0  # for all of it, a fork and a first record that is slow included
 _KEY = derive_key(0, "fingerprint")
 _INERT = (bool, int, float, complex, str, bytes, type(None), np.ndarray, np.generic, torch.Tensor)
 
 
-def sampled_records(data: Any, length: int, clock: Callable[[], float]) -> dict[str, Plain]:
-    """Return digests of some records, the same ones each time, and whether they repeat.
+def begin_sampling(
+    data: Any, length: int, clock: Callable[[], float]
+) -> Callable[[], dict[str, Plain]]:
+    """Begin to read some records, the same ones each time; return what waits for their digests.
 
     A data set runs in a forked child: whatever it opens, draws or counts stays there. Lists,
-    arrays and tensors of plain records are read here. Nothing is returned where there is no
-    child to read in, or where it reads not one record twice in half a second.
+    arrays and tensors are read here. Where there is no child to read
+    in, or it reads not one record twice in time, the facts say so instead.
     """
-    if length < 1:
-        return {}
-    indices = _indices(length)
-    if _is_inert(data, indices):
+    indices = _indices(length) if length > 0 else []
+    if not indices or _is_inert(data, indices):
         records = [record_digest(data[index]) for index in indices]
-        return {"records": [*records], "repeatable": True}
+        return lambda: {"records": [*records], "repeatable": True} if records else {}
+    on_device = _device_has_begun()
 
     def read(write: Callable[[str], None]) -> None:
-        for digest in _digests(data, indices, clock):
-            write(digest)
+        for line in _lines(data, indices, clock, on_device=on_device):
+            write(line)
 
-    lines = lines_from_apart(read, seconds=_DEADLINE)
-    if len(lines) < 2:  # the first record is read twice
-        return {}
-    return {"records": [lines[0], *lines[2:]], "repeatable": lines[0] == lines[1]}
+    reading = Apart(read, seconds=_DEADLINE)
+    return lambda: _facts(reading.heard())
+
+
+def _device_has_begun() -> bool:
+    """Return whether a forked child could not use the device."""
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+def _facts(heard: Heard) -> dict[str, Plain]:
+    """Return the facts in what a child wrote: digests, and perhaps why there are no more."""
+    digests = [line for line in heard.lines if not line.startswith(NOT_COMPARED)]
+    if len(digests) < 2:  # the first record is read twice
+        reasons = [line for line in heard.lines if line not in digests]
+        return {"records": reasons[0] if reasons else f"{NOT_COMPARED}{heard.missing}"}
+    return {"records": [digests[0], *digests[2:]], "repeatable": digests[0] == digests[1]}
 
 
 def _indices(length: int) -> list[int]:
@@ -53,26 +66,59 @@ def _indices(length: int) -> list[int]:
     return list(dict.fromkeys([0, length - 1, *some.tolist()]))[:_RECORDS]
 
 
-def _digests(data: Any, indices: list[int], clock: Callable[[], float]) -> Iterator[str]:
-    """Yield the digest of the first record twice, then those of the others, while time allows."""
-    deadline = clock() + _SECONDS
+def _lines(
+    data: Any, indices: list[int], clock: Callable[[], float], *, on_device: bool
+) -> Iterator[str]:
+    """Yield the digest of the first record twice, then those of the others, while time allows.
+
+    A record that raises counts by its exception if others can be read. Where none can, or what is
+    missing is only missing in this process (a connection, memory, the device), a line says so.
+    """
+    passing = (OSError, MemoryError, *((RuntimeError,) if on_device else ()))
+    deadline, held, can_be_read = clock() + _SECONDS, [], False
     with KeyedRandom() as rng:
         for position, index in enumerate([indices[0], *indices]):
             rng.seed(derive_key(_KEY, index))
-            digest = tried(lambda at: record_digest(data[at]), index)
+            digest = _digest(data, index)
             if isinstance(digest, Failed):
-                if isinstance(digest.error, OSError | MemoryError):
-                    return  # a connection of the parent's, or no memory: may be there next time
+                reason = _reason(digest.error, on_device=on_device)
+                if isinstance(digest.error, passing):
+                    break
                 digest = record_digest(qualified_name(digest.error))
-            yield digest
+            else:
+                can_be_read = True
+            held.append(digest)
+            if can_be_read:
+                yield from held
+                held.clear()
             if position and clock() >= deadline:
-                return
+                break
+    if not can_be_read:
+        yield f"{NOT_COMPARED}{reason}"
+
+
+def _digest(data: Any, index: int) -> Any:
+    """Return the digest of a record, or of a batch where a data set takes lists of indices."""
+    digest = tried(lambda: record_digest(data[index]))
+    if not isinstance(digest, Failed):
+        return digest
+    of_batch = tried(lambda: record_digest(data[[index]]))
+    return digest if isinstance(of_batch, Failed) else of_batch
+
+
+def _reason(error: Exception, *, on_device: bool) -> str:
+    name = qualified_name(error).removeprefix("builtins.")
+    where = "in a process that cannot use the device"
+    return f"{name} {where}" if on_device else f"reading one raised {name}"
 
 
 def _is_inert(data: Any, indices: list[int]) -> bool:
     """Return whether reading these records runs no code but Python's, NumPy's and torch's."""
     if type(data) in (range, np.ndarray, torch.Tensor, TensorDataset):
         return True
+    if type(data) is Subset:
+        inner = [data.indices[index] for index in indices]
+        return type(data.indices) in (list, range) and _is_inert(data.dataset, inner)
     return type(data) in (list, tuple) and all(_is_plain(data[index]) for index in indices)
 
 

@@ -8,10 +8,9 @@ they are.
 from __future__ import annotations
 
 import ast
+import copy
 import functools
 import inspect
-import linecache
-import textwrap
 from collections.abc import Iterator
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import xxhash
 
 from unbroken.fingerprint.asking import attributes_of
+from unbroken.fingerprint.definitions import definition_of, lambdas_of
 from unbroken.fingerprint.owners import is_users_module, is_users_own, qualified_name
 
 
@@ -155,12 +155,12 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
 @functools.lru_cache(maxsize=512)  # of a class that is many times in a list or a model
 def _syntax(thing: Any, leave_out: str | None) -> str:
     """Return the code of a class or function in one spelling, without docstrings and comments."""
-    if getattr(thing, "__name__", None) == "<lambda>":
-        return _syntax_of_lambda(thing)
     try:
-        # A function by its code object: a decorated one would show what it decorates.
-        text = inspect.getsource(getattr(thing, "__code__", thing))
-        return ast.unparse(_only_what_runs(ast.parse(textwrap.dedent(text)), leave_out))
+        if getattr(thing, "__name__", None) == "<lambda>":
+            found: list[ast.AST] = [*lambdas_of(thing)]
+        else:
+            found = [_only_what_runs(copy.deepcopy(definition_of(thing)), leave_out)]
+        return "\n".join(ast.unparse(node) for node in found)
     except (
         OSError,
         TypeError,
@@ -170,18 +170,6 @@ def _syntax(thing: Any, leave_out: str | None) -> str:
         RecursionError,
     ):  # no source: typed at a prompt, or `python -c`
         return _bytecode(thing, leave_out)
-
-
-def _syntax_of_lambda(function: FunctionType) -> str:
-    code = function.__code__
-    lines = linecache.getlines(code.co_filename, function.__globals__)
-    try:
-        tree = ast.parse("".join(lines))
-    except SyntaxError:
-        return _bytecode(function)
-    nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Lambda))
-    found = [ast.unparse(node) for node in nodes if node.lineno == code.co_firstlineno]
-    return "\n".join(found) if found else _bytecode(function)
 
 
 def _only_what_runs(tree: ast.AST, leave_out: str | None) -> ast.AST:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -13,8 +14,8 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from unbroken.checkpoint import Difference, ResumeReport, ratio
 from unbroken.errors import DataError
 from unbroken.fingerprint import (
+    begin_data_facts,
     callable_facts,
-    data_facts,
     is_users_own,
     object_facts,
     qualified_name,
@@ -39,19 +40,32 @@ def run_fingerprint(
 ) -> dict[str, Any]:
     """Return the facts of a run that its objects do not hold: data, loss, callbacks.
 
-    Raises:
-        DataError: If records are not the same twice and `exact_resume` is "require".
+    Those of data are functions that wait for their records to be read.
     """
-    data = {} if dataset is None else data_facts(dataset, collate_fn)
-    if data.get("repeatable") is False:
-        _tell_of_own_generator(trainer)
-    evaluation = {} if trainer.eval_dataset is None else data_facts(trainer.eval_dataset)
     loss = {} if loss_fn is None else callable_facts(loss_fn)
     names = sorted(qualified_name(type(callback)) for callback in trainer.callbacks)
     facts = [object_facts(callback) for callback in trainer.callbacks]
     callbacks = {"names": names, **{str(place): one for place, one in enumerate(facts)}}
-    groups = {"data": data, "eval_data": evaluation, "loss": loss, "callbacks": callbacks}
-    return {**groups, "state": _of_own_objects(trainer)}
+    groups = {"loss": loss, "callbacks": callbacks, "state": _of_own_objects(trainer)}
+    evaluation = None if trainer.eval_dataset is None else begin_data_facts(trainer.eval_dataset)
+    read = None if dataset is None else begin_data_facts(dataset, collate_fn)
+    return {
+        **groups,
+        "data": {} if read is None else partial(_repeatable, trainer, read),
+        "eval_data": {} if evaluation is None else evaluation,
+    }
+
+
+def _repeatable(trainer: Trainer, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the facts of the data; tell of records that are not the same twice.
+
+    Raises:
+        DataError: If there are any and `exact_resume` is "require".
+    """
+    data = read()
+    if data.get("repeatable") is False:
+        _tell_of_own_generator(trainer)
+    return data
 
 
 def _of_own_objects(trainer: Trainer) -> dict[str, Any]:
