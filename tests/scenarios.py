@@ -226,7 +226,7 @@ def outcome(folder: Path, step: int = STEPS) -> dict:
     Without the measured times alone.
     """
     reader = CheckpointReader(LocalStorage(folder), f"checkpoint-{step}")
-    tensors = {path: region.digest for path, (_, region) in reader.manifest.tensors.items()}
+    tensors = {path: region.digest for path, region in reader.manifest.tensors.items()}
     state = json.loads(reader.read_file("state.json"))
     for measured in ("seconds", "logged_seconds"):
         del state["statistics"]["state"][measured]

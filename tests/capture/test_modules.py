@@ -96,7 +96,7 @@ def test_a_model_has_its_own_file_with_bare_names():
     }
     assert "model.wte.weight" in reader.manifest.tensors
     assert "model.head.weight" not in reader.manifest.tensors
-    assert reader.manifest.tensors["ema.n_averaged"][0] == "ema.safetensors"
+    assert reader.manifest.tensors["ema.n_averaged"].shards[0].file == "ema.safetensors"
 
 
 compiles = pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")

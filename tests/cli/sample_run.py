@@ -24,6 +24,8 @@ class Bytes:
     name: str
     data: bytes
     dtype: str = "U8"
+    offsets: None = None
+    global_shape: None = None
 
     @property
     def shape(self):

@@ -23,6 +23,8 @@ class PlainLeaf:
     shape: tuple[int, ...]
     data: bytes
     chunk_bytes: int = 64
+    offsets: tuple[int, ...] | None = None
+    global_shape: tuple[int, ...] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -73,8 +75,7 @@ def save(storage: Storage, step: int, content: str = "", run_id: str = RUN_ID) -
 
 
 def read_leaf(reader: CheckpointReader, path: str) -> bytes:
-    _, region = reader.manifest.tensors[path]
-    buffer = bytearray(region.nbytes)
+    buffer = bytearray(reader.manifest.tensors[path].nbytes)
     reader.read_leaf_into(path, memoryview(buffer))
     return bytes(buffer)
 

@@ -230,7 +230,7 @@ class _Decoder:
     def _memory(self, node: Json, path: str, expected: int | None = None) -> Any:
         """Read a leaf as bytes; its size is checked before memory is reserved."""
         leaf = self._leaf(node, path)
-        nbytes = self._source.manifest.tensors[leaf][1].nbytes
+        nbytes = self._source.manifest.tensors[leaf].nbytes
         if expected is not None and nbytes != expected:
             what = "the structure and the manifest disagree on its bytes"
             raise CorruptCheckpointError(path, what, expected=expected, found=nbytes)

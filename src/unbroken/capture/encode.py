@@ -10,7 +10,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum, Flag
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,11 +20,15 @@ from unbroken.capture.dtypes import QUANTIZED, dtype_name
 from unbroken.capture.leaves import FileOf, TensorLeaf, file_of, stored_as
 from unbroken.capture.nodes import join
 from unbroken.capture.scalars import ENCODE, encode_dtype, encode_int, encode_numpy, is_text
+from unbroken.capture.sharded import is_sharded, part_of
 from unbroken.capture.tensors import check_tensor, describe_flags, describe_place, physical
 from unbroken.capture.text import MAX_DEPTH, TAG, Json
 from unbroken.capture.tree import Captured, is_namedtuple
 from unbroken.capture.views import Seen, place
 from unbroken.errors import CaptureError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 FACTORIES: Mapping[str, type | None] = {
     "None": None,
@@ -217,11 +221,24 @@ class _Encoder:
         check_tensor(value, path)
         if self._in_key:
             raise CaptureError(path, "a tensor cannot be a key or stand in a set")
+        if is_sharded(value):
+            return self._sharded(value, path)
         if value.dtype in QUANTIZED:
             return self._quantized(value, path)
         node: dict[str, Json] = {TAG: "tensor", **describe_flags(value)}
         self._tensors.append((Seen(self._unique(path), physical(value)), node))
         return node
+
+    def _sharded(self, value: DTensor, path: str) -> Json:
+        """Describe the whole tensor, and store the part of it that is here."""
+        part = part_of(value, path)
+        check_tensor(part.tensor, path)
+        dtype, shape = stored_as(value.dtype, part.shape)
+        path = self._unique(path)
+        cut = () if part.is_whole else (part.offsets, part.global_shape)
+        self._add(path, physical(part.tensor), dtype, shape, *cut)
+        layout = {"dtype": dtype_name(value.dtype), "shape": [*part.global_shape]}
+        return {TAG: "tensor", **describe_flags(value), "leaf": path, **layout}
 
     def _quantized(self, value: torch.Tensor, path: str) -> Json:
         node: dict[str, Json] = {TAG: "quantized", "dtype": dtype_name(value.dtype)}
@@ -254,12 +271,21 @@ class _Encoder:
         self._add(path, tensor, dtype, shape)
         return path
 
-    def _add(self, path: str, tensor: torch.Tensor, dtype: str, shape: tuple[int, ...]) -> None:
+    def _add(
+        self,
+        path: str,
+        tensor: torch.Tensor,
+        dtype: str,
+        shape: tuple[int, ...],
+        offsets: tuple[int, ...] | None = None,
+        global_shape: tuple[int, ...] | None = None,
+    ) -> None:
         file, name = self._file_of(path)
         other = self._names.setdefault((file, name), path)
         if other != path:
             raise CaptureError(path, f"has the place of {other}", found=f"{name} in {file}")
-        self.leaves.append(TensorLeaf(path, file, name, dtype, shape, tensor))
+        leaf = TensorLeaf(path, file, name, dtype, shape, tensor, offsets, global_shape)
+        self.leaves.append(leaf)
 
     def _unique(self, path: str) -> str:
         """Return `path`, or `path~2`, `path~3`, ... where another leaf has it already."""

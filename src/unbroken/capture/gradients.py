@@ -51,7 +51,7 @@ def restore_gradients(parameters: Parameters, tree: Mapping[str, Gradient]) -> N
         elif parameter.grad is not None and _fits(parameter.grad, stored):
             _copy(stored, parameter.grad)
         else:
-            parameter.grad = _new(stored, parameter.device)
+            parameter.grad = _new(stored, parameter)
 
 
 def _by_name(parameters: Parameters) -> dict[str, torch.Tensor]:
@@ -89,7 +89,7 @@ def _copy(stored: Gradient, gradient: torch.Tensor) -> None:
         gradient.detach().copy_(stored)
 
 
-def _new(stored: Gradient, device: torch.device) -> torch.Tensor:
+def _new(stored: Gradient, parameter: torch.Tensor) -> torch.Tensor:
     if isinstance(stored, StoredTensor):
-        return stored.load(device)
-    return stored.detach().to(device, copy=True)
+        return stored.load_like(parameter)
+    return stored.detach().to(parameter.device, copy=True)

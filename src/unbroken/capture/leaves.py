@@ -28,6 +28,8 @@ class TensorLeaf:
         dtype: Its safetensors dtype; "U8" for bytes of any other kind.
         shape: Its shape in the file.
         tensor: The live tensor whose elements, in C order, are the bytes.
+        offsets: Of a part of a sharded tensor, where it starts there, by dimension; else None.
+        global_shape: Of a part of a sharded tensor, the shape of the whole; else None.
     """
 
     path: str
@@ -36,6 +38,8 @@ class TensorLeaf:
     dtype: str
     shape: tuple[int, ...]
     tensor: torch.Tensor
+    offsets: tuple[int, ...] | None = None
+    global_shape: tuple[int, ...] | None = None
 
     @property
     def nbytes(self) -> int:

@@ -11,6 +11,7 @@ from torch import nn
 
 from unbroken.capture.dtypes import same_layout
 from unbroken.capture.mismatch import Mismatch
+from unbroken.capture.sharded import class_of, is_sharded, refuse_sharded
 from unbroken.capture.stored import StoredTensor, describe, load_tensors
 from unbroken.capture.tensors import physical
 from unbroken.capture.tree import Captured, State
@@ -72,7 +73,7 @@ def named_buffers(module: nn.Module, *, persistent: bool) -> Iterator[tuple[str,
 
 def class_name(module: nn.Module) -> str:
     """Return the name of the bare module's class."""
-    return type(unwrapped(module)).__name__
+    return class_of(unwrapped(module)).__name__
 
 
 def capture_module(module: nn.Module, path: str, _names: object) -> State:
@@ -81,12 +82,12 @@ def capture_module(module: nn.Module, path: str, _names: object) -> State:
     state.update(_without_graph(named_buffers(module, persistent=True)))
     for name, owner in named_modules(module):
         _check_saves_only_tensors(owner, f"{path}.{name}" if name else path)
+    extra = {name: owner.get_extra_state() for name, owner in _with_extra_state(module).items()}
+    refuse_sharded(extra, f"{path}:extra_state")
     facts = {
         "buffers": _without_graph(named_buffers(module, persistent=False)),
         "eval": [name for name, training in _modes(module).items() if not training],
-        "extra_state": {
-            name: owner.get_extra_state() for name, owner in _with_extra_state(module).items()
-        },
+        "extra_state": extra,
     }
     return state, facts
 
@@ -174,6 +175,8 @@ def check_tensor_fits(tensor: torch.Tensor, saved: object, path: str) -> Iterato
 
 def _same_strides(tensor: torch.Tensor, saved: StoredTensor) -> bool:
     """Tell whether both lie in memory alike; only dense ones come back as they were."""
+    if is_sharded(tensor):
+        return True  # a part is laid out as the ranks agreed, not as it was stored
     both_dense = Layout.of(tensor).is_dense and saved.view.is_dense
     return not both_dense or same_layout(saved.shape, saved.view.stride, tensor.stride())
 
@@ -182,11 +185,21 @@ def _check_ties(
     live: Mapping[str, torch.Tensor], saved: Mapping[str, Any], path: str
 ) -> Iterator[Mismatch]:
     """Yield each group of tensors that shares memory on one side only."""
-    seen = [Seen(name, physical(tensor)) for name, tensor in live.items()]
-    here = _groups({s.path: where.leaf for s, where in zip(seen, place(seen), strict=True)})
+    here = _groups(_leaf_of(live))
     there = _groups({n: s.path for n, s in saved.items() if n in live and hasattr(s, "path")})
     yield from _untied(there, here, path, "are tied in the checkpoint, but not here")
     yield from _untied(here, there, path, "are tied here, but not in the checkpoint")
+
+
+def _leaf_of(live: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Return for each tensor the name of what holds its memory; of sharded ones, the first name."""
+    whole = {name: tensor for name, tensor in live.items() if not is_sharded(tensor)}
+    seen = [Seen(name, physical(tensor)) for name, tensor in whole.items()]
+    first: dict[int, str] = {}
+    return {
+        **{s.path: where.leaf for s, where in zip(seen, place(seen), strict=True)},
+        **{n: first.setdefault(id(t), n) for n, t in live.items() if n not in whole},
+    }
 
 
 def _untied(

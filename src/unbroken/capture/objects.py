@@ -18,6 +18,7 @@ from unbroken.capture import generators, modules, optimizers, schedulers
 from unbroken.capture.leaves import FileOf, file_layout, own_file
 from unbroken.capture.mismatch import Mismatch, raise_all
 from unbroken.capture.names import ParameterNames
+from unbroken.capture.sharded import refuse_sharded, settle
 from unbroken.capture.stored import load_tensors
 from unbroken.capture.tree import Captured, State
 from unbroken.errors import CaptureError
@@ -46,8 +47,10 @@ class Stateful(Protocol):
         """Take the state back."""
 
 
-def _capture_stateful(value: Stateful, _path: str, _names: object) -> State:
-    return value.state_dict(), {}
+def _capture_stateful(value: Stateful, path: str, _names: object) -> State:
+    state = value.state_dict()
+    refuse_sharded(state, path)
+    return state, {}
 
 
 def _restore_stateful(value: Stateful, stored: Captured, _names: object) -> None:
@@ -165,6 +168,7 @@ def capture(objects: Mapping[str, object]) -> dict[str, Any]:
         >>> tree["optimizer"].state["param_groups"][0]["params"]
         ['weight', 'bias']
     """
+    settle(objects)
     names = ParameterNames(objects)
     return {name: _capture(value, name, names) for name, value in objects.items()}
 
@@ -180,6 +184,7 @@ def check(objects: Mapping[str, object], tree: Mapping[str, Any]) -> None:
         StateMismatchError: Something is missing, unexpected, or of another class, shape, dtype,
             memory format or tie; the error lists the first mismatches and counts all.
     """
+    settle(objects)
     names = ParameterNames(objects)
     hint = (
         "build the objects as they were when the checkpoint was saved, "

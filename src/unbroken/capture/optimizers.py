@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from unbroken.capture.mismatch import Mismatch
 from unbroken.capture.names import ParameterNames
+from unbroken.capture.sharded import is_sharded, same_cut
 from unbroken.capture.stored import Blocks, StoredTensor, describe, home, load_tensors
 from unbroken.capture.tree import Captured, State, TreeMap
 from unbroken.errors import CaptureError
@@ -34,6 +35,8 @@ def capture_optimizer(optimizer: Optimizer, path: str, names: ParameterNames) ->
         for name, parameter in zip(stored["params"], group["params"], strict=True)
     }
     state = {name: optimizer.state[p] for name, p in by_name.items() if p in optimizer.state}
+    for name, own in state.items():
+        _check_cut(by_name[name], own, f"{path}.state.{name}")
     devices = {name: str(p.device) for name, p in by_name.items() if p.device.type != "cpu"}
     facts = {
         "devices": devices,
@@ -41,6 +44,22 @@ def capture_optimizer(optimizer: Optimizer, path: str, names: ParameterNames) ->
         "more": _more_state(optimizer),
     }
     return {"state": state, "param_groups": groups}, facts
+
+
+def _check_cut(parameter: torch.Tensor, state: Any, path: str) -> None:
+    """Refuse state of a sharded parameter that could not be cut anew on other ranks."""
+    if not is_sharded(parameter) or not isinstance(state, dict):
+        return
+    for key, value in state.items():
+        is_own = isinstance(value, torch.Tensor) and (is_sharded(value) or value.dim() > 0)
+        if is_own and not same_cut(parameter, value):
+            raise CaptureError(
+                f"{path}.{key}",
+                "is not sharded as its parameter is",
+                expected=describe(parameter),
+                found=describe(value),
+                hint="keep state of the parameter's shape, or plain numbers",
+            )
 
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:
@@ -96,9 +115,23 @@ def check_optimizer(
         yield Mismatch(f"{path}.{name}", "the checkpoint's optimizer did not train this parameter")
     for name in sorted(there - here):
         yield Mismatch(f"{path}.{name}", "the optimizer here does not train this parameter")
+    for name in sorted(here & there):
+        yield from _check_state(names.find(name), stored.state["state"].get(name), path, name)
     if here == there and sorted(map(sorted, live)) != sorted(map(sorted, saved)):
         sizes = [[len(group) for group in groups] for groups in (saved, live)]
         yield Mismatch(f"{path}.param_groups", "parameters are grouped otherwise", *sizes)
+
+
+def _check_state(
+    parameter: torch.Tensor | None, state: Any, path: str, name: str
+) -> Iterator[Mismatch]:
+    """Yield what of a stored state cannot be cut as the live parameter is."""
+    if not is_sharded(parameter) or not isinstance(state, dict):
+        return
+    for key, value in state.items():
+        if isinstance(value, StoredTensor) and value.shape not in ((), tuple(parameter.shape)):
+            where = f"{path}.state.{name}.{key}"
+            yield Mismatch(where, "cannot be sharded as its parameter", found=value)
 
 
 def _live_names(group: dict[str, Any], names: ParameterNames) -> set[str]:
@@ -202,6 +235,8 @@ class _StateLoader:
     def _load(self, value: Any) -> Any:
         if not isinstance(value, StoredTensor):
             return value
+        if is_sharded(self._parameter) and value.shape == tuple(self._parameter.shape):
+            return value.load_like(self._parameter)
         same = value.device == self._was
         return value.load(self._parameter.device if same else home(value), self._blocks)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from math import prod
 from typing import Any
 
 from unbroken.capture.decode import decode
@@ -202,10 +203,31 @@ _PARTS: dict[str, tuple[_Names, _Blend]] = {
 
 
 @dataclass(frozen=True)
+class _Live:
+    """A live tensor as a checkpoint would list it, with the part of it that is here."""
+
+    part: TensorLeaf
+
+    @property
+    def dtype(self) -> str:
+        return self.part.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.part.global_shape or self.part.shape
+
+    @property
+    def nbytes(self) -> int:
+        if self.part.global_shape is None:
+            return self.part.nbytes
+        return prod(self.part.global_shape) * self.part.tensor.element_size()
+
+
+@dataclass(frozen=True)
 class _Memory:
     """The live tensors as a checkpoint would hold them; nothing is copied."""
 
-    tensors: Mapping[str, tuple[str, TensorLeaf]]
+    tensors: Mapping[str, _Live]
 
     @property
     def manifest(self) -> _Memory:
@@ -213,15 +235,20 @@ class _Memory:
 
     def read_leaf_into(self, path: str, buffer: memoryview, /) -> None:
         done = 0
-        for chunk in self.tensors[path][1].chunks():
+        for chunk in self.tensors[path].part.chunks():
             buffer[done : done + len(chunk)] = chunk
             done += len(chunk)
+
+    def read_box_into(
+        self, path: str, _offsets: tuple[int, ...], _shape: tuple[int, ...], buffer: memoryview, /
+    ) -> None:
+        self.read_leaf_into(path, buffer)  # the part of this rank is the one that it asks for
 
 
 def _lazily(objects: Mapping[str, object]) -> dict[str, Any]:
     """Return the state of live objects as a checkpoint of them would be decoded."""
     captured = capture(objects)
     encoded = encode(captured)
-    source = _Memory({leaf.path: (leaf.file, leaf) for leaf in encoded.leaves})
+    source = _Memory({leaf.path: _Live(leaf) for leaf in encoded.leaves})
     tree: dict[str, Any] = decode(encoded.structure, source, types=types_in(captured), lazy=True)
     return tree

@@ -9,6 +9,7 @@ from torch import nn
 
 from unbroken.capture.dtypes import dtype_name
 from unbroken.capture.modules import unwrapped
+from unbroken.capture.sharded import class_of
 
 
 def pretrained_files(model: object) -> dict[str, bytes]:
@@ -44,7 +45,7 @@ def pretrained_files(model: object) -> dict[str, bytes]:
 def _config(model: nn.Module, config: Any) -> bytes:
     """Return the configuration as `save_pretrained` writes it, with the class and the dtype."""
     config = copy.deepcopy(config)
-    config.architectures = [type(model).__name__]
+    config.architectures = [class_of(model).__name__]
     dtype = getattr(model, "dtype", None)
     if dtype is not None:
         config.dtype = dtype_name(dtype)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from unbroken.capture.dtypes import byte_view, carrier, dtype_name, raw
 from unbroken.capture.leaves import stored_as
+from unbroken.capture.sharded import empty_like, is_sharded, part_of
 from unbroken.capture.tree import TreeMap
 from unbroken.capture.views import Layout
 from unbroken.errors import CorruptCheckpointError, StateMismatchError
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
-class StoredRegion(Protocol):
+
+class StoredLeaf(Protocol):
     """What a checkpoint's manifest knows of one leaf."""
 
     @property
@@ -23,20 +27,20 @@ class StoredRegion(Protocol):
         """Number of bytes."""
 
     @property
-    def dtype(self) -> str | None:
+    def dtype(self) -> str:
         """Its safetensors dtype."""
 
     @property
-    def shape(self) -> tuple[int, ...] | None:
-        """Its shape in the file."""
+    def shape(self) -> tuple[int, ...]:
+        """Its shape, however it is cut."""
 
 
 class LeafIndex(Protocol):
     """The part of a manifest that lists the leaves."""
 
     @property
-    def tensors(self) -> Mapping[str, tuple[Any, StoredRegion]]:
-        """By path: the file and the region in it."""
+    def tensors(self) -> Mapping[str, StoredLeaf]:
+        """The leaves by their paths."""
 
 
 class LeafSource(Protocol):
@@ -48,6 +52,11 @@ class LeafSource(Protocol):
 
     def read_leaf_into(self, path: str, buffer: memoryview, /) -> None:
         """Fill `buffer` with the verified bytes of the leaf."""
+
+    def read_box_into(
+        self, path: str, offsets: tuple[int, ...], shape: tuple[int, ...], buffer: memoryview, /
+    ) -> None:
+        """Fill `buffer` with the verified bytes of a part of the leaf."""
 
 
 Blocks = dict[tuple[str, Layout, str], torch.Tensor]
@@ -135,7 +144,9 @@ class StoredTensor:
             raise StateMismatchError(
                 self.path, "has another shape or dtype", expected=self, found=describe(tensor)
             )
-        if self._fills(tensor):
+        if is_sharded(tensor):
+            self._copy_part_into(tensor)
+        elif self._fills(tensor):
             self.source.read_leaf_into(self.path, byte_view(tensor))
         elif self.conj or self.neg or tensor.is_conj() or tensor.is_neg():
             tensor.detach().copy_(self.load())
@@ -143,6 +154,35 @@ class StoredTensor:
             raw(tensor).copy_(raw(self.load()))
         if not tensor.is_inference():
             torch.autograd.graph.increment_version(tensor)
+
+    def load_like(self, like: torch.Tensor) -> torch.Tensor:
+        """Read the tensor into a new one on the device of `like`, cut as that one is.
+
+        Raises:
+            StateMismatchError: `like` is cut, and has another shape.
+            CorruptCheckpointError: The bytes are not those that the manifest promises.
+        """
+        if not is_sharded(like):
+            return self.load(like.device)
+        found = empty_like(like, self.dtype)
+        self.copy_into(found)
+        return found
+
+    def _copy_part_into(self, tensor: DTensor) -> None:
+        """Overwrite what this rank holds of a sharded tensor; no more is read than is needed."""
+        part = part_of(tensor, self.path)
+        here = part.tensor
+        if self.base != self.view or self.offset or self.conj or self.neg:
+            narrow = tuple(
+                slice(at, at + size) for at, size in zip(part.offsets, part.shape, strict=True)
+            )
+            here.copy_(self.load()[narrow])
+        elif here.device.type == "cpu" and here.is_contiguous():
+            self.source.read_box_into(self.path, part.offsets, part.shape, byte_view(here))
+        else:
+            block = torch.empty(part.shape, dtype=carrier(self.dtype))
+            self.source.read_box_into(self.path, part.offsets, part.shape, byte_view(block))
+            raw(here).copy_(block)
 
     def __str__(self) -> str:
         """Return dtype and shape, such as "float32[3, 4]"."""
@@ -165,16 +205,16 @@ class StoredTensor:
 
     def check_region(self) -> None:
         """Raise unless the manifest knows the leaf with this dtype, shape and size."""
-        region = self.source.manifest.tensors[self.path][1]
+        leaf = self.source.manifest.tensors[self.path]
         dtype, shape = stored_as(self.base.dtype, self.base.shape)
         nbytes = self.base.numel * self.base.dtype.itemsize
-        found = (region.dtype, tuple(region.shape or ()), region.nbytes)
+        found = (leaf.dtype, tuple(leaf.shape), leaf.nbytes)
         if found != (dtype, shape, nbytes):
             raise CorruptCheckpointError(
                 self.path,
                 "the structure and the manifest disagree",
                 expected=f"{dtype}{list(shape)}",
-                found=f"{region.dtype}{list(region.shape or ())}",
+                found=f"{leaf.dtype}{list(leaf.shape)}",
             )
 
     def _view_on(self, block: torch.Tensor) -> torch.Tensor:

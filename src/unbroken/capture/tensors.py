@@ -9,6 +9,7 @@ import torch
 from unbroken.capture.dtypes import DTYPES, QUANTIZED, contiguous_stride, dtype_name
 from unbroken.capture.nodes import get, get_flag, get_int, get_numbers, get_shape, malformed
 from unbroken.capture.scalars import decode_device
+from unbroken.capture.sharded import is_sharded
 from unbroken.capture.stored import LeafSource, StoredTensor
 from unbroken.capture.text import Json
 from unbroken.capture.views import Layout, Placed
@@ -18,8 +19,8 @@ _ROLES = ("tensor", "parameter", "buffer", "non-persistent buffer")
 
 
 def check_tensor(value: torch.Tensor, path: str) -> None:
-    """Raise unless the tensor is one whose memory is all there is to it."""
-    if type(value) not in (torch.Tensor, torch.nn.Parameter):
+    """Raise unless the tensor is one whose memory is all there is to it, or a sharded one."""
+    if type(value) not in (torch.Tensor, torch.nn.Parameter) and not is_sharded(value):
         raise CaptureError(
             path,
             "is a tensor subclass, which cannot be stored",

@@ -119,13 +119,13 @@ def _type_of(
     path: str, source: LeafSource, known: tuple[str, tuple[int, ...]] | None
 ) -> tuple[torch.dtype, tuple[int, ...]]:
     """Return the type under which the bytes of a leaf are numbers; plain bytes if there is none."""
-    region = source.manifest.tensors[path][1]
+    leaf = source.manifest.tensors[path]
     dtypes = [] if known is None else [(DTYPES.get(known[0]), known[1])]
-    dtypes.append((_BY_NAME.get(region.dtype or ""), region.shape or ()))
+    dtypes.append((_BY_NAME.get(leaf.dtype), leaf.shape))
     for dtype, shape in dtypes:
-        if dtype is not None and math.prod(shape) * dtype.itemsize == region.nbytes:
+        if dtype is not None and math.prod(shape) * dtype.itemsize == leaf.nbytes:
             return dtype, shape
-    return torch.uint8, (region.nbytes,)
+    return torch.uint8, (leaf.nbytes,)
 
 
 def _read(

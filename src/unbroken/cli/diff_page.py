@@ -11,7 +11,7 @@ from rich.console import Console
 from unbroken.cli.sides import CheckpointSide, ConfigSide, Side
 from unbroken.cli.tables import date_text, make_table, print_table, size_text
 from unbroken.cli.typed_text import texts_of
-from unbroken.store import Diff, Region, TensorDifference, ValueDifference, ValueGroup
+from unbroken.store import Diff, TensorDifference, TensorEntry, ValueDifference, ValueGroup
 
 if TYPE_CHECKING:
     from unbroken.capture.values import Distance
@@ -22,6 +22,7 @@ _KINDS = {
     "only in b": "only in B",
     "type": "of another dtype or shape",
     "bytes": "of other bytes",
+    "shards": "cut in another way, so that digests cannot tell",
 }
 
 
@@ -47,11 +48,13 @@ def print_page(
     for group in diff.groups:
         _print_group(console, group, show_all=show_all)
     if diff.tensors:
-        many = _many(len(diff.tensors), diff.tensor_count)
+        many = _many_tensors(diff, distances)
         console.print(f"\ntensors: {many}: {_by_owner(diff, sides)}", style="bold")
         _print_tensors(console, diff.tensors, distances, show_all=show_all)
         if any(one.kind == "bytes" and one.path not in distances for one in diff.tensors):
             console.print("how far apart: --values")
+        if any(one.kind == "shards" and one.path not in distances for one in diff.tensors):
+            console.print("whether those that are cut in another way differ: --values")
     summary = _summary(diff)
     if summary:
         console.print("", *summary, sep="\n")
@@ -87,6 +90,13 @@ def _print_group(console: Console, group: ValueGroup, *, show_all: bool) -> None
 
 def _many(differing: int, count: int) -> str:
     return f"{differing} of {count} {'differs' if differing == 1 else 'differ'}"
+
+
+def _many_tensors(diff: Diff, distances: Mapping[str, Distance]) -> str:
+    """Return how many tensors differ, and how many may."""
+    unknown = sum(one.kind == "shards" and one.path not in distances for one in diff.tensors)
+    known = _many(len(diff.tensors) - unknown, diff.tensor_count)
+    return f"{known}, {unknown} may" if unknown else known
 
 
 def _only(kind: str) -> str:
@@ -158,11 +168,17 @@ def _tensor_text(difference: TensorDifference) -> str:
     a, b = _type_text(difference.a), _type_text(difference.b)
     if difference.kind == "bytes":
         return f"{a}: other bytes"
+    if difference.kind == "shards":
+        return f"{a}: {_cut_text(difference.a)} in A, {_cut_text(difference.b)} in B"
     return f"{a} in A, {b} in B" if a and b else f"{a or b} {_only(difference.kind)}"
 
 
-def _type_text(region: Region | None) -> str | None:
-    return None if region is None else f"{region.dtype}{list(region.shape or ())}"
+def _type_text(tensor: TensorEntry | None) -> str | None:
+    return None if tensor is None else f"{tensor.dtype}{list(tensor.shape)}"
+
+
+def _cut_text(tensor: TensorEntry | None) -> str:
+    return "whole" if tensor is None or tensor.is_whole else f"{len(tensor.shards)} shards"
 
 
 def _rank(distance: Distance) -> tuple[bool, int, float]:

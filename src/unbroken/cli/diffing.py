@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from unbroken.cli.diff_page import print_page
@@ -21,8 +21,8 @@ from unbroken.errors import ConfigError
 from unbroken.store import (
     Diff,
     Json,
-    Region,
     TensorDifference,
+    TensorEntry,
     ValueDifference,
     diff_checkpoints,
     diff_facts,
@@ -53,6 +53,7 @@ def print_diff(a: str, b: str, *, with_values: bool, show_all: bool, as_json: bo
     one, other = open_side(a), open_side(b)
     diff = compare(one, other)
     distances = distances_of(one, other, diff) if with_values else {}
+    diff, distances = without_equal(diff, distances)
     if as_json:
         print_json(_as_json(one, other, diff, distances))
     else:
@@ -79,7 +80,7 @@ def _settings(side: Side, other: Side) -> dict[str, Json]:
 
 
 def distances_of(a: Side, b: Side, diff: Diff) -> dict[str, Distance]:
-    """Read the tensors of which only the bytes differ, one after the other.
+    """Read the tensors of which only the bytes differ, or may, one after the other.
 
     Raises:
         ConfigError: A side is no checkpoint.
@@ -87,7 +88,7 @@ def distances_of(a: Side, b: Side, diff: Diff) -> dict[str, Distance]:
     """
     if isinstance(a, ConfigSide) or isinstance(b, ConfigSide):
         raise ConfigError("--values", expected="two checkpoints", found="a configuration file")
-    paths = [one.path for one in diff.tensors if one.kind == "bytes"]
+    paths = [one.path for one in diff.tensors if one.kind in ("bytes", "shards")]
     if not paths:
         return {}
     from unbroken.capture.values import stored_distance  # torch is needed here, and only here
@@ -95,6 +96,15 @@ def distances_of(a: Side, b: Side, diff: Diff) -> dict[str, Distance]:
     types, others = (tensor_types(side.reader) for side in (a, b))
     known = {path: kind for path, kind in types.items() if others.get(path) == kind}
     return {path: stored_distance(path, a.reader, b.reader, known.get(path)) for path in paths}
+
+
+def without_equal(
+    diff: Diff, distances: Mapping[str, Distance]
+) -> tuple[Diff, dict[str, Distance]]:
+    """Take out the tensors that are cut in another way, and turned out to be the same."""
+    same = {path for path, distance in distances.items() if distance.differing == 0}
+    rest = tuple(one for one in diff.tensors if one.path not in same)
+    return replace(diff, tensors=rest), {p: d for p, d in distances.items() if p not in same}
 
 
 def _as_json(a: Side, b: Side, diff: Diff, distances: Mapping[str, Distance]) -> dict[str, object]:
@@ -142,13 +152,14 @@ def _values(differences: Iterable[ValueDifference]) -> list[dict[str, object]]:
 
 def _tensor_json(difference: TensorDifference, distance: Distance | None) -> dict[str, object]:
     sides = {"a": difference.a, "b": difference.b}
-    found = {key: _region_json(region) for key, region in sides.items() if region is not None}
+    found = {key: _entry_json(entry) for key, entry in sides.items() if entry is not None}
     values = {} if distance is None else {"values": _finite(asdict(distance))}
     return {"path": difference.path, "kind": difference.kind, **found, **values}
 
 
-def _region_json(region: Region) -> dict[str, object]:
-    return {"dtype": region.dtype, "shape": region.shape, "digest": region.digest}
+def _entry_json(entry: TensorEntry) -> dict[str, object]:
+    cut = {} if entry.is_whole else {"shards": len(entry.shards)}
+    return {"dtype": entry.dtype, "shape": entry.shape, "digest": entry.digest, **cut}
 
 
 def _finite(values: Mapping[str, object]) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from unbroken.store.boxes import Box as Box
 from unbroken.store.branches import branch as branch
 from unbroken.store.branches import check_branch_name as check_branch_name
 from unbroken.store.branches import has_branch as has_branch
@@ -26,12 +27,16 @@ from unbroken.store.retention import KeepPolicy as KeepPolicy
 from unbroken.store.retention import Pruned as Pruned
 from unbroken.store.retention import prune as prune
 from unbroken.store.run_directory import RunDirectory as RunDirectory
+from unbroken.store.shards import Shard as Shard
+from unbroken.store.shards import TensorEntry as TensorEntry
+from unbroken.store.staged import store_leaves as store_leaves
 from unbroken.store.value_diff import ValueDifference as ValueDifference
 from unbroken.store.value_diff import ValueGroup as ValueGroup
 from unbroken.store.verified import VerifiedCache as VerifiedCache
 from unbroken.store.writer import CheckpointWriter as CheckpointWriter
 
 __all__ = [
+    "Box",
     "Catalog",
     "CheckpointReader",
     "CheckpointWriter",
@@ -49,7 +54,9 @@ __all__ = [
     "Region",
     "Rejection",
     "RunDirectory",
+    "Shard",
     "TensorDifference",
+    "TensorEntry",
     "ValueDifference",
     "ValueGroup",
     "VerifiedCache",
@@ -59,5 +66,6 @@ __all__ = [
     "diff_facts",
     "has_branch",
     "prune",
+    "store_leaves",
     "tensor_types",
 ]

@@ -12,8 +12,9 @@ from typing import Literal, TypeGuard
 
 from unbroken.errors import CorruptCheckpointError
 from unbroken.store.canonical import Json, MalformedError, from_strict
-from unbroken.store.manifest import Manifest, Region
+from unbroken.store.manifest import Manifest
 from unbroken.store.reader import CheckpointReader
+from unbroken.store.shards import TensorEntry
 from unbroken.store.value_diff import ValueDifference, ValueGroup, diff_trees
 from unbroken.store.value_tree import Node, plain_tree, state_tree
 
@@ -32,20 +33,20 @@ class TensorDifference:
 
     Attributes:
         path: Its path in the training state.
-        kind: "only in a"; "only in b"; "type": another dtype or shape; "bytes": another digest.
+        kind: "only in a"; "only in b"; "type": another dtype or shape; "bytes": another digest;
+            "shards": cut in another way, so that digests cannot tell whether its bytes differ.
         a: What the manifest of the first side says of it.
         b: What the manifest of the second side says of it.
 
     Example:
-        >>> region = Region(0, 4, "0" * 32, "model.w", "F32", (1,))
-        >>> TensorDifference("model.w", "only in a", region, None).b is None
+        >>> TensorDifference("model.w", "only in a", None, None).b is None
         True
     """
 
     path: str
-    kind: Literal["only in a", "only in b", "type", "bytes"]
-    a: Region | None
-    b: Region | None
+    kind: Literal["only in a", "only in b", "type", "bytes", "shards"]
+    a: TensorEntry | None
+    b: TensorEntry | None
 
 
 @dataclass(frozen=True)
@@ -143,9 +144,7 @@ def diff_tensors(a: Manifest, b: Manifest) -> tuple[TensorDifference, ...]:
         >>> diff_tensors(one, other)
         ()
     """
-    ours, theirs = (
-        {path: region for path, (_, region) in manifest.tensors.items()} for manifest in (a, b)
-    )
+    ours, theirs = a.tensors, b.tensors
     pairs = {path: (ours.get(path), theirs.get(path)) for path in {**ours, **theirs}}
     kinds = {path: _kind_of(*pair) for path, pair in pairs.items()}
     return tuple(TensorDifference(path, kind, *pairs[path]) for path, kind in kinds.items() if kind)
@@ -191,12 +190,14 @@ def _base_of(tensor: Node) -> Mapping[str, Json]:
 
 
 def _kind_of(
-    a: Region | None, b: Region | None
-) -> Literal["only in a", "only in b", "type", "bytes"] | None:
+    a: TensorEntry | None, b: TensorEntry | None
+) -> Literal["only in a", "only in b", "type", "bytes", "shards"] | None:
     if a is None or b is None:
         return "only in b" if a is None else "only in a"
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return "type"
+    if a.boxes != b.boxes:
+        return "shards"
     return "bytes" if a.digest != b.digest else None
 
 

@@ -19,6 +19,8 @@ class Leaf(Protocol):
         ...     dtype: str
         ...     shape: tuple[int, ...]
         ...     data: bytes
+        ...     offsets: tuple[int, ...] | None = None
+        ...     global_shape: tuple[int, ...] | None = None
         ...     @property
         ...     def nbytes(self):
         ...         return len(self.data)
@@ -29,7 +31,7 @@ class Leaf(Protocol):
 
     @property
     def path(self) -> str:
-        """Where it belongs in the training state; unique in the checkpoint."""
+        """Where it belongs in the training state; unique, but for shards of one tensor."""
         ...
 
     @property
@@ -49,7 +51,17 @@ class Leaf(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape; () for a scalar."""
+        """Its shape, or that of the shard; () for a scalar."""
+        ...
+
+    @property
+    def offsets(self) -> tuple[int, ...] | None:
+        """Of a shard, where it starts in the tensor, in elements by dimension; else None."""
+        ...
+
+    @property
+    def global_shape(self) -> tuple[int, ...] | None:
+        """Of a shard, the shape of the tensor; else None."""
         ...
 
     @property

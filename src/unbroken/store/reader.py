@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,10 +12,13 @@ from unbroken.errors import (
     StateMismatchError,
 )
 from unbroken.storage import ReadHandle, Storage
+from unbroken.store.boxes import Box, Run, runs
 from unbroken.store.checkpoint_folder import CheckpointFolder
 from unbroken.store.digest import Digester
 from unbroken.store.layout import MANIFEST_NAME, PINNED_NAME
 from unbroken.store.manifest import FileEntry
+from unbroken.store.safetensors import DTYPE_BITS, bytes_of
+from unbroken.store.shards import TensorEntry
 
 _CHUNK_BYTES = 4 << 20  # of one read: hashed while it is still in the processor's cache
 _MAX_WHOLE_BYTES = 1 << 30  # of a file that is read into memory as a whole
@@ -30,7 +34,7 @@ class Damage:
         file: The file, by its name in the checkpoint folder.
         kind: "missing", "size", "digest", "unreadable", or "stray": a file that the manifest
             does not list, which harms nobody who reads by the manifest.
-        path: The tensor whose bytes are wrong; None if it is not a tensor.
+        path: The tensor whose bytes are wrong, or the shard of it; None if it is neither.
         what: The whole story in words.
 
     Example:
@@ -85,12 +89,6 @@ class CheckpointReader:
         self._at = CheckpointFolder(storage, folder)
         self.manifest = self._at.read_manifest()
         self._files = {file.name: file for file in self.manifest.files}
-        self._tensors = {
-            region.path: (file, number)
-            for file in self.manifest.files
-            for number, region in enumerate(file.regions)
-            if region.path is not None
-        }
         self._verified: set[tuple[str, int]] = set()  # (file, number of the region)
         self._scratch = memoryview(b"")
         self._check_sizes()
@@ -131,17 +129,60 @@ class CheckpointReader:
             CorruptCheckpointError: The bytes are not those of the manifest.
             StateMismatchError: The buffer has another length.
         """
-        if path not in self._tensors:
+        self._read_box(path, None, buffer)
+
+    def read_box_into(
+        self, path: str, offsets: tuple[int, ...], shape: tuple[int, ...], buffer: memoryview, /
+    ) -> None:
+        """Read a part of a tensor into `buffer`; return only if all digests matched.
+
+        The shards that hold something of it are read whole, as they are verified whole, but no
+        more than a piece of one is kept; others are not touched.
+
+        Args:
+            path: The path of the tensor.
+            offsets: Where the part starts in the tensor, in elements, by dimension.
+            shape: The shape of the part; it must lie within the tensor.
+            buffer: Writable and contiguous, exactly as many bytes as the part has: it is filled in
+                C order. After an error its content is undefined.
+
+        Raises:
+            CheckpointNotFoundError: The checkpoint has no such tensor.
+            CorruptCheckpointError: The bytes are not those of the manifest.
+            StateMismatchError: The part is not one of the tensor, or the buffer has another length.
+        """
+        self._read_box(path, Box(offsets, shape), buffer)
+
+    def _read_box(self, path: str, box: Box | None, buffer: memoryview) -> None:
+        tensor = self.manifest.tensors.get(path)
+        if tensor is None:
             raise CheckpointNotFoundError(self._at.where(path), "the checkpoint has no such tensor")
-        file, number = self._tensors[path]
-        wanted = file.regions[number]
-        target = buffer.cast("B")
-        if len(target) != wanted.nbytes:
-            what, found = "has another length", f"a buffer of {len(target)} bytes"
-            expected = f"{wanted.nbytes} bytes"
-            raise StateMismatchError(self._at.where(path), what, expected=expected, found=found)
-        with self._at.open(file.name) as handle:
-            self._read_region(handle, file, number, target)
+        whole = Box.whole(tensor.shape)
+        wanted = whole if box is None else box
+        target = buffer.cast("B") if buffer.nbytes else memoryview(bytearray())
+        self._check_part(tensor, whole, wanted, len(target))
+        for shard in tensor.shards:
+            file = self._files[shard.file]
+            if shard.box == wanted:
+                with self._at.open(file.name) as handle:
+                    self._read_region(handle, file, shard.number, target)
+            elif shard.box.overlap(wanted):
+                found = _in_bytes(runs(shard.box, wanted), DTYPE_BITS[tensor.dtype])
+                with self._at.open(file.name) as handle:
+                    self._scatter_region(handle, file, shard.number, found, target)
+
+    def _check_part(self, tensor: TensorEntry, whole: Box, wanted: Box, nbytes: int) -> None:
+        where = self._at.where(tensor.path)
+        inside = len(wanted.offsets) == len(wanted.shape) == len(whole.shape) and (
+            not wanted.numel or wanted.overlap(whole) == wanted
+        )
+        expected = bytes_of(tensor.dtype, wanted.shape)
+        if not inside or expected is None:
+            what = "has no such part"
+            raise StateMismatchError(where, what, expected=f"a part of {whole}", found=wanted)
+        if nbytes != expected:
+            what, found = "has another length", f"a buffer of {nbytes} bytes"
+            raise StateMismatchError(where, what, expected=f"{expected} bytes", found=found)
 
     def check_rest(self) -> None:
         """Check every region that no reading has checked yet.
@@ -184,7 +225,7 @@ class CheckpointReader:
                 try:
                     self._read_region(handle, file, number, None)
                 except CorruptCheckpointError as error:
-                    found.append(self._as_damage(file.name, region.path, error))
+                    found.append(self._as_damage(file.name, region.name, error))
         return found
 
     def _as_damage(self, name: str, path: str | None, error: CorruptCheckpointError) -> Damage:
@@ -222,8 +263,36 @@ class CheckpointReader:
         self, handle: ReadHandle, file: FileEntry, number: int, target: memoryview | None
     ) -> None:
         """Read a region into `target`, or past a scratch buffer, and compare its digest."""
+        for _ in self._pieces(handle, file, number, target):
+            pass
+
+    def _scatter_region(
+        self,
+        handle: ReadHandle,
+        file: FileEntry,
+        number: int,
+        found: Iterator[Run],
+        target: memoryview,
+    ) -> None:
+        """Read a region past a scratch buffer, and copy runs of bytes out of it."""
+        run = next(found, None)
+        for start, piece in self._pieces(handle, file, number, None):
+            stop = start + len(piece)
+            while run is not None and run.source < stop:
+                length = min(run.length, stop - run.source)
+                at = run.source - start
+                target[run.target : run.target + length] = piece[at : at + length]
+                rest = Run(stop, run.target + length, run.length - length)
+                run = rest if rest.length else next(found, None)
+
+    def _pieces(
+        self, handle: ReadHandle, file: FileEntry, number: int, target: memoryview | None
+    ) -> Iterator[tuple[int, memoryview]]:
+        """Yield a region in pieces, with their places in it, and compare its digest at the end."""
         region = file.regions[number]
         where = region.path or file.name
+        if region.offsets is not None:
+            where = f"{file.name}: {region.name}"
         digester = Digester()
         for start in range(0, region.nbytes, _CHUNK_BYTES):
             stop = min(start + _CHUNK_BYTES, region.nbytes)
@@ -231,6 +300,7 @@ class CheckpointReader:
             with self._at.reading(where):
                 handle.read_into(region.offset + start, piece)
             digester.update(piece)
+            yield start, piece
         if digester.digest() != region.digest:
             raise self._at.corrupt(
                 where, _WRONG_DIGEST, f"digest {region.digest}", f"digest {digester.digest()}"
@@ -241,3 +311,8 @@ class CheckpointReader:
         if len(self._scratch) < nbytes:
             self._scratch = memoryview(bytearray(nbytes))
         return self._scratch[:nbytes]
+
+
+def _in_bytes(found: Iterator[Run], bits: int) -> Iterator[Run]:
+    """Return runs of elements as runs of bytes; types of less than a byte are never cut."""
+    return (Run(*(part * bits // 8 for part in run)) for run in found)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from unbroken.errors import CaptureError
+from unbroken.errors import CaptureError, SaveError
 from unbroken.storage import Storage, WriteHandle
 from unbroken.store.digest import Digester, digest_of
 from unbroken.store.layout import is_file_name
 from unbroken.store.leaf import Leaf
 from unbroken.store.manifest import FileEntry, Region
 from unbroken.store.safetensors import header_of, in_file_order
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,23 @@ def write_plan(storage: Storage, folder: str, plan: Plan) -> FileEntry:
         end = len(plan.header)
         for leaf in plan.leaves:
             digest = _write_leaf(file, leaf)
-            regions.append(Region(end, leaf.nbytes, digest, leaf.path, leaf.dtype, leaf.shape))
+            regions.append(_region(end, digest, leaf))
             end += leaf.nbytes
         file.sync()
     return FileEntry(plan.name, end, tuple(regions))
+
+
+def _region(offset: int, digest: str, leaf: Leaf) -> Region:
+    return Region(
+        offset,
+        leaf.nbytes,
+        digest,
+        leaf.path,
+        leaf.dtype,
+        leaf.shape,
+        leaf.offsets,
+        leaf.global_shape,
+    )
 
 
 def _write_leaf(file: WriteHandle, leaf: Leaf) -> str:
@@ -87,3 +103,40 @@ def check_new_names(names: Iterable[str], taken: Iterable[str]) -> None:
         if name.casefold() in seen:
             raise CaptureError(name, "is already the name of a file of this checkpoint")
         seen.add(name.casefold())
+
+
+def store_leaves(storage: Storage, folder: str, leaves: Iterable[Leaf]) -> tuple[FileEntry, ...]:
+    """Write leaves into the staging folder of another rank's writer; they are durable on return.
+
+    Args:
+        storage: The run directory, as this rank sees it.
+        folder: `CheckpointWriter.staging` of the rank that commits.
+        leaves: What this rank stores. No other rank may store into the same files.
+
+    Returns:
+        What that rank's `CheckpointWriter.adopt` needs to know.
+
+    Raises:
+        CaptureError: A leaf's path, name, type, shape or length is impossible.
+        SaveError: The storage fails or is full.
+    """
+    plans = plan_files(leaves)
+    check_new_names((plan.name for plan in plans), ())
+    try:
+        files = tuple(write_plan(storage, folder, plan) for plan in plans)
+        storage.sync_folder(folder)
+    except OSError as error:
+        raise save_error(error, storage.describe(folder)) from error
+    return files
+
+
+def save_error(error: OSError, where: str) -> SaveError:
+    """Return what a disk says as the error about the save."""
+    if isinstance(error, SaveError):
+        return error
+    saved = "all earlier checkpoints are as they were"
+    hint = f"make room, then save again; {saved}" if error.errno in _NO_ROOM else saved
+    place = str(error.filename or where)
+    failure = SaveError(place, "cannot be written", found=str(error.strerror), hint=hint)
+    failure.errno = error.errno
+    return failure

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -12,15 +11,19 @@ from typing import Self
 
 from unbroken.errors import CaptureError, SaveError
 from unbroken.storage import Storage
-from unbroken.store.canonical import Json, from_strict, to_canonical
+from unbroken.store.canonical import Json, MalformedError, from_strict, to_canonical
 from unbroken.store.commit import commit_staging
 from unbroken.store.layout import STAGING, checkpoint_name
 from unbroken.store.leaf import Leaf
 from unbroken.store.manifest import FileEntry, Manifest
 from unbroken.store.removal import ensure_folder, free_name, remove_staging
-from unbroken.store.staged import check_new_names, plan_files, write_plain, write_plan
-
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+from unbroken.store.staged import (
+    check_new_names,
+    plan_files,
+    save_error,
+    write_plain,
+    write_plan,
+)
 
 
 class CheckpointWriter:
@@ -62,7 +65,7 @@ class CheckpointWriter:
         self._run_id = run_id
         self._clock = clock
         self._files: dict[str, FileEntry] = {}
-        self._paths: set[str] = set()
+        self._paths: set[tuple[str, tuple[int, ...] | None]] = set()
         self._is_over = False
         self._folder: str | None = None
         with self._attempt():
@@ -80,7 +83,7 @@ class CheckpointWriter:
         with self._attempt() as folder:
             plans = plan_files(leaves)
             check_new_names((plan.name for plan in plans), self._files)
-            self._check_paths(leaf.path for plan in plans for leaf in plan.leaves)
+            self._check_paths((leaf.path, leaf.offsets) for plan in plans for leaf in plan.leaves)
             for plan in plans:
                 self._files[plan.name] = write_plan(self._storage, folder, plan)
 
@@ -98,6 +101,30 @@ class CheckpointWriter:
         with self._attempt() as folder:
             check_new_names([name], self._files)
             self._files[name] = write_plain(self._storage, folder, name, data)
+
+    @property
+    def staging(self) -> str:
+        """The folder that other ranks store their files in, with `store_leaves`."""
+        return self._folder or ""
+
+    def adopt(self, files: Iterable[FileEntry]) -> None:
+        """Take files into the checkpoint that others have stored, durably, in its folder.
+
+        Args:
+            files: What their `store_leaves` returned.
+
+        Raises:
+            CaptureError: A name or a tensor is there already.
+        """
+        with self._attempt():
+            for file in files:
+                check_new_names([file.name], self._files)
+                self._check_paths(
+                    (region.path, region.offsets)
+                    for region in file.regions
+                    if region.path is not None
+                )
+                self._files[file.name] = file
 
     def commit(self, facts: Mapping[str, Json]) -> Manifest:
         """Make it a checkpoint. When it returns, the checkpoint survives a power cut.
@@ -152,13 +179,18 @@ class CheckpointWriter:
             raise CaptureError("facts", "must be a mapping", found=type(facts).__name__)
         created = datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="milliseconds")
         files = tuple(self._files[name] for name in sorted(self._files))
-        return Manifest(self._step, self._run_id, created, files, plain)
+        manifest = Manifest(self._step, self._run_id, created, files, plain)
+        try:
+            manifest.tensors  # noqa: B018 (raises where shards do not make up their tensor)
+        except MalformedError as error:
+            raise CaptureError("the checkpoint", error.what, found=error.found) from None
+        return manifest
 
-    def _check_paths(self, paths: Iterable[str]) -> None:
-        for path in paths:
-            if path in self._paths:
+    def _check_paths(self, paths: Iterable[tuple[str, tuple[int, ...] | None]]) -> None:
+        for path, offsets in paths:
+            if (path, offsets) in self._paths:
                 raise CaptureError(path, "two leaves have this path")
-            self._paths.add(path)
+            self._paths.add((path, offsets))
 
     @contextmanager
     def _attempt(self) -> Iterator[str]:
@@ -170,17 +202,8 @@ class CheckpointWriter:
             yield self._folder or ""
         except OSError as error:
             self.abandon()
-            raise self._save_error(error) from error
+            where = self._storage.describe(checkpoint_name(self._step))
+            raise save_error(error, where) from error
         except BaseException:
             self.abandon()
             raise
-
-    def _save_error(self, error: OSError) -> SaveError:
-        if isinstance(error, SaveError):
-            return error
-        place = error.filename or self._storage.describe(checkpoint_name(self._step))
-        saved = "all earlier checkpoints are as they were"
-        hint = f"make room, then save again; {saved}" if error.errno in _NO_ROOM else saved
-        failure = SaveError(str(place), "cannot be written", found=str(error.strerror), hint=hint)
-        failure.errno = error.errno
-        return failure

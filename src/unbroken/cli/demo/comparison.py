@@ -79,15 +79,15 @@ def _compare_tensors(
     what: str, one: CheckpointReader, other: CheckpointReader, is_of_kind: Callable[[str], bool]
 ) -> Finding:
     digests = _digests(one, is_of_kind)
-    nbytes = sum(one.manifest.tensors[path][1].nbytes for path in digests)
+    nbytes = sum(one.manifest.tensors[path].nbytes for path in digests)
     return _finding(what, "tensors", digests, _digests(other, is_of_kind), nbytes)
 
 
 def _digests(reader: CheckpointReader, is_of_kind: Callable[[str], bool]) -> dict[str, str]:
     """Return type, shape and digest of each tensor; the digests have been verified."""
     return {
-        path: f"{region.dtype} {region.shape} {region.digest}"
-        for path, (_, region) in reader.manifest.tensors.items()
+        path: f"{tensor.dtype} {tensor.shape} {tensor.digest}"
+        for path, tensor in reader.manifest.tensors.items()
         if is_of_kind(path)
     }
 
