@@ -1,0 +1,92 @@
+"""Who stores what: planned by `torch.distributed.checkpoint`, told among ranks as JSON.
+
+The planner of torch takes out what several ranks hold and balances who writes it. Its own
+`save` sends the plans to one rank with pickle; here each rank tells its plan to all, and all
+come to the same division.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from unbroken.distributed.group import Group
+from unbroken.errors import CaptureError
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+
+
+def divide(group: Group, offered: Mapping[str, torch.Tensor]) -> frozenset[str]:
+    """Return the names of the tensors of which this rank stores what it holds.
+
+    Together the ranks store each element of each tensor once. What only one rank offers, or
+    only one holds, it stores; of the rest, each goes to the rank that has least to store.
+
+    Args:
+        group: The ranks; each calls this.
+        offered: By name, the tensors that this rank could store, whole or its part of sharded
+            ones. A name stands for the same tensor on all ranks.
+
+    Raises:
+        CaptureError: The parts that the ranks hold do not make up a tensor.
+        RankError: Another rank failed.
+
+    Example:
+        >>> from unbroken.distributed import Alone
+        >>> sorted(divide(Alone(), {"w": torch.ones(2), "b": torch.ones(1)}))
+        ['b', 'w']
+    """
+    from torch.distributed.checkpoint import DefaultSavePlanner
+
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner.set_up_planner(_largest_first(offered), is_coordinator=group.rank == 0)
+    own = [_told(item) for item in planner.create_local_plan().items]
+    plans = [_plan(told) for told in group.gather("the plan of a save", own)]
+    try:
+        divided, _ = planner.create_global_plan(plans)
+    except ValueError as error:
+        hint = "each rank must give its own part of every sharded tensor"
+        raise CaptureError("the plan of a save", str(error), hint=hint) from error
+    return frozenset(item.index.fqn for item in planner.finish_plan(divided[group.rank]).items)
+
+
+def _largest_first(offered: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Return them in the order in which a greedy division comes out most even."""
+    return dict(sorted(offered.items(), key=lambda item: -item[1].numel() * item[1].itemsize))
+
+
+def _told(item: WriteItem) -> list[Any]:
+    data = item.tensor_data
+    if data is None:  # nothing but tensors is offered
+        raise TypeError(item.index.fqn)
+    dtype = str(data.properties.dtype).removeprefix("torch.")
+    chunk = [[*data.chunk.offsets], [*data.chunk.sizes]]
+    return [item.index.fqn, item.type.name, dtype, [*data.size], *chunk]
+
+
+def _plan(told: Any) -> SavePlan:
+    from torch.distributed.checkpoint.planner import SavePlan
+
+    return SavePlan([_item(*one) for one in told])
+
+
+def _item(
+    name: str, kind: str, dtype: str, size: list[int], offsets: list[int], sizes: list[int]
+) -> WriteItem:
+    from torch.distributed.checkpoint.metadata import (
+        ChunkStorageMetadata,
+        MetadataIndex,
+        TensorProperties,
+    )
+    from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+    at = torch.Size(offsets)
+    data = TensorWriteData(
+        chunk=ChunkStorageMetadata(at, torch.Size(sizes)),
+        properties=TensorProperties(dtype=getattr(torch, dtype)),
+        size=torch.Size(size),
+    )
+    return WriteItem(MetadataIndex(name, at), WriteItemType[kind], tensor_data=data)
