@@ -39,7 +39,7 @@ def divide(group: Group, offered: Mapping[str, torch.Tensor]) -> frozenset[str]:
         >>> sorted(divide(Alone(), {"w": torch.ones(2), "b": torch.ones(1)}))
         ['b', 'w']
     """
-    from torch.distributed.checkpoint import DefaultSavePlanner
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(_largest_first(offered), is_coordinator=group.rank == 0)
