@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,7 @@ def test_a_connection_of_the_parent_is_told_and_not_taken_for_equal_records(agai
 def test_a_checkpoint_without_records_is_told(again):
     line = again("plain", {"kind": "socket"})["data.records"][1]
     assert "stored reading one raised ConnectionError" in line
-    assert "now 16 digests" in line
+    assert re.search("now [0-9]+ digests", line)
 
 
 def test_required_exactness_refuses_what_cannot_be_compared_unless_it_is_named(again):

@@ -31,7 +31,7 @@ def data_facts(
 
     The records are read under keyed generators. A data set runs in a forked child, so that
     neither its generators nor its files nor its counters are touched here. Sixteen are read, or
-    as many as 20 milliseconds allow: lists are compared by what both have. Where they cannot be
+    as many as 50 milliseconds allow: lists are compared by what both have. Where they cannot be
     read (they are on a GPU, or there is no fork), `records` is a text that says so.
 
     Args:

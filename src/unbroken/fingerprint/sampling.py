@@ -17,7 +17,7 @@ from unbroken.fingerprint.plain import NOT_COMPARED, Plain
 from unbroken.fingerprint.records import record_digest
 
 _RECORDS = 16
-_SECONDS = 0.02  # for reading
+_SECONDS = 0.05  # for reading
 _DEADLINE = 3.0  # for all of it, a fork and a first record that is slow included
 _KEY = derive_key(0, "fingerprint")
 _INERT = (bool, int, float, complex, str, bytes, type(None), np.ndarray, np.generic, torch.Tensor)
