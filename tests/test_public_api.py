@@ -56,7 +56,7 @@ PARAMETERS = {
     unbroken.Trainer.load_checkpoint: "self which",
     unbroken.Trainer.stop: "self reason",
     unbroken.Checkpointer: "directory branch save_steps save_minutes keep types clock wall_clock "
-    "settings policy fingerprint examine told group objects",
+    "settings policy fingerprint examine told group load_from objects",
     unbroken.Checkpointer.resume: "self which",
     unbroken.Checkpointer.load: "self step names",
     unbroken.Checkpointer.save: "self step values facts",

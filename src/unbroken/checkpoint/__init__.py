@@ -23,6 +23,7 @@ from unbroken.checkpoint.policy import Timer as Timer
 from unbroken.checkpoint.preemption import EXIT_STOPPED as EXIT_STOPPED
 from unbroken.checkpoint.preemption import Preemption as Preemption
 from unbroken.checkpoint.preemption import TrainingStopped as TrainingStopped
+from unbroken.checkpoint.readers import LoadFrom as LoadFrom
 from unbroken.checkpoint.report import ResumeReport as ResumeReport
 from unbroken.checkpoint.selection import ResumeFrom as ResumeFrom
 from unbroken.checkpoint.selection import Selection as Selection
@@ -38,6 +39,7 @@ __all__ = [
     "Difference",
     "ExactResume",
     "Examine",
+    "LoadFrom",
     "Policy",
     "Preemption",
     "ResumeFrom",

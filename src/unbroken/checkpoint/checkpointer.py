@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from torch import nn
 
@@ -19,10 +19,13 @@ from unbroken.capture import (
     pretrained_files,
     structure_to_bytes,
 )
+from unbroken.checkpoint.agreeing import agree_on_versions
 from unbroken.checkpoint.branching import open_branch
 from unbroken.checkpoint.comparison import Comparison, Examine, Policy
 from unbroken.checkpoint.generators import rng_digest
 from unbroken.checkpoint.policy import Cadence, Timer
+from unbroken.checkpoint.readers import LoadFrom
+from unbroken.checkpoint.relay import open_as_another, place_of
 from unbroken.checkpoint.report import ResumeReport
 from unbroken.checkpoint.resuming import STATE_FILE, Resumption
 from unbroken.checkpoint.selection import ResumeFrom, Selection
@@ -68,6 +71,9 @@ class Checkpointer:
         told: Names of objects whose hyperparameters `settings` or `examine` tell already.
         group: The ranks that train the same model, each calling every method; rank 0 writes. None:
             this process alone.
+        load_from: "all": every rank reads what it needs, and they divide the verification;
+            "rank0": rank 0 reads and sends each tensor to the others, which need not see the
+            run directory.
         objects: What to save, by name: modules, optimizers, schedulers, a GradScaler, random
             generators, tensors, anything with `state_dict` and `load_state_dict`, and lists and
             dicts of these. The object called `model` gives the parameters their names.
@@ -107,11 +113,14 @@ class Checkpointer:
         examine: Examine | None = None,
         told: Collection[str] = (),
         group: Group | None = None,
+        load_from: LoadFrom = "all",
         **objects: object,
     ) -> None:
         for name in _RESERVED:
             if name in objects:
                 raise ConfigError(f"Checkpointer({name}=...)", "this name is taken: choose another")
+        if load_from not in get_args(LoadFrom):
+            raise ConfigError("load_from", expected=get_args(LoadFrom), found=repr(load_from))
         self.objects: dict[str, object] = objects
         self.keep = KeepPolicy() if keep is None else keep
         self.best_step: int | None = None
@@ -119,6 +128,7 @@ class Checkpointer:
         if isinstance(directory, str | os.PathLike):
             directory = os.path.abspath(directory)  # the same run after a chdir
         self.group: Group = Alone() if group is None else group
+        self._load_from: LoadFrom = load_from
         self._directory = directory
         self._branch = branch
         self._notes: tuple[str, ...] = ()
@@ -151,8 +161,9 @@ class Checkpointer:
         group = self.group
         what = "open the run directory"
         own = group.together(what, lambda: None if group.rank else self._open_as_owner(selection))
-        place = group.share("the run directory", None if own is None else own.storage.describe())
-        return group.together(what, lambda: own or RunDirectory.open_readonly(str(place)))
+        place = group.share("the run directory", None if own is None else place_of(own))
+        unseen = self._load_from == "rank0"
+        return group.together(what, lambda: own or open_as_another(place, unseen=unseen))
 
     def _open_as_owner(self, selection: Selection | None) -> RunDirectory:
         if self._branch is None:
@@ -185,12 +196,19 @@ class Checkpointer:
         """
         comparison = self.comparison
         comparison.note_what_is_here()
+        agree_on_versions(self.group, comparison.facts["environment"])
         selection = Selection.parse(which)
         if self._branch is not None:
             self.close()
             self._run, selection = self._open(selection), Selection("auto")
         resumption = Resumption(
-            self.run, self.objects, self._types, comparison, notes=self._notes, group=self.group
+            self.run,
+            self.objects,
+            self._types,
+            comparison,
+            notes=self._notes,
+            group=self.group,
+            load_from=self._load_from,
         )
         report = resumption.start(selection)
         self._has_resumed = True
@@ -208,8 +226,10 @@ class Checkpointer:
             CheckpointError: If the checkpoint does not exist, is damaged or does not fit.
         """
         objects = {name: self.objects[name] for name in names}
-        resumption = Resumption(self.run, objects, self._types, group=self.group)
-        self.group.together("load", lambda: resumption.load_only(step))
+        resumption = Resumption(
+            self.run, objects, self._types, group=self.group, load_from=self._load_from
+        )
+        resumption.load_only(step)
 
     def save_if_due(self, step: int, values: Any = None) -> str | None:
         """Save if the cadence says so; return the folder of the checkpoint, or None."""
@@ -238,6 +258,7 @@ class Checkpointer:
         group = self.group
         if group.world_size > 1:
             group.agree("the random generators at a save", rng_digest())
+        self.run  # noqa: B018 (is opened by all ranks together)
         write = partial(self._save_as_owner, step, values, facts or {})
         group.together("save", lambda: None if group.rank else write())
         self._has_resumed = True
@@ -284,14 +305,16 @@ class Checkpointer:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl: there exactly once, however often the run is killed."""
+        run = self.run
         if self.group.rank == 0:
             self._refuse_two_futures()
-            self.run.metrics.append(record)
+            run.metrics.append(record)
 
     def note_event(self, event: Mapping[str, Any]) -> None:
         """Append one line to history.jsonl; on other ranks than 0 nothing happens."""
+        run = self.run
         if self.group.rank == 0:
-            self.run.history.append(event)
+            run.history.append(event)
 
     def _refuse_two_futures(self) -> None:
         """Raise where a run with checkpoints would get a second, unrelated line of them."""

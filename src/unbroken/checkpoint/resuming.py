@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from unbroken.capture import (
@@ -17,20 +16,19 @@ from unbroken.capture import (
     structure_from_bytes,
     types_in,
 )
+from unbroken.checkpoint.candidates import Candidates
 from unbroken.checkpoint.comparison import Comparison
 from unbroken.checkpoint.differences import Difference
+from unbroken.checkpoint.readers import LoadFrom, Source, readers_for
 from unbroken.checkpoint.report import ResumeReport
 from unbroken.checkpoint.selection import Selection
 from unbroken.distributed import Group
 from unbroken.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
-    RankError,
     RunDirectoryError,
-    UnbrokenError,
 )
-from unbroken.storage import LocalStorage
-from unbroken.store import CheckpointReader, Json, Rejection, RunDirectory
+from unbroken.store import Json, Rejection, RunDirectory
 
 STATE_FILE = "state.json"
 
@@ -45,6 +43,7 @@ class Resumption:
         comparison: What this start is; None: whatever the checkpoint was made with is fine.
         notes: What else the report says.
         group: The ranks that resume together: rank 0 chooses, all load, all must succeed.
+        load_from: Which of them read the checkpoint.
 
     Attributes:
         values: The plain values of the resumed checkpoint, or None.
@@ -62,15 +61,18 @@ class Resumption:
         *,
         notes: tuple[str, ...] = (),
         group: Group,
+        load_from: LoadFrom = "all",
     ) -> None:
         self.values: Any = None
         self.best_step: int | None = None
-        self.origin: str | None = None
         self._run = run
         self._group = group
+        self._candidates = Candidates(run)
+        self._readers = readers_for(run, group, load_from)
         self._notes = notes
         self._objects = objects
         self._types = types
+        self.origin: str | None = None
         self.skipped: tuple[str, ...] = ()
         self._comparison = comparison
         self._differences: tuple[Difference, ...] = ()
@@ -83,7 +85,7 @@ class Resumption:
             if isinstance(candidate, Rejection):
                 rejected.append(candidate)
                 continue
-            damage = self._load_together(candidate)
+            damage = self._readers.load(partial(self._load, candidate))
             if damage is None:
                 reader = candidate
                 break
@@ -93,64 +95,20 @@ class Resumption:
         self._refuse_nothing_found(selection, reader, rejected)
         return self._begun_together(selection, reader, tuple(rejected))
 
-    def _chosen_together(self, selection: Selection) -> Iterator[CheckpointReader | Rejection]:
-        """Yield what rank 0 chooses, as every rank sees it."""
-        group, own = self._group, iter(self._candidates(selection))
+    def _chosen_together(self, selection: Selection) -> Iterator[Source | Rejection]:
+        """Yield what rank 0 chooses, as every rank reads it."""
+        group, own = self._group, iter(self._candidates.of(selection))
         if group.rank > 0:
             own = iter(())
         while True:
             found = group.together("choose a checkpoint", lambda: next(own, None))
-            said = group.share("the checkpoint", described(found))
-            if said is None:
+            seen = self._readers.open(found, whole=True)
+            if seen is None:
                 return
-            see = partial(self._seen, found, said)
-            seen = group.together("open the checkpoint", see)
-            if isinstance(seen, CheckpointReader):
-                group.agree("the state of the checkpoint", seen.manifest.state_digest)
             yield seen
 
-    def _seen(
-        self, found: CheckpointReader | Rejection | None, said: Any
-    ) -> CheckpointReader | Rejection:
-        """Return what rank 0 found, as this rank sees it."""
-        if found is not None:
-            return found
-        if "reason" in said:
-            return Rejection(said["folder"], said["step"], said["reason"])
-        here = self._run.storage
-        storage = here if said["place"] == here.describe() else LocalStorage(said["place"])
-        return CheckpointReader(storage, said["folder"])
-
-    def _load_together(self, reader: CheckpointReader) -> CorruptCheckpointError | None:
-        """Load on every rank; return the damage that one of them found.
-
-        Raises:
-            UnbrokenError: What failed on this rank for another reason.
-            RankError: It failed on another one.
-        """
-        error: UnbrokenError | None = None
-        try:
-            self._load(reader)
-        except UnbrokenError as caught:
-            error = caught
-        damaged = type(error) is CorruptCheckpointError
-        said: Any = None if error is None else [damaged, str(error)]
-        ranks: list[Any] = self._group.gather("load", said)
-        failed = {rank: one for rank, one in enumerate(ranks) if one is not None}
-        if not failed:
-            return None
-        if isinstance(error, CorruptCheckpointError) and self._group.world_size == 1:
-            return error
-        if all(is_damage for is_damage, _ in failed.values()):
-            rank, (_, text) = next(iter(failed.items()))
-            return CorruptCheckpointError(f"rank {rank}", text)
-        if error is not None:
-            raise error
-        rank, (_, text) = next(iter(failed.items()))
-        raise RankError(f"rank {rank}", f"could not resume: {text}")
-
     def _begun_together(
-        self, selection: Selection, reader: CheckpointReader | None, rejected: tuple[Rejection, ...]
+        self, selection: Selection, reader: Source | None, rejected: tuple[Rejection, ...]
     ) -> ResumeReport:
         """Let rank 0 clear the way; every rank has its own differences."""
         group = self._group
@@ -166,60 +124,23 @@ class Resumption:
 
     def load_only(self, step: int) -> None:
         """Fill these objects alone from the checkpoint of `step`."""
-        tree = self._tree(self._at_step(step))
+        group = self._group
+        found = group.together(
+            "open the checkpoint", lambda: None if group.rank else self._candidates.at_step(step)
+        )
+        source = self._readers.open(found, whole=False)
+        if source is None or isinstance(source, Rejection):
+            where = self._run.storage.describe()
+            raise CheckpointNotFoundError(where, source.reason if source else "no checkpoint")
+        damage = self._readers.load(partial(self._fill, source))
+        if damage is not None:
+            raise damage
+
+    def _fill(self, source: Source) -> None:
+        tree = self._tree(source)
         restore(self._objects, {name: tree[name] for name in self._objects})
 
-    def _candidates(self, selection: Selection) -> Iterator[CheckpointReader | Rejection]:
-        catalog = self._run.catalog
-        if selection.kind in ("auto", "must"):
-            yield from catalog.newest_first()
-        elif selection.kind == "step" and selection.step is not None:
-            yield self._at_step(selection.step)
-        elif selection.kind == "best":
-            yield self._at_step(self._best_step())
-        elif selection.kind == "path" and selection.path is not None:
-            yield from self._at_path(selection.path)
-
-    def _at_step(self, step: int) -> CheckpointReader:
-        folders = self._run.catalog.folders()
-        if step not in dict(folders):
-            raise CheckpointNotFoundError(
-                self._run.storage.describe(),
-                "no such checkpoint",
-                expected=f"one of the steps {[known for known, _ in folders]}",
-                found=step,
-            )
-        return self._run.catalog.open(step)
-
-    def _best_step(self) -> int:
-        step = self._run.catalog.best_step()
-        if step is None:
-            raise CheckpointNotFoundError(
-                self._run.storage.describe(), "no checkpoint knows which one is the best"
-            )
-        return step
-
-    def _at_path(self, path: Path) -> Iterator[CheckpointReader | Rejection]:
-        """Yield the checkpoint at `path`; but a run that already began there goes on instead."""
-        folder = path.resolve()
-        if folder.parent == Path(self._run.storage.describe()).resolve():
-            yield CheckpointReader(self._run.storage, folder.name)
-            return
-        if not (folder / "manifest.json").exists():
-            raise CheckpointNotFoundError(
-                str(path),
-                "is no checkpoint",
-                expected="a folder with a manifest.json",
-                hint="of a run directory, name one of its checkpoints",
-            )
-        origin = str(folder)
-        for candidate in self._run.catalog.newest_first():
-            if isinstance(candidate, Rejection) or candidate.manifest.facts.get("origin") == origin:
-                yield candidate
-        self.origin = origin
-        yield CheckpointReader(LocalStorage(folder.parent), folder.name)
-
-    def _load(self, reader: CheckpointReader) -> None:
+    def _load(self, reader: Source) -> None:
         """Fill the objects, after all that can be checked was; the random generators last."""
         tree = self._compared(reader, self._tree(reader))
         rng, values = tree.pop("rng"), tree.pop("values")
@@ -231,7 +152,7 @@ class Resumption:
         reader.check_rest()
         self._remember(reader.manifest.facts)
 
-    def _compared(self, reader: CheckpointReader, tree: dict[str, Any]) -> dict[str, Any]:
+    def _compared(self, reader: Source, tree: dict[str, Any]) -> dict[str, Any]:
         """Return what is to be loaded; raise if it does not fit or is not accepted."""
         comparison, facts = self._comparison, reader.manifest.facts
         if comparison is None:
@@ -248,7 +169,7 @@ class Resumption:
         self.skipped = patterns
         return tree
 
-    def _tree(self, reader: CheckpointReader) -> dict[str, Any]:
+    def _tree(self, reader: Source) -> dict[str, Any]:
         structure = structure_from_bytes(reader.read_file(STATE_FILE), STATE_FILE)
         types = (*self._types, *types_in(capture(self._objects)))
         tree = decode(structure, reader, types=types, lazy=True)
@@ -260,11 +181,11 @@ class Resumption:
 
     def _remember(self, facts: Mapping[str, Any]) -> None:
         self.best_step = facts.get("best_step")
-        self.origin = self.origin or facts.get("origin")
+        self.origin = self._candidates.origin or facts.get("origin")
         self.skipped = tuple(dict.fromkeys([*(facts.get("skip") or ()), *self.skipped]))
 
     def _refuse_nothing_found(
-        self, selection: Selection, reader: CheckpointReader | None, rejected: list[Rejection]
+        self, selection: Selection, reader: Source | None, rejected: list[Rejection]
     ) -> None:
         if reader is not None or selection.kind == "never":
             return
@@ -284,7 +205,7 @@ class Resumption:
             )
 
     def _clear_the_way(
-        self, selection: Selection, reader: CheckpointReader | None, rejected: tuple[Rejection, ...]
+        self, selection: Selection, reader: Source | None, rejected: tuple[Rejection, ...]
     ) -> ResumeReport:
         """Set aside what belongs to another future, cut the metrics, and tell the history."""
         own = reader is not None and reader.storage is self._run.storage
@@ -327,12 +248,3 @@ class Resumption:
         copy = self._run.set_aside_metrics() if keep_copy else None
         metrics.cut(nbytes)
         return () if copy is None else (f"set aside: the old metrics.jsonl is now {copy}",)
-
-
-def described(found: CheckpointReader | Rejection | None) -> Json:
-    """Return what other ranks must know to see the same."""
-    if found is None:
-        return None
-    if isinstance(found, Rejection):
-        return {"folder": found.folder, "step": found.step, "reason": found.reason}
-    return {"folder": found.folder, "place": found.storage.describe()}

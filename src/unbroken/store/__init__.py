@@ -14,6 +14,7 @@ from unbroken.store.diff import TensorDifference as TensorDifference
 from unbroken.store.diff import diff_checkpoints as diff_checkpoints
 from unbroken.store.diff import diff_facts as diff_facts
 from unbroken.store.diff import tensor_types as tensor_types
+from unbroken.store.division import divided as divided
 from unbroken.store.journal import Journal as Journal
 from unbroken.store.leaf import Leaf as Leaf
 from unbroken.store.lineage import Lineage as Lineage
@@ -27,6 +28,7 @@ from unbroken.store.retention import KeepPolicy as KeepPolicy
 from unbroken.store.retention import Pruned as Pruned
 from unbroken.store.retention import prune as prune
 from unbroken.store.run_directory import RunDirectory as RunDirectory
+from unbroken.store.run_directory import this_machine as this_machine
 from unbroken.store.shards import Shard as Shard
 from unbroken.store.shards import TensorEntry as TensorEntry
 from unbroken.store.staged import store_leaves as store_leaves
@@ -64,8 +66,10 @@ __all__ = [
     "check_branch_name",
     "diff_checkpoints",
     "diff_facts",
+    "divided",
     "has_branch",
     "prune",
     "store_leaves",
     "tensor_types",
+    "this_machine",
 ]

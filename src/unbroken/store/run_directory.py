@@ -230,11 +230,16 @@ def _identity_of(
 
 def describe_owner(clock: Callable[[], float]) -> str:
     """Return what others read when they find a run locked: host, process, boot and time."""
+    host, boot = this_machine()
+    return f"host {host}, process {os.getpid()}, boot {boot}, since {now_as_text(clock)}"
+
+
+def this_machine() -> tuple[str, str]:
+    """Return the name of this machine and which of its boots this is."""
     boot = "unknown"
     with suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         boot = file.read().strip()
-    host, now = os.uname().nodename, now_as_text(clock)
-    return f"host {host}, process {os.getpid()}, boot {boot}, since {now}"
+    return os.uname().nodename, boot
 
 
 @contextmanager

@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from unbroken.store.boxes import Box, fill
+from unbroken.store.boxes import Box, fill, runs
 from unbroken.store.canonical import Json, MalformedError, to_canonical
 from unbroken.store.digest import digest_of
 from unbroken.store.regions import FileEntry, Region
-from unbroken.store.safetensors import bytes_of
+from unbroken.store.safetensors import DTYPE_BITS, bytes_of
 
 MAX_SHARDS = 100_000
 
@@ -76,6 +76,21 @@ class TensorEntry:
         if self.is_whole:
             return self.shards[0].digest
         return [[[*s.box.offsets], [*s.box.shape], s.digest] for s in self.shards]
+
+    def cut_out(self, box: Box, whole: memoryview, target: memoryview) -> None:
+        """Copy the bytes of a part out of those of the whole tensor, both in C order.
+
+        Example:
+            >>> part = memoryview(bytearray(1))
+            >>> entry = TensorEntry("model.w", "U8", (2,), ())
+            >>> entry.cut_out(Box((1,), (1,)), memoryview(b"ab"), part)
+            >>> bytes(part)
+            b'b'
+        """
+        bits = DTYPE_BITS[self.dtype]
+        for run in runs(Box.whole(self.shape), box):
+            source, at, length = (count * bits // 8 for count in run)
+            target[at : at + length] = whole[source : source + length]
 
     @property
     def boxes(self) -> tuple[Box, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from unbroken.errors import CheckpointError
 from unbroken.storage import Stat
-from unbroken.store.layout import MANIFEST_NAME
 from unbroken.store.reader import CheckpointReader
 
 
@@ -27,7 +26,7 @@ class VerifiedCache:
 
     def problem_of(self, reader: CheckpointReader) -> str | None:
         """Return what is wrong with a checkpoint, or None if it is intact."""
-        look = self._look_at(reader)
+        look = reader.look()
         if self._seen.get(reader.folder) == look:
             return None
         try:
@@ -37,7 +36,3 @@ class VerifiedCache:
             return str(error)
         self._seen[reader.folder] = look
         return None
-
-    def _look_at(self, reader: CheckpointReader) -> tuple[Stat | None, ...]:
-        names = (MANIFEST_NAME, *(file.name for file in reader.manifest.files))
-        return tuple(reader.storage.stat(f"{reader.folder}/{name}") for name in names)

@@ -55,7 +55,7 @@ _RULED: tuple[tuple[Rule, str], ...] = (
 )
 RULES: Mapping[str, Rule] = {name: rule for rule, names in _RULED for name in names.split()}
 
-_OF_THE_START = {"resume_from_checkpoint", "allow", "skip", "exact_resume"}
+_OF_THE_START = {"resume_from_checkpoint", "allow", "skip", "exact_resume", "load_from"}
 OPTIMIZER_SETTINGS = {"weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "sgd_momentum"}
 SCHEDULE_SETTINGS = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"}
 _STEERING = (

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, get_type_hints
 
 import typeguard
 
-from unbroken.checkpoint import ExactResume
+from unbroken.checkpoint import ExactResume, LoadFrom
 from unbroken.errors import ConfigError
 from unbroken.store import check_branch_name
 from unbroken.store.config_file import nearest, read_mapping, write_mapping
@@ -58,6 +58,10 @@ class TrainerConfig:
     ("lm_head.*") or objects ("optimizer"). They keep the values that they have here."""
     exact_resume: ExactResume = "prefer"
     """"require": a resume that is only equivalent (other machine, other rounding) is refused."""
+
+    load_from: LoadFrom = "all"
+    """Who reads the checkpoint on several ranks: "all" of them; or "rank0", which sends it to the
+    others, for a run directory that they cannot see."""
 
     batch_size: int = 8
     """Samples in one optimizer step, over all ranks and micro-batches (the global batch)."""

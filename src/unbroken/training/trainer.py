@@ -190,6 +190,7 @@ class Trainer:
             examine=Examination(self, own_optimizer=optimizer is None),
             told=made_by_settings(self),
             group=self.group,
+            load_from=config.load_from,
             **named_objects(self, state or {}),
         )
 

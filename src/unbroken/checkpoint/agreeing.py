@@ -1,0 +1,38 @@
+"""What the ranks of a run must have in common before they resume."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from unbroken import __version__
+from unbroken.distributed import Group
+
+_SOFTWARE = ("python", "torch", "numpy")
+
+
+def agree_on_versions(group: Group, environment: Mapping[str, Any]) -> None:
+    """Raise unless all ranks run the same versions of what all of them have imported.
+
+    Args:
+        group: The ranks.
+        environment: What `environment_facts` returned here.
+
+    Raises:
+        RankError: Naming the ranks with another version.
+
+    Example:
+        >>> from unbroken.distributed import Alone
+        >>> agree_on_versions(Alone(), {"torch": "2.13.0"})
+    """
+    if group.world_size == 1:
+        return
+    own = {
+        name: value
+        for name, value in environment.items()
+        if name in _SOFTWARE or name.startswith("packages.")
+    }
+    own["unbroken"] = __version__
+    ranks: Any = group.gather("the packages", sorted(own))
+    shared = set(own).intersection(*ranks)
+    group.agree("versions", {name: own[name] for name in sorted(shared)})
