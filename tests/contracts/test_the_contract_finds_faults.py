@@ -24,9 +24,9 @@ class LocksNobody(MemoryStorage):
 
 
 class CreateOverwrites(MemoryStorage):
-    def create(self, path):
+    def create(self, path, nbytes=0):
         self._root.names.pop(path, None)
-        return super().create(path)
+        return super().create(path, nbytes)
 
 
 class ReadsShort(MemoryStorage):

@@ -84,8 +84,8 @@ class SyncsNothing(LocalStorage):
     def sync_folder(self, path):
         pass
 
-    def create(self, path):
-        handle = super().create(path)
+    def create(self, path, nbytes=0):
+        handle = super().create(path, nbytes)
         handle.sync = lambda: None
         return handle
 

@@ -354,9 +354,9 @@ class Meanwhile(MemoryStorage):
         self.now(path)
         super().append(path, data)
 
-    def create(self, path):
+    def create(self, path, nbytes=0):
         self.now(path)
-        return super().create(path)
+        return super().create(path, nbytes)
 
 
 def retention(storage):

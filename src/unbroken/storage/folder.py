@@ -33,9 +33,9 @@ class FolderStorage:
         """Return how the other storage calls the path."""
         return self._inner.describe(self._below(path))
 
-    def create(self, path: str) -> WriteHandle:
+    def create(self, path: str, nbytes: int = 0) -> WriteHandle:
         """Create a file that did not exist."""
-        return self._inner.create(self._below(path))
+        return self._inner.create(self._below(path), nbytes)
 
     def open(self, path: str) -> ReadHandle:
         """Open a file for reading."""

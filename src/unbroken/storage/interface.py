@@ -113,8 +113,15 @@ class Storage(Protocol):
         """Return how to call `path` in a message: "/runs/gpt2/checkpoint-10"."""
         ...
 
-    def create(self, path: str) -> WriteHandle:
-        """Create a file that did not exist; `FileExistsError` if it did. Its folder must exist."""
+    def create(self, path: str, nbytes: int = 0) -> WriteHandle:
+        """Create a file that did not exist; `FileExistsError` if it did. Its folder must exist.
+
+        Args:
+            path: The file.
+            nbytes: How long it is going to be, if that is known. A storage may then write it in
+                another way: its bytes need not be visible, and a failure need not be told, before
+                the next `sync` or `close`.
+        """
         ...
 
     def open(self, path: str) -> ReadHandle:

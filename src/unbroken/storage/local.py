@@ -12,11 +12,14 @@ from types import TracebackType
 from typing import Self
 
 from unbroken.storage.interface import Bytes, Stat, WriteHandle
+from unbroken.storage.past_cache import LongRead, LongWrite, aligned_buffer
 from unbroken.storage.paths import check_path
 from unbroken.storage.process_lock import ProcessLock, take_process_lock
 from unbroken.storage.rename import rename_no_replace
 
 _MAX_CALL_BYTES = 64 << 20  # of one read or write; Linux itself stops at 2 GiB
+_LONG_BYTES = 1 << 20  # shorter files, and shorter reads, go through the page cache
+_BUFFER_BYTES = 4 << 20
 _FULL_SYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: fsync stops at the drive
 _WRITE_FLAGS = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 # O_NONBLOCK: opening a named pipe that someone put there must not wait for ever.
@@ -25,6 +28,8 @@ _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 class LocalStorage:
     """Keep files below a folder of the local disk. Durable means fsync.
+
+    Long files are written and read past the page cache where the file system allows it.
 
     Args:
         root: The folder. It is made, with its parents and durably, unless `create` is False.
@@ -45,6 +50,7 @@ class LocalStorage:
 
     def __init__(self, root: str | os.PathLike[str], *, create: bool = True) -> None:
         self._root = os.path.abspath(root)
+        self._buffers = Buffers()
         if create:
             _make_folder_durably(self._root)
 
@@ -52,13 +58,16 @@ class LocalStorage:
         """Return the absolute path."""
         return os.path.join(self._root, check_path(path)) if path else self._root
 
-    def create(self, path: str) -> WriteHandle:
-        """Create a file that did not exist."""
-        return LocalWriteHandle(self.describe(path), os.O_CREAT | os.O_EXCL)
+    def create(self, path: str, nbytes: int = 0) -> WriteHandle:
+        """Create a file that did not exist; a long one is written past the page cache."""
+        flags = os.O_CREAT | os.O_EXCL
+        if nbytes < _LONG_BYTES:
+            return LocalWriteHandle(self.describe(path), flags)
+        return LongWriteHandle(self.describe(path), flags, nbytes, self._buffers)
 
     def open(self, path: str) -> LocalReadHandle:
         """Open a regular file for reading; a link or a device is refused."""
-        return LocalReadHandle(self.describe(path))
+        return LocalReadHandle(self.describe(path), self._buffers)
 
     def append(self, path: str, data: bytes) -> None:
         """Write `data` at the end of a file, which is created if missing."""
@@ -126,6 +135,24 @@ class LocalStorage:
         return take_process_lock(self.describe(path), owner)
 
 
+class Buffers:
+    """Memory for reading and writing long files, used again: fresh memory is slow."""
+
+    def __init__(self) -> None:
+        self._free: list[memoryview] = []
+
+    def take(self) -> memoryview:
+        """Return a buffer that nobody else uses."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            return aligned_buffer(_BUFFER_BYTES)
+
+    def give(self, buffer: memoryview) -> None:
+        """Take a buffer back."""
+        self._free.append(buffer)
+
+
 class _Handle:
     """An open descriptor that is closed once."""
 
@@ -176,7 +203,7 @@ class LocalWriteHandle(_Handle):
         (Rebello et al., "Can Applications Recover from fsync Failures?", ATC 2020).
         """
         if self._failed is not None:
-            raise OSError(self._failed.errno, "an earlier fsync of it failed", self._path)
+            raise OSError(self._failed.errno, "an earlier write or fsync of it failed", self._path)
         try:
             with _naming(self._path):
                 _sync(self._fd)
@@ -185,11 +212,68 @@ class LocalWriteHandle(_Handle):
             raise
 
 
+class LongWriteHandle(LocalWriteHandle):
+    """A new local file of known length, made by `LocalStorage.create`."""
+
+    def __init__(self, path: str, flags: int, nbytes: int, buffers: Buffers) -> None:
+        super().__init__(path, flags)
+        self._buffers = buffers
+        self._long: LongWrite | None = None
+        try:
+            with self._remembering():
+                self._long = LongWrite(self._fd, nbytes, [buffers.take(), buffers.take()])
+        except OSError:
+            self.close()
+            raise
+
+    def write(self, data: Bytes, /) -> None:
+        """Take all of `data`; what the device says of it may come with a later call."""
+        with self._remembering():
+            self._open_long().write(data)
+
+    def sync(self) -> None:
+        """Make every byte written so far durable; after any failure, fail for ever."""
+        if self._failed is None:
+            with self._remembering():
+                self._open_long().finish()
+        super().sync()
+
+    def close(self) -> None:
+        """Write what is left, and close the descriptor."""
+        long, self._long = self._long, None
+        try:
+            if long is not None and self._failed is None:
+                with self._remembering():
+                    long.finish()
+        finally:
+            if long is not None:
+                for buffer in long.close():
+                    self._buffers.give(buffer)
+            super().close()
+
+    def _open_long(self) -> LongWrite:
+        if self._long is None:
+            raise OSError(errno.EBADF, "the file is closed", self._path)
+        return self._long
+
+    @contextlib.contextmanager
+    def _remembering(self) -> Iterator[None]:
+        """Note a failure: what a later sync would say of these bytes means nothing."""
+        try:
+            with _naming(self._path):
+                yield
+        except OSError as error:
+            self._failed = error
+            raise
+
+
 class LocalReadHandle(_Handle):
     """An open local file, made by `LocalStorage.open`."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, buffers: Buffers) -> None:
         super().__init__(path, _READ_FLAGS)
+        self._buffers = buffers
+        self._long: LongRead | None = None
         found = os.fstat(self._fd)
         if not modes.S_ISREG(found.st_mode):
             self.close()
@@ -200,6 +284,9 @@ class LocalReadHandle(_Handle):
     def read_into(self, offset: int, buffer: memoryview, /) -> None:
         """Fill `buffer` by reads straight into it; nothing is mapped, so nothing can SIGBUS."""
         rest = buffer.cast("B")
+        if self.nbytes >= _LONG_BYTES:
+            left = self._read_past_cache(offset, rest)
+            offset, rest = offset + len(rest) - left, rest[len(rest) - left :]
         while len(rest) > 0:
             with _naming(self._path):
                 count = os.preadv(self._fd, [rest[:_MAX_CALL_BYTES]], offset)
@@ -207,6 +294,17 @@ class LocalReadHandle(_Handle):
                 raise EOFError(f"{self._path}: ends at byte {offset}, {len(rest)} bytes short")
             rest = rest[count:]
             offset += count
+
+    def _read_past_cache(self, offset: int, target: memoryview) -> int:
+        """Return how many bytes of `target` are left to be read in the usual way."""
+        with _naming(self._path):
+            if self._long is None:
+                self._long = LongRead(self._fd, self.nbytes)
+            buffer = self._buffers.take()
+            try:
+                return self._long.fill(offset, target, buffer)
+            finally:
+                self._buffers.give(buffer)
 
 
 @contextlib.contextmanager

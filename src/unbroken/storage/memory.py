@@ -49,7 +49,7 @@ class MemoryStorage:
         """Return the path behind "memory:"."""
         return f"memory:{check_path(path)}"
 
-    def create(self, path: str) -> WriteHandle:
+    def create(self, path: str, nbytes: int = 0) -> WriteHandle:
         """Create a file that did not exist."""
         file = MemoryFile()
         self._add(path, file)

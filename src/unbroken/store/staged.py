@@ -15,6 +15,7 @@ from unbroken.store.manifest import FileEntry, Region
 from unbroken.store.safetensors import header_of, in_file_order
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_PIECE_BYTES = 1 << 20  # hashed and handed on while it is in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ def plan_files(leaves: Iterable[Leaf]) -> list[Plan]:
 
 def write_plan(storage: Storage, folder: str, plan: Plan) -> FileEntry:
     """Write a safetensors file, durably, and return what the manifest will say of it."""
-    with storage.create(f"{folder}/{plan.name}") as file:
+    nbytes = len(plan.header) + sum(leaf.nbytes for leaf in plan.leaves)
+    with storage.create(f"{folder}/{plan.name}", nbytes) as file:
         file.write(plan.header)
         regions = [Region(0, len(plan.header), digest_of(plan.header))]
         end = len(plan.header)
@@ -73,8 +75,10 @@ def _write_leaf(file: WriteHandle, leaf: Leaf) -> str:
     digester = Digester()
     written = 0
     for chunk in leaf.chunks():
-        digester.update(chunk)
-        file.write(chunk)
+        for start in range(0, chunk.nbytes, _PIECE_BYTES):
+            piece = chunk[start : start + _PIECE_BYTES]
+            digester.update(piece)
+            file.write(piece)
         written += chunk.nbytes
     if written != leaf.nbytes:
         what = "gives another number of bytes than it said"

@@ -143,10 +143,10 @@ class FaultyStorage(MemoryStorage):
         moments = [*self._past_names, self._volatile_view()]
         return _disk_of(draw.choice(moments), lambda file: self._mixed(file, draw))
 
-    def create(self, path: str) -> WriteHandle:
+    def create(self, path: str, nbytes: int = 0) -> WriteHandle:
         """Create a file; its name is volatile."""
         self._step("create", path)
-        super().create(path)
+        super().create(path, nbytes)
         self._names_changed()
         return _FaultyWriteHandle(self, self._file(path), path)
 

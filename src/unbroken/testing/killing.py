@@ -47,10 +47,10 @@ class KillingStorage(LocalStorage):
             half_done()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def create(self, path: str) -> WriteHandle:
+    def create(self, path: str, nbytes: int = 0) -> WriteHandle:
         """Create a file."""
         self.step()
-        return _KillingWriteHandle(self, super().create(path))
+        return _KillingWriteHandle(self, super().create(path, nbytes))
 
     def append(self, path: str, data: bytes) -> None:
         """Append; a kill leaves half of the bytes."""

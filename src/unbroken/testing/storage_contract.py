@@ -64,6 +64,18 @@ class StorageContract:
         put(storage, "a", data)
         assert get(storage, "a") == data
 
+    @pytest.mark.parametrize("announced", [1 << 20, (5 << 20) + 3, 9 << 20])
+    def test_a_file_of_announced_length_holds_what_was_written(
+        self, storage: Storage, announced: int
+    ) -> None:
+        data = bytes(range(251)) * ((5 << 20) // 251)
+        with storage.create("a", announced) as file:
+            for part in (data[:64], data[64:5000], data[5000:]):
+                file.write(part)
+            file.sync()
+            file.write(b"and more")
+        assert get(storage, "a") == data + b"and more"
+
     def test_create_refuses_a_path_that_exists(self, storage: Storage) -> None:
         put(storage, "a", b"first")
         storage.make_folder("folder")
