@@ -51,6 +51,7 @@ def make_trainer(
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 4))
+    parts = {"model": model, "loss_fn": nn.CrossEntropyLoss(), **parts}
     config = TrainerConfig(
         **{
             "output_dir": folder,
@@ -65,11 +66,9 @@ def make_trainer(
         }
     )
     return Trainer(
-        model,
-        config,
-        Samples(),
+        config=config,
+        train_dataset=Samples(),
         eval_dataset=Samples() if config.evaluates else None,
-        loss_fn=nn.CrossEntropyLoss(),
         display=Silence(),
         **{"callbacks": [] if kill is None else [Kill(*kill)], **parts},
     )

@@ -6,7 +6,8 @@ from unbroken.distributed.alone import Alone as Alone
 from unbroken.distributed.group import Group as Group
 from unbroken.distributed.joining import join as join
 from unbroken.distributed.ranks import Ranks as Ranks
+from unbroken.distributed.sums import RankSums as RankSums
 from unbroken.distributed.tensors import ByteStream as ByteStream
-from unbroken.distributed.tensors import gather_tensors as gather_tensors
+from unbroken.distributed.tree import Tree as Tree
 
-__all__ = ["Alone", "ByteStream", "Group", "Ranks", "gather_tensors", "join"]
+__all__ = ["Alone", "ByteStream", "Group", "RankSums", "Ranks", "Tree", "join"]

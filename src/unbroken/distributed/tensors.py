@@ -1,4 +1,4 @@
-"""Tensors of all ranks."""
+"""Tensors between ranks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from unbroken.distributed.group import Group
 from unbroken.errors import RankError
@@ -15,25 +14,8 @@ from unbroken.errors import RankError
 _PIECE = 64 << 20  # bytes of one broadcast
 
 
-def gather_tensors(group: Group, tensor: Tensor) -> list[Tensor]:
-    """Return this tensor of every rank, by rank, through the default process group.
-
-    Args:
-        group: The ranks; says who did not answer, which a collective cannot.
-        tensor: Of the same shape and dtype on all ranks.
-
-    Raises:
-        RankTimeoutError: `ranks` did not answer in time.
-        RankError: The exchange failed though all ranks answer.
-    """
-    found = [torch.empty_like(tensor) for _ in range(group.world_size)]
-    with _told_by(group):
-        dist.all_gather(found, tensor.contiguous())
-    return found
-
-
 @contextmanager
-def _told_by(group: Group) -> Iterator[None]:
+def told_by(group: Group) -> Iterator[None]:
     """Let the group say which rank it was, where a collective has failed."""
     try:
         yield
@@ -68,7 +50,7 @@ class ByteStream:
             return
         whole = torch.frombuffer(buffer, dtype=torch.uint8)
         for start in range(0, buffer.nbytes, _PIECE):
-            with _told_by(self._group):
+            with told_by(self._group):
                 dist.broadcast(whole[start : start + _PIECE], src=0, group=self._process_group)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 
 from unbroken.checkpoint import Policy
 from unbroken.data import BatchSource, MapSource, batch_source, derive_key
-from unbroken.distributed import Group, gather_tensors, join
+from unbroken.distributed import Group, RankSums, join
 from unbroken.errors import ConfigError
 from unbroken.store import Interval, KeepPolicy
 from unbroken.training.ambient import Randomness, seed_ambient
@@ -200,8 +199,7 @@ def make_lanes(trainer: Trainer) -> LaneSum | None:
             "its statistics would be those of each rank's or lane's samples",
             hint="use another normalisation (GroupNorm, LayerNorm), or one rank without lanes",
         )
-    gather = None if group.world_size == 1 else partial(gather_tensors, group)
-    return LaneSum(trainer.model, lanes // group.world_size, gather)
+    return LaneSum(trainer.model, lanes // group.world_size, group, RankSums(group))
 
 
 def make_stepper(

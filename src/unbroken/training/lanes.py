@@ -4,54 +4,26 @@ A step's micro-batches are dealt to L lanes in equal, contiguous parts, and rank
 Each lane's gradient is computed by itself, and the lanes are added in one binary tree: neighbours
 first, then neighbours of these. What a rank holds of the tree is a whole branch of it, so the sums
 are the same additions in the same order on 1, 2, 4, ... L ranks, and their bits are the same.
+
+All this happens while the last backward pass of a lane runs: as soon as all gradients of a bucket
+are there, they are taken into the tree, and in the last lane its sum is sent to the other ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-Flat = list[Tensor]
-"""What lanes give: one flat tensor for each dtype."""
-
-Gather = Callable[[Tensor], Sequence[Tensor]]
-"""From this rank's tensor to those of all ranks, by rank."""
-
-
-class LaneTree:
-    """Adds what lanes give, as soon as neighbours are there; holds log2(lanes) sums at most.
-
-    Example:
-        >>> tree = LaneTree()
-        >>> for lane in (1.0, 2.0, 3.0, 4.0):
-        ...     tree.add([torch.tensor([lane])])
-        >>> tree.total()
-        [tensor([10.])]
-    """
-
-    def __init__(self) -> None:
-        self._branches: list[tuple[int, Flat]] = []
-
-    def add(self, lane: Flat) -> None:
-        """Add the sum of the next lane; its tensors may be changed."""
-        height = 0
-        while self._branches and self._branches[-1][0] == height:
-            lane = _added(self._branches.pop()[1], lane)
-            height += 1
-        self._branches.append((height, lane))
-
-    def total(self) -> Flat:
-        """Return the sum of all lanes; what has no neighbour is added last."""
-        total = self._branches.pop()[1]
-        while self._branches:
-            total = _added(self._branches.pop()[1], total)
-        return total
-
-
-def _added(left: Flat, right: Flat) -> Flat:
-    return [one.add_(other) for one, other in zip(left, right, strict=True)]
+from unbroken.distributed import Group, RankSums, Tree
+from unbroken.errors import ConfigError
+from unbroken.training.buckets import Bucket, in_buckets
 
 
 class LaneSum:
@@ -63,63 +35,108 @@ class LaneSum:
     Args:
         model: Whose parameters hold the gradients.
         lanes: How many lanes this rank has.
-        gather: None: there is one rank.
+        group: The ranks of the run.
+        sums: Adds over the ranks that share each step.
     """
 
-    def __init__(self, model: nn.Module, lanes: int, gather: Gather | None) -> None:
+    def __init__(self, model: nn.Module, lanes: int, group: Group, sums: RankSums) -> None:
         self.lanes = lanes
-        self._model = model
-        self._gather = gather
-        self._tree = LaneTree()
+        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        self._group, self._sums = group, sums
+        self._buckets: list[Bucket] = []
+        self._hooks: list[RemovableHandle] = []
+        self._losses = Tree()
+        self._lanes_taken = self._buckets_taken = 0
+        self._is_ending = False
 
-    def lane_is_over(self, loss: Tensor) -> None:
-        """Take the gradients and the loss of a lane; the parameters have none after it."""
-        self._tree.add(_taken(self._parameters(), loss))
+    def begin(self) -> None:
+        """Begin a step, whatever became of the one before."""
+        trainable = [parameter for parameter in self._names if parameter.requires_grad]
+        laid_out = {id(p) for bucket in self._buckets for p in bucket.parameters}
+        if {id(parameter) for parameter in trainable} != laid_out:
+            self._lay_out(trainable)
+        for bucket in self._buckets:
+            bucket.begin_step()
+        self._sums.clear()
+        self._losses.clear()
+        self._lanes_taken, self._is_ending = 0, False
+
+    def _lay_out(self, trainable: list[nn.Parameter]) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._buckets = in_buckets(trainable, self._sums.padded)
+        hooks = [(partial(_tell, ref(self), number), b) for number, b in enumerate(self._buckets)]
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            for hook, bucket in hooks
+            for parameter in bucket.parameters
+        ]
+
+    @contextmanager
+    def lane_ends(self) -> Iterator[None]:
+        """Take the gradients of a lane during its last backward pass; none is left after it."""
+        self._buckets_taken, self._is_ending = 0, True
+        for bucket in self._buckets:
+            bucket.expect_all()
+        try:
+            yield
+        finally:
+            self._is_ending = False
+        for bucket in self._buckets[self._buckets_taken :]:
+            self._take(bucket)
+        self._lanes_taken += 1
+
+    def on_gradient(self, number: int, parameter: Tensor) -> None:
+        """Take the buckets that are complete, in the one order that all ranks have."""
+        if not self._is_ending:
+            return
+        bucket = self._buckets[number]
+        if bucket.is_taken:
+            raise self._twice(parameter)
+        bucket.arrived(parameter)
+        while self._buckets_taken < len(self._buckets):
+            if not self._buckets[self._buckets_taken].is_complete:
+                break
+            self._take(self._buckets[self._buckets_taken])
+
+    def _take(self, bucket: Bucket) -> None:
+        bucket.take()
+        self._buckets_taken += 1
+        if self._lanes_taken == self.lanes - 1:
+            self._sums.begin(bucket.tree.total())
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Count the loss of a lane; it travels as float64, the same bits on all ranks."""
+        self._losses.add(loss.detach().double())
 
     def finish(self) -> Tensor:
         """Give the parameters the sum over all lanes of all ranks; return that of the losses."""
-        total = self._tree.total()
-        if self._gather is not None:
-            parts = zip(*map(self._gather, total), strict=True)
-            for part in parts:  # rank by rank: each is a branch of the same tree
-                self._tree.add([tensor.clone() for tensor in part])
-            total = self._tree.total()
-        return _given(self._parameters(), total)
+        loss = self._losses.total()
+        self._sums.begin(torch.nn.functional.pad(loss.view(1), (0, self._sums.padded(1) - 1)))
+        absent = self._absent_on_all()
+        *flats, losses = self._sums.finish()
+        for bucket, flat in zip(self._buckets, flats, strict=True):
+            bucket.give(flat, absent)
+        return losses[0].float()
 
-    def _parameters(self) -> list[nn.Parameter]:
-        return [p for p in self._model.parameters() if p.requires_grad]
+    def _absent_on_all(self) -> set[int]:
+        """Return the ids of the parameters that had no gradient in any lane of any rank."""
+        had = {one for bucket in self._buckets for one in bucket.with_gradient}
+        own = [place for place, p in enumerate(self._names) if p.requires_grad and id(p) not in had]
+        ranks: Any = self._group.gather("parameters without a gradient", own)
+        parameters = list(self._names)
+        return {id(parameters[place]) for place in set(ranks[0]).intersection(*ranks[1:])}
 
-
-def _taken(parameters: list[nn.Parameter], loss: Tensor) -> Flat:
-    """Return the gradients as flat tensors, and as the last one: the loss, and who has any."""
-    has = [0.0 if p.grad is None else 1.0 for p in parameters]
-    flat = [
-        torch.cat(
-            [torch.zeros_like(p).view(-1) if p.grad is None else p.grad.reshape(-1) for p in group]
+    def _twice(self, parameter: Tensor) -> ConfigError:
+        name = next(name for p, name in self._names.items() if p is parameter)
+        return ConfigError(
+            f"model.{name}",
+            "had a second gradient in one backward pass, after the first was sent",
+            hint="gradient checkpointing: use_reentrant=False",
         )
-        for group in _by_dtype(parameters)
-    ]
-    for parameter in parameters:
-        parameter.grad = None
-    more = torch.tensor(has, dtype=torch.float64, device=loss.device)
-    return [*flat, torch.cat([loss.detach().reshape(1).double(), more])]
 
 
-def _given(parameters: list[nn.Parameter], total: Flat) -> Tensor:
-    *flat, more = total
-    loss, *has = more.tolist()
-    present = {id(p) for p, lanes in zip(parameters, has, strict=True) if lanes}
-    for group, gradients in zip(_by_dtype(parameters), flat, strict=True):
-        start = 0
-        for parameter in group:
-            part = gradients[start : start + parameter.numel()].view(parameter.shape)
-            parameter.grad = part if id(parameter) in present else None
-            start += parameter.numel()
-    return torch.tensor(loss, dtype=torch.float32, device=more.device)
-
-
-def _by_dtype(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    groups: dict[torch.dtype, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        groups.setdefault(parameter.dtype, []).append(parameter)
-    return list(groups.values())
+def _tell(sums: ref[LaneSum], bucket: int, parameter: Tensor) -> None:
+    """Tell of a gradient; weakly, as the garbage collector does not see what a hook holds."""
+    if (there := sums()) is not None:
+        there.on_gradient(bucket, parameter)

@@ -86,11 +86,16 @@ class Stepper:
         """
         in_lane = len(micro_batches) // (1 if self._lanes is None else self._lanes.lanes)
         shares = self._window.shares(micro_batches)
+        if self._lanes is not None:
+            self._lanes.begin()
         for number, (micro, share) in enumerate(zip(micro_batches, shares, strict=True), 1):
             self._randomness.seed(derive_key(self._seed, "forward", micro.first_position))
-            self._accumulate(micro, share)
             if self._lanes is not None and number % in_lane == 0:
-                self._lanes.lane_is_over(self._window.take_loss())
+                with self._lanes.lane_ends():
+                    self._accumulate(micro, share)
+                self._lanes.add_loss(self._window.take_loss())
+            else:
+                self._accumulate(micro, share)
             after_each(micro)
         if self._lanes is not None:
             self._window.add(self._lanes.finish())

@@ -71,6 +71,7 @@ from unbroken.training.result import TrainResult
 from unbroken.training.schedules import make_scheduler
 from unbroken.training.statistics import Statistics
 from unbroken.training.window import Window
+from unbroken.training.wrapped import without_ddp
 
 
 class Trainer:
@@ -79,7 +80,8 @@ class Trainer:
     What the bits depend on is derived from (seed, position), or captured in each checkpoint.
 
     Args:
-        model: Any module; a Hugging Face model returns its own loss. It is moved to the device.
+        model: Any module, in DistributedDataParallel or not; a Hugging Face model returns its own
+            loss. It is moved to the device.
         config: All settings.
         train_dataset: A map-style data set; or an iterable of micro-batches, resumed through
             its `state_dict`, or else by counting and skipping.
@@ -140,7 +142,7 @@ class Trainer:
         self.group = joined(config) if group is None else group
         self.config = config = for_ranks(config or TrainerConfig(), self.group)
         self.device = pick_device(config.device, self.group)
-        self.model = model.to(self.device)
+        self.model = model = without_ddp(model, self.group).to(self.device)
         self.eval_dataset = eval_dataset
         self.callbacks = list(callbacks)
         self.precision = Precision(config, self.device)

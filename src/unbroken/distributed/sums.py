@@ -1,0 +1,106 @@
+"""Sums of tensors over the ranks in one fixed order, while the caller goes on with other work."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from unbroken.distributed.group import Group
+from unbroken.distributed.tensors import told_by
+from unbroken.distributed.tree import Tree
+
+
+class _Exchange(NamedTuple):
+    work: dist.Work
+    sent: Tensor
+    received: Tensor
+
+
+class RankSums:
+    """Sums tensors over the ranks in the order of a tree, in the background.
+
+    A sum takes two exchanges: each rank gets its own part of every rank's tensor and adds the
+    parts in the order of the ranks' tree; then all give their sums to all. The bytes are those
+    of an all-reduce in a ring (Patarasuk and Yuan, 2009), but the order of the additions depends
+    neither on where in the tensor an element stands nor on the library. Both are all-to-all
+    exchanges, which gloo does three times as fast as an all-gather.
+
+    All ranks begin the same sums in the same order.
+
+    Args:
+        group: The ranks; says who did not answer, which a collective cannot.
+        members: Those that share these sums; None: all.
+
+    Example:
+        >>> from unbroken.distributed import Alone
+        >>> sums = RankSums(Alone())
+        >>> sums.begin(torch.tensor([1.0, 2.0]))
+        >>> sums.finish()
+        [tensor([1., 2.])]
+    """
+
+    def __init__(self, group: Group, members: dist.ProcessGroup | None = None) -> None:
+        self._group = group
+        self._members = members
+        self._size = group.world_size if members is None else members.size()
+        self._first: _Exchange | None = None
+        self._second: list[_Exchange] = []
+        self._alone: list[Tensor] = []
+
+    def padded(self, numel: int) -> int:
+        """Return how long a tensor of so many elements must be made to be summed."""
+        return -(-numel // self._size) * self._size
+
+    def begin(self, tensor: Tensor) -> None:
+        """Begin to sum a tensor over the ranks, in place; it is not to be used until `finish`.
+
+        Args:
+            tensor: One-dimensional, contiguous, of a `padded` length.
+        """
+        if self._size == 1:
+            self._alone.append(tensor)
+            return
+        begun = self._exchanged(tensor, torch.empty_like(tensor))
+        self._go_on()
+        self._first = begun
+
+    def finish(self) -> list[Tensor]:
+        """Return the tensors in the order in which they were begun; each holds its sum.
+
+        Raises:
+            RankTimeoutError: `ranks` did not answer in time.
+            RankError: The exchange failed though all ranks answer.
+        """
+        self._go_on()
+        sums = [*self._alone, *(self._received(exchange) for exchange in self._second)]
+        self._alone, self._second = [], []
+        return sums
+
+    def clear(self) -> None:
+        """Forget sums that were begun in this process alone and not finished."""
+        self._alone.clear()
+
+    def _go_on(self) -> None:
+        """Add the parts of the sum begun last, and give the result to all."""
+        if self._first is None:
+            return
+        parts, tensor = self._received(self._first).view(self._size, -1), self._first.sent
+        tree = Tree()
+        for part in parts:
+            tree.add(part)
+        parts[1:] = tree.total()  # it stands in parts[0]
+        self._first = None
+        self._second.append(self._exchanged(parts.view(-1), tensor))
+
+    def _exchanged(self, sent: Tensor, received: Tensor) -> _Exchange:
+        with told_by(self._group):
+            work = dist.all_to_all_single(received, sent, group=self._members, async_op=True)
+        return _Exchange(work, sent, received)
+
+    def _received(self, exchange: _Exchange) -> Tensor:
+        with told_by(self._group):
+            exchange.work.wait()
+        return exchange.received
