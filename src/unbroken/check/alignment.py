@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from unbroken.check.recording import Recording, State, Step
 
@@ -37,6 +37,9 @@ def states_before(recording: Recording) -> list[tuple[int, State]]:
     found: list[tuple[int, State]] = []
     for step in recording.steps:
         before = step.before if step.before is not None else now.get(step.optimizer, step.after)
+        if step.edited is not None:
+            params, each = step.edited
+            before = replace(before, params=params, params_each=each)
         found.append((step.optimizer, before))
         now[step.optimizer] = step.after
     if recording.steps:

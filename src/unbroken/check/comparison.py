@@ -62,6 +62,8 @@ def differing_parts(
         fixed: Weights that no optimizer moves and that do not count: see `fixed_others`.
     """
     parts = [name for name, look in _PARTS.items() if look(there) != look(here)]
+    if parts == ["data"] and there.losses:
+        parts = []  # same losses, gradients and all: what else was looked at played no part
     if not _has_all(there.schedulers, here.schedulers):
         parts.append("schedulers")
     if not _has_all([one for one in there.others if one not in fixed], here.others):

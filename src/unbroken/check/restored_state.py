@@ -56,6 +56,14 @@ def _steps_text(places: tuple[int, ...]) -> str:
 
 
 def _unknown_weights(reference: Recording, resumed: Recording, found: Alignment) -> Verdict:
+    left = _left_by_a_step(reference, resumed)
+    if left is not None:
+        words = (
+            f"the weights at resume are those that the optimizer's step {left} left; the "
+            "reference changed them once more before the next step (clamped, merged, averaged), "
+            "and that was neither saved nor done again"
+        )
+        return not_exact(Culprit.WEIGHTS, words, step=left + 1)
     evidence = []
     partly = matching_tensors(reference, resumed)
     if partly is not None:
@@ -73,6 +81,15 @@ def _unknown_weights(reference: Recording, resumed: Recording, found: Alignment)
         evidence.append(f"the first batch is the one after step {found.data[0]}")
     words = "the weights at resume are none that the reference had between any two steps"
     return not_exact(Culprit.WEIGHTS, words, *evidence)
+
+
+def _left_by_a_step(reference: Recording, resumed: Recording) -> int | None:
+    """Return the step after which, before all else, the weights were those of the resume."""
+    begin = resumed.steps[0].before
+    for place, step in enumerate(reference.steps, start=1):
+        if begin is not None and step.after.params == begin.params:
+            return place
+    return None
 
 
 def _name(reference: Recording, index: int) -> str:

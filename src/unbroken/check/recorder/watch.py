@@ -63,6 +63,7 @@ class Watch:
         self._step = 0  # steps of this process
         self._behind = 0  # steps of the run before this process
         self._before: dict[str, Any] = {}
+        self._left: dict[int, str] = {}  # the parameters' digest after each optimizer's last step
         self._is_blind = False
         self._is_idle = False  # the step in hand moves nothing
         self._spent = 0.0
@@ -189,11 +190,14 @@ class Watch:
             self._optimizers.pop(optimizer)
 
     def _note_state_before(self, optimizer: Optimizer) -> None:
-        if optimizer in self._optimizers:
-            return
         digester = self._digester_for(optimizer)
-        self._optimizers[optimizer] = len(self._optimizers)
         parameters = digester.of_all(parameters_of(optimizer))
+        if optimizer in self._optimizers:
+            if parameters.whole != self._left.get(self._optimizers[optimizer]):
+                edited = {"params": parameters.whole, "params_each": parameters.each}
+                self._before = {"edited": edited}
+            return
+        self._optimizers[optimizer] = len(self._optimizers)
         moments = moments_digest(optimizer, digester).whole
         counts = counts_digest(optimizer)
         if self._step == 0:
@@ -247,6 +251,7 @@ class Watch:
             }
         )
         self._before = {}
+        self._left[self._optimizers[optimizer]] = parameters.whole
 
     def _look_around(self, optimizer: Optimizer) -> None:
         self._scene = Scene()
