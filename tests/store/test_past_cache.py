@@ -144,7 +144,7 @@ def test_a_write_that_failed_in_the_background_is_told_and_stays_failed(storage,
     file = storage.create("long", LENGTH)
     monkeypatch.setattr(past_cache.os, "pwrite", failing)
     with pytest.raises(OSError, match=r"Input/output.*long"):
-        file.write(DATA)
+        file.write(DATA * 3)
     monkeypatch.undo()
     for _ in range(2):
         with pytest.raises(OSError, match=r"earlier write or fsync.*long"):

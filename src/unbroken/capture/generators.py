@@ -30,7 +30,7 @@ def check_torch(
         yield Mismatch(path, "is a generator for another kind of device", was, is_now)
 
 
-def restore_torch(generator: torch.Generator, stored: Captured, _names: object) -> None:
+def restore_torch(generator: torch.Generator, stored: Captured, *_: object) -> None:
     """Set the state of a torch generator."""
     generator.set_state(load_tensors(stored.state["state"], "cpu"))
 
@@ -52,7 +52,7 @@ def _seed_sequence(bits: np.random.BitGenerator) -> Any:
     return sequence.state if type(sequence) is np.random.SeedSequence else None
 
 
-def restore_numpy(generator: np.random.Generator, stored: Captured, _names: object) -> None:
+def restore_numpy(generator: np.random.Generator, stored: Captured, *_: object) -> None:
     """Set the state of a NumPy generator."""
     bits: Any = generator.bit_generator
     state, sequence = stored.state["bits"], stored.state["seed_sequence"]
@@ -72,7 +72,7 @@ def capture_legacy(generator: np.random.RandomState, _path: str, _names: object)
     return generator.get_state(legacy=False), {}
 
 
-def restore_legacy(generator: np.random.RandomState, stored: Captured, _names: object) -> None:
+def restore_legacy(generator: np.random.RandomState, stored: Captured, *_: object) -> None:
     """Set the state of a legacy NumPy generator."""
     generator.set_state(stored.state)
 
@@ -86,7 +86,7 @@ def capture_python(generator: random.Random, path: str, _names: object) -> State
     return python_state(generator.getstate()), {}
 
 
-def restore_python(generator: random.Random, stored: Captured, _names: object) -> None:
+def restore_python(generator: random.Random, stored: Captured, *_: object) -> None:
     """Set the state of a Python generator."""
     if type(generator) is not random.Random:
         generator.setstate(load_tensors(stored.state))

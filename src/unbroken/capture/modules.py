@@ -12,7 +12,7 @@ from torch import nn
 from unbroken.capture.dtypes import same_layout
 from unbroken.capture.mismatch import Mismatch
 from unbroken.capture.sharded import class_of, is_sharded, refuse_sharded
-from unbroken.capture.stored import StoredTensor, describe, load_tensors
+from unbroken.capture.stored import Filling, StoredTensor, describe, load_tensors
 from unbroken.capture.tensors import physical
 from unbroken.capture.tree import Captured, State
 from unbroken.capture.views import Layout, Seen, place
@@ -217,18 +217,21 @@ def _groups(leaf_of: Mapping[str, str]) -> set[frozenset[str]]:
     return {frozenset(group) for group in names.values() if len(group) > 1}
 
 
-def restore_module(module: nn.Module, stored: Captured, _names: object) -> None:
+def restore_module(module: nn.Module, stored: Captured, _names: object, later: Filling) -> None:
     """Fill a module in place; tensors, ties and the identity of parameters are kept."""
     saved = _stored_tensors(stored)
     done: set[tuple[object, ...]] = set()
     for name, tensor in _all_tensors(module).items():
         if saved[name].place not in done:
             done.add(saved[name].place)
-            saved[name].copy_into(tensor)
+            saved[name].copy_into(tensor, later)
         if tensor.is_leaf and tensor.requires_grad != saved[name].requires_grad:
             tensor.requires_grad_(saved[name].requires_grad)
     in_eval = set(stored.facts.get("eval", ()))
     for name, owner in named_modules(module):
         owner.training = name not in in_eval
-    for name, owner in _with_extra_state(module).items():
+    with_extra_state = _with_extra_state(module)
+    if with_extra_state:
+        later.finish()
+    for name, owner in with_extra_state.items():
         owner.set_extra_state(load_tensors(stored.facts["extra_state"][name]))

@@ -19,7 +19,7 @@ from unbroken.capture.leaves import FileOf, file_layout, own_file
 from unbroken.capture.mismatch import Mismatch, raise_all
 from unbroken.capture.names import ParameterNames
 from unbroken.capture.sharded import refuse_sharded, settle
-from unbroken.capture.stored import load_tensors
+from unbroken.capture.stored import Filling, load_tensors
 from unbroken.capture.tree import Captured, State
 from unbroken.errors import CaptureError
 
@@ -32,7 +32,7 @@ class Kind:
     type: type
     capture: Callable[[Any, str, ParameterNames], State]
     check: Callable[[Any, Captured, str, ParameterNames], Iterator[Mismatch]]
-    restore: Callable[[Any, Captured, ParameterNames], None]
+    restore: Callable[[Any, Captured, ParameterNames, Filling], None]
     class_name: Callable[[Any], str] = lambda value: type(value).__name__
 
 
@@ -53,7 +53,7 @@ def _capture_stateful(value: Stateful, path: str, _names: object) -> State:
     return state, {}
 
 
-def _restore_stateful(value: Stateful, stored: Captured, _names: object) -> None:
+def _restore_stateful(value: Stateful, stored: Captured, *_: object) -> None:
     value.load_state_dict(load_tensors(stored.state))
 
 
@@ -67,8 +67,8 @@ def _check_tensor(
     yield from modules.check_tensor_fits(value, stored.state, path)
 
 
-def _restore_tensor(value: torch.Tensor, stored: Captured, _names: object) -> None:
-    stored.state.copy_into(value)
+def _restore_tensor(value: torch.Tensor, stored: Captured, _names: object, later: Filling) -> None:
+    stored.state.copy_into(value, later)
     if value.is_leaf:
         value.requires_grad_(stored.state.requires_grad)
 
@@ -144,6 +144,9 @@ KINDS = (
 """The kinds of objects, the first that fits counts."""
 
 
+_FILLED_LATER = (nn.Module, Optimizer, torch.Tensor)
+
+
 def capture(objects: Mapping[str, object]) -> dict[str, Any]:
     """Return the whole state of live objects as a tree for `encode`.
 
@@ -211,8 +214,13 @@ def restore(objects: Mapping[str, object], tree: Mapping[str, Any]) -> None:
     names = ParameterNames(objects)
     found = list(_pairs(objects, tree))
     found.sort(key=lambda pair: isinstance(pair[0], Optimizer))  # their learning rates come last
+    later = Filling()
     for value, stored in found:
-        kind_of(value, "").restore(value, stored, names)
+        kind = kind_of(value, "")
+        if kind.type not in _FILLED_LATER:
+            later.finish()  # what it does with its state may depend on the tensors before it
+        kind.restore(value, stored, names, later)
+    later.finish()
 
 
 def files_for(objects: Mapping[str, object]) -> FileOf:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from unbroken.capture.mismatch import Mismatch
 from unbroken.capture.names import ParameterNames
 from unbroken.capture.sharded import is_sharded, same_cut
-from unbroken.capture.stored import Blocks, StoredTensor, describe, home, load_tensors
+from unbroken.capture.stored import Blocks, Filling, StoredTensor, describe, home, load_tensors
 from unbroken.capture.tree import Captured, State, TreeMap
 from unbroken.errors import CaptureError
 
@@ -152,7 +152,9 @@ def _name_here(name: str, names: ParameterNames) -> str:
     return name if parameter is None else names.of(parameter) or name
 
 
-def restore_optimizer(optimizer: Optimizer, stored: Captured, names: ParameterNames) -> None:
+def restore_optimizer(
+    optimizer: Optimizer, stored: Captured, names: ParameterNames, later: Filling
+) -> None:
     """Bring state and groups back, to whatever positions the parameters have now."""
     if more := stored.facts.get("more"):
         optimizer.load_state_dict({**optimizer.state_dict(), **load_tensors(more)})
@@ -168,7 +170,7 @@ def restore_optimizer(optimizer: Optimizer, stored: Captured, names: ParameterNa
             name = by_name[names.of(parameter) or ""]
             if name in stored.state["state"]:
                 was = stored.facts.get("devices", {}).get(name, "cpu")
-                loader = _StateLoader(parameter, was, _step_on_device(group), blocks)
+                loader = _StateLoader(parameter, was, _step_on_device(group), blocks, later)
                 optimizer.state[parameter] = loader(stored.state["state"][name])
     optimizer.state.update(load_tensors(stored.facts.get("shared", {})))
 
@@ -216,12 +218,18 @@ class _StateLoader:
     """
 
     def __init__(
-        self, parameter: torch.Tensor, was: str, step_on_device: bool, blocks: Blocks
+        self,
+        parameter: torch.Tensor,
+        was: str,
+        step_on_device: bool,
+        blocks: Blocks,
+        later: Filling,
     ) -> None:
         self._parameter = parameter
         self._was = was
         self._step_on_device = step_on_device
         self._blocks = blocks
+        self._later = later
 
     def __call__(self, state: Any) -> Any:
         if not isinstance(state, dict):
@@ -238,10 +246,11 @@ class _StateLoader:
         if is_sharded(self._parameter) and value.shape == tuple(self._parameter.shape):
             return value.load_like(self._parameter)
         same = value.device == self._was
-        return value.load(self._parameter.device if same else home(value), self._blocks)
+        device = self._parameter.device if same else home(value)
+        return value.load(device, self._blocks, self._later)
 
     def _load_step(self, value: Any) -> Any:
         if not isinstance(value, StoredTensor):
             return value
         device = self._parameter.device if self._step_on_device else torch.device("cpu")
-        return value.load(device, self._blocks)
+        return value.load(device, self._blocks, self._later)

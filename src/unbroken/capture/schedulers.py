@@ -34,7 +34,7 @@ def check_scheduler(
         yield Mismatch(path, "schedules another number of parameter groups", there, here)
 
 
-def restore_scheduler(scheduler: LRScheduler, stored: Captured, _names: object) -> None:
+def restore_scheduler(scheduler: LRScheduler, stored: Captured, *_: object) -> None:
     """Bring back a scheduler and its learning rates, which its state alone does not set."""
     scheduler.load_state_dict(load_tensors(stored.state))
     for group, lr in zip(_groups(scheduler), load_tensors(stored.facts["lr"]), strict=True):
@@ -58,6 +58,6 @@ def check_scaler(
         yield Mismatch(path, "loss scaling is switched otherwise", was, is_now)
 
 
-def restore_scaler(scaler: GradScaler, stored: Captured, _names: object) -> None:
+def restore_scaler(scaler: GradScaler, stored: Captured, *_: object) -> None:
     """Bring back scale and growth counter, whether the scaler has been used already or not."""
     scaler.load_state_dict(load_tensors(stored.state))

@@ -59,6 +59,35 @@ class LeafSource(Protocol):
         """Fill `buffer` with the verified bytes of a part of the leaf."""
 
 
+class Filling:
+    """Memory that is to be filled with leaves: all are read together, several at once.
+
+    Until `finish` the memory holds anything.
+    """
+
+    def __init__(self) -> None:
+        self._wanted: dict[int, tuple[LeafSource, list[tuple[str, memoryview]]]] = {}
+
+    def add(self, source: LeafSource, path: str, buffer: memoryview) -> None:
+        """Note that `buffer` is to get the leaf at `path`."""
+        self._wanted.setdefault(id(source), (source, []))[1].append((path, buffer))
+
+    def finish(self) -> None:
+        """Fill all memory.
+
+        Raises:
+            CorruptCheckpointError: Bytes are not those that the manifest promises.
+        """
+        for source, wanted in self._wanted.values():
+            read_together = getattr(source, "read_leaves_into", None)
+            if read_together is not None:
+                read_together(wanted)
+            else:
+                for path, buffer in wanted:
+                    source.read_leaf_into(path, buffer)
+        self._wanted.clear()
+
+
 Blocks = dict[tuple[str, Layout, str], torch.Tensor]
 """Blocks of memory that were read already, so that tensors on the same block share it."""
 
@@ -107,13 +136,17 @@ class StoredTensor:
         return (self.path, self.view, self.offset)
 
     def load(
-        self, device: torch.device | str = "cpu", blocks: Blocks | None = None
+        self,
+        device: torch.device | str = "cpu",
+        blocks: Blocks | None = None,
+        later: Filling | None = None,
     ) -> torch.Tensor:
         """Read the tensor: same bits, dtype, shape, strides, role and `requires_grad`.
 
         Args:
             device: Where to put it.
             blocks: Blocks read before; tensors loaded with the same mapping share memory again.
+            later: Fills the tensor when it is finished; None: at once.
 
         Returns:
             A new tensor.
@@ -124,10 +157,11 @@ class StoredTensor:
         blocks = {} if blocks is None else blocks
         key = (self.path, self.base, str(device))
         if key not in blocks:
-            blocks[key] = self._read_block().to(device)
+            on_cpu = torch.device(device).type == "cpu"
+            blocks[key] = self._read_block(later if on_cpu else None).to(device)
         return self._in_role(self._view_on(blocks[key]))
 
-    def copy_into(self, tensor: torch.Tensor) -> None:
+    def copy_into(self, tensor: torch.Tensor, later: Filling | None = None) -> None:
         """Overwrite `tensor` with the stored bits, in place.
 
         The bytes are read straight into the tensor's memory where it is contiguous, on the CPU;
@@ -135,6 +169,7 @@ class StoredTensor:
 
         Args:
             tensor: A tensor of the same dtype and shape.
+            later: Fills the tensor when it is finished; None, or if it cannot: at once.
 
         Raises:
             StateMismatchError: It has another dtype or shape; it was not changed.
@@ -147,7 +182,7 @@ class StoredTensor:
         if is_sharded(tensor):
             self._copy_part_into(tensor)
         elif self._fills(tensor):
-            self.source.read_leaf_into(self.path, byte_view(tensor))
+            self._fill(tensor, later)
         elif self.conj or self.neg or tensor.is_conj() or tensor.is_neg():
             tensor.detach().copy_(self.load())
         else:
@@ -194,10 +229,16 @@ class StoredTensor:
         whole = self.base == self.view and self.offset == 0
         return plain and whole and tensor.device.type == "cpu" and tensor.is_contiguous()
 
-    def _read_block(self) -> torch.Tensor:
+    def _fill(self, tensor: torch.Tensor, later: Filling | None) -> None:
+        if later is None:
+            self.source.read_leaf_into(self.path, byte_view(tensor))
+        else:
+            later.add(self.source, self.path, byte_view(tensor))
+
+    def _read_block(self, later: Filling | None) -> torch.Tensor:
         """Read the leaf into new memory that is laid out as the base says."""
         block = torch.empty(self.base.shape, dtype=carrier(self.base.dtype))
-        self.source.read_leaf_into(self.path, byte_view(block))
+        self._fill(block, later if self.base.is_contiguous else None)
         if self.base.is_contiguous:
             return block
         strided = torch.empty_strided(self.base.shape, self.base.stride, dtype=block.dtype)

@@ -20,6 +20,7 @@ from unbroken.storage.rename import rename_no_replace
 _MAX_CALL_BYTES = 64 << 20  # of one read or write; Linux itself stops at 2 GiB
 _LONG_BYTES = 1 << 20  # shorter files, and shorter reads, go through the page cache
 _BUFFER_BYTES = 4 << 20
+_BUFFERS = 4  # of one file that is being written
 _FULL_SYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: fsync stops at the drive
 _WRITE_FLAGS = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 # O_NONBLOCK: opening a named pipe that someone put there must not wait for ever.
@@ -221,7 +222,7 @@ class LongWriteHandle(LocalWriteHandle):
         self._long: LongWrite | None = None
         try:
             with self._remembering():
-                self._long = LongWrite(self._fd, nbytes, [buffers.take(), buffers.take()])
+                self._long = LongWrite(self._fd, nbytes, [buffers.take() for _ in range(_BUFFERS)])
         except OSError:
             self.close()
             raise

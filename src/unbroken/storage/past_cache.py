@@ -2,7 +2,7 @@
 
 For files of gigabytes that nobody reads again soon, the page cache is the bottleneck: bytes are
 copied into it, it pushes out what other programs keep there, and syncing it is slower than the
-device. `docs/design/0012-at-the-speed-of-the-device.md` has the figures.
+device. `docs/design/0015-at-the-speed-of-the-device.md` has the figures.
 
 The kernel takes only addresses, offsets and lengths that are multiples of a block.
 """
@@ -14,6 +14,7 @@ import errno
 import fcntl
 import mmap
 import os
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -71,27 +72,27 @@ def reserve(fd: int, nbytes: int) -> None:
 
 
 class LongWrite:
-    """Write a new file of known length past the page cache, from two buffers in turn.
+    """Write a new file of known length past the page cache, from a few buffers in turn.
 
-    While the device takes one buffer, the caller fills the other. Memory that is aligned as the
+    While the device takes some, the caller fills the next. Memory that is aligned as the
     place in the file is goes to the device without a copy. On a file system that refuses, the
     same bytes go through its cache.
 
     Args:
         fd: A descriptor of the empty file, open for writing.
         nbytes: How long it is going to be.
-        buffers: Two aligned buffers of equal length.
+        buffers: Aligned buffers of equal length, at least two.
     """
 
     def __init__(self, fd: int, nbytes: int, buffers: list[memoryview]) -> None:
         self._fd = fd
-        self._current, self._other = buffers
+        self._buffers = deque(buffers)  # the first is being filled, the last are being written
         self._start = 0  # of the current buffer, in the file
         self._filled = 0
         self._size = nbytes
         self._is_direct = set_direct(fd, True)
         self._writer = ThreadPoolExecutor(1, "unbroken-write")
-        self._running: Future[None] | None = None
+        self._running: deque[Future[None]] = deque()
         reserve(fd, nbytes)
 
     def write(self, data: Bytes) -> None:
@@ -129,7 +130,11 @@ class LongWrite:
     def close(self) -> list[memoryview]:
         """Stop, without writing what is left; return the buffers."""
         self._writer.shutdown(wait=True, cancel_futures=True)
-        return [self._current, self._other]
+        return list(self._buffers)
+
+    @property
+    def _current(self) -> memoryview:
+        return self._buffers[0]
 
     def _room(self, rest: memoryview) -> int:
         """Return how much to copy: to the end of the block if what follows needs no copy."""
@@ -147,17 +152,17 @@ class LongWrite:
         return len(rest) // BLOCK * BLOCK
 
     def _turn(self, filled: int | None = None) -> None:
-        """Hand the current buffer to the device, and go on with the other."""
+        """Hand the current buffer to the device, and go on with the next."""
         filled = len(self._current) if filled is None else filled
-        self._wait()
-        self._running = self._writer.submit(self._put, self._current[:filled], self._start)
-        self._current, self._other = self._other, self._current
+        self._running.append(self._writer.submit(self._put, self._current[:filled], self._start))
+        self._buffers.rotate(-1)
         self._start, self._filled = self._start + filled, 0
+        if len(self._running) == len(self._buffers):
+            self._running.popleft().result()
 
     def _wait(self) -> None:
-        running, self._running = self._running, None
-        if running is not None:
-            running.result()
+        while self._running:
+            self._running.popleft().result()
 
     def _put(self, data: memoryview, offset: int) -> None:
         while len(data) > 0:

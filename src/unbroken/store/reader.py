@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 from unbroken.errors import (
     CheckpointNotFoundError,
@@ -20,8 +20,11 @@ from unbroken.store.layout import MANIFEST_NAME, PINNED_NAME
 from unbroken.store.manifest import FileEntry
 from unbroken.store.safetensors import DTYPE_BITS, bytes_of
 from unbroken.store.shards import TensorEntry
+from unbroken.store.side_by_side import Task, side_by_side
 
-_CHUNK_BYTES = 4 << 20  # of one read: hashed while it is still in the processor's cache
+_CHUNK_BYTES = 2 << 20  # of one read: hashed while it is still in the processor's cache
+_THREADS = 4  # two compute while two wait for the disk; each has a buffer or two
+_WORTH_THREADS = 8 << 20
 _MAX_WHOLE_BYTES = 1 << 30  # of a file that is read into memory as a whole
 _WRONG_SIZE = "has another size"
 _WRONG_DIGEST = "is damaged"
@@ -92,7 +95,6 @@ class CheckpointReader:
         self._files = {file.name: file for file in self.manifest.files}
         self._verified: set[tuple[str, int]] = set()  # (file, number of the region)
         self._others: Regions = frozenset()  # what other readers verify
-        self._scratch = memoryview(b"")
         self._check_sizes()
 
     @property
@@ -127,10 +129,10 @@ class CheckpointReader:
             expected = f"at most {_MAX_WHOLE_BYTES} bytes"
             raise self._at.corrupt(name, "is too large to read whole", expected, file.nbytes)
         data = bytearray(file.nbytes)
-        with memoryview(data) as view, self._at.open(name) as handle:
+        with memoryview(data) as view, _Desk(self._at) as desk:
             for number, region in enumerate(file.regions):
                 part = view[region.offset : region.offset + region.nbytes]
-                self._read_region(handle, file, number, part)
+                self._read_region(desk, file, number, part)
         return bytes(data)
 
     def read_leaf_into(self, path: str, buffer: memoryview, /) -> None:
@@ -148,7 +150,24 @@ class CheckpointReader:
             CorruptCheckpointError: The bytes are not those of the manifest.
             StateMismatchError: The buffer has another length.
         """
-        self._read_box(path, None, buffer)
+        with _Desk(self._at) as desk:
+            self._read_box(desk, path, None, buffer)
+
+    def read_leaves_into(self, wanted: Iterable[tuple[str, memoryview]], /) -> None:
+        """Read many tensors as `read_leaf_into` does, several at once.
+
+        Args:
+            wanted: Paths, each with the buffer for it.
+
+        Raises:
+            CorruptCheckpointError: Of several that are damaged, it names the first in the files.
+        """
+        place = {path: number for number, path in enumerate(self.manifest.tensors)}
+        tasks = sorted(wanted, key=lambda one: place.get(one[0], -1))
+        nbytes = sum(buffer.nbytes for _, buffer in tasks)
+        self._side_by_side(
+            tasks, lambda desk, one: self._read_box(desk, one[0], None, one[1]), nbytes
+        )
 
     def read_box_into(
         self, path: str, offsets: tuple[int, ...], shape: tuple[int, ...], buffer: memoryview, /
@@ -170,9 +189,10 @@ class CheckpointReader:
             CorruptCheckpointError: The bytes are not those of the manifest.
             StateMismatchError: The part is not one of the tensor, or the buffer has another length.
         """
-        self._read_box(path, Box(offsets, shape), buffer)
+        with _Desk(self._at) as desk:
+            self._read_box(desk, path, Box(offsets, shape), buffer)
 
-    def _read_box(self, path: str, box: Box | None, buffer: memoryview) -> None:
+    def _read_box(self, desk: _Desk, path: str, box: Box | None, buffer: memoryview) -> None:
         tensor = self.manifest.tensors.get(path)
         if tensor is None:
             raise CheckpointNotFoundError(self._at.where(path), "the checkpoint has no such tensor")
@@ -183,12 +203,10 @@ class CheckpointReader:
         for shard in tensor.shards:
             file = self._files[shard.file]
             if shard.box == wanted:
-                with self._at.open(file.name) as handle:
-                    self._read_region(handle, file, shard.number, target)
+                self._read_region(desk, file, shard.number, target)
             elif shard.box.overlap(wanted):
                 found = _in_bytes(runs(shard.box, wanted), DTYPE_BITS[tensor.dtype])
-                with self._at.open(file.name) as handle:
-                    self._scatter_region(handle, file, shard.number, found, target)
+                self._scatter_region(desk, file, shard.number, found, target)
 
     def _check_part(self, tensor: TensorEntry, whole: Box, wanted: Box, nbytes: int) -> None:
         where = self._at.where(tensor.path)
@@ -213,12 +231,9 @@ class CheckpointReader:
             CorruptCheckpointError: At the first region that does not match.
         """
         done = self._verified | self._others
-        for file in self.manifest.files:
-            rest = [n for n in range(len(file.regions)) if (file.name, n) not in done]
-            if rest:
-                with self._at.open(file.name) as handle:
-                    for number in rest:
-                        self._read_region(handle, file, number, None)
+        rest = [one for one in self._all_regions() if (one[0].name, one[1]) not in done]
+        nbytes = sum(file.regions[number].nbytes for file, number in rest)
+        self._side_by_side(rest, lambda desk, one: self._read_region(desk, *one, None), nbytes)
 
     def verify(self) -> list[Damage]:
         """Read every byte again, and list all that is wrong instead of stopping at the first.
@@ -226,27 +241,31 @@ class CheckpointReader:
         Returns:
             The damage, by file and place; "stray" for files that the manifest does not list.
         """
-        found: list[Damage] = []
-        for file in self.manifest.files:
-            found += self._damage_of(file)
+        found: dict[tuple[str, int], Damage] = {}
+        regions = self._all_regions()
+
+        def look(desk: _Desk, one: tuple[FileEntry, int]) -> None:
+            file, number = one
+            try:
+                self._check_size(file)
+                desk.handle(file.name)
+            except CorruptCheckpointError as error:
+                found[file.name, -1] = self._as_damage(file.name, None, error)
+                return
+            try:
+                self._read_region(desk, file, number, None)
+            except CorruptCheckpointError as error:
+                name = file.regions[number].name
+                found[file.name, number] = self._as_damage(file.name, name, error)
+
+        self._side_by_side(regions, look, sum(file.nbytes for file in self.manifest.files))
         listed = {file.name for file in self.manifest.files} | {MANIFEST_NAME, PINNED_NAME}
         strays = sorted(set(self.storage.list(self.folder)) - listed)
-        return found + [Damage(name, "stray", None, "is not in the manifest") for name in strays]
+        damaged = [found[place] for place in sorted(found)]
+        return damaged + [Damage(name, "stray", None, "is not in the manifest") for name in strays]
 
-    def _damage_of(self, file: FileEntry) -> list[Damage]:
-        try:
-            self._check_size(file)
-            handle = self._at.open(file.name)
-        except CorruptCheckpointError as error:
-            return [self._as_damage(file.name, None, error)]
-        found = []
-        with handle:
-            for number, region in enumerate(file.regions):
-                try:
-                    self._read_region(handle, file, number, None)
-                except CorruptCheckpointError as error:
-                    found.append(self._as_damage(file.name, region.name, error))
-        return found
+    def _all_regions(self) -> list[tuple[FileEntry, int]]:
+        return [(file, n) for file in self.manifest.files for n in range(len(file.regions))]
 
     def _as_damage(self, name: str, path: str | None, error: CorruptCheckpointError) -> Damage:
         kind: Literal["missing", "size", "digest", "unreadable"] = "unreadable"
@@ -279,16 +298,22 @@ class CheckpointReader:
             raise CheckpointNotFoundError(self._at.where(name), "the checkpoint has no such file")
         return self._files[name]
 
+    def _side_by_side(
+        self, tasks: Sequence[Task], work: Callable[[_Desk, Task], None], nbytes: int
+    ) -> None:
+        threads = min(len(tasks), _THREADS) if nbytes >= _WORTH_THREADS else 1
+        side_by_side(tasks, lambda: _Desk(self._at), work, threads)
+
     def _read_region(
-        self, handle: ReadHandle, file: FileEntry, number: int, target: memoryview | None
+        self, desk: _Desk, file: FileEntry, number: int, target: memoryview | None
     ) -> None:
         """Read a region into `target`, or past a scratch buffer, and compare its digest."""
-        for _ in self._pieces(handle, file, number, target):
+        for _ in self._pieces(desk, file, number, target):
             pass
 
     def _scatter_region(
         self,
-        handle: ReadHandle,
+        desk: _Desk,
         file: FileEntry,
         number: int,
         found: Iterator[Run],
@@ -296,7 +321,7 @@ class CheckpointReader:
     ) -> None:
         """Read a region past a scratch buffer, and copy runs of bytes out of it."""
         run = next(found, None)
-        for start, piece in self._pieces(handle, file, number, None):
+        for start, piece in self._pieces(desk, file, number, None):
             stop = start + len(piece)
             while run is not None and run.source < stop:
                 length = min(run.length, stop - run.source)
@@ -306,17 +331,18 @@ class CheckpointReader:
                 run = rest if rest.length else next(found, None)
 
     def _pieces(
-        self, handle: ReadHandle, file: FileEntry, number: int, target: memoryview | None
+        self, desk: _Desk, file: FileEntry, number: int, target: memoryview | None
     ) -> Iterator[tuple[int, memoryview]]:
         """Yield a region in pieces, with their places in it, and compare its digest at the end."""
         region = file.regions[number]
         where = region.path or file.name
         if region.offsets is not None:
             where = f"{file.name}: {region.name}"
+        handle = desk.handle(file.name)
         digester = None if (file.name, number) in self._others else Digester()
         for start in range(0, region.nbytes, _CHUNK_BYTES):
             stop = min(start + _CHUNK_BYTES, region.nbytes)
-            piece = self._scratch_of(stop - start) if target is None else target[start:stop]
+            piece = desk.scratch(stop - start) if target is None else target[start:stop]
             with self._at.reading(where):
                 handle.read_into(region.offset + start, piece)
             if digester is not None:
@@ -330,10 +356,33 @@ class CheckpointReader:
             )
         self._verified.add((file.name, number))
 
-    def _scratch_of(self, nbytes: int) -> memoryview:
+
+class _Desk:
+    """What one thread reads with: open files, and memory for bytes that nobody keeps."""
+
+    def __init__(self, at: CheckpointFolder) -> None:
+        self._at = at
+        self._handles: dict[str, ReadHandle] = {}
+        self._scratch = memoryview(b"")
+
+    def handle(self, name: str) -> ReadHandle:
+        """Return a file of the checkpoint, opened once."""
+        if name not in self._handles:
+            self._handles[name] = self._at.open(name)
+        return self._handles[name]
+
+    def scratch(self, nbytes: int) -> memoryview:
+        """Return memory that is used again with the next call."""
         if len(self._scratch) < nbytes:
             self._scratch = memoryview(bytearray(nbytes))
         return self._scratch[:nbytes]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles.values():
+            handle.close()
 
 
 def _in_bytes(found: Iterator[Run], bits: int) -> Iterator[Run]:
