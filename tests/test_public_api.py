@@ -58,6 +58,7 @@ PARAMETERS = {
     unbroken.Checkpointer: "directory branch save_steps save_minutes keep types clock wall_clock "
     "settings policy fingerprint examine told group load_from objects",
     unbroken.Checkpointer.resume: "self which",
+    unbroken.Checkpointer.adopt: "self step values facts came",
     unbroken.Checkpointer.load: "self step names",
     unbroken.Checkpointer.save: "self step values facts",
     unbroken.Checkpointer.save_if_due: "self step values",

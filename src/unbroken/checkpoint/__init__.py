@@ -18,6 +18,7 @@ from unbroken.checkpoint.differences import overall as overall
 from unbroken.checkpoint.elsewhere import environment_differences as environment_differences
 from unbroken.checkpoint.environment import environment_facts as environment_facts
 from unbroken.checkpoint.environment_rules import ENVIRONMENT_RULES as ENVIRONMENT_RULES
+from unbroken.checkpoint.layout import Layout as Layout
 from unbroken.checkpoint.policy import Cadence as Cadence
 from unbroken.checkpoint.policy import Timer as Timer
 from unbroken.checkpoint.preemption import EXIT_STOPPED as EXIT_STOPPED
@@ -39,6 +40,7 @@ __all__ = [
     "Difference",
     "ExactResume",
     "Examine",
+    "Layout",
     "LoadFrom",
     "Policy",
     "Preemption",

@@ -9,20 +9,17 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self, get_args
 
-from torch import nn
-
 from unbroken.capture import (
     capture,
     capture_rng,
     encode,
-    files_for,
-    pretrained_files,
     structure_to_bytes,
 )
 from unbroken.checkpoint.agreeing import agree_on_versions
 from unbroken.checkpoint.branching import open_branch
 from unbroken.checkpoint.comparison import Comparison, Examine, Policy
 from unbroken.checkpoint.generators import rng_digest
+from unbroken.checkpoint.layout import Layout
 from unbroken.checkpoint.policy import Cadence, Timer
 from unbroken.checkpoint.readers import LoadFrom
 from unbroken.checkpoint.relay import open_as_another, place_of
@@ -33,11 +30,13 @@ from unbroken.distributed import Alone, Group
 from unbroken.errors import ConfigError
 from unbroken.storage import Storage
 from unbroken.store import (
+    CheckpointReader,
     CheckpointWriter,
     KeepPolicy,
     Manifest,
     RunDirectory,
 )
+from unbroken.store.layout import checkpoint_name
 
 _RESERVED = ("rng", "values")
 
@@ -82,6 +81,9 @@ class Checkpointer:
         values: The plain values that were saved with the checkpoint resumed last.
         best_step: The step of the best checkpoint so far, which is never removed.
         comparison: What this start is, for checkpoints to be compared with.
+        layout: Returns for the objects how the folder of a checkpoint looks; may be set.
+        among_others: Whether a run may begin in a directory that holds other things, which stay;
+            to be set before the first use.
 
     Example:
         >>> import tempfile, torch
@@ -130,6 +132,9 @@ class Checkpointer:
         self.group: Group = Alone() if group is None else group
         self._load_from: LoadFrom = load_from
         self._directory = directory
+        self.layout: Callable[[Mapping[str, object]], Layout] = Layout.of
+        self.among_others = False
+        self._like: CheckpointReader | None = None
         self._branch = branch
         self._notes: tuple[str, ...] = ()
         self._has_resumed = False
@@ -167,7 +172,8 @@ class Checkpointer:
 
     def _open_as_owner(self, selection: Selection | None) -> RunDirectory:
         if self._branch is None:
-            return RunDirectory.open(self._directory, clock=self._wall_clock)
+            clock, among_others = self._wall_clock, self.among_others
+            return RunDirectory.open(self._directory, clock=clock, among_others=among_others)
         run, self._notes = open_branch(
             self._directory, self._branch, selection, clock=self._wall_clock
         )
@@ -218,6 +224,32 @@ class Checkpointer:
         self._skipped = resumption.skipped
         self._timer.done()
         return report
+
+    def adopt(self, step: int, values: Any = None, *, facts: Mapping[str, Any], came: str) -> str:
+        """Begin the run in a state that the objects already have, brought from elsewhere.
+
+        It is saved as checkpoint `step`; until that stands, nothing that was there is touched.
+        Then checkpoints of later steps, of whatever kind, are set aside.
+
+        Args:
+            step: Completed optimizer steps of the state.
+            values: As `save` takes them.
+            facts: As `save` takes them.
+            came: Where the state is from, for the history.
+
+        Returns:
+            The folder of the checkpoint.
+        """
+        self._has_resumed = True
+        self.comparison.note_what_is_here()
+        self._origin = came
+        path = self.save(step, values, facts=facts)
+        if self.group.rank == 0:
+            catalog = self.run.catalog
+            for later in [found for found, _ in catalog.folders() if found > step]:
+                catalog.set_aside(later, f"a run from step {step} began")
+        self.note_event({"event": "adopted", "step": step, "from": came})
+        return path
 
     def load(self, step: int, names: Iterable[str]) -> None:
         """Put only some objects back, from the checkpoint of `step`; the run goes on as it is.
@@ -279,20 +311,25 @@ class Checkpointer:
         self, run: RunDirectory, step: int, values: Any, facts: Mapping[str, Any]
     ) -> Manifest:
         tree = {**capture(self.objects), "values": values, "rng": capture_rng()}
-        encoded = encode(tree, file_of=files_for(self.objects))
+        layout = self.layout(self.objects)
+        encoded = encode(tree, file_of=layout.file_of)
         run.metrics.sync()  # a checkpoint must never promise lines that a power cut can take
         with CheckpointWriter(
-            run.storage, step=step, run_id=run.run_id, clock=self._wall_clock
+            run.storage,
+            step=step,
+            run_id=run.run_id,
+            clock=self._wall_clock,
+            like=self._like,
+            constant=layout.constant,
         ) as writer:
             writer.write_leaves(encoded.leaves)
             writer.write_file(STATE_FILE, structure_to_bytes(encoded.structure))
-            for name, data in self._model_files().items():
+            for name, data in layout.files().items():
                 writer.write_file(name, data)
-            return writer.commit({**self._facts(run), **facts})
-
-    def _model_files(self) -> dict[str, bytes]:
-        model = self.objects.get("model")
-        return pretrained_files(model) if isinstance(model, nn.Module) else {}
+            manifest = writer.commit({**self._facts(run), **facts})
+        if layout.constant:
+            self._like = CheckpointReader(run.storage, checkpoint_name(step))
+        return manifest
 
     def _facts(self, run: RunDirectory) -> dict[str, Any]:
         return {

@@ -98,7 +98,7 @@ def _build(config: Any, seed: int) -> nn.Module:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            model: nn.Module = AutoModelForCausalLM.from_config(config)
     except ValueError as error:
         raise ConfigError("model", " ".join(str(error).split())) from error
     if getattr(model, "loss_type", "") is None:  # what transformers would choose, with a warning

@@ -27,6 +27,7 @@ class KeyedDataset:
     A data set that declares `deterministic = True` draws nothing: it is not seeded, and its
     own `__getitems__` is used. Elsewhere `__getitems__` is not used, because then the draws of
     a sample would depend on its batch. Lists, tensors and arrays are known to be deterministic.
+    A collator may declare the same.
 
     Args:
         dataset: The data set: `dataset[index]`.
@@ -46,7 +47,8 @@ class KeyedDataset:
         self.seed = seed
         self._collate = default_collate if collate_fn is None else collate_fn
         self._deterministic = is_deterministic(dataset)
-        self._nothing_random = self._deterministic and collate_fn is None
+        draws = collate_fn is not None and not is_deterministic(collate_fn)
+        self._nothing_random = self._deterministic and not draws
 
     def __getitems__(self, keys: Sequence[SampleKey]) -> Any:
         """Return the collated batch of the samples."""

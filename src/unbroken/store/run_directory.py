@@ -95,6 +95,7 @@ class RunDirectory:
         clock: Callable[[], float] = time.time,
         owner: str | None = None,
         new_id: Callable[[], str] = random_id,
+        among_others: bool = False,
     ) -> Self:
         """Take the directory of a run, or begin one in a directory that is empty or not there.
 
@@ -107,6 +108,7 @@ class RunDirectory:
             owner: What others read when they find it locked; by default host, process, boot
                 and time.
             new_id: Where the identity of a new run comes from.
+            among_others: Begin a run also beside files that are not its own, which stay.
 
         Raises:
             LockHeldError: A live process works in it.
@@ -115,10 +117,11 @@ class RunDirectory:
         """
         with as_directory_error(where):
             storage = _storage_of(where, create=True)
-            _refuse_foreign(storage)
+            if not among_others:
+                _refuse_foreign(storage)
             lock = storage.lock(LOCK_NAME, owner or describe_owner(clock))
             try:
-                identity = _identity_of(storage, clock, new_id)
+                identity = _identity_of(storage, clock, new_id, among_others=among_others)
                 return cls(storage, identity, lock, tuple(sweep(storage)))
             except BaseException:
                 with suppress(OSError):
@@ -219,11 +222,16 @@ def _refuse_foreign(storage: Storage) -> None:
 
 
 def _identity_of(
-    storage: Storage, clock: Callable[[], float], new_id: Callable[[], str]
+    storage: Storage,
+    clock: Callable[[], float],
+    new_id: Callable[[], str],
+    *,
+    among_others: bool,
 ) -> RunIdentity:
     """Return the run's identity; under the lock, so that two starts cannot both give one."""
     if not has_identity(storage):
-        _refuse_foreign(storage)
+        if not among_others:
+            _refuse_foreign(storage)
         write_identity(storage, RunIdentity(new_id(), now_as_text(clock)))
     return read_identity(storage)
 

@@ -12,6 +12,7 @@ from unbroken.store.digest import Digester, digest_of
 from unbroken.store.layout import is_file_name
 from unbroken.store.leaf import Leaf
 from unbroken.store.manifest import FileEntry, Region
+from unbroken.store.reader import CheckpointReader
 from unbroken.store.safetensors import header_of, in_file_order
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -69,6 +70,47 @@ def _region(offset: int, digest: str, leaf: Leaf) -> Region:
         leaf.offsets,
         leaf.global_shape,
     )
+
+
+def link_plan(
+    storage: Storage, folder: str, plan: Plan, like: CheckpointReader
+) -> FileEntry | None:
+    """Link a file of an earlier checkpoint that has the very same bytes; None if there is none.
+
+    Args:
+        storage: Where both checkpoints are.
+        folder: The staging folder.
+        plan: The file to write.
+        like: The earlier checkpoint. Its bytes are not read: it must be known to be intact.
+    """
+    known = next((file for file in like.manifest.files if file.name == plan.name), None)
+    if known is None or not _is_same(known, plan):
+        return None
+    try:
+        storage.link(f"{like.folder}/{plan.name}", f"{folder}/{plan.name}")
+    except OSError:  # this disk knows no links, or has too many to this file
+        return None
+    return known
+
+
+def _is_same(known: FileEntry, plan: Plan) -> bool:
+    """Compare digests, those of the smallest tensors first: one that differs is enough."""
+    header, *regions = known.regions
+    if header.digest != digest_of(plan.header) or len(regions) != len(plan.leaves):
+        return False
+    pairs = sorted(zip(plan.leaves, regions, strict=True), key=lambda pair: pair[0].nbytes)
+    return all(
+        (leaf.path, leaf.nbytes) == (region.path, region.nbytes)
+        and _digest_of_leaf(leaf) == region.digest
+        for leaf, region in pairs
+    )
+
+
+def _digest_of_leaf(leaf: Leaf) -> str:
+    digester = Digester()
+    for chunk in leaf.chunks():
+        digester.update(chunk)
+    return digester.digest()
 
 
 def _write_leaf(file: WriteHandle, leaf: Leaf) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from types import TracebackType
@@ -16,9 +16,12 @@ from unbroken.store.commit import commit_staging
 from unbroken.store.layout import STAGING, checkpoint_name
 from unbroken.store.leaf import Leaf
 from unbroken.store.manifest import FileEntry, Manifest
+from unbroken.store.reader import CheckpointReader
 from unbroken.store.removal import ensure_folder, free_name, remove_staging
 from unbroken.store.staged import (
+    Plan,
     check_new_names,
+    link_plan,
     plan_files,
     save_error,
     write_plain,
@@ -38,6 +41,8 @@ class CheckpointWriter:
         step: How many optimizer steps were completed.
         run_id: The run that writes it.
         clock: Seconds since 1970; for the date in the manifest only.
+        like: An earlier checkpoint, known to be intact, whose files may be linked.
+        constant: Names of files that are linked from there if not one bit of them has changed.
 
     Raises:
         SaveError: The staging folder cannot be made.
@@ -59,7 +64,11 @@ class CheckpointWriter:
         step: int,
         run_id: str,
         clock: Callable[[], float] = time.time,
+        like: CheckpointReader | None = None,
+        constant: Collection[str] = (),
     ) -> None:
+        self._like = like
+        self._constant = constant
         self._storage = storage
         self._step = step
         self._run_id = run_id
@@ -85,7 +94,13 @@ class CheckpointWriter:
             check_new_names((plan.name for plan in plans), self._files)
             self._check_paths((leaf.path, leaf.offsets) for plan in plans for leaf in plan.leaves)
             for plan in plans:
-                self._files[plan.name] = write_plan(self._storage, folder, plan)
+                linked = self._linked(folder, plan)
+                self._files[plan.name] = linked or write_plan(self._storage, folder, plan)
+
+    def _linked(self, folder: str, plan: Plan) -> FileEntry | None:
+        if self._like is None or plan.name not in self._constant:
+            return None
+        return link_plan(self._storage, folder, plan, self._like)
 
     def write_file(self, name: str, data: bytes) -> None:
         """Write a file that is not tensors; when it returns, its bytes are durable.

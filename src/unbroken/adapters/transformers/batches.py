@@ -1,0 +1,191 @@
+"""Batches of a map-style data set: in the host's order, from any place, with keyed randomness."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice, repeat
+from typing import Any
+
+import torch
+from torch.utils.data import BatchSampler
+
+from unbroken.capture import capture_rng, restore_rng
+from unbroken.data import KeyedDataset, SampleKey
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where in an epoch a resumed run begins.
+
+    Attributes:
+        epoch: The epoch.
+        batches: So many batches of it are over, as the host's loop counts them.
+        samples: Begin after so many samples instead, where batches were cut otherwise before.
+        order: What the order of the epoch was drawn from, as `IndexBatches.drawn_from` had it.
+    """
+
+    epoch: int
+    batches: int
+    samples: int | None = None
+    order: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Records(KeyedDataset):
+    """The user's data set as whole batches; all else is asked of the data set itself."""
+
+    def __init__(self, dataset: Any, seed: int, collate_fn: Any) -> None:
+        super().__init__(dataset, seed, collate_fn)
+        self._deterministic |= _is_plain_table(dataset)
+        self._nothing_random = self._deterministic and bool(
+            getattr(collate_fn, "deterministic", False)
+        )
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "dataset":
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+
+def _is_plain_table(dataset: Any) -> bool:
+    """Whether a data set is a table of `datasets` that transforms nothing as it is read."""
+    if type(dataset).__module__ != "datasets.arrow_dataset":
+        return False
+    return bool(dataset.format["type"] != "custom")
+
+
+class IndexBatches(BatchSampler):
+    """The lists of indices that the host's batch sampler deals out, each index with its place.
+
+    What the sampler draws its order from is taken note of when an epoch begins, so that a
+    resumed run deals the same order without having seen the epochs before. The batches that
+    are over are dealt out empty: the host skips them unread.
+
+    Args:
+        inner: The host's batch sampler.
+        samples: Samples in one epoch.
+        rank: This rank.
+        world_size: Number of ranks.
+        data: The data set; told the epoch if it wants to know.
+
+    Attributes:
+        drawn_from: The states of all generators when the order of this epoch was drawn.
+        beginning: Where the first epoch of a resumed run begins.
+    """
+
+    def __init__(
+        self, inner: Any, samples: int, *, rank: int = 0, world_size: int = 1, data: Any = None
+    ) -> None:
+        self.inner = inner
+        self.drawn_from: dict[str, Any] = {}
+        self.beginning: Beginning | None = None
+        self._samples, self._rank, self._world_size = samples, rank, world_size
+        self._data = data
+        self._epoch = 0
+
+    @property
+    def sampler(self) -> Any:  # type: ignore[override]
+        """Itself, which is where the host looks for `set_epoch`."""
+        return self
+
+    @property
+    def batch_size(self) -> Any:  # type: ignore[override]
+        """The batch size of the host's sampler."""
+        return getattr(self.inner, "batch_size", None)
+
+    @property
+    def drop_last(self) -> bool:  # type: ignore[override]
+        """Whether the host's sampler leaves out the last, smaller batch."""
+        return bool(getattr(self.inner, "drop_last", False))
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def left_after(self, samples: int) -> int:
+        """Return how many batches of this rank are left of an epoch after so many samples."""
+        return len(_rest(self.inner, samples))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell all parts that draw the order which epoch it is."""
+        self._epoch = epoch
+        for part in (*_parts(self.inner), self._data):
+            if callable(getattr(part, "set_epoch", None)):
+                part.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:  # type: ignore[override]
+        begin = self.beginning
+        if begin is None or begin.epoch != self._epoch:
+            begin = Beginning(self._epoch, 0)
+        if begin.order:
+            self._draw_from(begin.order)
+        self.drawn_from = self._generators()
+        yield from repeat([], begin.batches)
+        size = (self.batch_size or 1) * self._world_size
+        first = self._epoch * self._samples + (begin.samples or begin.batches * size)
+        for number, indices in enumerate(self._lists(begin)):
+            place = first + number * size + self._rank * (self.batch_size or 1)
+            yield [SampleKey(index, self._epoch, place + k) for k, index in enumerate(indices)]
+
+    def _lists(self, begin: Beginning) -> Iterator[list[int]]:
+        if begin.samples is None:
+            return islice(iter(self.inner), begin.batches, None)
+        return iter(_rest(self.inner, begin.samples))
+
+    def _generators(self) -> dict[str, Any]:
+        own = {str(i): generator.get_state() for i, generator in enumerate(self._own_generators())}
+        return {"ambient": capture_rng(), "own": own}
+
+    def _draw_from(self, states: Mapping[str, Any]) -> None:
+        restore_rng(states["ambient"])
+        for i, generator in enumerate(self._own_generators()):
+            if str(i) in states["own"]:
+                generator.set_state(states["own"][str(i)])
+
+    def _own_generators(self) -> list[torch.Generator]:
+        found = [getattr(part, "generator", None) for part in _parts(self.inner)]
+        return [generator for generator in found if isinstance(generator, torch.Generator)]
+
+
+class _Rest(BatchSampler):
+    """What is left of an epoch, cut into batches from a sample on."""
+
+    def __init__(self, inner: Any, samples: int) -> None:
+        self.inner, self.samples = inner, samples
+        self.batch_size, self.drop_last = inner.batch_size, inner.drop_last
+
+    def __iter__(self) -> Iterator[list[int]]:
+        left = islice(iter(self.inner.sampler), self.samples, None)
+        while batch := list(islice(left, self.batch_size)):
+            if len(batch) == self.batch_size or not self.drop_last:
+                yield batch
+
+    def __len__(self) -> int:
+        left = max(0, len(self.inner.sampler) - self.samples)
+        return left // self.batch_size if self.drop_last else -(-left // self.batch_size)
+
+
+def _rest(inner: Any, samples: int) -> Any:
+    """Return the rest of an epoch; of one that ranks share, each one's part of it."""
+    shared = getattr(inner, "batch_sampler", None)
+    if shared is None:
+        return _Rest(inner, samples)
+    part = copy.copy(inner)
+    part.batch_sampler = _Rest(shared, samples)
+    return part
+
+
+def _parts(inner: Any) -> list[Any]:
+    """Return a batch sampler and all that it is made of, each once."""
+    found: list[Any] = []
+    waiting = [inner]
+    while waiting:
+        part = waiting.pop()
+        if part is None or any(part is one for one in found):
+            continue
+        found.append(part)
+        waiting += [getattr(part, name, None) for name in ("sampler", "batch_sampler")]
+    return found

@@ -1,0 +1,141 @@
+"""What two starts of the host's Trainer have in common, what differs, and what then happens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import get_scheduler
+
+from unbroken.adapters.transformers.arguments import (
+    MEANT,
+    OPTIMIZER_OPTIONS,
+    SCHEDULE_ARGUMENTS,
+    argument_differences,
+    plain_arguments,
+)
+from unbroken.checkpoint import Difference, Policy, ratio
+from unbroken.fingerprint import callable_facts, data_facts, object_facts, qualified_name
+
+if TYPE_CHECKING:
+    from unbroken.adapters.transformers.run import Run
+    from unbroken.adapters.transformers.trainer import Trainer
+
+LENGTH = "schedule"
+"""The path of the difference that tells of a schedule which reaches its end elsewhere."""
+
+
+def policy_of(trainer: Trainer, *, is_named: bool) -> Policy:
+    """Return which differences a start accepts.
+
+    Args:
+        trainer: The trainer, with what its caller allowed.
+        is_named: Whether the caller named one checkpoint: who does that and gives other
+            hyperparameters means them.
+    """
+    start = trainer.start
+    meant = MEANT if is_named and start.exact_resume == "prefer" else ()
+    follows = () if start.exact_resume == "require" else (LENGTH,)
+    parts = {"fp16": "scaler", "lr_scheduler_type": "scheduler", "optim": "optimizer"}
+    return Policy((*start.allow, *meant, *follows), start.skip, start.exact_resume, parts)
+
+
+def run_fingerprint(trainer: Trainer) -> dict[str, Any]:
+    """Return the facts of a run that its arguments and objects do not hold."""
+    collate, loss = trainer.data_collator, trainer.compute_loss_func
+    own = trainer.callback_handler.callbacks
+    callbacks = [one for one in own if not _is_of_host(one)]
+    return {
+        "data": data_facts(trainer.train_dataset, collate),
+        "loss": {} if loss is None else callable_facts(loss),
+        "callbacks": {
+            "names": sorted(qualified_name(type(one)) for one in callbacks),
+            **{str(place): object_facts(one) for place, one in enumerate(callbacks)},
+        },
+    }
+
+
+def _is_of_host(callback: Any) -> bool:
+    return type(callback).__module__.partition(".")[0] in ("transformers", "unbroken")
+
+
+def run_facts(run: Run) -> dict[str, Any]:
+    """Return what the next start compares, and needs to know before it has built anything."""
+    trainer = run.trainer
+    state, control = trainer.state, trainer.control
+    stopped = control.should_training_stop and state.global_step < state.max_steps
+    return {
+        "arguments": plain_arguments(trainer.args),
+        "cut": asdict(run.cut),
+        "host": "transformers",
+        "max_steps": state.max_steps,
+        "place": asdict(run.follower.place),
+        "shift": run.shift,
+        "stopped": [bool(stopped), bool(control.should_epoch_stop)],
+    }
+
+
+def compared(
+    run: Run, stored: Mapping[str, Any], found: tuple[Difference, ...]
+) -> tuple[Difference, ...]:
+    """Return all differences from the checkpoint with these facts."""
+    trainer = run.trainer
+    before = stored.get("arguments")
+    if not isinstance(before, Mapping):
+        return found
+    own = trainer.own_optimizers
+    arguments = argument_differences(before, plain_arguments(trainer.args), own_optimizer=own[0])
+    changed = {difference.path for difference in arguments}
+    if own[1] or changed & SCHEDULE_ARGUMENTS:
+        return (*arguments, *found)
+    return (*arguments, *_of_length(trainer, stored), *found)
+
+
+def _of_length(trainer: Trainer, stored: Mapping[str, Any]) -> tuple[Difference, ...]:
+    """Tell what a run of another length does to a schedule that falls to its end."""
+    was, now, step = stored.get("max_steps"), trainer.state.max_steps, trainer.state.global_step
+    if not isinstance(was, int) or was == now or not isinstance(trainer.lr_scheduler, LambdaLR):
+        return ()
+    before, after = _factor(trainer, was), _factor(trainer, now)
+    stop = min(was, now)
+    for at in sorted({step, *(step + (stop - step) * i // 1000 for i in range(1001))}):
+        rates = trainer.args.learning_rate * before(at), trainer.args.learning_rate * after(at)
+        if rates[0] != rates[1]:
+            effect = f"the learning rate of step {at + 1}, by the new length of the schedule"
+            return (Difference(LENGTH, *rates, effect, "changed"),)
+    return ()
+
+
+def _factor(trainer: Trainer, max_steps: int) -> Any:
+    """Return the function from step to factor that the host's schedule of this length has."""
+    parameter = torch.nn.Parameter(torch.zeros(()))
+    scheduler = get_scheduler(
+        trainer.args.lr_scheduler_type,
+        optimizer=torch.optim.SGD([parameter], lr=trainer.args.learning_rate),
+        num_warmup_steps=trainer.args.get_warmup_steps(max_steps),
+        num_training_steps=max_steps,
+        scheduler_specific_kwargs=trainer.args.lr_scheduler_kwargs,
+    )
+    return scheduler.lr_lambdas[0]
+
+
+def take_effect(run: Run, differences: tuple[Difference, ...]) -> None:
+    """Set anew what arguments make, over the state that was restored; moments are kept."""
+    changed = {difference.path: difference for difference in differences}
+    objects, built = run.checkpointer.objects, run.checkpointer.comparison.built
+    optimizer, scheduler = objects["optimizer"], objects["scheduler"]
+    own_optimizer, own_scheduler = run.trainer.own_optimizers
+    if not own_optimizer and isinstance(optimizer, Optimizer):
+        options = [option for name in changed for option in OPTIMIZER_OPTIONS.get(name, ())]
+        built.set_options(optimizer, options)
+    anew = changed.keys() & {*SCHEDULE_ARGUMENTS, LENGTH, "optim"}
+    if not anew or own_scheduler or not isinstance(scheduler, LRScheduler):
+        return
+    if isinstance(scheduler, LambdaLR) and scheduler.last_epoch == 0:
+        scheduler.last_epoch = run.trainer.state.global_step  # it took the place of another
+    rate = changed.get("learning_rate")
+    built.reschedule(scheduler, scale=1.0 if rate is None else ratio(rate))

@@ -1,0 +1,140 @@
+"""The host's training loader rebuilt around batches that continue exactly at any place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
+from torch.utils.data import IterableDataset
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    DefaultDataCollator,
+    default_data_collator,
+)
+
+from unbroken.adapters.transformers.batches import Beginning, IndexBatches, Records
+from unbroken.adapters.transformers.passes import KeyedPasses
+from unbroken.data.workers import leave_signals_to_the_parent
+from unbroken.errors import ConfigError
+
+_OPTIONS = (
+    *("num_workers", "pin_memory", "timeout", "multiprocessing_context", "generator"),
+    *("prefetch_factor", "persistent_workers", "in_order"),
+)
+_DRAW_NOTHING = (
+    DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    DefaultDataCollator,
+)
+
+
+def keyed_loader(base: Any, *, seed: int, rank: int, world_size: int) -> Any:
+    """Return the host's loader with the same batches in the same order, which can begin anywhere.
+
+    What is random in samples and collators is keyed by (seed, epoch, sample): it depends neither
+    on workers nor on what was read before. What draws nothing gives the very same batches.
+
+    Args:
+        base: What the host made of the data set, the sampler and the collator.
+        seed: The seed of the data.
+        rank: This rank.
+        world_size: Number of ranks.
+
+    Raises:
+        ConfigError: The host reads the data on rank 0 for all ranks.
+    """
+    if not isinstance(base, DataLoaderShard) and (
+        world_size > 1 or not isinstance(base, DataLoaderDispatcher)
+    ):
+        raise ConfigError(
+            "accelerator_config",
+            "its kind of data loader cannot be continued exactly",
+            expected="each rank reads its own batches (dispatch_batches=False)",
+            found=type(base).__name__,
+        )
+    options = {name: getattr(base, name) for name in _OPTIONS if hasattr(base, name)}
+    leave = partial(leave_signals_to_the_parent, then=base.worker_init_fn)
+    source: Any
+    if isinstance(base.dataset, IterableDataset):
+        source = _passes(base, seed)
+        options["batch_size"] = None
+    else:
+        source = Records(base.dataset, seed, _declared(base.collate_fn))
+        inner, samples = base.batch_sampler, len(base.dataset)
+        options["batch_sampler"] = IndexBatches(
+            inner, samples, rank=rank, world_size=world_size, data=base.dataset
+        )
+    return DataLoaderShard(
+        source,
+        device=base.device if isinstance(base, DataLoaderShard) else base.state.device,
+        rng_types=getattr(base, "rng_types", None),
+        synchronized_generator=getattr(base, "synchronized_generator", None),
+        _drop_last=base._drop_last,  # noqa: SLF001 (the host's own, handed on)
+        _non_blocking=base._non_blocking,  # noqa: SLF001
+        collate_fn=_as_it_is,
+        worker_init_fn=leave if options["num_workers"] else None,
+        **options,
+    )
+
+
+def begin_at(loader: Any, beginning: Beginning) -> None:
+    """Let a loader of `keyed_loader` begin in the middle of an epoch."""
+    if isinstance(loader.dataset, KeyedPasses):
+        loader.dataset.begin(beginning.epoch, beginning.batches)
+    else:
+        loader.batch_sampler.beginning = beginning
+
+
+def order_of(loader: Any) -> dict[str, Any]:
+    """Return what the order of the epoch under way was drawn from."""
+    return {} if isinstance(loader.dataset, KeyedPasses) else loader.batch_sampler.drawn_from
+
+
+def batches_left(loader: Any, samples: int) -> int | None:
+    """Return how many batches are left of an epoch after so many samples; None: nobody knows."""
+    if isinstance(loader.dataset, KeyedPasses):
+        return None
+    return loader.batch_sampler.left_after(samples)  # type: ignore[no-any-return]
+
+
+def _passes(base: Any, seed: int) -> KeyedPasses:
+    return KeyedPasses(
+        base.dataset,
+        seed,
+        batch_size=base.batch_size,
+        collate_fn=base.collate_fn,
+        drop_last=base.drop_last,
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+class _DrawsNothing:
+    """A collator of the host that is known to draw no random numbers."""
+
+    deterministic = True
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self._collate = collate
+
+    def __call__(self, samples: list[Any]) -> Any:
+        return self._collate(samples)
+
+
+def _declared(collate: Any) -> Any:
+    """Return a collator, with a mark if it is known to draw no random numbers."""
+    inner = collate
+    while type(inner).__name__ == "RemoveColumnsCollator":
+        inner = inner.data_collator
+    plain = inner is default_data_collator or type(inner) in _DRAW_NOTHING
+    if type(inner) is DataCollatorForLanguageModeling:
+        plain = not inner.mlm
+    return _DrawsNothing(collate) if plain else collate

@@ -1,0 +1,85 @@
+"""Batches of an iterable data set, with randomness keyed by epoch and batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import count, islice
+from typing import Any
+
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from unbroken.data import KeyedRandom, derive_key
+
+
+class KeyedPasses(IterableDataset[Any]):
+    """Passes over an iterable data set, each the same whenever the same epoch is read.
+
+    Reading and collating draw from generators keyed by (seed, epoch, worker, batch), and leave
+    the ambient ones as they were. The batches that are over when a run is resumed are read, but
+    not collated: their places are filled with None, which the host skips.
+
+    Args:
+        dataset: The user's data set, or this rank's part of it.
+        seed: The seed of the data.
+        batch_size: Samples in a batch.
+        collate_fn: Makes a batch of a list of samples.
+        drop_last: Leave out a last batch that is smaller.
+
+    Example:
+        >>> list(KeyedPasses([1, 2, 3], 0, batch_size=2, collate_fn=tuple))
+        [(1, 2), (3,)]
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        seed: int,
+        *,
+        batch_size: int,
+        collate_fn: Callable[[list[Any]], Any],
+        drop_last: bool = False,
+    ) -> None:
+        self.dataset = dataset
+        self._seed, self._batch_size, self._drop_last = seed, batch_size, drop_last
+        self._collate = collate_fn
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call] # workers that live on
+        self._over = (-1, 0)
+
+    def begin(self, epoch: int, batches: int) -> None:
+        """Take note that a resumed run skips so many batches of an epoch."""
+        self._over = (epoch, batches)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin the next pass as this one."""
+        self._epoch.fill_(epoch)
+        self._tell_epoch(epoch)
+
+    def _tell_epoch(self, epoch: int) -> None:
+        if callable(getattr(self.dataset, "set_epoch", None)):
+            self.dataset.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        samples = len(self.dataset)
+        size = self._batch_size
+        return samples // size if self._drop_last else -(-samples // size)
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch, worker = int(self._epoch), get_worker_info()
+        mine, of_all = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        if worker is not None:
+            self._tell_epoch(epoch)
+        over = self._over[1] if self._over[0] == epoch else 0
+        with KeyedRandom() as rng:
+            rng.seed(derive_key(self._seed, "pass", epoch, mine))
+            samples = iter(self.dataset)
+        for number in count():
+            with KeyedRandom() as rng:
+                rng.seed(derive_key(self._seed, "batch of a pass", epoch, mine, number))
+                batch = list(islice(samples, self._batch_size))
+                if not batch or (self._drop_last and len(batch) < self._batch_size):
+                    return
+                # Workers take turns; one that has ended makes the others come earlier, not later.
+                is_over = number * of_all + mine < over
+                data = None if is_over else self._collate(batch)
+            yield data

@@ -1,0 +1,335 @@
+"""One call of `Trainer.train`: its run directory, what it resumes, and what it saves."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unbroken.adapters.transformers.batches import Beginning
+from unbroken.adapters.transformers.callbacks import CallbackState, callback_states
+from unbroken.adapters.transformers.comparing import (
+    compared,
+    policy_of,
+    run_facts,
+    run_fingerprint,
+    take_effect,
+)
+from unbroken.adapters.transformers.folder import STATE_NAME, Folder
+from unbroken.adapters.transformers.loading import batches_left, begin_at, keyed_loader, order_of
+from unbroken.adapters.transformers.losses import Losses, no_losses
+from unbroken.adapters.transformers.place import Follower, Place
+from unbroken.adapters.transformers.reaching import Cut, Numbers, Reach, Stored, reach
+from unbroken.adapters.transformers.stock import facts_of_stock, load_stock
+from unbroken.adapters.transformers.wanted import choose
+from unbroken.capture import capture_rng, restore_rng, unwrapped
+from unbroken.checkpoint import Checkpointer, Preemption, ResumeReport, Selection
+from unbroken.errors import CorruptCheckpointError
+from unbroken.storage import LocalStorage
+from unbroken.store import CheckpointReader, KeepPolicy
+
+if TYPE_CHECKING:
+    from unbroken.adapters.transformers.trainer import Trainer
+
+_NAMES = ("path", "step")
+
+
+class Run:
+    """The run that one call of `train` begins, or goes on with.
+
+    Args:
+        trainer: The trainer.
+        wanted: What to resume.
+
+    Attributes:
+        checkpointer: Saves and resumes.
+        follower: Knows the place in the data.
+        report: What the start found; known once the host has built its optimizer.
+        cut: How this start cuts an epoch into steps.
+        shift: As in `Stored`.
+    """
+
+    def __init__(self, trainer: Trainer, wanted: Any) -> None:
+        self.trainer = trainer
+        self.report = ResumeReport(step=0)
+        self.shift = 0
+        self.saved_step: int | None = None
+        self._wanted = wanted
+        self._stack = ExitStack()
+        self._loader: Any = None
+        self._stored: Stored | None = None
+        self._reach: Reach | None = None
+        self._rng: dict[str, Any] | None = None
+        self._adopted: dict[str, Any] | None = None
+        self._is_back = False
+        self._callbacks: dict[str, Any] = {}
+        self._began = time.monotonic()
+        args = trainer.args
+        size = args.train_batch_size * args.world_size
+        self.follower = Follower(size)
+        self.cut = self._cut(None)
+        own_optimizer, own_scheduler = trainer.own_optimizers
+        made = {"optimizer": not own_optimizer, "scheduler": not own_scheduler}
+        self.checkpointer = Checkpointer(
+            args.output_dir,
+            keep=KeepPolicy(last=args.save_total_limit),
+            policy=policy_of(trainer, is_named=Selection.parse(wanted).kind in _NAMES),
+            fingerprint=lambda: run_fingerprint(trainer),
+            examine=lambda stored, found: compared(self, stored, found),
+            told=[name for name, by_arguments in made.items() if by_arguments],
+        )
+        self.checkpointer.layout = Folder(trainer).layout
+        self.checkpointer.among_others = True
+
+    def _cut(self, length: int | None) -> Cut:
+        args = self.trainer.args
+        return Cut(args.train_batch_size, args.gradient_accumulation_steps, args.world_size, length)
+
+    def __enter__(self) -> Run:
+        self._stack.callback(self.checkpointer.close)
+        try:
+            self.chosen = choose(self.checkpointer.run, self._wanted)
+            self._read_place()
+            preemption = Preemption(clock=time.monotonic, wall_clock=time.time)
+            self.preemption = self._stack.enter_context(preemption)
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    @property
+    def folder(self) -> Path | None:
+        """The checkpoint that is gone on from."""
+        return self.chosen.folder
+
+    def _read_place(self) -> None:
+        if self.folder is None:
+            return
+        self._state = json.loads((self.folder / STATE_NAME).read_text(encoding="utf-8"))
+        if not self.chosen.is_stock:
+            reader = CheckpointReader(LocalStorage(self.folder.parent), self.folder.name)
+            self._stored = Stored.of(reader.step, reader.manifest.facts)
+
+    # What follows is called by the host's loop, in this order.
+
+    def loader(self, base: Any) -> Any:
+        """Return the host's loader with batches that continue exactly at any place."""
+        args = self.trainer.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        rank = args.process_index
+        self._loader = keyed_loader(base, seed=seed, rank=rank, world_size=args.world_size)
+        return self._loader
+
+    def settled(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the host's numbers as they follow from the place where the run is."""
+        numbers = Numbers(*values)
+        args = self.trainer.args
+        self.cut = self._cut(_length(self._loader.dataset))
+        if self.folder is not None and self._stored is None:
+            self._stored = self._place_of_stock(numbers)
+        if self._stored is None:
+            return values
+        left = batches_left(self._loader, self._stored.place.samples)
+        by_epochs = args.max_steps <= 0
+        self._reach, numbers = reach(self._stored, self.cut, numbers, left, by_epochs=by_epochs)
+        self.shift = self._reach.shift
+        self.follower.place = self._reach.place
+        return tuple(getattr(numbers, name) for name in Numbers.__dataclass_fields__)
+
+    def _place_of_stock(self, numbers: Numbers) -> Stored:
+        """Return the place of a stock checkpoint, which the host derives from the step."""
+        step = self._state["global_step"]
+        epoch, updates = divmod(step, numbers.steps_per_epoch)
+        batches = updates * self.cut.accumulation
+        samples = batches * self.cut.batch * self.cut.world_size
+        return Stored(step, Place(epoch, batches, samples), None)
+
+    def state_from_checkpoint(self) -> tuple[int, int]:
+        """Put the host's stored state into the new one; return where its loop begins."""
+        if self._reach is None:
+            return 0, 0
+        state = self.trainer.state
+        for name in _STATE:
+            if name in self._state:
+                setattr(state, name, self._state[name])
+        best = state.best_global_step
+        if best is not None and Path(self.checkpointer.path(best)).is_dir():
+            state.best_model_checkpoint = self.checkpointer.path(best)
+        return self._reach.epoch, self._reach.batches
+
+    def resume(self) -> None:
+        """Bring back all objects, now that the host has built them."""
+        self.checkpointer.objects.update(self._objects())
+        scheduler: Any = self.checkpointer.objects["scheduler"]
+        wrapped = getattr(scheduler, "optimizer", None)
+        if wrapped is not None:
+            scheduler.optimizer = self.checkpointer.objects["optimizer"]
+        try:
+            self._bring_back()
+        finally:
+            if wrapped is not None:
+                scheduler.optimizer = wrapped
+        self._rng = capture_rng()
+        states: Mapping[str, CallbackState] = self.checkpointer.objects["callbacks"]  # type: ignore[assignment]
+        self._callbacks = {name: copy.deepcopy(one.state_dict()) for name, one in states.items()}
+
+    def _bring_back(self) -> None:
+        if self.chosen.is_stock:
+            self._adopt()
+            return
+        selection = self.chosen.selection
+        wanted: Any = {"auto": "auto", "must": True, "never": False, "best": "best"}.get(
+            selection.kind, selection.step if selection.path is None else selection.path
+        )
+        self.report = self.checkpointer.resume(wanted)
+        if self._stored is not None and self.report.step != self._stored.step:
+            what = "another checkpoint was loaded than the one whose place was read"
+            found, expected = self.report.step, self._stored.step
+            raise CorruptCheckpointError("resume", what, expected=expected, found=found)
+        take_effect(self, self.report.differences)
+
+    def _adopt(self) -> None:
+        """Load a stock checkpoint and save it as one of ours, with which the run begins."""
+        folder = self.chosen.folder
+        if folder is None or self._stored is None:
+            return
+        comparison, step = self.checkpointer.comparison, self._stored.step
+        comparison.note_what_is_here()
+        differences = compared(self, facts_of_stock(folder), ())
+        comparison.refuse(str(folder), differences)
+        load_stock(folder, self.checkpointer.objects, rank=self.trainer.args.process_index)
+        checkpoint = str(folder)
+        self.report = ResumeReport(
+            step, checkpoint, self.chosen.rejected, differences=differences, notes=(_FROM_STOCK,)
+        )
+        take_effect(self, differences)
+        self._adopted = {"loss": no_losses(step), "order": {}, "seconds": 0.0}
+        self.checkpointer.adopt(step, self._adopted, facts=run_facts(self), came=checkpoint)
+
+    def _objects(self) -> dict[str, Any]:
+        trainer = self.trainer
+        optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler
+        scaler = getattr(trainer.accelerator, "scaler", None)
+        return {
+            "model": unwrapped(trainer.model),
+            "optimizer": getattr(optimizer, "optimizer", optimizer),
+            "scheduler": getattr(scheduler, "scheduler", scheduler),
+            **({} if scaler is None else {"scaler": scaler}),
+            "callbacks": callback_states(trainer.callback_handler.callbacks),
+        }
+
+    def epoch_begins(self, epoch: int) -> None:
+        """Make ready for an epoch; before the first one of a resumed run, bring back the rest."""
+        if self._is_back or self._reach is None:
+            self.follower.place = Place(epoch)
+        else:
+            samples = self._reach.place.samples if self._reach.in_samples else None
+            order = self.values.get("order") if self._reach.batches else None
+            begin_at(self._loader, Beginning(epoch, self._reach.batches, samples, order or {}))
+        self.bring_back()
+
+    def bring_back(self) -> None:
+        """Bring back, once, what the host sets to nothing when it begins to train."""
+        if self._is_back:
+            return
+        self._is_back = True
+        if self._stored is None:
+            return
+        Losses(self.trainer).bring_back(self.values["loss"])
+        states = self.checkpointer.objects["callbacks"]
+        for name, state in self._callbacks.items():
+            states[name].load_state_dict(copy.deepcopy(state))  # type: ignore[index]
+        stopped, control = self._stored.stopped, self.trainer.control
+        ends = self.trainer.state.global_step >= self.trainer.state.max_steps
+        control.should_training_stop |= stopped[0] or ends
+        control.should_epoch_stop |= stopped[1]
+        self.restore_random_states()
+
+    def restore_random_states(self) -> None:
+        """Set all generators to what the checkpoint has of them."""
+        if self._rng is not None:
+            restore_rng(self._rng)
+
+    def first_batches(self, wanted: int) -> int:
+        """Return how many batches the host is to fetch: less where a window is half done."""
+        done = self.follower.place.batches % self.cut.accumulation
+        return min(wanted, self.cut.accumulation - done)
+
+    # What follows is called at the edges of steps.
+
+    def reason_to_stop(self) -> str | None:
+        """Return why to stop now; None to go on, as at the end of the run."""
+        state = self.trainer.state
+        if state.global_step >= state.max_steps or self.trainer.control.should_training_stop:
+            return None
+        return self.preemption.reason()
+
+    def note(self, logs: Mapping[str, Any]) -> None:
+        """Write one line of statistics; numbers alone."""
+        numbers = {k: v for k, v in logs.items() if isinstance(v, bool | int | float)}
+        self.checkpointer.log({"step": self.trainer.state.global_step, **numbers})
+
+    def load_best(self) -> None:
+        """Put the weights of the best checkpoint into the model, verified."""
+        best = self.trainer.state.best_global_step
+        if best is not None:
+            self.checkpointer.load(best, ("model",))
+
+    def save(self) -> str:
+        """Save everything as it is now; return the folder of the checkpoint."""
+        trainer = self.trainer
+        trainer.store_flos()
+        state, best = trainer.state, trainer.state.best_global_step
+        if best is not None:
+            path = self.checkpointer.path(best)
+            state.best_model_checkpoint = (
+                path if best == state.global_step or Path(path).is_dir() else None
+            )
+        self.checkpointer.best_step = best
+        self.saved_step = state.global_step
+        return self.checkpointer.save(state.global_step, self._values(), facts=run_facts(self))
+
+    def _values(self) -> dict[str, Any]:
+        return {
+            "loss": Losses(self.trainer).values(),
+            "order": order_of(self._loader),
+            "seconds": self.seconds,
+        }
+
+    @property
+    def seconds(self) -> float:
+        """How long all starts of the run have trained, as far as checkpoints know."""
+        return self.seconds_before + time.monotonic() - self._began
+
+    @property
+    def seconds_before(self) -> float:
+        """How long the starts before this one have trained."""
+        return 0.0 if self.values is None else float(self.values["seconds"])
+
+    @property
+    def values(self) -> Any:
+        """The plain values of the checkpoint that was resumed."""
+        return self._adopted or self.checkpointer.values
+
+
+_STATE = (
+    *("epoch", "global_step", "num_input_tokens_seen", "total_flos", "log_history"),
+    *("best_metric", "best_global_step", "train_batch_size"),
+)
+"""What of the host's stored state goes on; all else follows from the arguments of this start."""
+
+_FROM_STOCK = "the checkpoint is one of transformers' own Trainer: it goes on as that would"
+
+
+def _length(dataset: Any) -> int | None:
+    try:
+        return len(dataset)
+    except TypeError:  # it is endless, or nobody knows
+        return None

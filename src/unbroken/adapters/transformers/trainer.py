@@ -1,0 +1,257 @@
+"""`transformers.Trainer` with exact resume: the host's class, hooked where it saves and resumes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import transformers
+from transformers.utils import logging
+
+from unbroken.adapters.transformers.run import Run
+from unbroken.adapters.transformers.versions import require_supported_version
+from unbroken.checkpoint import ExactResume, ResumeFrom, ResumeReport, TrainingStopped
+from unbroken.errors import ConfigError
+
+_log = logging.get_logger("transformers.unbroken")  # so that the host's verbosity counts
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the caller of a trainer said about resuming."""
+
+    resume_from_checkpoint: ResumeFrom = None
+    allow: Sequence[str] = ()
+    skip: Sequence[str] = ()
+    exact_resume: ExactResume = "prefer"
+
+
+class Trainer(transformers.Trainer):  # type: ignore[misc]
+    """A `transformers.Trainer` whose runs continue bit for bit, whenever they are killed.
+
+    The same script, started again, goes on from the newest intact checkpoint in `output_dir`.
+    What the host's class does is left as it is, but for saving and resuming: a checkpoint is
+    there whole or not at all, every byte of it is checked before it is used, and nothing is
+    pickled. The order of the data is the host's; what is random in samples and collators
+    is keyed by (seed, epoch, sample). SIGTERM saves at the edge of the step and ends the process
+    with status 75.
+
+    Args:
+        arguments: As `transformers.Trainer` takes them.
+        resume_from_checkpoint: "auto": the newest intact checkpoint, or a fresh start; True,
+            "latest": one must be there; False, "never"; "best"; a step; a path, also that of a
+            checkpoint of the host's own Trainer. None: what `train` or `TrainingArguments` say.
+        allow: Names of changes that are meant, such as "learning_rate". Who names a checkpoint
+            by its path or step means the hyperparameters that he gives with it.
+        skip: What of a checkpoint is not loaded: "optimizer", or patterns of parameters.
+        exact_resume: "require" refuses also what is only equivalent.
+        options: As `transformers.Trainer` takes them.
+
+    Attributes:
+        resume_report: What the last start found, and every difference.
+
+    Raises:
+        ConfigError: If the host is set to something that cannot be continued exactly.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        resume_from_checkpoint: ResumeFrom = None,
+        allow: Sequence[str] = (),
+        skip: Sequence[str] = (),
+        exact_resume: ExactResume = "prefer",
+        **options: Any,
+    ) -> None:
+        require_supported_version()
+        self.start = Start(resume_from_checkpoint, tuple(allow), tuple(skip), exact_resume)
+        self.resume_report = ResumeReport(step=0)
+        self._run: Run | None = None
+        args: Any = options.get("args", arguments[1] if len(arguments) > 1 else None)
+        by_signal = getattr(args, "enable_jit_checkpoint", False)
+        if by_signal:
+            args.enable_jit_checkpoint = False  # signals are handled here, at the edge of steps
+        super().__init__(*arguments, **options)
+        if by_signal:
+            args.enable_jit_checkpoint = True
+        self.own_optimizers = (self.optimizer is not None, self.lr_scheduler is not None)
+
+    def train(
+        self,
+        resume_from_checkpoint: ResumeFrom = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Train from the newest intact checkpoint, or from the start, to the end of the run.
+
+        Args:
+            resume_from_checkpoint: As the class takes it; None: what that, or else
+                `TrainingArguments.resume_from_checkpoint`, says; in the end "auto".
+            trial: Of a hyperparameter search, which saves as the host does.
+            ignore_keys_for_eval: As the host takes it.
+
+        Returns:
+            What the host returns; over all starts of the run.
+
+        Raises:
+            TrainingStopped: After a save, if a signal asked for a stop; left alone, it ends the
+                process with exit status 75.
+            DifferenceError: If the training changed and the change is not named.
+            CheckpointError: If the checkpoint asked for cannot be used.
+            SaveError: If a checkpoint could not be saved; earlier ones are as they were.
+        """
+        if trial is not None:
+            return super().train(None, trial, ignore_keys_for_eval)
+        refuse_what_cannot_resume(self)
+        said = (resume_from_checkpoint, self.start.resume_from_checkpoint)
+        wanted = next((one for one in said if one is not None), self.args.resume_from_checkpoint)
+        with Run(self, _as_path(wanted)) as run:
+            self._run = run
+            self.add_callback(run.follower)
+            try:
+                folder = None if run.folder is None else str(run.folder)
+                return super().train(folder, None, ignore_keys_for_eval)
+            finally:
+                self._run = None
+                self.remove_callback(run.follower)
+
+    # Hooks of the host's loop, in the order in which it calls them.
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self._run is None:  # else the weights come with everything else
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def get_train_dataloader(self) -> Any:
+        """Return the host's loader, with batches that continue exactly at any place."""
+        base = super().get_train_dataloader()
+        return base if self._run is None else self._run.loader(base)
+
+    def set_initial_training_values(self, *arguments: Any, **options: Any) -> Any:
+        """Return the numbers that the host counts by, as they follow from the place of the run."""
+        values = super().set_initial_training_values(*arguments, **options)
+        return values if self._run is None else self._run.settled(values)
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        folder = resume_from_checkpoint if self._run is None else None
+        counts = (max_steps, num_update_steps_per_epoch, num_train_epochs)
+        begin: tuple[int, int] = super()._init_training_state(*counts, folder, trial)
+        return begin if self._run is None else self._run.state_from_checkpoint()
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        folder = resume_from_checkpoint if self._run is None else None
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, folder)
+        if self._run is not None:
+            self._run.resume()
+            self.resume_report = self._run.report
+            _tell(self.resume_report)
+        return prepared
+
+    def _run_epoch(self, *arguments: Any, **options: Any) -> None:
+        if self._run is not None:
+            self._run.epoch_begins(options["epoch"])
+        super()._run_epoch(*arguments, **options)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if self._run is None:
+            super()._load_rng_state(checkpoint)
+        else:
+            self._run.restore_random_states()
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """Fetch the batches of a step; fewer where the run went on inside of a window."""
+        if self._run is not None:
+            num_batches = self._run.first_batches(num_batches)
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
+        if skip_scheduler and self._run is not None and self._run.report.resumed:
+            return {}  # the evaluation at the start of the run has been
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+
+    def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
+        run = self._run
+        if run is None:
+            super()._maybe_log_save_evaluate(*arguments, **options)
+            return
+        reason = run.reason_to_stop()
+        if reason is not None:
+            self.control.should_save = True
+        super()._maybe_log_save_evaluate(*arguments, **options)
+        if reason is not None:
+            if run.saved_step != self.state.global_step:
+                run.save()
+            raise TrainingStopped(self.state.global_step, reason)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self._run is None:
+            super()._save_checkpoint(model, trial)
+            return
+        folder = self._run.save()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(folder)
+
+    def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
+        """Log as the host does, and into metrics.jsonl, where each line is exactly once."""
+        super().log(logs, *arguments, **options)
+        if self._run is not None:
+            self._run.note(logs)
+
+    def _load_best_model(self) -> None:
+        if self._run is None:
+            super()._load_best_model()
+        else:
+            self._run.load_best()
+
+    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
+        run = self._run
+        if run is None:
+            return super()._finalize_training(trial, num_train_samples, start_time)
+        run.bring_back()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # it deletes nothing
+        try:
+            begin = start_time - run.seconds_before
+            return super()._finalize_training(trial, num_train_samples, begin)
+        finally:
+            self.args.save_total_limit = limit
+
+
+def refuse_what_cannot_resume(trainer: Trainer) -> None:
+    """Raise where the host is set to something that this adapter does not bring back exactly.
+
+    Raises:
+        ConfigError: Naming the setting.
+    """
+    args = trainer.args
+    kinds = {"fsdp": trainer.is_fsdp_enabled, "deepspeed": trainer.is_deepspeed_enabled}
+    for name, on in kinds.items():
+        if on:
+            hint = "use DDP, or transformers' own Trainer"
+            raise ConfigError(name, "cannot be continued exactly by this adapter yet", hint=hint)
+    if args.world_size > 1:
+        raise ConfigError(
+            "world_size", "several ranks are not supported yet", found=args.world_size
+        )
+    if args.save_only_model:
+        hint = "take it out, or use transformers' own Trainer"
+        raise ConfigError("save_only_model", "leaves nothing to resume from", hint=hint)
+
+
+def _as_path(wanted: Any) -> Any:
+    """Return a path that begins with "~" as what it means."""
+    return os.path.expanduser(wanted) if isinstance(wanted, str) else wanted
+
+
+def _tell(report: ResumeReport) -> None:
+    for line in report.lines():
+        _log.warning(line)

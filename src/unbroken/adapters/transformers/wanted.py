@@ -1,0 +1,102 @@
+"""What a start of the host's Trainer resumes: from what its caller said to one folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unbroken.adapters.transformers.stock_folder import is_stock, problem_of_stock
+from unbroken.checkpoint import Selection
+from unbroken.errors import CheckpointNotFoundError, CorruptCheckpointError
+from unbroken.store import CheckpointReader, Rejection, RunDirectory
+
+_STEPS = ("step", "best")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The checkpoint that a start goes on from.
+
+    Attributes:
+        folder: Where it is; None: the run begins.
+        selection: What `Checkpointer.resume` is told.
+        is_stock: Whether the host's own Trainer wrote it.
+        rejected: Newer checkpoints that could not be used, and why.
+        is_named: Whether the caller named this one checkpoint, by its path or step.
+    """
+
+    folder: Path | None
+    selection: Selection
+    is_stock: bool = False
+    rejected: tuple[Rejection, ...] = ()
+    is_named: bool = False
+
+
+def choose(run: RunDirectory, wanted: Any) -> Chosen:
+    """Find the checkpoint that is wanted, every byte of which is right.
+
+    Args:
+        run: The run directory.
+        wanted: As `Checkpointer.resume` takes it. A path may also be that of a checkpoint of the
+            host's own Trainer, or be meant inside the output directory.
+
+    Raises:
+        CheckpointNotFoundError: It is not there, or not one that was found is intact.
+        CorruptCheckpointError: The one that was named is damaged.
+    """
+    selection = Selection.parse(wanted)
+    if selection.kind == "never":
+        return Chosen(None, selection)
+    if selection.kind == "path" and selection.path is not None:
+        return _at_path(run, selection.path)
+    if selection.kind in _STEPS:
+        return _at_step(run, selection)
+    return _newest(run, selection)
+
+
+def _at_path(run: RunDirectory, path: Path) -> Chosen:
+    inside = Path(run.storage.describe()) / path
+    folder = path if path.exists() or not inside.exists() else inside
+    if is_stock(folder):
+        problem = problem_of_stock(folder)
+        if problem is not None:
+            raise CorruptCheckpointError(str(folder), problem)
+        return Chosen(folder, Selection("never"), is_stock=True, is_named=True)
+    return Chosen(folder, Selection("path", path=folder), is_named=True)
+
+
+def _at_step(run: RunDirectory, selection: Selection) -> Chosen:
+    step = run.catalog.best_step() if selection.kind == "best" else selection.step
+    if step is None:
+        what = "no checkpoint knows which one is the best"
+        raise CheckpointNotFoundError(run.storage.describe(), what)
+    folder = Path(run.storage.describe(f"checkpoint-{step}"))
+    return Chosen(folder, selection, is_named=selection.kind == "step")
+
+
+def _newest(run: RunDirectory, selection: Selection) -> Chosen:
+    rejected: list[Rejection] = []
+    for found in run.catalog.newest_first():
+        folder = Path(run.storage.describe(found.folder))
+        if isinstance(found, CheckpointReader):
+            problem = _problem_of(found)
+            if problem is None:
+                return Chosen(folder, selection, rejected=tuple(rejected))
+            rejected.append(Rejection(found.folder, found.step, problem))
+        elif is_stock(folder):
+            problem = problem_of_stock(folder)
+            if problem is None:
+                return Chosen(folder, Selection("never"), is_stock=True, rejected=tuple(rejected))
+            rejected.append(Rejection(found.folder, found.step, problem))
+        else:
+            rejected.append(found)
+    return Chosen(None, selection, rejected=tuple(rejected))
+
+
+def _problem_of(reader: CheckpointReader) -> str | None:
+    try:
+        reader.check_rest()
+    except CorruptCheckpointError as error:
+        return str(error)
+    return None

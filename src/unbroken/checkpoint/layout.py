@@ -1,0 +1,33 @@
+"""How the folder of a checkpoint looks: what stands where, and which files it has besides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from unbroken.capture import FileOf, files_for, pretrained_files
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the folder of a checkpoint looks.
+
+    Attributes:
+        file_of: Gives each leaf its file and its name there.
+        constant: Files of tensors that seldom change: one that is the same as in the checkpoint
+            before is linked, not written again.
+        files: More files, by name, for other programs; no resume reads them.
+    """
+
+    file_of: FileOf
+    constant: frozenset[str] = frozenset()
+    files: Callable[[], Mapping[str, bytes]] = dict
+
+    @classmethod
+    def of(cls, objects: Mapping[str, object]) -> Layout:
+        """Return the usual layout: a file for each object, and what `from_pretrained` needs."""
+        model = objects.get("model")
+        own = model if isinstance(model, nn.Module) else None
+        return cls(files_for(objects), files=lambda: pretrained_files(own))

@@ -1,0 +1,40 @@
+"""Configurations of the host's Trainer in which runs are killed."""
+
+from __future__ import annotations
+
+WORKERS = {"dataloader_num_workers": 2}
+GROUPED = {"train_sampling_strategy": "group_by_length"}
+STREAM = {"max_steps": 30}
+PATIENCE = {
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "save_steps": 4,
+    "learning_rate": 0.05,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "loss",
+    "warmup_steps": 0,
+}
+
+# Runs in which the host draws nothing at random from its generators while it reads data.
+PLAIN = {
+    "shuffled": {},
+    "in order": {"args": {"train_sampling_strategy": "sequential"}},
+    "accumulation with a remainder": {"args": {"gradient_accumulation_steps": 5, "save_steps": 2}},
+    "two workers": {"args": WORKERS},
+    "lengths grouped": {"data": "ragged", "collator": "padded", "args": GROUPED},
+    "a sampler of its own": {"sampler": "own"},
+    "two counters of one class": {"callbacks": "two counters"},
+    "a stream that wraps": {"data": "stream", "args": STREAM},
+    "evaluation at epoch ends": {"args": {"eval_strategy": "epoch", "save_steps": 12}},
+    "saves at epoch ends": {"args": {"save_strategy": "epoch"}},
+    "patience, and the best at the end": {"callbacks": "patience", "args": PATIENCE},
+}
+RANDOM = {
+    "random masks": {"collator": "masked"},
+    "random masks, two workers": {"collator": "masked", "args": WORKERS},
+    "augmentation": {"data": "augmented"},
+    "augmentation, two workers": {"data": "augmented", "args": WORKERS},
+    "a shuffled stream": {"data": "stream shuffled", "args": STREAM},
+    "a shuffled stream, two workers": {"data": "stream shuffled", "args": {**STREAM, **WORKERS}},
+}
+CASES = {**PLAIN, **RANDOM}
