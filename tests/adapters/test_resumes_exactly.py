@@ -6,11 +6,12 @@ import signal
 
 import pytest
 
-from adapters.cases import CASES, PLAIN, RANDOM
+from adapters.cases import CASES, PLAIN
 
 # Of 36 steps in 3 epochs of 12; saved every 5 steps, or as the case says.
 BEFORE_THE_FIRST_SAVE, IN_EPOCH_1, AT_AN_EPOCH_END, IN_EPOCH_3 = 3, 8, 12, 29
-KILLS = dict.fromkeys(CASES, (IN_EPOCH_1, IN_EPOCH_3))
+KILLS = dict.fromkeys(CASES, (IN_EPOCH_3,))
+KILLS["random masks"] = KILLS["augmentation, two workers"] = (IN_EPOCH_1, AT_AN_EPOCH_END + 6)
 KILLS["shuffled"] = (1, BEFORE_THE_FIRST_SAVE, IN_EPOCH_1, AT_AN_EPOCH_END, 18, IN_EPOCH_3)
 KILLS["accumulation with a remainder"] = (3, 7)
 KILLS["evaluation at epoch ends"] = (AT_AN_EPOCH_END + 1, IN_EPOCH_3)
