@@ -11,6 +11,7 @@ import torch
 from capture.round_trip import stored
 from capture.sameness import account
 from unbroken.capture import capture, files_for, pretrained_files
+from unbroken.errors import CaptureError
 from unbroken.storage import LocalStorage
 
 transformers = pytest.importorskip("transformers")
@@ -70,3 +71,20 @@ def test_other_models_need_no_files(value):
 def test_capture_does_not_import_transformers():
     code = "import sys, unbroken.capture; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class Odd(torch.nn.Linear):
+    @property
+    def config(self):
+        raise ValueError("not yet")
+
+
+def test_a_property_called_config_that_raises_is_no_hugging_face_model():
+    assert pretrained_files(Odd(1, 1)) == {}
+
+
+def test_a_configuration_that_cannot_be_written_is_told_by_name():
+    model = gpt2()
+    model.config.extra = object()
+    with pytest.raises(CaptureError, match=r"model\.config: cannot be written .*TypeError"):
+        pretrained_files(model)

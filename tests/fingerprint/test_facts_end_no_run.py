@@ -19,7 +19,14 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from unbroken.fingerprint import callable_facts, data_facts, facts_of, model_facts, plain_items
+from unbroken.fingerprint import (
+    callable_facts,
+    data_facts,
+    facts_of,
+    model_facts,
+    plain_items,
+    record_digest,
+)
 
 
 class Data(Dataset):
@@ -238,3 +245,20 @@ def test_ranks_of_a_sampler_do_not_count():
         for rank in (0, 1)
     ]
     assert data_facts(loaders[0]) == data_facts(loaders[1])
+
+
+class Proxy(Wrapping):
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: None
+
+
+def test_an_object_that_answers_anything_is_no_tokenizer_and_counts_by_what_it_holds():
+    assert facts_of(Proxy(1.0)) != facts_of(Proxy(2.0))
+    assert record_digest(Proxy(1.0)) != record_digest(Proxy(2.0))
+
+
+def test_a_config_that_raises_is_told_not_to_be_compared():
+    assert model_facts(Private())["config"] == "not compared: it raised builtins.ZeroDivisionError"

@@ -244,7 +244,7 @@ def files_for(objects: Mapping[str, object]) -> FileOf:
 def kind_of(value: object, path: str) -> Kind:
     """Return the entry of the table for an object, or raise."""
     for kind in KINDS:
-        if isinstance(value, kind.type):
+        if isinstance(value, kind.type) and not (kind.type is Stateful and _makes_it_up(value)):
             return kind
     raise CaptureError(
         path,
@@ -252,6 +252,12 @@ def kind_of(value: object, path: str) -> Kind:
         found=f"a {type(value).__module__}.{type(value).__qualname__}",
         hint="give it state_dict() and load_state_dict(), or leave it out",
     )
+
+
+def _makes_it_up(value: object) -> bool:
+    """Return whether an object has no state, but a `__getattr__` that answers any name."""
+    held = hasattr(type(value), "state_dict") or "state_dict" in getattr(value, "__dict__", {})
+    return not held and hasattr(value, "_unbroken_asks_for_a_name_that_nobody_has")
 
 
 def _capture(value: object, path: str, names: ParameterNames) -> Any:

@@ -10,6 +10,7 @@ from torch import nn
 from unbroken.capture.dtypes import dtype_name
 from unbroken.capture.modules import unwrapped
 from unbroken.capture.sharded import class_of
+from unbroken.errors import CaptureError
 
 
 def pretrained_files(model: object) -> dict[str, bytes]:
@@ -24,6 +25,9 @@ def pretrained_files(model: object) -> dict[str, bytes]:
     Returns:
         By file name, the bytes.
 
+    Raises:
+        CaptureError: The configuration holds what cannot be written.
+
     Example:
         >>> pretrained_files(nn.Linear(2, 1))
         {}
@@ -31,9 +35,24 @@ def pretrained_files(model: object) -> dict[str, bytes]:
     if not isinstance(model, nn.Module):
         return {}
     model = unwrapped(model)
-    config = getattr(model, "config", None)
-    if not callable(getattr(config, "to_json_string", None)):
+    try:
+        config = getattr(model, "config", None)
+    except Exception:  # a property of the user's, and so of no Hugging Face model
         return {}
+    if not callable(getattr(type(config), "to_json_string", None)):
+        return {}
+    try:
+        return _files(model, config)
+    except Exception as error:
+        raise CaptureError(
+            "model.config",
+            "cannot be written for from_pretrained",
+            found=f"{type(error).__name__}: {error}",
+            hint="a configuration holds plain values: numbers, texts, lists and dicts of them",
+        ) from error
+
+
+def _files(model: nn.Module, config: Any) -> dict[str, bytes]:
     files = {"config.json": _config(model, config)}
     generation = getattr(model, "generation_config", None)
     can_generate = getattr(model, "can_generate", None)

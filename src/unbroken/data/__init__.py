@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from unbroken.data.asking import has as has
 from unbroken.data.factory import batch_source as batch_source
 from unbroken.data.keyed_dataset import KeyedDataset as KeyedDataset
 from unbroken.data.keys import derive_key as derive_key
@@ -52,6 +53,7 @@ __all__ = [
     "builtin_text",
     "derive_key",
     "gpt2_tokenizer",
+    "has",
     "keyed_random",
     "learned_bpe",
 ]

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
+from unbroken.data.asking import has
 from unbroken.data.loader_source import (
     CountedSource,
     Grouping,
@@ -152,7 +153,7 @@ def _epoch_size(n: int, wanted: int | None, shape: BatchShape, drop_last: bool) 
 def _is_map_style(data: Any) -> bool:
     if isinstance(data, (IterableDataset, DataLoader)):
         return False
-    return hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    return has(data, "__getitem__") and has(data, "__len__")
 
 
 def _gives_samples(data: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from unbroken.data.asking import has
 from unbroken.data.keys import derive_key
 from unbroken.data.randomness import KeyedRandom
 from unbroken.data.workers import leave_signals_of
@@ -48,7 +49,7 @@ class ForeignLoader:
     def begin(self, epoch: int, rng: KeyedRandom, state: Any = None) -> Iterator[Any]:
         """Return an iterator over one epoch; with the loader's own state, over the rest of it."""
         for part in _parts(self.loader):
-            if callable(getattr(part, "set_epoch", None)):
+            if has(part, "set_epoch") and callable(part.set_epoch):
                 part.set_epoch(epoch)
             generator = getattr(part, "generator", None)
             if isinstance(generator, torch.Generator):
@@ -99,18 +100,18 @@ def _parts(loader: Any) -> list[Any]:
 
 
 def _is_factory(loader: Any) -> bool:
-    return callable(loader) and not hasattr(loader, "__iter__")
+    return callable(loader) and not has(loader, "__iter__")
 
 
 def _require_repeatable(loader: Any) -> None:
     where = type(loader).__name__
-    if not _is_factory(loader) and not hasattr(loader, "__iter__"):
+    if not _is_factory(loader) and not has(loader, "__iter__"):
         raise DataError(
             where,
             "neither a data set nor an iterable of batches",
             hint="Give something with __getitem__ and __len__, or with __iter__.",
         )
-    if hasattr(loader, "__next__") and not hasattr(loader, "load_state_dict"):
+    if has(loader, "__next__") and not has(loader, "load_state_dict"):
         raise DataError(
             where,
             "a generator cannot be started again, so a killed run could not be continued",
@@ -122,7 +123,7 @@ def _require_repeatable(loader: Any) -> None:
             "in_order=False gives batches in the order in which workers happen to finish",
             hint="Build the loader with in_order=True.",
         )
-    if getattr(loader, "persistent_workers", False):
+    if getattr(loader, "persistent_workers", False) is True:
         raise DataError(
             where,
             "persistent_workers=True keeps the workers' random state from "

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Subset, TensorDataset, default_collate
 
+from unbroken.data.asking import declared, has
 from unbroken.data.keys import derive_key
 from unbroken.data.order import SampleKey
 from unbroken.data.randomness import KeyedRandom
@@ -67,7 +68,7 @@ class KeyedDataset:
             raise
 
     def _plain(self, keys: Sequence[SampleKey]) -> list[Any]:
-        if getattr(self.dataset, "__getitems__", None) is not None:
+        if has(self.dataset, "__getitems__"):
             samples: list[Any] = self.dataset.__getitems__([int(key) for key in keys])
             return samples
         return [self._sample(key) for key in keys]
@@ -102,9 +103,9 @@ def is_deterministic(dataset: object) -> bool:
         >>> is_deterministic([1, 2, 3])
         True
     """
-    declared = getattr(dataset, "deterministic", None)
-    if declared is not None:
-        return bool(declared)
+    said = declared(dataset, "deterministic")
+    if said is not None:
+        return bool(said)
     if type(dataset) is Subset:
         return is_deterministic(dataset.dataset)
     return type(dataset) in _WITHOUT_RANDOMNESS

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch.utils.data import DataLoader
 
+from unbroken.data.asking import declared
 from unbroken.data.keyed_dataset import KeyedDataset
 from unbroken.data.order import GlobalOrder
 from unbroken.data.sampler import BatchShape, MicroBatchSampler
@@ -95,7 +96,7 @@ class MapSource:
         self._steps_from = 0  # the position that steps of this size are counted from
         self._may_change = frozenset(may_change)
         self._batches = KeyedDataset(dataset, order.seed, collate_fn)
-        self._fingerprint = getattr(dataset, "fingerprint", None)
+        self._fingerprint = declared(dataset, "fingerprint")
         self._loading = Loading() if loading is None else loading
         self._running = OnePass()
 

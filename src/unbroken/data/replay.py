@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from unbroken.data.asking import answers_anything, has
 from unbroken.data.keyed_dataset import is_deterministic
 
 
@@ -20,7 +21,7 @@ def reason_to_replay(loader: Any) -> str | None:
         >>> reason_to_replay([])
         'it has no state_dict'
     """
-    if not (hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")):
+    if not (has(loader, "state_dict") and has(loader, "load_state_dict")):
         return "it has no state_dict"
     dataset = getattr(loader, "dataset", None)
     if getattr(loader, "num_workers", 0) and not is_deterministic(dataset):
@@ -35,7 +36,7 @@ def reason_to_replay(loader: Any) -> str | None:
 
 def _has_shuffle_buffer(dataset: Any) -> bool:
     """Whether an iterable data set of `datasets` shuffles; it is a chain of iterables."""
-    waiting = [getattr(dataset, "_ex_iterable", None)]
+    waiting = [] if answers_anything(dataset) else [getattr(dataset, "_ex_iterable", None)]
     while waiting:
         part = waiting.pop()
         if part is None:

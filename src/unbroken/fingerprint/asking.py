@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from types import MemberDescriptorType
 from typing import Any
 
+from unbroken.data import has
+
 
 @dataclass(frozen=True)
 class Failed:
@@ -25,9 +27,13 @@ def tried(call: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def asked(thing: object, name: str) -> Any:
-    """Return an attribute, or None where there is none or its property raises."""
+    """Return an attribute, or None where there is none or its property raises.
+
+    Of an object that answers any name, only what it or its class holds counts.
+    """
     found = tried(getattr, thing, name, None)
-    return None if isinstance(found, Failed) else found
+    made_up = found is not None and tried(has, thing, name) is not True
+    return None if made_up or isinstance(found, Failed) else found
 
 
 def answer(thing: object, method: str) -> Any:

@@ -10,11 +10,11 @@ from typing import Any
 from torch import nn
 
 from unbroken.capture import named_modules, named_parameters, unwrapped
-from unbroken.fingerprint.asking import answer, asked, attributes_of
+from unbroken.fingerprint.asking import Failed, answer, asked, attributes_of, tried
 from unbroken.fingerprint.facts import facts_of, facts_of_items, names_used_by, values_around
 from unbroken.fingerprint.owners import is_users_own, qualified_name
 from unbroken.fingerprint.passing import OWN_TO_A_START
-from unbroken.fingerprint.plain import Plain
+from unbroken.fingerprint.plain import NOT_COMPARED, Plain
 from unbroken.fingerprint.source import source_digest
 
 _OF_EVERY_MODULE = {*vars(nn.Module()), "config", *OWN_TO_A_START}
@@ -64,8 +64,11 @@ def _configs(modules: dict[str, nn.Module]) -> dict[str, Plain]:
     found: dict[str, Plain] = {}
     taken: list[Any] = []
     for name, module in modules.items():
-        config = asked(module, "config")
-        if config is None or any(config is one for one in taken):
+        config = tried(getattr, module, "config", None)
+        if isinstance(config, Failed):
+            path = f"{name}.config" if name else "config"
+            found[path] = f"{NOT_COMPARED}it raised {qualified_name(config.error)}"
+        if config is None or isinstance(config, Failed) or any(config is one for one in taken):
             continue
         taken.append(config)
         facts = _config(config)

@@ -11,7 +11,7 @@ import torch
 import xxhash
 
 from unbroken.data import Permutation, derive_key
-from unbroken.fingerprint.asking import attributes_of
+from unbroken.fingerprint.asking import answer, attributes_of
 
 _DEPTH = 8
 _WHOLE = 1 << 20  # bytes of an array that are all read
@@ -113,8 +113,8 @@ def _update_parts(digest: Any, value: Any, path: frozenset[int]) -> None:
         parts = list(value)
     elif isinstance(value, set | frozenset):
         parts = [*sorted(record_digest(part) for part in value)]
-    elif callable(getattr(value, "tobytes", None)):  # a PIL image
-        parts = [value.tobytes()]
+    elif isinstance(whole := answer(value, "tobytes"), bytes):  # a PIL image
+        parts = [whole]
     else:
         named = attributes_of(value)
         parts = [part for name in sorted(named) for part in (name, named[name])]

@@ -98,7 +98,7 @@ class Evaluator:
         return loss, weight_of(batch, _rows(batch))
 
     def _batches(self, dataset: Any) -> Iterable[Any]:
-        if not hasattr(dataset, "__getitem__"):
+        if not hasattr(type(dataset), "__getitem__"):
             own = getattr(dataset, "generator", None)
             if isinstance(own, torch.Generator):  # a shuffling loader: the same order each time
                 own.manual_seed(self._key % 2**63)
