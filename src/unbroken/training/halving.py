@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,10 @@ from torch import Tensor
 from unbroken.checkpoint import Difference
 from unbroken.data import MapSource, Position
 from unbroken.errors import ConfigError, DeviceMemoryError
+from unbroken.training.callback import Callback, overridden, with_state
 from unbroken.training.changes import rules_for
+from unbroken.training.memory import give_back_freed_memory
+from unbroken.training.out_of_memory import is_out_of_memory
 from unbroken.training.progress import Progress
 from unbroken.training.step import Stepped
 
@@ -28,17 +32,22 @@ class StepStart:
     position: Position
     data_digest: str | None
     buffers: tuple[tuple[Tensor, Tensor], ...]
+    callbacks: tuple[tuple[Callback, Any], ...]
 
     @classmethod
     def of(cls, trainer: Trainer) -> StepStart:
-        """Take note of it; buffers are copied."""
+        """Take note of it; buffers and the state of callbacks are copied."""
         buffers = tuple((b, b.detach().clone()) for b in trainer.model.buffers())
+        following = [c for c in with_state(trainer.callbacks).values() if _follows_portions(c)]
+        callbacks = tuple((c, copy.deepcopy(c.state_dict())) for c in following)
         position = Position() if trainer.source is None else trainer.source.position
-        return cls(trainer.progress, position, trainer.statistics.data_digest, buffers)
+        digest = trainer.statistics.data_digest
+        return cls(trainer.progress, position, digest, buffers, callbacks)
 
     def put_back(self, trainer: Trainer) -> None:
         """Make it as if the step had not been begun."""
         trainer.model.zero_grad(set_to_none=True)
+        trainer.optimizer.zero_grad(set_to_none=True)  # a loss may have parameters too
         trainer.window.clear()
         trainer.progress = self.progress
         trainer.statistics.data_digest = self.data_digest
@@ -47,6 +56,12 @@ class StepStart:
         with torch.no_grad():
             for buffer, before in self.buffers:
                 buffer.copy_(before)
+        for callback, state in self.callbacks:
+            callback.load_state_dict(state)
+
+
+def _follows_portions(callback: Callback) -> bool:
+    return bool(overridden([callback], "on_micro_batch_end"))
 
 
 class Halving:
@@ -82,12 +97,13 @@ class Halving:
         start = StepStart.of(self._trainer) if self.is_auto else None
         try:
             return step()
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             if start is None or not self._can_be_halved(start):
                 raise self._as_ours(error) from error
         start.put_back(self._trainer)  # after the error is gone, and with it what it held
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        give_back_freed_memory(self._trainer.device)
         self._halve()
         return None
 

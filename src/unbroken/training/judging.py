@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from unbroken.data import derive_key
+from unbroken.errors import DeviceMemoryError
+from unbroken.training.out_of_memory import is_out_of_memory
 from unbroken.training.ranks import shared_metrics
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ def evaluate_and_judge(trainer: Trainer) -> bool:
     """Evaluate, and do what follows from it; return whether the model is the best so far."""
     config, step = trainer.config, trainer.progress.step
     trainer.randomness.seed(derive_key(config.seed, "evaluate", step))
-    own = {name: float(value) for name, value in trainer.evaluate().items()}
+    own = {name: float(value) for name, value in _evaluated(trainer).items()}
     metrics = shared_metrics(trainer.group, own)
     trainer.eval_timer.done()
     trainer.record({**place_of(trainer), **metrics})
@@ -40,6 +42,26 @@ def evaluate_and_judge(trainer: Trainer) -> bool:
         trainer.stop(f"early stopping: {patience} evaluations without a better metric")
     trainer.call("on_evaluate", metrics)
     return best
+
+
+def _evaluated(trainer: Trainer) -> dict[str, float]:
+    """Return the metrics.
+
+    Raises:
+        DeviceMemoryError: If there is not memory enough for it.
+    """
+    try:
+        return trainer.evaluate()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        size = trainer.config.eval_batch_size or trainer.config.per_forward
+        raise DeviceMemoryError(
+            f"evaluation after step {trainer.progress.step}",
+            f"does not fit into the memory of {trainer.device}",
+            found=f"eval_batch_size {size}: {error}",
+            hint=f"choose a smaller portion: eval_batch_size={max(1, size // 2)}",
+        ) from error
 
 
 def load_best(trainer: Trainer) -> bool:

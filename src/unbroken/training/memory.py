@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import platform
 
 import torch
@@ -35,3 +36,16 @@ def keep_freed_memory(device: torch.device) -> bool:
     libc = ctypes.CDLL(None)
     kept = libc.mallopt(_TRIM_THRESHOLD, _NEVER)
     return bool(kept and libc.mallopt(_MMAP_THRESHOLD, _LARGEST_ARENA_BLOCK))
+
+
+def give_back_freed_memory(device: torch.device) -> None:
+    """Give memory back that is free but kept, so that pieces of other sizes may take its place.
+
+    Example:
+        >>> give_back_freed_memory(torch.device("cpu"))
+    """
+    gc.collect()  # graphs that stand in circles
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+    elif device.type == "cuda":
+        torch.cuda.empty_cache()
