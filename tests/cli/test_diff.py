@@ -359,6 +359,17 @@ class TestPage:
         assert "... and 15 more: --all" in output
         assert "x29" in unbroken("diff", "a", "b", "--all")[1]
 
+    def test_all_shows_what_is_the_same_too(self, save, unbroken):
+        for name, rate in (("a", 0.1), ("b", 0.2)):
+            tensors = {"model.w": ("U8", (1,), b"a")}
+            save(name, facts={"config": {"lr": rate, "seed": 7}}, tensors=tensors)
+        rows = [line.split() for line in unbroken("diff", "a", "b", "--all")[1].splitlines()]
+        for row in (["lr", "0.1", "0.2"], ["seed", "7", "same"], ["model.w", "same"]):
+            assert row in rows
+        groups = json.loads(unbroken("diff", "a", "b", "--all", "--json")[1])["groups"]
+        assert groups[0]["same"] == {"config.seed": 7}
+        assert "seed" not in unbroken("diff", "a", "b")[1]
+
     @pytest.mark.parametrize("width", [60, 80, 120])
     def test_no_line_is_wider_than_the_terminal(self, save, width):
         name = "transformer.h.10.mlp.c_proj.weight"

@@ -75,3 +75,16 @@ def test_the_decay_of_an_averaged_model_counts():
         for decay in (0.9, 0.99)
     ]
     assert model_facts(averaged[0]) != model_facts(averaged[1])
+
+
+def test_the_attention_kernel_of_a_model_inside_counts_wherever_it_was_chosen():
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 8, "vocab_size": 16, "n_positions": 8}
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    models = [
+        nn.Sequential(GPT2LMHeadModel(GPT2Config(**shape, **ends, attn_implementation=kernel)))
+        for kernel in ("eager", "sdpa", "eager")
+    ]
+    models[2][0].set_attn_implementation("sdpa")
+    facts = [model_facts(model) for model in models]
+    assert facts[0]["0.config"]["attn_implementation"] == "eager"
+    assert facts[0] != facts[1] == facts[2]

@@ -158,3 +158,19 @@ def test_another_dropout_in_the_code_is_noticed_by_what_the_model_prints(run):
     model[1].p = 0.3
     with pytest.raises(DifferenceError, match=r"model\.layer\.1: stored Dropout\(p=0\.2"):
         small_trainer(run, model=model, max_steps=8, weight_decay=0.1).train()
+
+
+def test_the_whole_table_shows_what_is_the_same_too(run):
+    trainer, _ = train(run, save_steps=3)
+    rows = {row.path: row for row in trainer.resume_report.table}
+    assert (rows["learning_rate"].stored, rows["learning_rate"].now) == (0.01, 0.01)
+    same = ("learning_rate", "data.length", "model.class", "environment.torch")
+    assert {rows[path].verdict for path in same} == {"same"}
+    assert rows["save_steps"].verdict == "harmless"
+
+
+def test_no_path_is_in_the_table_twice_and_none_of_the_same_is_a_difference(run):
+    trainer, _ = train(run, batch_size=4, allow=["batch_size"])
+    paths = [row.path for row in trainer.resume_report.table]
+    assert len({*paths}) == len(paths)
+    assert "same" not in {row.verdict for row in trainer.resume_report.differences}

@@ -42,6 +42,9 @@ EQUIVALENT = {
         "data.source.Points",
     ),
     "one more callback": ("configured", ("[Kill()]", "[Kill(), Callback()]"), "callbacks.names"),
+    "attention of a GPT-2": (
+        "gpt2", ("n_layer=1,", 'n_layer=1, attn_implementation="eager",'), "model.attn_implementation",
+    ),
     "another kernel": ("handmade", ("foreach=False", "foreach=True"), "optimizer.foreach"),
 }  # fmt: skip
 CHANGED = {

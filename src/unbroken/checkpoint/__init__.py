@@ -15,6 +15,7 @@ from unbroken.checkpoint.differences import Word as Word
 from unbroken.checkpoint.differences import brief as brief
 from unbroken.checkpoint.differences import compare as compare
 from unbroken.checkpoint.differences import overall as overall
+from unbroken.checkpoint.differences import unchanged as unchanged
 from unbroken.checkpoint.elsewhere import environment_differences as environment_differences
 from unbroken.checkpoint.environment import environment_facts as environment_facts
 from unbroken.checkpoint.environment_rules import ENVIRONMENT_RULES as ENVIRONMENT_RULES
@@ -60,4 +61,5 @@ __all__ = [
     "environment_facts",
     "overall",
     "ratio",
+    "unchanged",
 ]

@@ -22,6 +22,7 @@ from unbroken.checkpoint.differences import (
     gravest_first,
     is_named,
     refuse_unnamed,
+    unchanged,
 )
 from unbroken.checkpoint.elsewhere import environment_differences
 from unbroken.checkpoint.environment import environment_facts
@@ -39,7 +40,8 @@ FINGERPRINT_VERSION = 1
 """Raised whenever the same thing would get other facts than before."""
 
 Examine = Callable[[Mapping[str, Any], tuple[Difference, ...]], tuple[Difference, ...]]
-"""From the facts of a checkpoint and the differences found so far to all that matter."""
+"""From the facts of a checkpoint and the differences found so far to all that matter, and what is
+the same of what it compares itself."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,15 @@ class Comparison:
             "fingerprint": {"version": FINGERPRINT_VERSION, **groups},
         }
 
-    def differences(self, stored: Mapping[str, Any]) -> tuple[Difference, ...]:
-        """Return all that is not what it was; nothing is refused yet."""
+    def rows(self, stored: Mapping[str, Any]) -> tuple[Difference, ...]:
+        """Return all that was compared, what is the same last; nothing is refused yet."""
+        found = self._differences(stored)
+        told = {row.path for row in found}
+        same = unchanged(_all_facts(stored), _all_facts(self.facts))
+        known = (row for row in same if row.path not in told and row.now is not None)
+        return (*found, *known)
+
+    def _differences(self, stored: Mapping[str, Any]) -> tuple[Difference, ...]:
         now = flat(self._settings)
         rules = {**{path: rule_of(path) for path in now}, **_NAMING}
         settings = compare(flat(_group(stored, "settings")), now, rules)
@@ -279,6 +288,14 @@ def _plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         name: _plain_settings(value) if isinstance(value, Mapping) else plain_or_text(value)
         for name, value in settings.items()
     }
+
+
+def _all_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings, the fingerprint and the environment by path."""
+    prints = dict(_group(facts, "fingerprint"))
+    prints.pop("version", None)
+    environment = {"environment": _group(facts, "environment")}
+    return {**flat(_group(facts, "settings")), **flat(prints), **flat(environment)}
 
 
 def _group(facts: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -31,7 +31,7 @@ class Difference:
         effect: What follows from it, in plain words.
         verdict: "harmless": the bits of the training stay; "equivalent": the same training,
             rounded in another order; "changed": another training, which passes if it is named;
-            "refused": it cannot be. ("same" is for tables that show all settings.)
+            "refused": it cannot be; "same": nothing changed (in tables that show all).
 
     Example:
         >>> print(Difference("learning_rate", 3e-4, 1e-4, "other updates", "changed"))
@@ -89,6 +89,17 @@ def compare(
         if name in stored and stored[name] != value
     ]
     return gravest_first(found)
+
+
+def unchanged(stored: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[Difference, ...]:
+    """Return every setting that has the value that it had, with the verdict "same".
+
+    Example:
+        >>> [row.path for row in unchanged({"seed": 1, "lr": 1.0}, {"seed": 1, "lr": 2.0})]
+        ['seed']
+    """
+    same = [name for name, value in now.items() if name in stored and stored[name] == value]
+    return tuple(Difference(name, stored[name], now[name], "", "same") for name in same)
 
 
 def gravest_first(differences: Iterable[Difference]) -> tuple[Difference, ...]:

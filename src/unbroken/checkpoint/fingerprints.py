@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from unbroken.checkpoint.differences import Difference, Rule
+from unbroken.checkpoint.environment_rules import ATTENTION
 from unbroken.fingerprint import NOT_COMPARED
 
 RULES: tuple[tuple[str, Rule], ...] = (
@@ -15,6 +16,8 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("model.source.*", ("changed", "the code of this class is not what it was")),
     ("model.layer.*", ("changed", "this layer computes something else; its weights are kept")),
     ("model.frozen", ("changed", "other parameters train from here on; all other state is kept")),
+    ("model.attn_implementation", ATTENTION),
+    ("model.*.attn_implementation", ATTENTION),
     ("model.*", ("changed", "the model computes something else; its weights are kept")),
     ("optimizer.*class", ("refused", 'its state means nothing to another; skip=["optimizer"]')),
     ("optimizer.*foreach", ("equivalent", "another kernel rounds in another order")),
@@ -173,7 +176,8 @@ def _told_once(
 def _alike(found: list[Difference]) -> set[str]:
     """Return the layers that changed as another one did, or as the configuration tells."""
     layers = [d for d in found if d.path.startswith("model.layer.")]
-    told = {d.path for d in found if d.path.startswith("model.") and d not in layers}
+    others = [d for d in found if d.verdict == "changed" and d not in layers]
+    told = {d.path for d in others if d.path.startswith("model.")}
     if told - {"model.frozen"}:
         return {layer.path for layer in layers}
     first = {(layer.stored, layer.now): layer.path for layer in reversed(layers)}

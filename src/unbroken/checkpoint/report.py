@@ -18,6 +18,7 @@ class ResumeReport:
         rejected: Newer checkpoints that could not be used, and why.
         set_aside: Checkpoints of an abandoned future that were renamed, as (old, new) names.
         differences: Settings that are not what they were when the checkpoint was saved.
+        same: All else that was compared, with the verdict "same".
         previous_owner: Who held the run directory and died holding it, if anybody.
     """
 
@@ -27,12 +28,18 @@ class ResumeReport:
     set_aside: tuple[tuple[str, str], ...] = ()
     previous_owner: str | None = None
     differences: tuple[Difference, ...] = ()
+    same: tuple[Difference, ...] = field(default=(), repr=False)
     notes: tuple[str, ...] = field(default=())
 
     @property
     def verdict(self) -> Word:
         """The one word for this start: "exact", "equivalent" or "changed"."""
         return overall(self.differences)
+
+    @property
+    def table(self) -> tuple[Difference, ...]:
+        """All that was compared: what differs, the gravest first, then what is the same."""
+        return (*self.differences, *self.same)
 
     @property
     def resumed(self) -> bool:
@@ -70,7 +77,7 @@ class ResumeReport:
         return [head, *rejected, *moved, *owner]
 
     def to_json(self) -> dict[str, object]:
-        """Return the report as plain JSON values, for history.jsonl."""
+        """Return the report as plain JSON values, for history.jsonl; without what is the same."""
         return {
             "step": self.step,
             "checkpoint": self.checkpoint,

@@ -76,6 +76,7 @@ class Resumption:
         self.skipped: tuple[str, ...] = ()
         self._comparison = comparison
         self._differences: tuple[Difference, ...] = ()
+        self._same: tuple[Difference, ...] = ()
 
     def start(self, selection: Selection) -> ResumeReport:
         """Resume what `selection` asks for, or make ready for a fresh start."""
@@ -120,7 +121,9 @@ class Resumption:
             return report
         checkpoint = None if reader is None else reader.storage.describe(reader.folder)
         step = 0 if reader is None else reader.step
-        return ResumeReport(step, checkpoint, rejected, differences=self._differences)
+        return ResumeReport(
+            step, checkpoint, rejected, differences=self._differences, same=self._same
+        )
 
     def load_only(self, step: int) -> None:
         """Fill these objects alone from the checkpoint of `step`."""
@@ -157,7 +160,8 @@ class Resumption:
         comparison, facts = self._comparison, reader.manifest.facts
         if comparison is None:
             return tree
-        found = comparison.differences(facts)
+        rows = comparison.rows(facts)
+        found = tuple(row for row in rows if row.verdict != "same")
         is_here = reader.storage is self._run.storage
         own = is_here and reader.manifest.run_id == self._run.run_id  # not its parent's
         patterns = comparison.patterns(facts, own=own)
@@ -166,6 +170,7 @@ class Resumption:
         check(model, {name: tree[name] for name in model if name in tree})  # names both shapes
         comparison.refuse(f"checkpoint of step {reader.step}", found)
         self._differences = (*skipped, *found)
+        self._same = rows[len(found) :]
         self.skipped = patterns
         return tree
 
@@ -224,6 +229,7 @@ class Resumption:
             set_aside=moved,
             previous_owner=self._run.previous_owner,
             differences=self._differences,
+            same=self._same,
             notes=(*self._notes, *notes),
         )
         self._run.history.append({"event": "started", **report.to_json()})

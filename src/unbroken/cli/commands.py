@@ -83,7 +83,7 @@ class Diff:
     values: bool = False
     """Read the tensors that differ: how far apart they are (absolute, relative, ULP), and where."""
     show_all: Annotated[bool, arg(name="all")] = False
-    """Show every row of long tables."""
+    """Show every row of long tables, and what is the same."""
     as_json: Json = False
     """Print JSON instead of tables."""
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from unbroken.cli.sides import CheckpointSide, ConfigSide, Side
-from unbroken.cli.tables import date_text, make_table, print_table, size_text
+from unbroken.cli.tables import date_text, make_table, print_table, size_text, value_text
 from unbroken.cli.typed_text import texts_of
 from unbroken.store import Diff, TensorDifference, TensorEntry, ValueDifference, ValueGroup
 
@@ -41,16 +41,19 @@ def print_page(
         sides: What was compared.
         diff: What differs.
         distances: How far apart the tensors are, by path, where that was asked for.
-        show_all: Show every row of long tables.
+        show_all: Show every row of long tables, and what is the same.
     """
     for name, side in zip("AB", sides, strict=True):
         _print_side(console, name, side)
     for group in diff.groups:
         _print_group(console, group, show_all=show_all)
-    if diff.tensors:
+    same = _same_tensors(diff, sides) if show_all else []
+    if diff.tensors or same:
         many = _many_tensors(diff, distances)
-        console.print(f"\ntensors: {many}: {_by_owner(diff, sides)}", style="bold")
+        owners = f": {_by_owner(diff, sides)}" if diff.tensors else ""
+        console.print(f"\ntensors: {many}{owners}", style="bold")
         _print_tensors(console, diff.tensors, distances, show_all=show_all)
+        _print_rows(console, ("", ""), [(path, "same") for path in same], show_all=True)
         if any(one.kind == "bytes" and one.path not in distances for one in diff.tensors):
             console.print("how far apart: --values")
         if any(one.kind == "shards" and one.path not in distances for one in diff.tensors):
@@ -76,15 +79,18 @@ def _print_side(console: Console, name: str, side: Side) -> None:
 
 
 def _print_group(console: Console, group: ValueGroup, *, show_all: bool) -> None:
-    if not group.differences:
+    same = group.same() if show_all else {}
+    if not group.differences and not same:
         return
-    first = group.differences[0]
-    if first.path == group.name:  # only one side has anything of the kind
+    first = group.differences[0] if group.differences else None
+    if first is not None and first.path == group.name:  # only one side has anything of the kind
         values = f"{group.count} value{'s'[: group.count != 1]}"
         console.print(f"\n{group.name}: {_only(first.kind)} ({values})", style="bold")
         return
     console.print(f"\n{group.name}: {_many(len(group.differences), group.count)}", style="bold")
     rows = [_value_cells(group.name, difference) for difference in group.differences]
+    names = ((path.removeprefix(f"{group.name}."), path) for path in sorted(same))
+    rows += [(name, value_text(same[path]), "same") for name, path in names]
     _print_rows(console, ("", "A", "B"), rows, show_all=show_all)
 
 
@@ -123,6 +129,14 @@ def _by_owner(diff: Diff, sides: tuple[Side, Side]) -> str:
     totals = Counter(map(_owner, paths))
     found = Counter(_owner(difference.path) for difference in diff.tensors)
     return ", ".join(f"{owner} {found[owner]} of {totals[owner]}" for owner in found)
+
+
+def _same_tensors(diff: Diff, sides: tuple[Side, Side]) -> list[str]:
+    found = [side.reader.manifest.tensors for side in sides if isinstance(side, CheckpointSide)]
+    differing = {difference.path for difference in diff.tensors}
+    if len(found) < len(sides):
+        return []
+    return [path for path in found[0] if path in found[1] and path not in differing]
 
 
 def _owner(path: str) -> str:

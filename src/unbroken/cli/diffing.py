@@ -42,7 +42,7 @@ def print_diff(a: str, b: str, *, with_values: bool, show_all: bool, as_json: bo
         a: A checkpoint, a run (its newest checkpoint that can be opened), or a configuration file.
         b: Another one.
         with_values: Read the tensors of which the bytes differ, and tell how far they are apart.
-        show_all: Show every row of long tables.
+        show_all: Show every row of long tables, and what is the same.
         as_json: Print JSON instead of tables.
 
     Raises:
@@ -55,7 +55,7 @@ def print_diff(a: str, b: str, *, with_values: bool, show_all: bool, as_json: bo
     distances = distances_of(one, other, diff) if with_values else {}
     diff, distances = without_equal(diff, distances)
     if as_json:
-        print_json(_as_json(one, other, diff, distances))
+        print_json(_as_json(one, other, diff, distances, with_same=show_all))
     else:
         print_page(make_console(), (one, other), diff, distances, show_all=show_all)
     return 0 if diff.is_same else DIFFERENT
@@ -107,13 +107,20 @@ def without_equal(
     return replace(diff, tensors=rest), {p: d for p, d in distances.items() if p not in same}
 
 
-def _as_json(a: Side, b: Side, diff: Diff, distances: Mapping[str, Distance]) -> dict[str, object]:
+def _as_json(
+    a: Side, b: Side, diff: Diff, distances: Mapping[str, Distance], *, with_same: bool
+) -> dict[str, object]:
     return {
         "same": diff.is_same,
         "a": _side_json(a),
         "b": _side_json(b),
         "groups": [
-            {"name": group.name, "values": group.count, "differences": _values(group.differences)}
+            {
+                "name": group.name,
+                "values": group.count,
+                "differences": _values(group.differences),
+                **({"same": group.same()} if with_same else {}),
+            }
             for group in diff.groups
         ],
         "tensors": {

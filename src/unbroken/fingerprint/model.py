@@ -20,6 +20,7 @@ from unbroken.fingerprint.source import source_digest
 _OF_EVERY_MODULE = {*vars(nn.Module()), "config", *OWN_TO_A_START}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _ROOT = "(model)"
+ATTENTION = "attn_implementation"
 
 
 def model_facts(model: nn.Module) -> dict[str, Plain]:
@@ -81,9 +82,15 @@ def _config(config: Any) -> dict[str, Plain]:
     """Return a configuration: a Hugging Face one, a dataclass, a namespace, a dictionary."""
     told = answer(config, "to_dict")
     if isinstance(told, dict):
-        return facts_of_items(told)
+        return facts_of_items({**told, **_attention(config)})
     values = config if isinstance(config, dict) else attributes_of(config)
     return facts_of_items({n: v for n, v in values.items() if not str(n).startswith("_")})
+
+
+def _attention(config: Any) -> dict[str, Any]:
+    """Return the attention kernel that a Hugging Face model uses; `to_dict` leaves it out."""
+    kernel = asked(config, "_attn_implementation")
+    return {} if kernel is None else {ATTENTION: kernel}
 
 
 def _attributes(modules: dict[str, nn.Module], classes: list[type]) -> dict[str, Plain]:

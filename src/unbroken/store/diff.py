@@ -295,4 +295,4 @@ def _counted(group: ValueGroup) -> tuple[ValueGroup, tuple[ValueDifference, ...]
     names = NOT_COUNTED.get(group.name, ())
     passed = tuple(one for one in group.differences if one.path in names)
     rest = tuple(one for one in group.differences if one not in passed)
-    return ValueGroup(group.name, group.count, rest), passed
+    return replace(group, differences=rest), passed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from unbroken.store.canonical import Json
@@ -40,6 +40,7 @@ class ValueGroup:
         name: "config", "environment", "state", "files", ...
         count: How many values there are in it, on the side that has more.
         differences: Those that differ.
+        trees: Both sides whole, where they are JSON.
 
     Example:
         >>> ValueGroup("config", 52, ()).count
@@ -49,6 +50,18 @@ class ValueGroup:
     name: str
     count: int
     differences: tuple[ValueDifference, ...]
+    trees: tuple[Node, Node] | None = field(default=None, repr=False, compare=False)
+
+    def same(self) -> dict[str, Json]:
+        """Return the values that are the same on both sides, by their paths.
+
+        Example:
+            >>> from unbroken.store.value_tree import plain_tree
+            >>> a, b = plain_tree({"lr": 1, "seed": 1}), plain_tree({"lr": 2, "seed": 1})
+            >>> diff_trees("", a, b, exact=False).same()
+            {'seed': 1}
+        """
+        return {} if self.trees is None else dict(_same(*self.trees, ""))
 
 
 def diff_trees(
@@ -73,7 +86,18 @@ def diff_trees(
     """
     count = max(sum(end.leaf is None for end in node.ends()) for node in (a, b))
     found = () if a is b else tuple(_Comparison(exact, told).differences(a, b, ""))
-    return ValueGroup(name, count, found)
+    return ValueGroup(name, count, found, (a, b))
+
+
+def _same(a: Node, b: Node, path: str) -> Iterator[tuple[str, Json]]:
+    """Yield the values that are the same at the same path; those with leaves are tensors."""
+    path = (path + a.end).removeprefix(".")
+    if a.leaf is not None or a.kind != b.kind:
+        return
+    if a.kind == VALUE and json.dumps(a.raw) == json.dumps(b.raw):
+        yield path, a.raw
+    for key in a.parts.keys() & b.parts.keys():
+        yield from _same(a.parts[key], b.parts[key], path)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from unbroken.checkpoint import Difference, Rule, compare
+from unbroken.checkpoint import Difference, Rule, compare, unchanged
 from unbroken.training.config import TrainerConfig
 from unbroken.training.counting import count_steps
 from unbroken.training.progress import Progress
@@ -106,16 +106,18 @@ class Examination:
     def __call__(
         self, facts: Mapping[str, Any], found: tuple[Difference, ...]
     ) -> tuple[Difference, ...]:
-        """Return all differences from the checkpoint with these facts."""
+        """Return all differences from the checkpoint with these facts, and the settings kept."""
         config, stored = self._trainer.config, _mapping(facts, "config")
         now = config.to_dict()
         if config.micro_batch_size == "auto":
             now["micro_batch_size"] = stored.get("micro_batch_size")  # goes on with that size
         differences = compare(_comparable(stored), _comparable(now), self._rules())
         others = tuple(self._judged(difference, stored) for difference in found)
-        if not stored or not self._trainer.has_own_schedule:
-            return (*differences, *others)
-        return (*differences, *self._length(differences, facts), *others)
+        same = unchanged(_comparable(stored), _comparable(now))
+        length: tuple[Difference, ...] = ()
+        if stored and self._trainer.has_own_schedule:
+            length = self._length(differences, facts)
+        return (*differences, *length, *others, *same)
 
     def _rules(self) -> dict[str, Rule]:
         rules = rules_for(self._trainer.config, self._trainer.model)
