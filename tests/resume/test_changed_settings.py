@@ -125,7 +125,8 @@ def test_the_differences_stand_in_the_history(run):
 
 
 def test_every_setting_has_a_rule():
-    of_the_start = {"allow", "skip", "exact_resume", "load_from", "resume_from_checkpoint"}
+    of_the_start = {"allow", "skip", "exact_resume", "resume_from_checkpoint"}
+    of_the_start |= {"load_from", "ddp_timeout"}
     assert set(TrainerConfig().to_dict()) - set(RULES) == of_the_start
 
 

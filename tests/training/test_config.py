@@ -95,6 +95,7 @@ def test_a_missing_file_is_named():
 
 # Ours alone, for a reason: the global batch, minutes beside steps, this library's own work.
 OWN = {
+    "load_from",
     "allow", "skip", "exact_resume", "branch", "batch_size", "micro_batch_size", "shuffle",
     "samples_per_epoch", "sgd_momentum", "device", "lanes",
     "logging_minutes", "log_data_digest", "eval_minutes", "eval_batch_size", "save_minutes",

@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from unbroken import __version__
+from unbroken.checkpoint.environment import environment_facts
 from unbroken.distributed import Group
 
 _SOFTWARE = ("python", "torch", "numpy")
 
 
-def agree_on_versions(group: Group, environment: Mapping[str, Any]) -> None:
+def agree_on_versions(group: Group) -> None:
     """Raise unless all ranks run the same versions of what all of them have imported.
 
     Args:
         group: The ranks.
-        environment: What `environment_facts` returned here.
 
     Raises:
         RankError: Naming the ranks with another version.
 
     Example:
         >>> from unbroken.distributed import Alone
-        >>> agree_on_versions(Alone(), {"torch": "2.13.0"})
+        >>> agree_on_versions(Alone())
     """
     if group.world_size == 1:
         return
     own = {
         name: value
-        for name, value in environment.items()
+        for name, value in environment_facts().items()
         if name in _SOFTWARE or name.startswith("packages.")
     }
     own["unbroken"] = __version__

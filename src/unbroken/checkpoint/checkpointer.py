@@ -202,7 +202,7 @@ class Checkpointer:
         """
         comparison = self.comparison
         comparison.note_what_is_here()
-        agree_on_versions(self.group, comparison.facts["environment"])
+        agree_on_versions(self.group)
         selection = Selection.parse(which)
         if self._branch is not None:
             self.close()

@@ -7,7 +7,7 @@ from unbroken.data.factory import batch_source as batch_source
 from unbroken.data.keyed_dataset import KeyedDataset as KeyedDataset
 from unbroken.data.keys import derive_key as derive_key
 from unbroken.data.loader_source import CountedSource as CountedSource
-from unbroken.data.loader_source import Grouping as Grouping
+from unbroken.data.loader_source import LoaderSource as LoaderSource
 from unbroken.data.loader_source import StatefulSource as StatefulSource
 from unbroken.data.map_source import Loading as Loading
 from unbroken.data.map_source import MapSource as MapSource
@@ -16,6 +16,7 @@ from unbroken.data.order import SampleKey as SampleKey
 from unbroken.data.permutation import Permutation as Permutation
 from unbroken.data.randomness import KeyedRandom as KeyedRandom
 from unbroken.data.randomness import keyed_random as keyed_random
+from unbroken.data.reading import Grouping as Grouping
 from unbroken.data.sampler import BatchShape as BatchShape
 from unbroken.data.sampler import MicroBatchSampler as MicroBatchSampler
 from unbroken.data.source import BatchSource as BatchSource
@@ -39,6 +40,7 @@ __all__ = [
     "Grouping",
     "KeyedDataset",
     "KeyedRandom",
+    "LoaderSource",
     "Loading",
     "MapSource",
     "MicroBatch",

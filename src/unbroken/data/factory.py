@@ -10,13 +10,13 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 from unbroken.data.asking import has
 from unbroken.data.loader_source import (
     CountedSource,
-    Grouping,
     LoaderSource,
     OnSkip,
     StatefulSource,
 )
 from unbroken.data.map_source import Loading, MapSource
 from unbroken.data.order import GlobalOrder
+from unbroken.data.reading import Grouping
 from unbroken.data.replay import reason_to_replay
 from unbroken.data.sampler import BatchShape
 from unbroken.data.source import BatchSource

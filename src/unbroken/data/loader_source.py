@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar
 
 import torch
-from torch.utils.data import default_collate
 
 from unbroken.data.foreign import END, ForeignLoader
 from unbroken.data.keys import derive_key
 from unbroken.data.randomness import KeyedRandom
+from unbroken.data.reading import Grouping, Reader
 from unbroken.data.sampler import BatchShape
 from unbroken.data.source import MicroBatch, OnePass, Position, require_same_facts
 from unbroken.data.workers import shut_down
@@ -24,62 +23,6 @@ OnSkip = Callable[[int, int, float], None]
 
 _log = logging.getLogger("unbroken.data")
 _SECONDS_BETWEEN_REPORTS = 1.0
-
-
-@dataclass(frozen=True)
-class Grouping:
-    """How micro-batches are made of what an iterable gives.
-
-    Attributes:
-        samples: The iterable gives single samples, of which each micro-batch of all ranks
-            takes m * W; else it gives whole micro-batches of this rank.
-        collate: Makes a micro-batch of a list of samples.
-        drop_last: Leave out the samples at an epoch's end that fill no micro-batch of all ranks;
-            else a micro-batch may span two epochs.
-    """
-
-    samples: bool = False
-    collate: Callable[[list[Any]], Any] = default_collate
-    drop_last: bool = False
-
-
-@dataclass
-class _Reader:
-    """A place in the endless chain of epochs of a loader."""
-
-    loader: ForeignLoader
-    batches: Iterator[Any]
-    epoch: int
-    taken: int
-
-    def take(self, count: int, grouping: Grouping, rng: KeyedRandom) -> tuple[list[Any], int]:
-        """The next `count` items, and the epoch of the first one."""
-        items: list[Any] = []
-        epoch = self.epoch
-        while len(items) < count:
-            item = self.loader.next(self.batches, self.epoch, self.taken, rng)
-            if item is END:
-                if grouping.drop_last:
-                    items.clear()
-                self._next_epoch(count if grouping.drop_last else 1, rng)
-                continue
-            if not items:
-                epoch = self.epoch
-            items.append(item)
-            self.taken += 1
-        return items, epoch
-
-    def _next_epoch(self, least: int, rng: KeyedRandom) -> None:
-        if self.taken < least:
-            raise DataError(
-                type(self.loader.loader).__name__,
-                f"epoch {self.epoch} ended too early",
-                expected=f"at least {least} items",
-                found=self.taken,
-                hint="An iterable must give its items again each time it is iterated.",
-            )
-        self.epoch, self.taken = self.epoch + 1, 0
-        self.batches = self.loader.begin(self.epoch, rng)
 
 
 class LoaderSource:
@@ -94,6 +37,11 @@ class LoaderSource:
         shape: How a global batch is cut.
         grouping: What the loader gives, and how micro-batches are made of it.
         may_change: Facts (see `state_dict`) that need not be those of a loaded state.
+
+    Attributes:
+        places: `own_state` of every rank, by rank, where each has a loader of its own; to be set
+            before each `state_dict`.
+        first_items: What the first micro-batch of all ranks was made of, since `from_`.
     """
 
     kind: ClassVar[str]
@@ -113,6 +61,13 @@ class LoaderSource:
         self._loader = ForeignLoader(loader, seed)
         self._grouping = Grouping() if grouping is None else grouping
         self._running = OnePass()
+        self.places: list[dict[str, Any]] = []
+        self.first_items: list[Any] = []
+
+    @property
+    def gives_samples(self) -> bool:
+        """Whether the loader gives single samples, which are dealt to the ranks here."""
+        return self._grouping.samples
 
     @property
     def steps_per_epoch(self) -> Fraction | None:
@@ -123,7 +78,7 @@ class LoaderSource:
         if not self._grouping.samples:
             return Fraction(length, self.shape.accumulation)
         if self._grouping.drop_last:
-            length -= length % self.shape.stride
+            length -= length % self.shape.micro_batch_size
         return Fraction(length, self.shape.global_batch_size)
 
     @property
@@ -133,6 +88,7 @@ class LoaderSource:
 
     def from_(self, position: Position | None = None) -> Iterator[MicroBatch]:
         """Return the micro-batches from a position on, endless."""
+        self.first_items = []
         return self._running.begin(self._read(self.position if position is None else position))
 
     def used(self, micro: MicroBatch) -> None:
@@ -144,7 +100,18 @@ class LoaderSource:
         return self.shape.accumulation - self.position.pending
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place after the last batch used, and what it depends on."""
+        """Return the place after the last batch used, and what it depends on.
+
+        With a loader on each rank these are `places`.
+        """
+        return {"ranks": self.places} if self._is_one_of_many else self.own_state()
+
+    @property
+    def _is_one_of_many(self) -> bool:
+        return self.shape.world_size > 1 and not self._grouping.samples
+
+    def own_state(self) -> dict[str, Any]:
+        """Return the place of this rank's loader, and what it depends on."""
         place = self.position
         return {
             **self._facts(),
@@ -159,12 +126,30 @@ class LoaderSource:
         """Go to a saved place.
 
         Raises:
-            DataError: It was saved with another loader, seed or cut of the global batch.
+            DataError: It was saved with another loader, seed or cut of the global batch, or by
+                loaders on another number of ranks.
         """
+        state = self._of_this_rank(state)
         require_same_facts(state, self._facts(), self._may_change)
         self._running.close()
         names = ("samples", "epoch", "taken", "pending", "loader_state")
         self.position = Position(**{name: state[name] for name in names})
+
+    def _of_this_rank(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        if self._grouping.samples or state.get("gives_samples"):
+            return state
+        ranks = state.get("ranks", [state])
+        if len(ranks) != self.shape.world_size:
+            raise DataError(
+                "data.world_size",
+                "a loader that gives each rank its own batches goes on with as many ranks",
+                expected=f"{len(ranks)}, as saved",
+                found=self.shape.world_size,
+                hint="A map-style data set, or an iterable of samples that is the same on all "
+                "ranks, is dealt to any number of ranks.",
+            )
+        found: Mapping[str, Any] = ranks[self.shape.rank]
+        return found
 
     def close(self) -> None:
         """Stop reading; the position stays."""
@@ -182,26 +167,45 @@ class LoaderSource:
         finally:
             shut_down(reader.batches)
 
-    def _next(self, reader: _Reader, place: Position, rng: KeyedRandom) -> MicroBatch:
-        grouping, shape = self._grouping, self.shape
-        items, epoch = reader.take(shape.stride if grouping.samples else 1, grouping, rng)
-        if grouping.samples:
-            first = shape.rank * shape.micro_batch_size
-            rng.seed(derive_key(self._loader.seed, "collate", place.samples + first))
-            data = grouping.collate(items[first : first + shape.micro_batch_size])
-            samples = shape.micro_batch_size
-        else:
-            data = items[0]
-            samples = _samples_in(data, shape.micro_batch_size)
-            first = shape.rank * samples
-        after = Position(
-            samples=place.samples + samples * shape.world_size,
+    def _next(self, reader: Reader, place: Position, rng: KeyedRandom) -> MicroBatch:
+        if self._grouping.samples:
+            return self._next_of_samples(reader, place, rng)
+        (data,), epoch = reader.take(1, self._grouping, rng)
+        self.first_items = self.first_items or [data]
+        samples = _samples_in(data, self.shape.micro_batch_size)
+        first = place.samples + self.shape.rank * samples
+        return MicroBatch(data, samples, epoch, first, self._after(reader, place, samples))
+
+    def _next_of_samples(self, reader: Reader, place: Position, rng: KeyedRandom) -> MicroBatch:
+        """Deal a step in equal, contiguous parts; every rank reads all of it, and keeps its own."""
+        shape = self.shape
+        size, own = shape.micro_batch_size, shape.accumulation
+        if place.pending == 0:
+            self._pass_over(reader, shape.rank * own, rng)
+        items, epoch = reader.take(size, self._grouping, rng)
+        self.first_items = self.first_items or items
+        begin = place.samples - place.pending * shape.stride
+        first = begin + (shape.rank * own + place.pending) * size
+        rng.seed(derive_key(self._loader.seed, "collate", first))
+        data = self._grouping.collate(items)
+        if place.pending == own - 1:
+            self._pass_over(reader, (shape.world_size - 1 - shape.rank) * own, rng)
+        return MicroBatch(data, size, epoch, first, self._after(reader, place, size))
+
+    def _pass_over(self, reader: Reader, micro_batches: int, rng: KeyedRandom) -> None:
+        """Read what other ranks take."""
+        for _ in range(micro_batches):
+            items, _ = reader.take(self.shape.micro_batch_size, self._grouping, rng)
+            self.first_items = self.first_items or items
+
+    def _after(self, reader: Reader, place: Position, samples: int) -> Position:
+        return Position(
+            samples=place.samples + samples * self.shape.world_size,
             epoch=reader.epoch,
             taken=reader.taken,
-            pending=(place.pending + 1) % shape.accumulation,
+            pending=(place.pending + 1) % self.shape.accumulation,
             loader_state=self._loader_state(),
         )
-        return MicroBatch(data, samples, epoch, place.samples + first, after)
 
     def _facts(self) -> dict[str, Any]:
         facts: dict[str, Any] = {
@@ -211,12 +215,13 @@ class LoaderSource:
             "global_batch_size": self.shape.global_batch_size,
             "gives_samples": self._grouping.samples,
         }
-        if not self._grouping.samples:
+        if not self._grouping.samples or self._grouping.drop_last:
             facts["micro_batch_size"] = self.shape.micro_batch_size
+        if not self._grouping.samples:
             facts["world_size"] = self.shape.world_size
         return facts
 
-    def _resume(self, place: Position, rng: KeyedRandom) -> _Reader:
+    def _resume(self, place: Position, rng: KeyedRandom) -> Reader:
         """Read on at a place."""
         raise NotImplementedError
 
@@ -235,9 +240,9 @@ class StatefulSource(LoaderSource):
 
     kind: ClassVar[str] = "stateful"
 
-    def _resume(self, place: Position, rng: KeyedRandom) -> _Reader:
+    def _resume(self, place: Position, rng: KeyedRandom) -> Reader:
         batches = self._loader.begin(place.epoch, rng, place.loader_state)
-        return _Reader(self._loader, batches, place.epoch, place.taken)
+        return Reader(self._loader, batches, place.epoch, place.taken)
 
     def _loader_state(self) -> Any:
         return self._loader.state()
@@ -286,13 +291,13 @@ class CountedSource(LoaderSource):
         self._reason = reason
         self._clock = clock
 
-    def _resume(self, place: Position, rng: KeyedRandom) -> _Reader:
-        reader = _Reader(self._loader, self._loader.begin(place.epoch, rng), place.epoch, taken=0)
+    def _resume(self, place: Position, rng: KeyedRandom) -> Reader:
+        reader = Reader(self._loader, self._loader.begin(place.epoch, rng), place.epoch, taken=0)
         if place.taken:
             self._skip(reader, place.taken, rng)
         return reader
 
-    def _skip(self, reader: _Reader, count: int, rng: KeyedRandom) -> None:
+    def _skip(self, reader: Reader, count: int, rng: KeyedRandom) -> None:
         name = type(self._loader.loader).__name__
         _log.warning(
             "%s: reading and skipping %d items of epoch %d to come back to its place, because %s",

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from unbroken.checkpoint import Policy
-from unbroken.data import BatchSource, MapSource, batch_source, derive_key
+from unbroken.data import BatchSource, batch_source, derive_key
 from unbroken.distributed import Group, RankSums, join
 from unbroken.errors import ConfigError
 from unbroken.store import Interval, KeepPolicy
@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 
 def joined(config: TrainerConfig | None) -> Group:
     """Return the ranks of torchrun's environment; they are left when this process exits."""
-    name = "auto" if config is None else config.device
+    config = TrainerConfig() if config is None else config
     auto = "cuda" if torch.cuda.is_available() else "cpu"
-    group = join(device_type=auto if name == "auto" else name.partition(":")[0])
+    name = auto if config.device == "auto" else config.device.partition(":")[0]
+    group = join(device_type=name, timeout=config.ddp_timeout)
     atexit.register(group.close)  # a process group that is left to the interpreter may abort it
     return group
 
@@ -91,12 +92,8 @@ def make_source(
     on_skip: Callable[[int, int, float], None],
     group: Group,
 ) -> BatchSource:
-    """Return the source of training batches; `on_skip` is told what skipping costs.
-
-    Raises:
-        ConfigError: If several ranks are to share a loader, which deals its batches itself.
-    """
-    source = batch_source(
+    """Return the source of training batches; `on_skip` is told what skipping costs."""
+    return batch_source(
         dataset,
         seed=config.seed if config.data_seed is None else config.data_seed,
         global_batch_size=config.batch_size,
@@ -113,13 +110,6 @@ def make_source(
         rank=group.rank,
         world_size=group.world_size,
     )
-    if group.world_size > 1 and not isinstance(source, MapSource):
-        raise ConfigError(
-            "train_dataset",
-            "several ranks need a map-style data set",
-            found=type(dataset).__name__,
-        )
-    return source
 
 
 def made_by_settings(trainer: Trainer) -> list[str]:
@@ -169,17 +159,14 @@ def refuse_missing_evaluation_data(trainer: Trainer) -> None:
         raise ConfigError("eval_dataset", "is needed for eval_steps or eval_minutes")
 
 
-def refuse_to_save(trainer: Trainer, *, best_is_loaded: bool) -> None:
+def refuse_to_save(*, best_is_loaded: bool) -> None:
     """Raise where what is in memory is not the whole state of the run.
 
     Raises:
-        ConfigError: If the model holds its best weights; or inside a window of lanes.
+        ConfigError: If the model holds its best weights.
     """
     if best_is_loaded:
         raise ConfigError("save_checkpoint", "the model holds its best weights, not its last")
-    if trainer.progress.pending and (trainer.group.world_size > 1 or trainer.config.lanes):
-        what = "inside an accumulation window needs one rank and no lanes"
-        raise ConfigError("save_checkpoint", what)
 
 
 def make_lanes(trainer: Trainer) -> LaneSum | None:

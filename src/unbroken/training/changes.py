@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from unbroken.checkpoint import Difference, Rule, compare, unchanged
+from unbroken.errors import ConfigError
 from unbroken.training.config import TrainerConfig
 from unbroken.training.counting import count_steps
 from unbroken.training.progress import Progress
@@ -55,7 +56,14 @@ _RULED: tuple[tuple[Rule, str], ...] = (
 )
 RULES: Mapping[str, Rule] = {name: rule for rule, names in _RULED for name in names.split()}
 
-_OF_THE_START = {"resume_from_checkpoint", "allow", "skip", "exact_resume", "load_from"}
+_OF_THE_START = {
+    "resume_from_checkpoint",
+    "allow",
+    "skip",
+    "exact_resume",
+    "load_from",
+    "ddp_timeout",
+}
 OPTIMIZER_SETTINGS = {"weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "sgd_momentum"}
 SCHEDULE_SETTINGS = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"}
 _STEERING = (
@@ -108,6 +116,7 @@ class Examination:
     ) -> tuple[Difference, ...]:
         """Return all differences from the checkpoint with these facts, and the settings kept."""
         config, stored = self._trainer.config, _mapping(facts, "config")
+        refuse_unfinished_step(self._trainer, facts)
         now = config.to_dict()
         if config.micro_batch_size == "auto":
             now["micro_batch_size"] = stored.get("micro_batch_size")  # goes on with that size
@@ -162,6 +171,21 @@ class Examination:
                 effect = f"the learning rate of step {step + 1}, by the new length of the schedule"
                 return (Difference(LENGTH, *rates, effect, "changed"),)
         return ()
+
+
+def refuse_unfinished_step(trainer: Trainer, facts: Mapping[str, Any]) -> None:
+    """Raise where lanes or ranks would have to finish a step that one process began alone.
+
+    Raises:
+        ConfigError: If the checkpoint with these facts lies inside an accumulation window.
+    """
+    shared = trainer.group.world_size > 1 or trainer.config.lanes is not None
+    if shared and Progress(**_mapping(facts, "progress")).pending:
+        raise ConfigError(
+            "lanes" if trainer.config.lanes is not None else "world_size",
+            "the checkpoint lies inside a step, which one rank without lanes began",
+            hint="finish the step as it was begun, or resume from a checkpoint between two steps",
+        )
 
 
 def _sampled(start: int, stop: int) -> list[int]:

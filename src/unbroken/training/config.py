@@ -63,6 +63,10 @@ class TrainerConfig:
     """Who reads the checkpoint on several ranks: "all" of them; or "rank0", which sends it to the
     others, for a run directory that they cannot see."""
 
+    ddp_timeout: float = 600.0
+    """Seconds that ranks wait for each other before they end with an error that names who is
+    missing."""
+
     batch_size: int = 8
     """Samples in one optimizer step, over all ranks and micro-batches (the global batch)."""
     micro_batch_size: int | Literal["auto"] | None = None
@@ -319,6 +323,7 @@ _POSITIVE = (
     "save_total_limit",
     "keep_every_n_steps",
     "early_stopping_patience",
+    "ddp_timeout",
 )
 _NOT_NEGATIVE = (
     "dataloader_num_workers",

@@ -28,6 +28,7 @@ from unbroken.training.changes import (
 )
 from unbroken.training.counting import count_steps
 from unbroken.training.loss import LossFn
+from unbroken.training.own_data import gives_own_batches, tell_places
 from unbroken.training.progress import Progress
 from unbroken.training.schedules import factor_of
 
@@ -40,20 +41,21 @@ def run_fingerprint(
 ) -> dict[str, Any]:
     """Return the facts of a run that its objects do not hold: data, loss, callbacks.
 
-    Those of data are functions that wait for their records to be read.
+    Those of data are functions that wait for their records to be read. Of data that each rank has
+    of its own, rank 0 compares its part.
     """
     loss = {} if loss_fn is None else callable_facts(loss_fn)
     names = sorted(qualified_name(type(callback)) for callback in trainer.callbacks)
     facts = [object_facts(callback) for callback in trainer.callbacks]
     callbacks = {"names": names, **{str(place): one for place, one in enumerate(facts)}}
-    groups = {"loss": loss, "callbacks": callbacks, "state": _of_own_objects(trainer)}
+    groups: dict[str, Any] = {"loss": loss, "callbacks": callbacks}
+    groups["state"] = _of_own_objects(trainer)
     evaluation = None if trainer.eval_dataset is None else begin_data_facts(trainer.eval_dataset)
+    groups["eval_data"] = {} if evaluation is None else evaluation
+    if trainer.group.rank > 0 and gives_own_batches(trainer.source, trainer.group):
+        return groups
     read = None if dataset is None else begin_data_facts(dataset, collate_fn)
-    return {
-        **groups,
-        "data": {} if read is None else partial(_repeatable, trainer, read),
-        "eval_data": {} if evaluation is None else evaluation,
-    }
+    return {**groups, "data": {} if read is None else partial(_repeatable, trainer, read)}
 
 
 def _repeatable(trainer: Trainer, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -91,6 +93,7 @@ def _tell_of_own_generator(trainer: Trainer) -> None:
 
 def what_to_save(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the values that `go_on` needs, and the facts that the next start compares."""
+    tell_places(trainer.source, trainer.group)
     progress = asdict(trainer.progress)
     values = {
         "progress": progress,

@@ -35,14 +35,24 @@ def agree_on_wishes(trainer: Trainer) -> None:
     trainer.save_wanted = any(wanted for _, wanted in wishes)
 
 
-def agree_on_weights(trainer: Trainer) -> None:
-    """Raise unless all ranks begin with the same weights and buffers.
+def is_in_shared_window(trainer: Trainer) -> bool:
+    """Return whether an accumulation window is open that lanes or ranks share.
+
+    What they have gathered so far is not summed up yet: a save has to wait for the step.
+    """
+    shared = trainer.group.world_size > 1 or trainer.config.lanes is not None
+    return shared and trainer.progress.pending > 0
+
+
+def agree_on_the_beginning(trainer: Trainer) -> None:
+    """Raise unless all ranks begin with the same weights and buffers, and take as many steps.
 
     Raises:
-        RankError: Naming the ranks whose model is another one.
+        RankError: Naming the ranks whose model is another one, or whose data are longer.
     """
     if trainer.group.world_size == 1:
         return
+    trainer.group.agree("the number of steps (max_steps gives it)", trainer.max_steps)
     digest = xxhash.xxh3_128()
     for tensor in trainer.model.state_dict(keep_vars=True).values():
         if isinstance(tensor, torch.Tensor) and tensor.numel():

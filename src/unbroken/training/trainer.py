@@ -28,6 +28,7 @@ from unbroken.data import BatchSource, MicroBatch, derive_key
 from unbroken.distributed import Group
 from unbroken.errors import ConfigError
 from unbroken.storage import Storage
+from unbroken.training import ranks
 from unbroken.training.ambient import Randomness
 from unbroken.training.assembly import (
     for_ranks,
@@ -59,14 +60,10 @@ from unbroken.training.judging import eval_is_due, evaluate_and_judge, load_best
 from unbroken.training.loss import LossFn, tokens_of
 from unbroken.training.memory import keep_freed_memory
 from unbroken.training.optimizers import make_optimizer, refuse_closures
+from unbroken.training.own_data import rightly_dealt
 from unbroken.training.pace import Pace
 from unbroken.training.precision import Precision
 from unbroken.training.progress import Progress
-from unbroken.training.ranks import (
-    agree_on_weights,
-    agree_on_wishes,
-    agreed_reason,
-)
 from unbroken.training.result import TrainResult
 from unbroken.training.schedules import make_scheduler
 from unbroken.training.statistics import Statistics
@@ -238,13 +235,13 @@ class Trainer:
     def _loop(self, preemption: Preemption) -> None:
         self._pace.step_begins()
         with self.randomness.keyed():
-            for micro_batches in self._windows():
+            for micro_batches in rightly_dealt(self, self._windows()):
                 if not self._train_step(micro_batches):
                     continue
                 self._at_step_edge()
                 self._pace.step_is_over()
                 preemption.margin_seconds = self._pace.seconds_to_stop()
-                reason = agreed_reason(self.group, preemption.reason())
+                reason = ranks.agreed_reason(self.group, preemption.reason())
                 if reason is not None and not self._finished():
                     self._stop(reason)
 
@@ -288,15 +285,15 @@ class Trainer:
 
     def _at_step_edge(self) -> None:
         """Do what is due between two steps; saving comes last and so holds all the rest."""
-        step, self._at_edge, self.save_wanted = self.progress.step, True, False
+        step, self._at_edge = self.progress.step, True
         self.call("on_step_end")
-        agree_on_wishes(self)
+        ranks.agree_on_wishes(self)
         if self._log_timer.due(step) or self._finished():
             self._log()
         if self.config.evaluates and (eval_is_due(self) or self._finished()):
             improved = evaluate_and_judge(self)
             self.save_wanted |= improved and self.config.load_best_model_at_end
-        agree_on_wishes(self)
+        ranks.agree_on_wishes(self)
         self._at_edge = False
         if self.checkpointer.is_due(step) or self.save_wanted or self._finished():
             self.save_checkpoint()
@@ -336,13 +333,14 @@ class Trainer:
     def save_checkpoint(self) -> str:
         """Save everything as it is now into the run directory; return the checkpoint's folder.
 
-        Inside an accumulation window the gradients so far are saved with it. Asked for between
-        two steps, by a callback, it is made when all that belongs to the step has happened.
+        Inside an accumulation window the gradients so far are saved with it; with ranks or lanes
+        the step is finished first. Asked for between two steps, by a callback, it is made when
+        all that belongs to the step has happened.
         """
-        if self._at_edge:
+        if self._at_edge or ranks.is_in_shared_window(self):
             self.save_wanted = True
-            return self.checkpointer.path(self.progress.step)
-        refuse_to_save(self, best_is_loaded=self._best_is_loaded)
+            return self.checkpointer.path(self.progress.step + (not self._at_edge))
+        refuse_to_save(best_is_loaded=self._best_is_loaded)
         if self.progress == Progress():
             make_ready(self)
         self._count_time()
@@ -351,7 +349,7 @@ class Trainer:
         deterministic = deterministic_kernels(self.config.full_determinism, self.device)
         with self.randomness.ambient(), deterministic:
             path = self.checkpointer.save(self.progress.step, values, facts=facts)
-        self._saved = self.progress
+        self._saved, self.save_wanted = self.progress, False
         self._pace.save_took(self._count_time())
         self.call("on_save", path)
         return path
@@ -380,7 +378,7 @@ class Trainer:
             make_ready(self)
             if self.config.save_at_start:
                 self.save_checkpoint()
-        agree_on_weights(self)
+        ranks.agree_on_the_beginning(self)
         self.call("on_train_begin")
         return self.resume_report
 

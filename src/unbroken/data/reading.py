@@ -1,0 +1,69 @@
+"""Reading a loader that is not ours on and on, epoch after epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import default_collate
+
+from unbroken.data.foreign import END, ForeignLoader
+from unbroken.data.randomness import KeyedRandom
+from unbroken.errors import DataError
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """How micro-batches are made of what an iterable gives.
+
+    Attributes:
+        samples: The iterable gives single samples, the same on all ranks, which are dealt here;
+            else it gives whole micro-batches of this rank.
+        collate: Makes a micro-batch of a list of samples.
+        drop_last: Leave out the samples at an epoch's end that fill no micro-batch; else one may
+            span two epochs.
+    """
+
+    samples: bool = False
+    collate: Callable[[list[Any]], Any] = default_collate
+    drop_last: bool = False
+
+
+@dataclass
+class Reader:
+    """A place in the endless chain of epochs of a loader."""
+
+    loader: ForeignLoader
+    batches: Iterator[Any]
+    epoch: int
+    taken: int
+
+    def take(self, count: int, grouping: Grouping, rng: KeyedRandom) -> tuple[list[Any], int]:
+        """The next `count` items, and the epoch of the first one."""
+        items: list[Any] = []
+        epoch = self.epoch
+        while len(items) < count:
+            item = self.loader.next(self.batches, self.epoch, self.taken, rng)
+            if item is END:
+                if grouping.drop_last:
+                    items.clear()
+                self._next_epoch(count if grouping.drop_last else 1, rng)
+                continue
+            if not items:
+                epoch = self.epoch
+            items.append(item)
+            self.taken += 1
+        return items, epoch
+
+    def _next_epoch(self, least: int, rng: KeyedRandom) -> None:
+        if self.taken < least:
+            raise DataError(
+                type(self.loader.loader).__name__,
+                f"epoch {self.epoch} ended too early",
+                expected=f"at least {least} items",
+                found=self.taken,
+                hint="An iterable must give its items again each time it is iterated.",
+            )
+        self.epoch, self.taken = self.epoch + 1, 0
+        self.batches = self.loader.begin(self.epoch, rng)
