@@ -33,11 +33,13 @@ class Text(torch.utils.data.Dataset):
         )
         start = 100 if changed else 0
         self.rows = [tokens[i]["input_ids"] for i in range(start, start + samples)]
+        self.read: list[int] = []
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict:
+        self.read.append(int(index))
         return {"input_ids": self.rows[index], "labels": self.rows[index]}
 
 
@@ -139,10 +141,21 @@ class Seen(transformers.TrainerCallback):
 def model_of(order: dict) -> GPT2LMHeadModel:
     torch.manual_seed(order.get("model_seed", 0))
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 257, "n_positions": BLOCK}
-    config = GPT2Config(
-        **{**sizes, "bos_token_id": 256, "eos_token_id": 256, **order.get("model", {})}
-    )
-    return GPT2LMHeadModel(config)
+    ends = {"bos_token_id": 256, "eos_token_id": 256}
+    model = GPT2LMHeadModel(GPT2Config(**{**sizes, **ends, **order.get("model", {})}))
+    if order.get("reordered"):
+        reorder(model.transformer.h[0])
+    return model
+
+
+def reorder(block: torch.nn.Module) -> None:
+    """Exchange the places of two parts whose parameters have the same shapes."""
+    parts = dict(block._modules)
+    block._modules.clear()
+    swapped = {"ln_1": "ln_2", "ln_2": "ln_1"}
+    for place in parts:
+        name = swapped.get(place, place)
+        block._modules[name] = parts[name]
 
 
 def data_of(order: dict) -> Any:
@@ -205,6 +218,10 @@ def callbacks_of(order: dict) -> list:
 def train(order: dict) -> None:
     """Do what an order says, and write what came out to its "result"."""
     torch.set_num_threads(1)
+    if "before_write" in order:
+        kill_before_write(order["before_write"])
+    if "at_storage_step" in order:
+        kill_at_storage_step(order["at_storage_step"])
     if "sabotage" in order:
         sabotage(order["sabotage"])
     data, seen = data_of(order), Seen()
@@ -241,6 +258,7 @@ def train(order: dict) -> None:
         "best": trainer.state.best_model_checkpoint
         and Path(trainer.state.best_model_checkpoint).name,
         "first_step": min(seen.rates, default=None),
+        "read": getattr(data, "read", []),
         "report": trainer.resume_report.lines() if order["trainer"] == "ours" else [],
     }
     Path(order["result"]).write_text(json.dumps(result))
@@ -262,3 +280,37 @@ def sabotage(part: str) -> None:
         "place": (place.Follower, "on_substep_end"),
     }
     setattr(*targets[part], nothing)
+
+
+def kill_before_write(name: str) -> None:
+    """End the process with kill -9 before the host writes a file of checkpoint-10."""
+
+    def killing(write: Any, path_of: Any) -> Any:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            path = str(path_of(*arguments))
+            if "checkpoint-10" in path and name in f"{path}/save_pretrained":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return write(*arguments, **options)
+
+        return wrapped
+
+    state = transformers.trainer_callback.TrainerState
+    if name == "save_pretrained":
+        model = transformers.PreTrainedModel
+        model.save_pretrained = killing(model.save_pretrained, lambda _, path: path)
+    elif name == "trainer_state.json":
+        state.save_to_json = killing(state.save_to_json, lambda _, path: path)
+    else:
+        torch.save = killing(torch.save, lambda _, path: path)
+
+
+def kill_at_storage_step(step: int) -> None:
+    """End the process with kill -9 at a step of what our Trainer does to the disk."""
+    from unbroken.store import run_directory
+    from unbroken.testing import KillingStorage
+
+    class Killing(KillingStorage):
+        def __init__(self, root: str, *, create: bool = True) -> None:
+            super().__init__(root, kill_at=step)
+
+    run_directory.LocalStorage = Killing

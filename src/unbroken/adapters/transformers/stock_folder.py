@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,12 @@ SCALER = "scaler.pt"
 _WEIGHTS = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin")
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SIGNS = (STATE, OPTIMIZER, SCHEDULER, "training_args.bin", *_WEIGHTS, *_INDICES)
+
+
+_SIGNS_OF_DAMAGE = (
+    *(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, struct.error),
+    *(NotImplementedError, RuntimeError),  # of zipfile: damage looks like encryption, say
+)
 
 
 def is_stock(folder: Path) -> bool:
@@ -47,7 +54,7 @@ def problem_of_stock(folder: Path) -> str | None:
             _check(file)
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except _SIGNS_OF_DAMAGE as error:
         return str(error)
     return None
 
