@@ -191,7 +191,9 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         if reason is not None:
             if run.saved_step != self.state.global_step:
                 run.save()
-            raise TrainingStopped(self.state.global_step, reason)
+            stopped = TrainingStopped(self.state.global_step, reason)
+            _log.warning(str(stopped))
+            raise stopped
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self._run is None:
