@@ -101,6 +101,24 @@ class Diff:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write a checkpoint in the layout of another trainer, which goes on from it."""
+
+    path: Positional[str]
+    """A checkpoint folder, or a run directory (its newest checkpoint)."""
+    target: Positional[str]
+    """A folder that is not there yet; transformers wants it to be called checkpoint-<step>."""
+    to: Literal["transformers"] = "transformers"
+    """The trainer: of `unbroken.adapters.transformers`."""
+
+    def run(self) -> int:
+        """Write the folder; return the exit status."""
+        from unbroken.cli.exporting import export
+
+        return export(self.path, self.target)
+
+
+@dataclass(frozen=True)
 class Check:
     """Prove whether any training script resumes exactly.
 
@@ -264,6 +282,7 @@ COMMANDS = {
     "show": Show,
     "verify": Verify,
     "diff": Diff,
+    "export": Export,
     "doctor": Doctor,
     "plan": Plan,
 }

@@ -27,7 +27,7 @@ from unbroken.adapters.transformers.stock_folder import (
     rng_files,
     weight_files,
 )
-from unbroken.errors import StateMismatchError
+from unbroken.errors import CorruptCheckpointError, StateMismatchError
 
 _ARRAYS = [
     np._core.multiarray._reconstruct,  # type: ignore[attr-defined] # noqa: SLF001
@@ -37,12 +37,22 @@ _ARRAYS = [
 ]
 """What an array of numbers is made by; NumPy's random state has one."""
 
+_NOT_PLAIN: type[Exception] = torch.serialization.pickle.UnpicklingError  # type: ignore[attr-defined]
+
 
 def read_stock(folder: Path, name: str) -> Any:
-    """Return what a `torch.save` archive of a stock checkpoint holds, without unpickling code."""
-    with warnings.catch_warnings(), torch.serialization.safe_globals(_ARRAYS):
-        warnings.simplefilter("ignore")
-        return torch.load(folder / name, map_location="cpu", weights_only=True)
+    """Return what a `torch.save` archive of a stock checkpoint holds.
+
+    Raises:
+        CorruptCheckpointError: It names code that it wants to run.
+    """
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_ARRAYS):
+            warnings.simplefilter("ignore")
+            return torch.load(folder / name, map_location="cpu", weights_only=True)
+    except _NOT_PLAIN as error:
+        what = "holds more than numbers and plain values: reading it would run its code"
+        raise CorruptCheckpointError(str(folder / name), what) from error
 
 
 def load_stock(folder: Path, objects: Mapping[str, Any], *, rank: int = 0) -> None:
