@@ -12,6 +12,7 @@ from torch import nn
 from unbroken.checkpoint import Policy
 from unbroken.data import BatchSource, batch_source, derive_key
 from unbroken.distributed import Group, RankSums, join
+from unbroken.distributed.sharding import is_dtensor
 from unbroken.errors import ConfigError
 from unbroken.store import Interval, KeepPolicy
 from unbroken.training.ambient import Randomness, seed_ambient
@@ -19,7 +20,9 @@ from unbroken.training.callback import with_state
 from unbroken.training.changes import IN_DATA, LENGTH
 from unbroken.training.config import TrainerConfig
 from unbroken.training.display import Display, Silence
+from unbroken.training.division import Division
 from unbroken.training.evaluation import Evaluator
+from unbroken.training.fsdp import FsdpSum
 from unbroken.training.lanes import LaneSum
 from unbroken.training.loss import LossFn
 from unbroken.training.step import Stepper
@@ -64,24 +67,28 @@ def pick_device(name: str, group: Group) -> torch.device:
     return device
 
 
-def for_ranks(config: TrainerConfig, group: Group) -> TrainerConfig:
+def for_ranks(config: TrainerConfig, division: Division) -> TrainerConfig:
     """Return the configuration with what follows from the number of ranks; check that it fits.
 
     Raises:
         ConfigError: If the ranks cannot share the work as it is cut.
     """
-    ranks = group.world_size
-    if ranks == 1:
+    parts, is_sharded = division.parts, division.by_fsdp
+    if division.group.world_size == 1:
         return config
     if config.micro_batch_size == "auto":
-        raise ConfigError("micro_batch_size", '"auto" is for one rank', found=f"{ranks} ranks")
-    if config.lanes is not None and config.lanes % ranks:
-        raise ConfigError("lanes", expected=f"a multiple of {ranks} ranks", found=config.lanes)
+        ranks = f"{division.group.world_size} ranks"
+        raise ConfigError("micro_batch_size", '"auto" is for one rank', found=ranks)
+    if config.lanes is not None and is_sharded:
+        hint = "lanes are for models that each rank holds as a whole"
+        raise ConfigError("lanes", "FSDP adds gradients in its own order", hint=hint)
+    if config.lanes is not None and config.lanes % parts:
+        raise ConfigError("lanes", expected=f"a multiple of {parts} ranks", found=config.lanes)
     if config.micro_batch_size is None and config.lanes is None:
-        if config.batch_size % ranks:
-            expected = f"a multiple of {ranks} ranks"
+        if config.batch_size % parts:
+            expected = f"a multiple of {parts} ranks"
             raise ConfigError("batch_size", expected=expected, found=config.batch_size)
-        return config.replace(micro_batch_size=config.batch_size // ranks)
+        return config.replace(micro_batch_size=config.batch_size // parts)
     return config
 
 
@@ -90,7 +97,7 @@ def make_source(
     config: TrainerConfig,
     collate_fn: Callable[[list[Any]], Any] | None,
     on_skip: Callable[[int, int, float], None],
-    group: Group,
+    division: Division,
 ) -> BatchSource:
     """Return the source of training batches; `on_skip` is told what skipping costs."""
     return batch_source(
@@ -107,8 +114,8 @@ def make_source(
         prefetch_factor=config.dataloader_prefetch_factor,
         on_skip=on_skip,
         may_change=[fact for name in config.allow for fact in IN_DATA.get(name, ())],
-        rank=group.rank,
-        world_size=group.world_size,
+        rank=division.part,
+        world_size=division.parts,
     )
 
 
@@ -169,24 +176,32 @@ def refuse_to_save(*, best_is_loaded: bool) -> None:
         raise ConfigError("save_checkpoint", "the model holds its best weights, not its last")
 
 
-def make_lanes(trainer: Trainer) -> LaneSum | None:
+def make_lanes(trainer: Trainer) -> LaneSum | FsdpSum | None:
     """Return what sums gradients over lanes and ranks; None where there is one of both.
 
     Raises:
-        ConfigError: If the model has batch statistics, which would be those of each portion.
+        ConfigError: If the model has batch statistics, which would be those of each portion;
+            or if sharded gradients were to be scaled.
     """
-    group, lanes = trainer.group, trainer.config.lanes or trainer.group.world_size
-    if lanes == 1:
+    division, model = trainer.division, trainer.model
+    if trainer.config.fp16 and any(is_dtensor(p) for p in model.parameters()):
+        hint = "use bf16, which needs no gradient scaling"
+        raise ConfigError("fp16", "is not for models that are sharded over ranks", hint=hint)
+    lanes = trainer.config.lanes or division.parts
+    if lanes == 1 and not division.by_fsdp:
         return None
     normal = nn.modules.batchnorm._BatchNorm  # noqa: SLF001 (the base of all of them)
-    found = [name for name, m in trainer.model.named_modules() if isinstance(m, normal)]
+    found = [name for name, m in model.named_modules() if isinstance(m, normal)]
     if found:
         raise ConfigError(
             f"model.{found[0]}",
             "its statistics would be those of each rank's or lane's samples",
             hint="use another normalisation (GroupNorm, LayerNorm), or one rank without lanes",
         )
-    return LaneSum(trainer.model, lanes // group.world_size, group, RankSums(group))
+    if division.by_fsdp:
+        return FsdpSum(model, division)
+    sums = RankSums(trainer.group, division.replicas)
+    return LaneSum(model, lanes // division.parts, trainer.group, sums)
 
 
 def make_stepper(
@@ -231,7 +246,7 @@ def make_evaluator(
         loss_fn,
         precision=trainer.precision,
         device=trainer.device,
-        group=trainer.group,
+        division=trainer.division,
     )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from unbroken.capture.dtypes import is_dense
 from unbroken.distributed import Tree
+from unbroken.distributed.sharding import local_part, sharded_as, with_mesh_of
 
 _BYTES = 8 << 20  # of a bucket: a larger one is sent later, smaller ones cost more messages
 
@@ -35,11 +36,13 @@ def in_buckets(parameters: Iterable[nn.Parameter], padded: Callable[[int], int])
 
 
 def _bytes(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(p.numel() * p.element_size() for p in parameters)
+    return sum(part.numel() * part.element_size() for part in map(local_part, parameters))
 
 
 class Bucket:
     """Some parameters of one dtype and device, and the sum of their gradients over the lanes.
+
+    Of a parameter that ranks hold together it is the part of this rank.
 
     Args:
         parameters: In the order in which their gradients are expected.
@@ -57,7 +60,8 @@ class Bucket:
         self.tree = Tree()
         self.with_gradient: set[int] = set()
         self.is_taken = True
-        self._sizes = [p.numel() for p in parameters]
+        self._parts = [local_part(p) for p in parameters]
+        self._sizes = [part.numel() for part in self._parts]
         self._used = sum(self._sizes)
         self._numel = padded(self._used)
         self._missing: set[int] = set()
@@ -83,7 +87,7 @@ class Bucket:
     def take(self) -> None:
         """Add the gradients to the tree; the parameters have none after it."""
         self.is_taken = True
-        flat = self.parameters[0].detach().new_empty(self._numel)
+        flat = self._parts[0].detach().new_empty(self._numel)
         flat[self._used :].zero_()
         into, gradients = [], []
         for parameter, view in zip(self.parameters, self._views(flat), strict=True):
@@ -91,7 +95,7 @@ class Bucket:
                 view.zero_()
                 continue
             into.append(view)
-            gradients.append(parameter.grad)
+            gradients.append(local_part(sharded_as(parameter, parameter.grad)))
             self.with_gradient.add(id(parameter))
             parameter.grad = None
         if gradients:
@@ -101,14 +105,14 @@ class Bucket:
     def give(self, flat: Tensor, absent: Container[int]) -> None:
         """Give the parameters their parts of a sum as gradients; those in `absent` have none."""
         for parameter, view in zip(self.parameters, self._views(flat), strict=True):
-            parameter.grad = None if id(parameter) in absent else view
+            parameter.grad = None if id(parameter) in absent else with_mesh_of(parameter, view)
 
     def _views(self, flat: Tensor) -> list[Tensor]:
         parts = torch.split(flat[: self._used], self._sizes)
-        return [_laid_out_as(p, part) for p, part in zip(self.parameters, parts, strict=True)]
+        return [_shaped_as(p, part) for p, part in zip(self._parts, parts, strict=True)]
 
 
-def _laid_out_as(parameter: Tensor, part: Tensor) -> Tensor:
+def _shaped_as(parameter: Tensor, part: Tensor) -> Tensor:
     """Return a flat part in the shape of a parameter, in memory alike, as autograd has it."""
     if parameter.is_contiguous() or not is_dense(tuple(parameter.shape), parameter.stride()):
         return part.view(parameter.shape)

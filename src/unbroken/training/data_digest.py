@@ -9,7 +9,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from unbroken.distributed import Group
+from unbroken.training.division import Division
 from unbroken.training.statistics import Statistics
 
 
@@ -32,27 +32,26 @@ class DataDigest:
 
     Args:
         statistics: Keep the chain, as a part of the run's state.
-        group: The ranks that share each step.
+        division: How ranks share each step.
     """
 
-    def __init__(self, statistics: Statistics, group: Group) -> None:
+    def __init__(self, statistics: Statistics, division: Division) -> None:
         self._statistics = statistics
-        self._group = group
+        self._division = division
         self._pending: list[str] = []
 
     def add(self, data: Any) -> None:
         """Count a micro-batch of this rank."""
         digest = batch_digest(data)
-        if self._group.world_size == 1:
+        if self._division.parts == 1:
             self._statistics.add_data([digest])
         else:
             self._pending.append(digest)
 
     def step_is_over(self) -> None:
-        """Chain what all ranks used in a step, rank by rank."""
+        """Chain what all ranks used in a step, part by part."""
         if self._pending:
-            ranks: Any = self._group.gather("the data of a step", list(self._pending))
-            for digests in ranks:
+            for digests in self._division.gather("the data of a step", list(self._pending)):
                 self._statistics.add_data(digests)
             self._pending.clear()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice, zip_longest
 from typing import Any
 
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from unbroken.data import derive_key, keyed_random
-from unbroken.distributed import Group
+from unbroken.distributed.sharding import whole
 from unbroken.errors import ConfigError, DataError
 from unbroken.training.config import TrainerConfig
+from unbroken.training.division import Division
 from unbroken.training.loss import LossFn, compute_loss, to_device, weight_of
 from unbroken.training.precision import Precision
 
@@ -31,7 +32,7 @@ class Evaluator:
         loss_fn: As `compute_loss` takes it.
         precision: Autocast.
         device: Where the model is.
-        group: The ranks that share the evaluation.
+        division: How ranks share the evaluation.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Evaluator:
         *,
         precision: Precision,
         device: torch.device,
-        group: Group,
+        division: Division,
     ) -> None:
         self._forward = forward
         self._batch_size = config.eval_batch_size or config.per_forward
@@ -52,7 +53,7 @@ class Evaluator:
         self._loss_fn = loss_fn
         self._precision = precision
         self._device = device
-        self._group = group
+        self._division = division
 
     def mean_loss(self, dataset: Any) -> float:
         """Return the mean loss over all labels.
@@ -70,32 +71,40 @@ class Evaluator:
         self._forward.eval()
         try:
             with keyed_random(self._key, cuda=self._device.type == "cuda"), torch.no_grad():
-                losses = [self._loss_and_weight(batch) for batch in self._own(dataset)]
+                found = [(self._loss_and_weight(b), counts) for b, counts in self._own(dataset)]
         finally:
             for module, training in modes.items():
                 module.training = training
-        found = self._of_all_ranks(losses)
-        count = sum(weight for _, weight in found)
+        losses = self._of_all_parts([loss for loss, counts in found if counts])
+        count = sum(weight for _, weight in losses)
         if count == 0:
             raise DataError("eval_dataset", "gave no labels")
-        return sum(loss * weight for loss, weight in found) / count
+        return sum(loss * weight for loss, weight in losses) / count
 
-    def _own(self, dataset: Any) -> Iterable[Any]:
-        """Return this rank's batches: every so manieth."""
-        group = self._group
-        return islice(self._batches(dataset), group.rank, None, group.world_size)
+    def _own(self, dataset: Any) -> Iterator[tuple[Any, bool]]:
+        """Yield this rank's batches, every so manieth, and whether each counts.
 
-    def _of_all_ranks(self, losses: list[tuple[Tensor, int]]) -> list[tuple[float, int]]:
+        FSDP gathers weights in each forward pass, so that all ranks need as many: where there
+        is no batch left for this one, it runs another's once more, which does not count.
+        """
+        part, parts = self._division.part, self._division.parts
+        batches = iter(self._batches(dataset))
+        while some := list(islice(batches, parts)):
+            if part < len(some):
+                yield some[part], True
+            elif self._division.by_fsdp:
+                yield some[0], False
+
+    def _of_all_parts(self, losses: list[tuple[Tensor, int]]) -> list[tuple[float, int]]:
         """Return the losses of all batches in the order of the batches, so the same on all."""
         own = [[float(loss), weight] for loss, weight in losses]
-        ranks: Any = self._group.gather("the evaluation", own)
-        rounds = zip_longest(*ranks)
+        rounds = zip_longest(*self._division.gather("the evaluation", own))
         return [(one[0], one[1]) for batches in rounds for one in batches if one is not None]
 
     def _loss_and_weight(self, batch: Any) -> tuple[Tensor, int]:
         with self._precision.autocast():
             loss = compute_loss(self._forward, to_device(batch, self._device), self._loss_fn)
-        return loss, weight_of(batch, _rows(batch))
+        return whole(loss), weight_of(batch, _rows(batch))
 
     def _batches(self, dataset: Any) -> Iterable[Any]:
         if not hasattr(type(dataset), "__getitem__"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.optim import LBFGS, SGD, Adafactor, AdamW, Optimizer
 
+from unbroken.distributed.sharding import is_dtensor
 from unbroken.errors import ConfigError
 from unbroken.training.config import TrainerConfig
 
@@ -31,22 +32,32 @@ def make_optimizer(model: nn.Module, config: TrainerConfig) -> Optimizer:
     One-dimensional parameters (biases, norms) and scalars get no weight decay.
     """
     groups = parameter_groups(model, config.weight_decay)
+    one_by_one = False if _is_sharded_in_part(model) else None
     if config.optim == "sgd":
-        return SGD(groups, lr=config.learning_rate, momentum=config.sgd_momentum)
+        momentum = config.sgd_momentum
+        return SGD(groups, lr=config.learning_rate, momentum=momentum, foreach=one_by_one)
     if config.optim == "adafactor":
-        return Adafactor(groups, lr=config.learning_rate)
+        return Adafactor(groups, lr=config.learning_rate, foreach=one_by_one)
     return AdamW(
         groups,
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
+        foreach=one_by_one,
         fused=True if config.optim == "adamw_torch_fused" and _can_be_fused(model) else None,
     )
 
 
 def _can_be_fused(model: nn.Module) -> bool:
     """Return whether PyTorch has a fused kernel for every parameter (it has none for complex)."""
-    return all(p.is_floating_point() and p.device.type in _FUSED for p in model.parameters())
+    return not _is_sharded_in_part(model) and all(
+        p.is_floating_point() and p.device.type in _FUSED for p in model.parameters()
+    )
+
+
+def _is_sharded_in_part(model: nn.Module) -> bool:
+    """Return whether some parameters are DTensors and some are not: no kernel takes both."""
+    return len({is_dtensor(parameter) for parameter in model.parameters()}) > 1
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:

@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
-from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
+from unbroken.training.clipping import clip_gradients
 from unbroken.training.config import TrainerConfig
 
 
@@ -52,9 +52,7 @@ class Precision:
         """
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
-        norm = None
-        if self._max_grad_norm > 0:
-            norm = clip_grad_norm_(parameters, self._max_grad_norm)
+        norm = clip_gradients(parameters, self._max_grad_norm)
         if self.scaler is None:
             optimizer.step()
             return norm, True

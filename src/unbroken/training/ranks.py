@@ -8,6 +8,7 @@ import torch
 import xxhash
 
 from unbroken.distributed import Group
+from unbroken.distributed.sharding import is_dtensor
 
 if TYPE_CHECKING:
     from unbroken.training.trainer import Trainer
@@ -54,12 +55,17 @@ def agree_on_the_beginning(trainer: Trainer) -> None:
         return
     trainer.group.agree("the number of steps (max_steps gives it)", trainer.max_steps)
     digest = xxhash.xxh3_128()
-    for tensor in trainer.model.state_dict(keep_vars=True).values():
-        if isinstance(tensor, torch.Tensor) and tensor.numel():
-            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(flat.numpy().data)
+    for name, tensor in trainer.model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, torch.Tensor):
+            digest.update(f"{name} {tensor.requires_grad}".encode())
+            digest.update(b"" if is_dtensor(tensor) else _raw(tensor))
     what = "the weights to begin with (seed before the model is built)"
     trainer.group.agree(what, digest.hexdigest())
+
+
+def _raw(tensor: torch.Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return flat.numpy().data if tensor.numel() else memoryview(b"")
 
 
 def shared_metrics(group: Group, metrics: dict[str, float]) -> dict[str, float]:

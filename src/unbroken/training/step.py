@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from unbroken.data import MicroBatch, derive_key
 from unbroken.errors import DataError
 from unbroken.training.ambient import Randomness
+from unbroken.training.fsdp import FsdpSum
 from unbroken.training.lanes import LaneSum
 from unbroken.training.loss import LossFn, compute_loss, to_device
 from unbroken.training.precision import Precision
@@ -45,7 +46,8 @@ class Stepper:
         window: The micro-batches of the unfinished step.
         loss_fn: As `compute_loss` takes it.
         device: Where the model is.
-        lanes: Sums gradients lane by lane, and over the ranks; None: one rank, one lane.
+        lanes: Sums gradients lane by lane, and over the ranks; None: one part of the data, one
+            lane.
         randomness: The global generators, keyed while a step runs.
         seed: All randomness is derived from it and from the position of each micro-batch.
     """
@@ -60,7 +62,7 @@ class Stepper:
         window: Window,
         loss_fn: LossFn | None,
         device: torch.device,
-        lanes: LaneSum | None,
+        lanes: LaneSum | FsdpSum | None,
         randomness: Randomness,
         seed: int,
     ) -> None:

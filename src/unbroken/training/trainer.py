@@ -54,6 +54,7 @@ from unbroken.training.counting import count_steps, epoch_at
 from unbroken.training.data_digest import DataDigest
 from unbroken.training.determinism import deterministic_kernels
 from unbroken.training.display import Display
+from unbroken.training.division import Division
 from unbroken.training.going_on import go_on, run_fingerprint, what_to_save
 from unbroken.training.halving import Halving
 from unbroken.training.judging import eval_is_due, evaluate_and_judge, load_best, place_of
@@ -137,9 +138,11 @@ class Trainer:
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.group = joined(config) if group is None else group
-        self.config = config = for_ranks(config or TrainerConfig(), self.group)
+        model = without_ddp(model, self.group)
+        self.division = Division.of(model, self.group)
+        self.config = config = for_ranks(config or TrainerConfig(), self.division)
         self.device = pick_device(config.device, self.group)
-        self.model = model = without_ddp(model, self.group).to(self.device)
+        self.model = model = model.to(self.device)
         self.eval_dataset = eval_dataset
         self.callbacks = list(callbacks)
         self.precision = Precision(config, self.device)
@@ -147,7 +150,7 @@ class Trainer:
         self.source = None
         if train_dataset is not None:
             skipping = self.display.skipping
-            self.source = make_source(train_dataset, config, collate_fn, skipping, self.group)
+            self.source = make_source(train_dataset, config, collate_fn, skipping, self.division)
         self.max_steps = count_steps(config, self.source)
         self.optimizer = make_optimizer(model, config) if optimizer is None else optimizer
         refuse_closures(self.optimizer)
@@ -156,18 +159,16 @@ class Trainer:
             scheduler = make_scheduler(self.optimizer, config, self.max_steps)
         self.scheduler = scheduler
         self.portions = Halving(self)
-        self.statistics = Statistics()
-        self.progress = Progress()
+        self.statistics, self.progress = Statistics(), Progress()
         self.resume_report = ResumeReport(step=0)
         self._is_loaded = False
-        self._clock, self._wall_clock = clock, wall_clock
+        self._clock, self._wall_clock, self._counted_until = clock, wall_clock, clock()
         self._forward = prepared_for_forward(model, config)
         self.randomness = Randomness(cuda=self.device.type == "cuda")
-        self.window = Window(model, self.group)
+        self.window = Window(model, self.division)
         self._stepper = make_stepper(self, self._forward, loss_fn, self.randomness)
         self._evaluator = make_evaluator(self, self._forward, collate_fn, loss_fn)
-        self._counted_until = clock()
-        self._data_digest = DataDigest(self.statistics, self.group)
+        self._data_digest = DataDigest(self.statistics, self.division)
         self.stop_reason: str | None = None
         self._saved: Progress | None = None
         self._at_edge = self.save_wanted = self._best_is_loaded = False
@@ -229,8 +230,7 @@ class Trainer:
             self._loop(preemption)
             self._best_is_loaded = load_best(self)
             self.call("on_train_end")
-            best = self.statistics.best_metric
-            return TrainResult(self.progress, self.stop_reason, best, report)
+            return TrainResult(self.progress, self.stop_reason, self.statistics.best_metric, report)
 
     def _loop(self, preemption: Preemption) -> None:
         self._pace.step_begins()
@@ -266,7 +266,7 @@ class Trainer:
         stepped = self.portions.attempt(run)
         if stepped is None:
             return False
-        if self.group.world_size > 1:
+        if self.division.parts > 1:
             self.progress = replace(self.progress, tokens=tokens_before + self.window.tokens)
             self._data_digest.step_is_over()
         self.progress = self.progress.after_step(epoch_at(self.progress, self._batches))

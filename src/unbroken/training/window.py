@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from unbroken.capture import capture_gradients, restore_gradients
 from unbroken.data import MicroBatch
-from unbroken.distributed import Group
+from unbroken.distributed.sharding import whole
 from unbroken.errors import DataError
+from unbroken.training.division import Division
 from unbroken.training.loss import tokens_of, weight_of
 
 
@@ -22,18 +23,18 @@ class Window:
 
     Args:
         model: Whose parameters hold the gradients.
-        group: The ranks that share the step.
+        division: How ranks share the step.
 
     Attributes:
         loss: The weighted mean loss of the micro-batches so far, or None before the first.
         tokens: Tokens in the step, of all ranks.
     """
 
-    def __init__(self, model: nn.Module, group: Group) -> None:
+    def __init__(self, model: nn.Module, division: Division) -> None:
         self.loss: Tensor | None = None
         self._model = model
         self._weight = 0
-        self._group = group
+        self._division = division
         self.tokens = 0
 
     def shares(self, micro_batches: Sequence[MicroBatch]) -> list[float]:
@@ -42,18 +43,18 @@ class Window:
         Each label counts the same, in whatever micro-batch it stands. (Equal shares would give
         the labels of short sequences more weight: transformers#34191.)
         """
-        if len(micro_batches) == 1 and self.loss is None and self._group.world_size == 1:
+        if len(micro_batches) == 1 and self.loss is None and self._division.parts == 1:
             return [1.0]  # alone in its step
         weights = [weight_of(micro.data, micro.samples) for micro in micro_batches]
         if self.loss is None:
             tokens = sum(tokens_of(micro.data) for micro in micro_batches)
-            total = self._group.sum([float(sum(weights)), float(tokens)])
+            total = self._division.sum([float(sum(weights)), float(tokens)])
             self._weight, self.tokens = map(int, total)
         return [weight / max(1, self._weight) for weight in weights]
 
     def add(self, loss: Tensor) -> None:
         """Count the loss of one micro-batch, already multiplied by its share."""
-        loss = loss.detach()
+        loss = whole(loss.detach())
         self.loss = loss if self.loss is None else self.loss + loss
 
     def take_loss(self) -> Tensor:

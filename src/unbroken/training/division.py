@@ -1,0 +1,134 @@
+"""How the ranks of a run divide each step's data, and who sums the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch import nn
+
+from unbroken.distributed import Group
+from unbroken.distributed.sharding import fsdp_modules, is_dtensor, meshes_of
+from unbroken.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass(frozen=True)
+class Division:
+    """Which ranks take which part of a step's data.
+
+    Ranks that hold one model together by tensor parallelism take the same part; for sums over
+    the data the first of them speaks for all.
+
+    Attributes:
+        group: The ranks.
+        part: The part of this rank.
+        parts: How many parts there are.
+        speakers: The rank that speaks for each part.
+        replicas: The ranks that hold what this one holds, and have other parts; None: all.
+        by_fsdp: Whether FSDP sums the gradients.
+
+    Example:
+        >>> from unbroken.distributed import Alone
+        >>> Division.of(nn.Linear(1, 1), Alone()).parts
+        1
+    """
+
+    group: Group
+    part: int
+    parts: int
+    speakers: tuple[int, ...]
+    replicas: dist.ProcessGroup | None = None
+    by_fsdp: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module, group: Group) -> Division:
+        """Return how the ranks share a model, as its meshes tell.
+
+        Raises:
+            ConfigError: If the model is sharded in part, or its mesh does not hold all ranks.
+        """
+        sharded = fsdp_modules(model)
+        if sharded:
+            _refuse_unsharded_parts(model)
+            mesh = _only(meshes_of(sharded), "fully_shard")
+            _refuse_other_ranks(mesh, group)
+            return _along(mesh, group, by_fsdp=True)
+        meshes = dict.fromkeys(p.device_mesh for p in model.parameters() if is_dtensor(p))
+        if meshes:
+            mesh = _only(list(meshes), "parallelize_module")
+            _refuse_other_ranks(mesh, group)
+            return _beside(mesh, group)
+        ranks = group.world_size
+        return cls(group, group.rank, ranks, tuple(range(ranks)))
+
+    def gather(self, what: str, value: Any) -> list[Any]:
+        """Return the value of each part, in the order of the parts, on all ranks."""
+        values = self.group.gather(what, value)
+        return [values[speaker] for speaker in self.speakers]
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Return the sums over the parts, as float64, added in the order of the parts."""
+        if self.parts == 1:
+            return [float(value) for value in values]
+        rows = self.gather("sum", [float(value) for value in values])
+        return [reduce(add, column) for column in zip(*rows, strict=True)]
+
+
+def _refuse_unsharded_parts(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not is_dtensor(parameter):
+            raise ConfigError(
+                f"model.{name}",
+                "is not sharded, though other parameters are: nobody would sum its gradient",
+                hint="call fully_shard(model) after fully_shard of its parts",
+            )
+
+
+def _only(meshes: list[DeviceMesh], by: str) -> DeviceMesh:
+    if len(meshes) > 1:
+        found = ", ".join(map(str, meshes))
+        raise ConfigError("model", f"{by} was called with several meshes", found=found)
+    return meshes[0]
+
+
+def _along(mesh: DeviceMesh, group: Group, *, by_fsdp: bool) -> Division:
+    """Return the division along a mesh: each of its ranks takes a part of its own."""
+    part = mesh.mesh.flatten().tolist().index(group.rank)
+    replicas = None
+    if not by_fsdp:
+        replicas = (mesh if mesh.ndim == 1 else mesh._flatten()).get_group()  # noqa: SLF001
+    return Division(group, part, mesh.size(), _speakers(group, part), replicas, by_fsdp)
+
+
+def _beside(mesh: DeviceMesh, group: Group) -> Division:
+    """Return the division along the dimensions that tensor parallelism left over."""
+    root = mesh._get_root_mesh()  # noqa: SLF001 (not public)
+    over = tuple(n for n in root.mesh_dim_names or () if n not in (mesh.mesh_dim_names or ()))
+    if over:
+        return _along(root[over], group, by_fsdp=False)
+    return Division(group, 0, 1, _speakers(group, 0))
+
+
+def _refuse_other_ranks(mesh: DeviceMesh, group: Group) -> None:
+    root = mesh._get_root_mesh()  # noqa: SLF001 (not public)
+    if root.size() != group.world_size:
+        raise ConfigError(
+            "model",
+            "its device mesh must hold all ranks",
+            expected=f"{group.world_size} ranks",
+            found=f"{root.size()}: {root}",
+            hint="shard along the dimensions of one mesh: init_device_mesh(device, (2, 2), "
+            'mesh_dim_names=("data", "tensor"))',
+        )
+
+
+def _speakers(group: Group, part: int) -> tuple[int, ...]:
+    claims: list[Any] = group.gather("the part of the data", part)
+    return tuple(claims.index(one) for one in sorted(set(claims)))
