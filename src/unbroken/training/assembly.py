@@ -216,6 +216,7 @@ def make_stepper(
         window=trainer.window,
         loss_fn=loss_fn,
         device=trainer.device,
+        division=trainer.division,
         lanes=make_lanes(trainer),
         randomness=randomness,
         seed=trainer.config.seed,

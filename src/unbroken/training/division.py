@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -33,6 +34,7 @@ class Division:
         speakers: The rank that speaks for each part.
         replicas: The ranks that hold what this one holds, and have other parts; None: all.
         by_fsdp: Whether FSDP sums the gradients.
+        is_sharded: Whether ranks hold a model together, by FSDP or tensor parallelism.
 
     Example:
         >>> from unbroken.distributed import Alone
@@ -46,6 +48,7 @@ class Division:
     speakers: tuple[int, ...]
     replicas: dist.ProcessGroup | None = None
     by_fsdp: bool = False
+    is_sharded: bool = False
 
     @classmethod
     def of(cls, model: nn.Module, group: Group) -> Division:
@@ -67,6 +70,20 @@ class Division:
             return _beside(mesh, group)
         ranks = group.world_size
         return cls(group, group.rank, ranks, tuple(range(ranks)))
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Let the group name the rank, where an exchange inside of a sharded model fails.
+
+        Raises:
+            RankError: `ranks` have left the group, or did not answer in time.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.is_sharded and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                self.group.gather("a step", None)
+            raise
 
     def gather(self, what: str, value: Any) -> list[Any]:
         """Return the value of each part, in the order of the parts, on all ranks."""
@@ -104,7 +121,8 @@ def _along(mesh: DeviceMesh, group: Group, *, by_fsdp: bool) -> Division:
     replicas = None
     if not by_fsdp:
         replicas = (mesh if mesh.ndim == 1 else mesh._flatten()).get_group()  # noqa: SLF001
-    return Division(group, part, mesh.size(), _speakers(group, part), replicas, by_fsdp)
+    speakers = _speakers(group, part)
+    return Division(group, part, mesh.size(), speakers, replicas, by_fsdp, is_sharded=True)
 
 
 def _beside(mesh: DeviceMesh, group: Group) -> Division:
@@ -113,7 +131,7 @@ def _beside(mesh: DeviceMesh, group: Group) -> Division:
     over = tuple(n for n in root.mesh_dim_names or () if n not in (mesh.mesh_dim_names or ()))
     if over:
         return _along(root[over], group, by_fsdp=False)
-    return Division(group, 0, 1, _speakers(group, 0))
+    return Division(group, 0, 1, _speakers(group, 0), is_sharded=True)
 
 
 def _refuse_other_ranks(mesh: DeviceMesh, group: Group) -> None:

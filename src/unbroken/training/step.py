@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from unbroken.data import MicroBatch, derive_key
 from unbroken.errors import DataError
 from unbroken.training.ambient import Randomness
+from unbroken.training.division import Division
 from unbroken.training.fsdp import FsdpSum
 from unbroken.training.lanes import LaneSum
 from unbroken.training.loss import LossFn, compute_loss, to_device
@@ -46,6 +47,7 @@ class Stepper:
         window: The micro-batches of the unfinished step.
         loss_fn: As `compute_loss` takes it.
         device: Where the model is.
+        division: How ranks share the model.
         lanes: Sums gradients lane by lane, and over the ranks; None: one part of the data, one
             lane.
         randomness: The global generators, keyed while a step runs.
@@ -62,6 +64,7 @@ class Stepper:
         window: Window,
         loss_fn: LossFn | None,
         device: torch.device,
+        division: Division,
         lanes: LaneSum | FsdpSum | None,
         randomness: Randomness,
         seed: int,
@@ -73,6 +76,7 @@ class Stepper:
         self._window = window
         self._loss_fn = loss_fn
         self._device = device
+        self._division = division
         self._lanes = lanes
         self._seed = seed
         self._randomness = randomness
@@ -105,10 +109,11 @@ class Stepper:
 
     def _accumulate(self, micro: MicroBatch, share: float) -> None:
         data = to_device(micro.data, self._device)
-        with self._precision.autocast():
-            loss = compute_loss(self._forward, data, self._loss_fn)
-            loss = loss if share == 1 else loss * share
-        self._precision.backward(loss)
+        with self._division.watched():
+            with self._precision.autocast():
+                loss = compute_loss(self._forward, data, self._loss_fn)
+                loss = loss if share == 1 else loss * share
+            self._precision.backward(loss)
         self._window.add(loss)
 
     def _take_step(self) -> Stepped:
