@@ -31,7 +31,7 @@ class Division:
         group: The ranks.
         part: The part of this rank.
         parts: How many parts there are.
-        speakers: The rank that speaks for each part.
+        takes: Which part each rank takes.
         replicas: The ranks that hold what this one holds, and have other parts; None: all.
         by_fsdp: Whether FSDP sums the gradients.
         is_sharded: Whether ranks hold a model together, by FSDP or tensor parallelism.
@@ -45,7 +45,7 @@ class Division:
     group: Group
     part: int
     parts: int
-    speakers: tuple[int, ...]
+    takes: tuple[int, ...]
     replicas: dist.ProcessGroup | None = None
     by_fsdp: bool = False
     is_sharded: bool = False
@@ -70,6 +70,11 @@ class Division:
             return _beside(mesh, group)
         ranks = group.world_size
         return cls(group, group.rank, ranks, tuple(range(ranks)))
+
+    @property
+    def speakers(self) -> list[int]:
+        """The rank that speaks for each part."""
+        return [self.takes.index(part) for part in range(self.parts)]
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -121,8 +126,8 @@ def _along(mesh: DeviceMesh, group: Group, *, by_fsdp: bool) -> Division:
     replicas = None
     if not by_fsdp:
         replicas = (mesh if mesh.ndim == 1 else mesh._flatten()).get_group()  # noqa: SLF001
-    speakers = _speakers(group, part)
-    return Division(group, part, mesh.size(), speakers, replicas, by_fsdp, is_sharded=True)
+    takes = _taken(group, part)
+    return Division(group, part, mesh.size(), takes, replicas, by_fsdp, is_sharded=True)
 
 
 def _beside(mesh: DeviceMesh, group: Group) -> Division:
@@ -131,7 +136,7 @@ def _beside(mesh: DeviceMesh, group: Group) -> Division:
     over = tuple(n for n in root.mesh_dim_names or () if n not in (mesh.mesh_dim_names or ()))
     if over:
         return _along(root[over], group, by_fsdp=False)
-    return Division(group, 0, 1, _speakers(group, 0), is_sharded=True)
+    return Division(group, 0, 1, _taken(group, 0), is_sharded=True)
 
 
 def _refuse_other_ranks(mesh: DeviceMesh, group: Group) -> None:
@@ -147,6 +152,6 @@ def _refuse_other_ranks(mesh: DeviceMesh, group: Group) -> None:
         )
 
 
-def _speakers(group: Group, part: int) -> tuple[int, ...]:
-    claims: list[Any] = group.gather("the part of the data", part)
-    return tuple(claims.index(one) for one in sorted(set(claims)))
+def _taken(group: Group, part: int) -> tuple[int, ...]:
+    parts: list[Any] = group.gather("the part of the data", part)
+    return tuple(parts)

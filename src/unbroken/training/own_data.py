@@ -12,6 +12,7 @@ from unbroken.data import BatchSource, LoaderSource, MicroBatch
 from unbroken.distributed import Group
 from unbroken.errors import CheckpointNotFoundError, DataError
 from unbroken.training.data_digest import batch_digest
+from unbroken.training.division import Division
 
 if TYPE_CHECKING:
     from unbroken.training.trainer import Trainer
@@ -83,16 +84,26 @@ def rightly_dealt(
     source, is_first = trainer.source, trainer.group.world_size > 1
     for window in windows:
         if is_first and isinstance(source, LoaderSource):
-            _refuse_wrong_dealing(trainer.group, source, window)
+            _refuse_wrong_dealing(trainer.division, source, window)
         is_first = False
         yield window
 
 
-def _refuse_wrong_dealing(group: Group, source: LoaderSource, window: list[MicroBatch]) -> None:
+def _refuse_wrong_dealing(
+    division: Division, source: LoaderSource, window: list[MicroBatch]
+) -> None:
     seen = source.first_items if source.gives_samples else [micro.data for micro in window]
-    digests = group.gather("the first batches", _digest(seen))
-    same = len({str(digest) for digest in digests}) == 1
-    if same and not source.gives_samples:
+    digests = division.group.gather("the first batches", _digest(seen))
+    of_parts = set(zip(division.takes, map(str, digests), strict=True))
+    if len(of_parts) > division.parts and not source.gives_samples:
+        raise DataError(
+            "train_dataset",
+            "gives ranks that hold one model together different batches",
+            expected=f"the same batches on ranks of one part of the data: {division.takes}",
+            hint="give the data set itself, which is dealt here",
+        )
+    are_same = len({str(digest) for digest in digests}) == 1
+    if are_same and division.parts > 1 and not source.gives_samples:
         raise DataError(
             "train_dataset",
             "gives all ranks the same batches",
@@ -100,7 +111,7 @@ def _refuse_wrong_dealing(group: Group, source: LoaderSource, window: list[Micro
             hint="give the data set itself, which is dealt here; or let the loader deal it: a "
             "DistributedSampler, or an iterable that looks at its rank",
         )
-    if not same and source.gives_samples:
+    if not are_same and source.gives_samples:
         raise DataError(
             "train_dataset",
             "gives each rank other samples, of which each would take but a part",
