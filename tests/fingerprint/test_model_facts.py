@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import random
+from functools import partial
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
+from torch.optim import lr_scheduler as schedules
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from unbroken.fingerprint import model_facts, optimizer_facts, scheduler_facts
+from unbroken.fingerprint import callable_facts, model_facts, optimizer_facts, scheduler_facts
 
 
 class Heads(nn.Module):
@@ -88,3 +91,52 @@ def test_the_attention_kernel_of_a_model_inside_counts_wherever_it_was_chosen():
     facts = [model_facts(model) for model in models]
     assert facts[0]["0.config"]["attn_implementation"] == "eager"
     assert facts[0] != facts[1] == facts[2]
+
+
+def one_schedule(make):
+    return scheduler_facts(make(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)))
+
+
+def in_sequence(milestone: int):
+    def make(optimizer):
+        parts = [schedules.ConstantLR(optimizer, 0.1, 2), schedules.ExponentialLR(optimizer, 0.9)]
+        return schedules.SequentialLR(optimizer, parts, [milestone])
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "makes",
+    [
+        [lambda o, at=at: schedules.MultiStepLR(o, [2, at]) for at in (6, 7)],
+        [in_sequence(2), in_sequence(3)],
+        [
+            lambda o, power=power: schedules.CyclicLR(o, 0.1, 0.2, scale_fn=lambda x: x**power)
+            for power in (1, 2)
+        ],
+    ],
+    ids=["milestones", "where parts begin", "a function of the user's"],
+)
+def test_what_a_schedule_does_not_show_counts(makes):
+    first, other = map(one_schedule, makes)
+    assert first == one_schedule(makes[0])
+    assert first != other
+
+
+def test_a_method_of_a_partial_counts_by_its_object():
+    facts = [callable_facts(partial(Crop(size).__call__)) for size in (1, 2)]
+    assert facts[0] != facts[1]
+
+
+class Crop:
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __call__(self, x):
+        return x[: self.size]
+
+
+def test_a_method_put_into_a_class_of_the_user_counts(monkeypatch):
+    before = model_facts(Heads())
+    monkeypatch.setattr(Heads, "forward", lambda self, x: 3 * x)
+    assert model_facts(Heads())["source"] != before["source"]

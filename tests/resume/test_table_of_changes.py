@@ -23,6 +23,11 @@ HARMLESS = {
         "save_total_limit",
     ),
     "workers": ("configured", ("num_workers=0", "num_workers=2"), "dataloader_num_workers"),
+    "no sample is left out": (
+        "configured",
+        ("    seed=1", "    dataloader_drop_last=True,\n    seed=1"),
+        "dataloader_drop_last",
+    ),
     "more epochs": ("gpt2", ("num_train_epochs=2", "num_train_epochs=3"), "num_train_epochs"),
 }
 EQUIVALENT = {
@@ -42,6 +47,10 @@ EQUIVALENT = {
         "data.source.Points",
     ),
     "one more callback": ("configured", ("[Kill()]", "[Kill(), Callback()]"), "callbacks.names"),
+    "the kernel of the optimizer": ("configured", ('"adamw_torch"', '"adamw_torch_fused"'), "optim"),
+    "a setting that no code names": (
+        "configured", ("self.n_head = 2", "self.n_head = 2\n        self.unused = 1"), "model.unused",
+    ),
     "attention of a GPT-2": (
         "gpt2", ("n_layer=1,", 'n_layer=1, attn_implementation="eager",'), "model.attn_implementation",
     ),
@@ -81,6 +90,32 @@ CHANGED = {
     "frozen": (
         "configured", ("model = Attention()", "model = Attention()\nmodel.query.requires_grad_(False)"),
         "model.frozen", "other parameters train",
+    ),
+    "a hook on a layer": (
+        "configured", ("model = Attention()", "model = Attention()\nmodel.out.register_forward_hook(lambda m, i, o: 2 * o)"),
+        "model.out._forward_hooks", "something else",
+    ),
+    "a hook on a gradient": (
+        "configured", ("model = Attention()", "model = Attention()\nmodel.out.weight.register_hook(lambda g: 2 * g)"),
+        "model.out.weight._backward_hooks", "something else",
+    ),
+    "a method put in place of another": (
+        "configured", ("model = Attention()", "model = Attention()\nmodel.forward = lambda x: model.out(x)"),
+        "model.forward", "something else",
+    ),
+    "a method put into an installed class": (
+        "configured", ("model = Attention()", "nn.Linear.forward = lambda self, x: 2 * x @ self.weight.mT\nmodel = Attention()"),
+        "model.out.forward", "something else",
+    ),
+    "a layer in evaluation mode": (
+        "configured", ("model = Attention()", "model = Attention()\nmodel.drop.eval()"), "model.eval", "evaluation mode",
+    ),
+    "a hook on the optimizer": (
+        "handmade", ("config = Tr", "optimizer.register_step_pre_hook(lambda *given: None)\nconfig = Tr"),
+        "optimizer._optimizer_step_pre_hooks", "other updates",
+    ),
+    "one more setting of a loop of one's own": (
+        "own_loop", ("0.5}}", '0.5, "mix": 0.1}}'), "data.mix", "batches",
     ),
     "fewer samples": ("configured", ("Points(40", "Points(32"), "data.length", "another order"),
     "other samples": ("configured", ("seed=7", "seed=8"), "data.records", "other samples"),

@@ -14,6 +14,7 @@ from unbroken.checkpoint.differences import Verdict as Verdict
 from unbroken.checkpoint.differences import Word as Word
 from unbroken.checkpoint.differences import brief as brief
 from unbroken.checkpoint.differences import compare as compare
+from unbroken.checkpoint.differences import gravest_first as gravest_first
 from unbroken.checkpoint.differences import overall as overall
 from unbroken.checkpoint.differences import unchanged as unchanged
 from unbroken.checkpoint.elsewhere import environment_differences as environment_differences
@@ -59,6 +60,7 @@ __all__ = [
     "compare",
     "environment_differences",
     "environment_facts",
+    "gravest_first",
     "overall",
     "ratio",
     "unchanged",

@@ -39,6 +39,7 @@ class AsBuilt:
     groups: Mapping[int, list[dict[str, Any]]] = field(default_factory=dict)
     schedules: Mapping[int, dict[str, Any]] = field(default_factory=dict)
     frozen: Mapping[int, dict[str, bool]] = field(default_factory=dict)
+    modes: Mapping[int, dict[nn.Module, bool]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, objects: Mapping[str, object]) -> AsBuilt:
@@ -54,6 +55,11 @@ class AsBuilt:
                 for m in found
                 if isinstance(m, nn.Module)
             },
+            modes={
+                id(m): {part: part.training for part in m.modules()}
+                for m in found
+                if isinstance(m, nn.Module)
+            },
         )
 
     def set_options(self, optimizer: Optimizer, names: Collection[str]) -> None:
@@ -61,6 +67,8 @@ class AsBuilt:
         chosen = set(names) - set(_NO_OPTIONS)
         for group, built in zip(optimizer.param_groups, self.groups[id(optimizer)], strict=True):
             group.update({name: built[name] for name in chosen if name in built})
+        if chosen & {"fused", "capturable"}:
+            _move_steps(optimizer)
 
     def set_learning_rates(self, optimizer: Optimizer) -> None:
         """Give an optimizer the learning rates it was built with."""
@@ -99,6 +107,11 @@ class AsBuilt:
             warnings.simplefilter("ignore")  # of stepping a schedule before its optimizer
             for _ in range(steps):
                 scheduler.step()
+
+    def set_modes(self, module: nn.Module) -> None:
+        """Put the parts of a module into training or evaluation mode as this start did."""
+        for part, training in self.modes[id(module)].items():
+            part.training = training
 
     def set_frozen(self, module: nn.Module) -> None:
         """Freeze and unfreeze the parameters of a module as this start did."""
@@ -148,6 +161,16 @@ def _set(group: dict[str, Any], key: str, value: Any) -> None:
         group[key].copy_(value)
     else:
         group[key] = _own(value)
+
+
+def _move_steps(optimizer: Optimizer) -> None:
+    """Put the counters of steps where the kernel of each group wants them."""
+    for group in optimizer.param_groups:
+        on_device = group.get("fused") or group.get("capturable")
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].to(parameter.device if on_device else "cpu")
 
 
 def _jump(scheduler: LambdaLR) -> None:

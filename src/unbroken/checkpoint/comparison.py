@@ -146,12 +146,15 @@ class Comparison:
         return (*found, *known)
 
     def _differences(self, stored: Mapping[str, Any]) -> tuple[Difference, ...]:
-        now = flat(self._settings)
+        same = _same_software(stored, self.facts)
+        given, now = flat(_group(stored, "settings")), flat(self._settings)
+        if same:  # a setting that came or went is the user's
+            given, now = {**dict.fromkeys(now), **given}, {**dict.fromkeys(given), **now}
         rules = {**{path: rule_of(path) for path in now}, **_NAMING}
-        settings = compare(flat(_group(stored, "settings")), now, rules)
+        settings = compare(given, now, rules)
         before, prints = _group(stored, "fingerprint"), self.facts["fingerprint"]
         told = {difference.path for difference in settings}
-        others = self._of_fingerprints(before, prints)
+        others = self._of_fingerprints(before, prints, same_software=same)
         found = (
             *settings,
             *(difference for difference in others if difference.path not in told),
@@ -163,12 +166,13 @@ class Comparison:
         return gravest_first(_unrefused(found, self._policy))
 
     def _of_fingerprints(
-        self, before: Mapping[str, Any], now: Mapping[str, Any]
+        self, before: Mapping[str, Any], now: Mapping[str, Any], *, same_software: bool
     ) -> tuple[Difference, ...]:
         """Compare facts that were taken in the same way; else say that nothing can be said."""
         version = before.get("version")
         if not before or version == FINGERPRINT_VERSION:
-            return fingerprint_differences(self._untold(before), self._untold(now))
+            sides = self._untold(before), self._untold(now)
+            return fingerprint_differences(*sides, same_software=same_software)
         effect = "facts were taken otherwise: model, data and code are not compared"
         return (Difference("fingerprint", version, FINGERPRINT_VERSION, effect, "equivalent"),)
 
@@ -288,6 +292,14 @@ def _plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         name: _plain_settings(value) if isinstance(value, Mapping) else plain_or_text(value)
         for name, value in settings.items()
     }
+
+
+def _same_software(stored: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Return whether the packages that facts come from are of the same versions on both sides."""
+    codes = [_group(_group(side, "fingerprint"), "code").get("unbroken") for side in (stored, now)]
+    before, after = _group(stored, "environment"), _group(now, "environment")
+    names = [n for n in before if n in ("torch", "numpy", "python") or n[:9] == "packages."]
+    return codes[0] == codes[1] and all(before[n] == after.get(n, before[n]) for n in names)
 
 
 def _all_facts(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("model.class", ("changed", "another class of model computes from here on")),
     ("model.source.*", ("changed", "the code of this class is not what it was")),
     ("model.layer.*", ("changed", "this layer computes something else; its weights are kept")),
+    ("model.eval", ("changed", "other parts are in evaluation mode from here on")),
     ("model.frozen", ("changed", "other parameters train from here on; all other state is kept")),
     ("model.attn_implementation", ATTENTION),
     ("model.*.attn_implementation", ATTENTION),
@@ -37,20 +38,26 @@ RULES: tuple[tuple[str, Rule], ...] = (
 )
 """What a difference means: the first pattern that fits the path counts."""
 
+_OF_CODE = (".name", ".source", ".class")
+_TOLD_OTHERWISE = {
+    *("records", "repeatable", "fingerprint", "length", "source", "loader"),
+    *("transform", "target_transform", "transforms", "collate_fn", "tokenizer"),
+}
 _OPTIONAL = ("transform", "target_transform", "transforms", "collate_fn", "tokenizer")
 
 
 def fingerprint_differences(
-    stored: Mapping[str, Any], now: Mapping[str, Any]
+    stored: Mapping[str, Any], now: Mapping[str, Any], *, same_software: bool = False
 ) -> tuple[Difference, ...]:
     """Return what is not the same in two fingerprints.
 
-    What only one of them has is no difference (it came or went with a version), but for
-    parts that a user adds or takes away: a transform, a collator, a tokenizer.
+    What only one of them has came or went with a version of some software; with the same
+    software, the user has added it or taken it away: a hook, a method, a setting.
 
     Args:
         stored: From the checkpoint: groups ("model", "data", ...) of facts.
         now: Of this start.
+        same_software: Whether both were taken by the same versions.
 
     Example:
         >>> stored = {"model": {"n_head": 2}, "data": {"length": 8}}
@@ -66,7 +73,42 @@ def fingerprint_differences(
         for path, value in after.items()
         if path in before and path not in told and _differs(path, before[path], value)
     ]
+    if same_software:
+        found += _came_or_went(before, after)
     return (*_told_once(found, before, after), *unread)
+
+
+def _came_or_went(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Difference]:
+    """Return what only one side has, where that says something of its own."""
+    groups = {path.partition(".")[0] for path in before} & {
+        path.partition(".")[0] for path in after
+    }
+    paths = [path for path in {**before, **after} if (path in before) != (path in after)]
+    told = [path for path in paths if _says_more(path, groups, before, after)]
+    return [_one_sided(path, before.get(path), after.get(path)) for path in told]
+
+
+def _says_more(
+    path: str, groups: set[str], before: Mapping[str, Any], after: Mapping[str, Any]
+) -> bool:
+    """Return whether no other difference tells of a fact that came or went."""
+    group, _, name = path.partition(".")
+    if group not in groups and group != "loss":
+        return False  # evaluation data, say: nothing is compared with nothing
+    if group == "callbacks":
+        return before.get("callbacks.names") == after.get("callbacks.names")
+    return group != "data" or name.partition(".")[0] not in _TOLD_OTHERWISE
+
+
+def _one_sided(path: str, stored: Any, now: Any) -> Difference:
+    """A plain value that nothing names before does nothing: the code that names it is compared."""
+    verdict, effect = rule_of(path)
+    value = now if stored is None else stored
+    is_setting = path.startswith(("model.", "data.values.")) and not path.endswith(_OF_CODE)
+    is_plain = isinstance(value, bool | int | float | str | None)
+    if verdict == "changed" and is_plain and is_setting:
+        verdict, effect = "equivalent", "came or went: whether anything uses it cannot be seen"
+    return Difference(path, stored, now, effect, verdict)
 
 
 def _unread(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -178,7 +220,7 @@ def _alike(found: list[Difference]) -> set[str]:
     layers = [d for d in found if d.path.startswith("model.layer.")]
     others = [d for d in found if d.verdict == "changed" and d not in layers]
     told = {d.path for d in others if d.path.startswith("model.")}
-    if told - {"model.frozen"}:
+    if told - {"model.frozen", "model.eval"}:
         return {layer.path for layer in layers}
     first = {(layer.stored, layer.now): layer.path for layer in reversed(layers)}
     return {layer.path for layer in layers} - set(first.values())

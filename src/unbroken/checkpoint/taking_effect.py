@@ -33,6 +33,8 @@ def take_effect(
     skipped = {d.path for d in found if d.effect == NOT_LOADED}
     if "model.frozen" in changed and isinstance(objects.get("model"), nn.Module):
         built.set_frozen(objects["model"])
+    if "model.eval" in changed and isinstance(objects.get("model"), nn.Module):
+        built.set_modes(objects["model"])
     moved: dict[int, float] = {}
     for name, optimizer in _of_type(objects, Optimizer):
         options = options_of("optimizer", name, changed)

@@ -234,8 +234,8 @@ class _Walk:
         if not isinstance(function, type | FunctionType | BuiltinFunctionType):
             attributes = _attributes(function).items()
             values |= self.items({n: v for n, v in attributes if n not in without}, depth)
-        if isinstance(thing, MethodType):
-            values |= self.items(_attributes(thing.__self__), depth)
+        if (owner := _owner_of_method(thing)) is not None:
+            values |= self.items(_attributes(owner), depth)
         values |= self.items(given, depth)
         return {
             "name": qualified_name(function),
@@ -271,6 +271,13 @@ class _Walk:
             return ...  # a lock, a file: nothing to see but that it is one
         facts = {"class": qualified_name(kind), **self.items(attributes, depth)}
         return {**facts, "source": source_digest(kind)} if is_users_own(kind) else facts
+
+
+def _owner_of_method(thing: Any) -> Any:
+    """Return the object whose method a thing is, or a partial of one."""
+    while isinstance(thing, functools.partial):
+        thing = thing.func
+    return thing.__self__ if isinstance(thing, MethodType) else None
 
 
 _MAX_SET = 65536

@@ -12,13 +12,13 @@ from torch import nn
 from unbroken.capture import named_modules, named_parameters, unwrapped
 from unbroken.fingerprint.asking import Failed, answer, asked, attributes_of, tried
 from unbroken.fingerprint.facts import facts_of, facts_of_items, names_used_by, values_around
+from unbroken.fingerprint.hooks import ON_MODULES, ON_PARAMETERS, hooks_on
 from unbroken.fingerprint.owners import is_users_own, qualified_name
 from unbroken.fingerprint.passing import OWN_TO_A_START
 from unbroken.fingerprint.plain import NOT_COMPARED, Plain
 from unbroken.fingerprint.source import source_digest
 
 _OF_EVERY_MODULE = {*vars(nn.Module()), "config", *OWN_TO_A_START}
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _ROOT = "(model)"
 ATTENTION = "attn_implementation"
 
@@ -34,8 +34,9 @@ def model_facts(model: nn.Module) -> dict[str, Plain]:
         but for `__init__`, whose work is seen in the rest; `globals`: what that code takes from
         globals and closures; `layer`: by name of each module, its class, what it prints of itself
         and the numbers and functions in it; `frozen`: the names of the parameters that are not
-        trained; and under their own names the values of its configuration, if it has one, and
-        the values, functions and hooks in the user's own modules, such as a number of heads.
+        trained; `eval`: the modules in evaluation mode, if the model as a whole is not; and under
+        their own names the values of its configuration, if it has one, and the hooks, values and
+        functions in the user's own modules, such as a number of heads.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1))
@@ -56,8 +57,15 @@ def model_facts(model: nn.Module) -> dict[str, Plain]:
         "source": {qualified_name(o): source_digest(o, leave_out="__init__") for o in classes},
         "globals": {name: values for name, values in around.items() if values},
         "layer": {name or _ROOT: _printed(module) for name, module in modules.items()},
+        **_in_evaluation_mode(modules),
         "frozen": [*sorted({n for n, p in named_parameters(model) if not p.requires_grad})],
     }
+
+
+def _in_evaluation_mode(modules: dict[str, nn.Module]) -> dict[str, Plain]:
+    """Return the parts that do not train, where the model as a whole does."""
+    still = sorted(name for name, module in modules.items() if not module.training)
+    return {"eval": [*still]} if still and "" not in still else {}
 
 
 def _configs(modules: dict[str, nn.Module]) -> dict[str, Plain]:
@@ -99,19 +107,27 @@ def _attributes(modules: dict[str, nn.Module], classes: list[type]) -> dict[str,
     parts = {id(module) for module in modules.values()}
     found: dict[str, Plain] = {}
     for name, module in modules.items():
-        items = {hook: hooks for hook in _HOOKS if (hooks := _hooks(module, hook))}
+        items: dict[str, Any] = {**hooks_on(module, ON_MODULES)}
         if is_users_own(type(module)):
             own = attributes_of(module).items()
             items |= {n: value for n, value in own if n not in _OF_EVERY_MODULE}
+        for own_name, parameter in module.named_parameters(recurse=False):
+            hooks = hooks_on(parameter, ON_PARAMETERS).items()
+            items |= {f"{own_name}.{hook}": each for hook, each in hooks}
+        if (patch := _patched(type(module))) is not None:
+            items["forward"] = patch
         values = facts_of_items(items, used=used, beside=parts)
         found |= {f"{name}.{key}" if name else key: value for key, value in values.items()}
     return found
 
 
-def _hooks(module: nn.Module, name: str) -> list[Any]:
-    """Return the hooks on a module, but for those of this library."""
-    hooks = (attributes_of(module).get(name) or {}).values()
-    return [hook for hook in hooks if not str(asked(hook, "__module__")).startswith("unbroken")]
+def _patched(kind: type) -> Any:
+    """Return the `forward` of an installed class that was put there from another module."""
+    owner = next((base for base in kind.__mro__ if "forward" in vars(base)), kind)
+    forward = vars(owner).get("forward")
+    if is_users_own(owner) or not isinstance(forward, FunctionType):
+        return None
+    return None if forward.__module__ == owner.__module__ else forward
 
 
 def _printed(module: nn.Module) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from torch.optim import Optimizer
@@ -9,11 +10,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from unbroken.fingerprint.asking import attributes_of
 from unbroken.fingerprint.facts import callable_facts, facts_of_items
+from unbroken.fingerprint.hooks import ON_OPTIMIZERS, hooks_on
 from unbroken.fingerprint.owners import is_users_own, qualified_name
 from unbroken.fingerprint.plain import Plain, plain_attributes, plain_items
 from unbroken.fingerprint.source import source_digest
 
 _MOVED = {"params", "param_names", "lr", "initial_lr"}
+_MOVING = {"_last_lr", "_schedulers", "lr_lambdas"}
 _STATE = {"defaults", "param_groups", "state"}
 _NO_SETTINGS = {"base_lrs", "last_epoch", "verbose"}
 
@@ -35,7 +38,8 @@ def optimizer_facts(optimizer: Optimizer) -> dict[str, Plain]:
     groups = [_options(group) for group in optimizer.param_groups]
     names = sorted({name for group in groups for name in group})
     options = {name: _merged([group.get(name) for group in groups]) for name in names}
-    return {"class": qualified_name(type(optimizer)), **_own_facts(optimizer), **options}
+    facts = {"class": qualified_name(type(optimizer)), **_own_facts(optimizer), **options}
+    return {**facts, **facts_of_items(hooks_on(optimizer, ON_OPTIMIZERS))}
 
 
 def _own_facts(optimizer: Optimizer) -> dict[str, Plain]:
@@ -73,8 +77,19 @@ def scheduler_facts(scheduler: LRScheduler) -> dict[str, Plain]:
         facts["source"] = source_digest(scheduler)
     settings = plain_attributes(scheduler).items()
     facts |= {name: value for name, value in settings if name not in _NO_SETTINGS}
+    facts |= facts_of_items(_more_settings(scheduler))
     for index, function in enumerate(getattr(scheduler, "lr_lambdas", ())):
         facts[f"lr_lambdas.{index}"] = callable_facts(function)
     for index, inner in enumerate(getattr(scheduler, "_schedulers", ())):
         facts[f"schedulers.{index}"] = scheduler_facts(inner)
     return facts
+
+
+def _more_settings(scheduler: LRScheduler) -> dict[str, Any]:
+    """Return milestones and functions of a schedule, which are no plain public values."""
+    own = {n: v for n, v in attributes_of(scheduler).items() if n not in _MOVING}
+    found: dict[str, Any] = {
+        n: v for n, v in own.items() if n.startswith("_") and isinstance(v, list | str)
+    }
+    found |= {n: v for n, v in own.items() if isinstance(v, Counter)}
+    return found | {n: v for n, v in own.items() if callable(v) and n not in ("step", "optimizer")}

@@ -53,6 +53,8 @@ def reached(thing: object, leave_out: str | None = None) -> list[Any]:
         found[id(one)] = one
         waiting += one.__mro__[1:] if isinstance(one, type) else ()
         for function in functions_of(one, leave_out):
+            if isinstance(one, type) and not function.__qualname__.startswith(one.__qualname__):
+                waiting.append(function)  # put into the class from elsewhere
             named = (called_by(value)[0] for value in globals_of(function).values())
             waiting += [value for value in named if isinstance(value, FunctionType | type)]
     return [*found.values()]

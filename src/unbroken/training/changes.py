@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from unbroken.checkpoint import Difference, Rule, compare, unchanged
+from unbroken.checkpoint import Difference, Rule, compare, gravest_first, unchanged
 from unbroken.errors import ConfigError
 from unbroken.training.config import TrainerConfig
 from unbroken.training.counting import count_steps
@@ -90,6 +90,18 @@ IN_DATA: Mapping[str, tuple[str, ...]] = {
 """What a named change may change in the state of the data."""
 
 
+_ADAMW = {"adamw_torch", "adamw_torch_fused"}
+_KERNEL = "another kernel rounds in another order; the optimizer's state is kept"
+
+
+def _samples_of_epoch(n: int, config: Mapping[str, Any]) -> int | None:
+    """Return how many samples are in each epoch; None where the settings are not there."""
+    size, batch = config.get("samples_per_epoch") or n, config.get("batch_size")
+    if not isinstance(batch, int):
+        return None
+    return size - size % batch if config.get("dataloader_drop_last") else size
+
+
 JUDGING_SETTINGS = {
     "metric_for_best_model",
     "greater_is_better",
@@ -120,13 +132,27 @@ class Examination:
         now = config.to_dict()
         if config.micro_batch_size == "auto":
             now["micro_batch_size"] = stored.get("micro_batch_size")  # goes on with that size
-        differences = compare(_comparable(stored), _comparable(now), self._rules())
+        compared = compare(_comparable(stored), _comparable(now), self._rules())
+        differences = gravest_first(self._by_both(one, stored, now) for one in compared)
         others = tuple(self._judged(difference, stored) for difference in found)
         same = unchanged(_comparable(stored), _comparable(now))
         length: tuple[Difference, ...] = ()
         if stored and self._trainer.has_own_schedule:
             length = self._length(differences, facts)
         return (*differences, *length, *others, *same)
+
+    def _by_both(
+        self, difference: Difference, stored: Mapping[str, Any], now: Mapping[str, Any]
+    ) -> Difference:
+        """Judge by both values what a setting alone cannot tell."""
+        if difference.path == "optim" and {difference.stored, difference.now} <= _ADAMW:
+            return replace(difference, verdict="equivalent", effect=_KERNEL)
+        order = getattr(self._trainer.source, "order", None)
+        if difference.path in ("dataloader_drop_last", "samples_per_epoch") and order is not None:
+            sizes = {_samples_of_epoch(order.n, config) for config in (stored, now)}
+            if len(sizes) == 1:
+                return replace(difference, verdict="harmless", effect="the epochs are the same")
+        return difference
 
     def _rules(self) -> dict[str, Rule]:
         rules = rules_for(self._trainer.config, self._trainer.model)

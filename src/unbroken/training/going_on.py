@@ -125,6 +125,7 @@ def go_on(trainer: Trainer, report: ResumeReport) -> None:
 
 
 _MADE_BY = {
+    "optim": ("fused", "foreach"),
     "weight_decay": ("weight_decay",),
     "adam_beta1": ("betas",),
     "adam_beta2": ("betas",),
