@@ -56,7 +56,7 @@ PARAMETERS = {
     unbroken.Trainer.load_checkpoint: "self which",
     unbroken.Trainer.stop: "self reason",
     unbroken.Checkpointer: "directory branch save_steps save_minutes keep types clock wall_clock "
-    "settings policy fingerprint examine told group load_from objects",
+    "settings policy fingerprint examine told group load_from of_each_rank objects",
     unbroken.Checkpointer.resume: "self which",
     unbroken.Checkpointer.adopt: "self step values facts came",
     unbroken.Checkpointer.load: "self step names",

@@ -23,6 +23,8 @@ from unbroken.capture.partial import keep_skipped as keep_skipped
 from unbroken.capture.pretrained import pretrained_files as pretrained_files
 from unbroken.capture.rng import capture_rng as capture_rng
 from unbroken.capture.rng import restore_rng as restore_rng
+from unbroken.capture.sharded import class_of as class_of
+from unbroken.capture.sharded import is_sharded as is_sharded
 from unbroken.capture.stored import LeafSource as LeafSource
 from unbroken.capture.stored import StoredTensor as StoredTensor
 from unbroken.capture.stored import load_tensors as load_tensors
@@ -48,12 +50,14 @@ __all__ = [
     "capture_gradients",
     "capture_rng",
     "check",
+    "class_of",
     "decode",
     "distance",
     "encode",
     "file_layout",
     "file_of",
     "files_for",
+    "is_sharded",
     "keep_skipped",
     "load_tensors",
     "named_buffers",

@@ -235,8 +235,8 @@ class _Encoder:
         check_tensor(part.tensor, path)
         dtype, shape = stored_as(value.dtype, part.shape)
         path = self._unique(path)
-        cut = () if part.is_whole else (part.offsets, part.global_shape)
-        self._add(path, physical(part.tensor), dtype, shape, *cut)
+        cut = (None, None) if part.is_whole else (part.offsets, part.global_shape)
+        self._add(path, physical(part.tensor), dtype, shape, value, *cut)
         layout = {"dtype": dtype_name(value.dtype), "shape": [*part.global_shape]}
         return {TAG: "tensor", **describe_flags(value), "leaf": path, **layout}
 
@@ -277,6 +277,7 @@ class _Encoder:
         tensor: torch.Tensor,
         dtype: str,
         shape: tuple[int, ...],
+        sharded: torch.Tensor | None = None,
         offsets: tuple[int, ...] | None = None,
         global_shape: tuple[int, ...] | None = None,
     ) -> None:
@@ -284,7 +285,7 @@ class _Encoder:
         other = self._names.setdefault((file, name), path)
         if other != path:
             raise CaptureError(path, f"has the place of {other}", found=f"{name} in {file}")
-        leaf = TensorLeaf(path, file, name, dtype, shape, tensor, offsets, global_shape)
+        leaf = TensorLeaf(path, file, name, dtype, shape, tensor, sharded, offsets, global_shape)
         self.leaves.append(leaf)
 
     def _unique(self, path: str) -> str:

@@ -28,8 +28,9 @@ class TensorLeaf:
         dtype: Its safetensors dtype; "U8" for bytes of any other kind.
         shape: Its shape in the file.
         tensor: The live tensor whose elements, in C order, are the bytes.
-        offsets: Of a part of a sharded tensor, where it starts there, by dimension; else None.
-        global_shape: Of a part of a sharded tensor, the shape of the whole; else None.
+        sharded: The tensor that several ranks hold, if this is what one of them has of it.
+        offsets: Of a part of it that is not all of it, where it starts there, by dimension.
+        global_shape: Of such a part, the shape of the whole.
     """
 
     path: str
@@ -38,6 +39,7 @@ class TensorLeaf:
     dtype: str
     shape: tuple[int, ...]
     tensor: torch.Tensor
+    sharded: torch.Tensor | None = None
     offsets: tuple[int, ...] | None = None
     global_shape: tuple[int, ...] | None = None
 

@@ -9,12 +9,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self, get_args
 
-from unbroken.capture import (
-    capture,
-    capture_rng,
-    encode,
-    structure_to_bytes,
-)
+from unbroken.capture import capture, capture_rng
 from unbroken.checkpoint.agreeing import agree_on_versions
 from unbroken.checkpoint.branching import open_branch
 from unbroken.checkpoint.comparison import Comparison, Examine, Policy
@@ -24,18 +19,14 @@ from unbroken.checkpoint.policy import Cadence, Timer
 from unbroken.checkpoint.readers import LoadFrom
 from unbroken.checkpoint.relay import open_as_another, place_of
 from unbroken.checkpoint.report import ResumeReport
-from unbroken.checkpoint.resuming import STATE_FILE, Resumption
+from unbroken.checkpoint.resuming import Resumption
+from unbroken.checkpoint.saving import save_together
 from unbroken.checkpoint.selection import ResumeFrom, Selection
+from unbroken.checkpoint.shares import share_of
 from unbroken.distributed import Alone, Group
 from unbroken.errors import ConfigError
 from unbroken.storage import Storage
-from unbroken.store import (
-    CheckpointReader,
-    CheckpointWriter,
-    KeepPolicy,
-    Manifest,
-    RunDirectory,
-)
+from unbroken.store import CheckpointReader, CheckpointWriter, KeepPolicy, Manifest, RunDirectory
 from unbroken.store.layout import checkpoint_name
 
 _RESERVED = ("rng", "values")
@@ -68,11 +59,14 @@ class Checkpointer:
         examine: Called with the facts of a checkpoint and the differences found, before anything
             is loaded: returns all that matter, or raises to refuse the checkpoint.
         told: Names of objects whose hyperparameters `settings` or `examine` tell already.
-        group: The ranks that train the same model, each calling every method; rank 0 writes. None:
-            this process alone.
+        group: The ranks that train the same model, each calling every method. Each stores its
+            share of a checkpoint, and rank 0 commits. None: this process alone.
         load_from: "all": every rank reads what it needs, and they divide the verification;
             "rank0": rank 0 reads and sends each tensor to the others, which need not see the
-            run directory.
+            run directory; it also stores all, so that no tensor may be sharded.
+        of_each_rank: Names of objects ("rng" and "values" among them) of which each rank stores
+            and gets back its own; the others must be the same on all ranks. None: whatever
+            differs between them when it is saved.
         objects: What to save, by name: modules, optimizers, schedulers, a GradScaler, random
             generators, tensors, anything with `state_dict` and `load_state_dict`, and lists and
             dicts of these. The object called `model` gives the parameters their names.
@@ -116,6 +110,7 @@ class Checkpointer:
         told: Collection[str] = (),
         group: Group | None = None,
         load_from: LoadFrom = "all",
+        of_each_rank: Collection[str] | None = None,
         **objects: object,
     ) -> None:
         for name in _RESERVED:
@@ -131,6 +126,7 @@ class Checkpointer:
             directory = os.path.abspath(directory)  # the same run after a chdir
         self.group: Group = Alone() if group is None else group
         self._load_from: LoadFrom = load_from
+        self._of_each_rank = of_each_rank
         self._directory = directory
         self.layout: Callable[[Mapping[str, object]], Layout] = Layout.of
         self.among_others = False
@@ -215,6 +211,7 @@ class Checkpointer:
             notes=self._notes,
             group=self.group,
             load_from=self._load_from,
+            of_each_rank=self._of_each_rank,
         )
         report = resumption.start(selection)
         self._has_resumed = True
@@ -259,7 +256,12 @@ class Checkpointer:
         """
         objects = {name: self.objects[name] for name in names}
         resumption = Resumption(
-            self.run, objects, self._types, group=self.group, load_from=self._load_from
+            self.run,
+            objects,
+            self._types,
+            group=self.group,
+            load_from=self._load_from,
+            of_each_rank=self._of_each_rank,
         )
         resumption.load_only(step)
 
@@ -287,12 +289,19 @@ class Checkpointer:
             SaveError: If the disk fails or is full; all earlier checkpoints are as they were.
             RankError: If it failed on another rank, or the ranks do not hold the same state.
         """
-        group = self.group
-        if group.world_size > 1:
+        group, run = self.group, self.run
+        own = () if self._load_from == "rank0" else self._of_each_rank
+        if group.world_size > 1 and own is not None and "rng" not in own:
             group.agree("the random generators at a save", rng_digest())
-        self.run  # noqa: B018 (is opened by all ranks together)
-        write = partial(self._save_as_owner, step, values, facts or {})
-        group.together("save", lambda: None if group.rank else write())
+        tree = group.together("capture the state", lambda: self._captured(values))
+        layout = self.layout(self.objects)
+        save_together(
+            group,
+            run.storage,
+            partial(self._begin, layout, step),
+            partial(share_of, group, tree, layout.file_of, own),
+            partial(self._commit, layout, facts or {}),
+        )
         self._has_resumed = True
         self._timer.done()
         return self.path(step)
@@ -301,34 +310,34 @@ class Checkpointer:
         """Return the path of the checkpoint of a step, whether it is there or not."""
         return self.run.storage.describe(f"checkpoint-{step}")
 
-    def _save_as_owner(self, step: int, values: Any, facts: Mapping[str, Any]) -> None:
-        self._refuse_two_futures()
-        manifest = self._write(self.run, step, values, facts)
-        self.run.history.append({"event": "saved", "step": step, "digest": manifest.state_digest})
-        self.run.prune(self.keep, best_steps=() if self.best_step is None else (self.best_step,))
+    def _captured(self, values: Any) -> dict[str, Any]:
+        return {**capture(self.objects), "values": values, "rng": capture_rng()}
 
-    def _write(
-        self, run: RunDirectory, step: int, values: Any, facts: Mapping[str, Any]
-    ) -> Manifest:
-        tree = {**capture(self.objects), "values": values, "rng": capture_rng()}
-        layout = self.layout(self.objects)
-        encoded = encode(tree, file_of=layout.file_of)
+    def _begin(self, layout: Layout, step: int) -> CheckpointWriter:
+        self._refuse_two_futures()
+        run = self.run
         run.metrics.sync()  # a checkpoint must never promise lines that a power cut can take
-        with CheckpointWriter(
+        return CheckpointWriter(
             run.storage,
             step=step,
             run_id=run.run_id,
             clock=self._wall_clock,
             like=self._like,
             constant=layout.constant,
-        ) as writer:
-            writer.write_leaves(encoded.leaves)
-            writer.write_file(STATE_FILE, structure_to_bytes(encoded.structure))
-            for name, data in layout.files().items():
-                writer.write_file(name, data)
-            manifest = writer.commit({**self._facts(run), **facts})
+        )
+
+    def _commit(
+        self, layout: Layout, facts: Mapping[str, Any], writer: CheckpointWriter
+    ) -> Manifest:
+        run = self.run
+        for name, data in layout.files().items():
+            writer.write_file(name, data)
+        manifest = writer.commit({**self._facts(run), **facts})
         if layout.constant:
-            self._like = CheckpointReader(run.storage, checkpoint_name(step))
+            self._like = CheckpointReader(run.storage, checkpoint_name(manifest.step))
+        saved = {"event": "saved", "step": manifest.step, "digest": manifest.state_digest}
+        run.history.append(saved)
+        run.prune(self.keep, best_steps=() if self.best_step is None else (self.best_step,))
         return manifest
 
     def _facts(self, run: RunDirectory) -> dict[str, Any]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import xxhash
-
-from unbroken.capture import capture_rng, encode, structure_to_bytes
+from unbroken.capture import capture_rng
+from unbroken.checkpoint.shares import state_digest
 
 
 def rng_digest() -> str:
@@ -14,10 +13,4 @@ def rng_digest() -> str:
         >>> rng_digest() == rng_digest()
         True
     """
-    tree = {name: state for name, state in capture_rng().items() if name != "cuda"}
-    encoded = encode(tree)
-    digest = xxhash.xxh3_128(structure_to_bytes(encoded.structure))
-    for leaf in encoded.leaves:
-        for chunk in leaf.chunks():
-            digest.update(chunk)
-    return digest.hexdigest()
+    return state_digest({name: state for name, state in capture_rng().items() if name != "cuda"})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,9 +19,11 @@ from unbroken.capture import (
 from unbroken.checkpoint.candidates import Candidates
 from unbroken.checkpoint.comparison import Comparison
 from unbroken.checkpoint.differences import Difference
+from unbroken.checkpoint.own_state import begin_anew, own_state
 from unbroken.checkpoint.readers import LoadFrom, Source, readers_for
 from unbroken.checkpoint.report import ResumeReport
 from unbroken.checkpoint.selection import Selection
+from unbroken.checkpoint.shares import STATE_FILE
 from unbroken.distributed import Group
 from unbroken.errors import (
     CheckpointNotFoundError,
@@ -29,8 +31,6 @@ from unbroken.errors import (
     RunDirectoryError,
 )
 from unbroken.store import Json, Rejection, RunDirectory
-
-STATE_FILE = "state.json"
 
 
 class Resumption:
@@ -44,6 +44,7 @@ class Resumption:
         notes: What else the report says.
         group: The ranks that resume together: rank 0 chooses, all load, all must succeed.
         load_from: Which of them read the checkpoint.
+        of_each_rank: Names of what each rank gets back its own of; None: of all that was stored so.
 
     Attributes:
         values: The plain values of the resumed checkpoint, or None.
@@ -62,6 +63,7 @@ class Resumption:
         notes: tuple[str, ...] = (),
         group: Group,
         load_from: LoadFrom = "all",
+        of_each_rank: Collection[str] | None = None,
     ) -> None:
         self.values: Any = None
         self.best_step: int | None = None
@@ -69,6 +71,9 @@ class Resumption:
         self._group = group
         self._candidates = Candidates(run)
         self._readers = readers_for(run, group, load_from)
+        self._of_each_rank = of_each_rank
+        self._load_from = load_from
+        self._begins_anew = False
         self._notes = notes
         self._objects = objects
         self._types = types
@@ -151,7 +156,10 @@ class Resumption:
         self.values = load_tensors(values)
         if self._comparison is not None:
             self._comparison.take_effect(self._differences)
-        restore_rng(load_tensors(rng))
+        rng = load_tensors(rng)
+        restore_rng(rng)
+        if self._begins_anew:
+            begin_anew(rng, self._group.rank)
         reader.check_rest()
         self._remember(reader.manifest.facts)
 
@@ -175,12 +183,25 @@ class Resumption:
         return tree
 
     def _tree(self, reader: Source) -> dict[str, Any]:
-        structure = structure_from_bytes(reader.read_file(STATE_FILE), STATE_FILE)
+        tree = self._decoded(reader, STATE_FILE)
+        wanted = {n: v for n, v in tree.items() if n in ("rng", "values") or n in self._objects}
+        own, self._begins_anew = own_state(
+            wanted,
+            reader.manifest,
+            self._group,
+            self._of_each_rank,
+            partial(self._decoded, reader),
+            alike=self._load_from == "rank0",
+        )
+        return {**tree, **own}
+
+    def _decoded(self, reader: Source, name: str) -> dict[str, Any]:
+        structure = structure_from_bytes(reader.read_file(name), name)
         types = (*self._types, *types_in(capture(self._objects)))
         tree = decode(structure, reader, types=types, lazy=True)
         if not isinstance(tree, dict):
             raise CorruptCheckpointError(
-                reader.folder, STATE_FILE, expected="objects by name", found=type(tree).__name__
+                reader.folder, name, expected="objects by name", found=type(tree).__name__
             )
         return tree
 

@@ -13,8 +13,11 @@ ON_PARAMETERS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 ON_OPTIMIZERS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
+_NOT_THE_USERS = ("unbroken.", "torch.distributed.")  # how ranks share a model is no part of it
+
+
 def hooks_on(thing: object, names: Iterable[str]) -> dict[str, list[Any]]:
-    """Return the hooks on a thing by the name of their kind, but for those of this library.
+    """Return the hooks on a thing by the name of their kind, but for those of FSDP2 and of ours.
 
     Example:
         >>> import torch
@@ -29,9 +32,9 @@ def hooks_on(thing: object, names: Iterable[str]) -> dict[str, list[Any]]:
 
 def _own_hooks(hooks: Any) -> list[Any]:
     each = hooks.values() if isinstance(hooks, dict) else ()
-    return [hook for hook in each if not _is_ours(hook)]
+    return [hook for hook in each if not _is_not_the_users(hook)]
 
 
-def _is_ours(hook: Any) -> bool:
+def _is_not_the_users(hook: Any) -> bool:
     function, _ = called_by(hook)
-    return str(asked(function, "__module__")).startswith("unbroken.")
+    return str(asked(function, "__module__")).startswith(_NOT_THE_USERS)

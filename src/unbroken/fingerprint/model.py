@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from unbroken.capture import named_modules, named_parameters, unwrapped
+from unbroken.capture import class_of, named_modules, named_parameters, unwrapped
 from unbroken.fingerprint.asking import Failed, answer, asked, attributes_of, tried
 from unbroken.fingerprint.facts import facts_of, facts_of_items, names_used_by, values_around
 from unbroken.fingerprint.hooks import ON_MODULES, ON_PARAMETERS, hooks_on
@@ -47,13 +47,13 @@ def model_facts(model: nn.Module) -> dict[str, Plain]:
     """
     model = unwrapped(model)
     modules = dict(named_modules(model))
-    own = {type(module) for module in modules.values() if is_users_own(type(module))}
+    own = {class_of(module) for module in modules.values() if is_users_own(class_of(module))}
     classes = sorted(own, key=qualified_name)
     around = {qualified_name(one): values_around(one, leave_out="__init__") for one in classes}
     return {
         **_attributes(modules, classes),
         **_configs(modules),
-        "class": qualified_name(type(model)),
+        "class": qualified_name(class_of(model)),
         "source": {qualified_name(o): source_digest(o, leave_out="__init__") for o in classes},
         "globals": {name: values for name, values in around.items() if values},
         "layer": {name or _ROOT: _printed(module) for name, module in modules.items()},
@@ -108,13 +108,13 @@ def _attributes(modules: dict[str, nn.Module], classes: list[type]) -> dict[str,
     found: dict[str, Plain] = {}
     for name, module in modules.items():
         items: dict[str, Any] = {**hooks_on(module, ON_MODULES)}
-        if is_users_own(type(module)):
+        if is_users_own(class_of(module)):
             own = attributes_of(module).items()
             items |= {n: value for n, value in own if n not in _OF_EVERY_MODULE}
         for own_name, parameter in module.named_parameters(recurse=False):
             hooks = hooks_on(parameter, ON_PARAMETERS).items()
             items |= {f"{own_name}.{hook}": each for hook, each in hooks}
-        if (patch := _patched(type(module))) is not None:
+        if (patch := _patched(class_of(module))) is not None:
             items["forward"] = patch
         values = facts_of_items(items, used=used, beside=parts)
         found |= {f"{name}.{key}" if name else key: value for key, value in values.items()}
@@ -133,8 +133,8 @@ def _patched(kind: type) -> Any:
 def _printed(module: nn.Module) -> str:
     """Return what a module prints of itself, without its parts, and what it does not print."""
     text = _same_twice(str(answer(module, "extra_repr") or ""))
-    more = [] if is_users_own(type(module)) else _unprinted(module, text)
-    return f"{type(module).__name__}({', '.join([text, *more] if text else more)})"
+    more = [] if is_users_own(class_of(module)) else _unprinted(module, text)
+    return f"{class_of(module).__name__}({', '.join([text, *more] if text else more)})"
 
 
 def _same_twice(text: str) -> str:

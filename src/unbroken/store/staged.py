@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from unbroken.errors import CaptureError, SaveError
@@ -151,13 +151,16 @@ def check_new_names(names: Iterable[str], taken: Iterable[str]) -> None:
         seen.add(name.casefold())
 
 
-def store_leaves(storage: Storage, folder: str, leaves: Iterable[Leaf]) -> tuple[FileEntry, ...]:
-    """Write leaves into the staging folder of another rank's writer; they are durable on return.
+def store_leaves(
+    storage: Storage, folder: str, leaves: Iterable[Leaf], files: Mapping[str, bytes]
+) -> tuple[FileEntry, ...]:
+    """Write leaves and files, durably, into the staging folder of another rank's writer.
 
     Args:
         storage: The run directory, as this rank sees it.
         folder: `CheckpointWriter.staging` of the rank that commits.
         leaves: What this rank stores. No other rank may store into the same files.
+        files: Files that are not tensors, by name.
 
     Returns:
         What that rank's `CheckpointWriter.adopt` needs to know.
@@ -167,13 +170,15 @@ def store_leaves(storage: Storage, folder: str, leaves: Iterable[Leaf]) -> tuple
         SaveError: The storage fails or is full.
     """
     plans = plan_files(leaves)
-    check_new_names((plan.name for plan in plans), ())
+    check_new_names([*(plan.name for plan in plans), *files], ())
     try:
-        files = tuple(write_plan(storage, folder, plan) for plan in plans)
-        storage.sync_folder(folder)
+        stored = [write_plan(storage, folder, plan) for plan in plans]
+        stored += [write_plain(storage, folder, name, data) for name, data in files.items()]
+        if stored:
+            storage.sync_folder(folder)
     except OSError as error:
         raise save_error(error, storage.describe(folder)) from error
-    return files
+    return tuple(stored)
 
 
 def save_error(error: OSError, where: str) -> SaveError:

@@ -130,9 +130,11 @@ class CheckpointWriter:
 
         Raises:
             CaptureError: A name or a tensor is there already.
+            SaveError: A file is not there, or not as long: others see another folder.
         """
-        with self._attempt():
+        with self._attempt() as folder:
             for file in files:
+                self._check_is_there(folder, file)
                 check_new_names([file.name], self._files)
                 self._check_paths(
                     (region.path, region.offsets)
@@ -140,6 +142,15 @@ class CheckpointWriter:
                     if region.path is not None
                 )
                 self._files[file.name] = file
+
+    def _check_is_there(self, folder: str, file: FileEntry) -> None:
+        found = self._storage.stat(f"{folder}/{file.name}")
+        if found is None or found.nbytes != file.nbytes:
+            where = self._storage.describe(f"{folder}/{file.name}")
+            expected, nbytes = f"{file.nbytes} bytes", None if found is None else found.nbytes
+            what = "is not as another rank has stored it"
+            hint = "all ranks must see the same run directory"
+            raise SaveError(where, what, expected=expected, found=nbytes or "no file", hint=hint)
 
     def commit(self, facts: Mapping[str, Json]) -> Manifest:
         """Make it a checkpoint. When it returns, the checkpoint survives a power cut.

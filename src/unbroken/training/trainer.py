@@ -191,6 +191,7 @@ class Trainer:
             told=made_by_settings(self),
             group=self.group,
             load_from=config.load_from,
+            of_each_rank=(),  # all is derived: the ranks have the same
             **named_objects(self, state or {}),
         )
 

@@ -1,0 +1,251 @@
+"""What each rank of a save stores: its share of what all have in common, and what is its own.
+
+Ranks have modules and optimizers in common: tensors that are the same on all of them, or of which
+each holds a part. All other state (random generators, data loaders, ...) is stored once where it
+is the same on all ranks, and for each rank where it is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+import torch
+import xxhash
+
+from unbroken.capture import (
+    Captured,
+    Encoded,
+    FileOf,
+    TensorLeaf,
+    encode,
+    is_sharded,
+    structure_to_bytes,
+)
+from unbroken.distributed import Group, divide, name_ranks
+from unbroken.errors import ConfigError, RankError
+
+STATE_FILE = "state.json"
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank stores in a save.
+
+    Args:
+        leaves: The tensors, or parts of tensors.
+        files: The files without tensors, by name.
+    """
+
+    leaves: tuple[TensorLeaf, ...]
+    files: Mapping[str, bytes]
+
+
+def own_state_file(rank: int) -> str:
+    """Return the file with what a rank other than 0 has of its own."""
+    return f"state.rank{rank}.json"
+
+
+def own_key(rank: int) -> str:
+    """Return the name under which that state stands: no object can have it."""
+    return f"rank-{rank}"
+
+
+def share_of(
+    group: Group,
+    tree: Mapping[str, Any],
+    file_of: FileOf,
+    of_each_rank: Collection[str] | None,
+    blind: Sequence[int] = (),
+) -> Share:
+    """Return what this rank stores of a state tree; all ranks call this.
+
+    Args:
+        group: The ranks.
+        tree: What this rank captured, with "rng" and "values".
+        file_of: Gives each leaf its file and its name there.
+        of_each_rank: The names of which each rank stores its own; None: whatever differs.
+        blind: Ranks that do not see where to store; with one of them, rank 0 stores all.
+
+    Raises:
+        CaptureError: A value cannot be stored.
+        ConfigError: A blind rank has something that rank 0 has not.
+        RankError: The ranks have other objects, or optimizers with other state.
+    """
+    if group.world_size == 1:
+        encoded = encode(dict(tree), file_of=file_of)
+        return Share(encoded.leaves, {STATE_FILE: structure_to_bytes(encoded.structure)})
+    private = _private_names(group, tree, of_each_rank)
+    common = {name: value for name, value in tree.items() if name not in private}
+    own = {name: tree[name] for name in tree if name in private}
+    encoded = group.together(
+        "capture the state", lambda: encode({**common, **own}, file_of=file_of)
+    )
+    if blind:
+        _refuse_what_only_others_have(encoded, own, blind)
+    _agree_on_structure(group, encoded, [n for n, value in common.items() if _is_common(value)])
+    _agree_on_copies(group, encoded)
+    mine = _planned(group, encoded, common, divided=not blind)
+    if group.rank == 0:
+        return Share(mine, {STATE_FILE: structure_to_bytes(encoded.structure)})
+    if not own:
+        return Share(mine, {})
+    apart = encode({own_key(group.rank): own}, file_of=_in_file_of_rank(file_of, group.rank))
+    files = {own_state_file(group.rank): structure_to_bytes(apart.structure)}
+    return Share((*mine, *apart.leaves), files)
+
+
+def _private_names(
+    group: Group, tree: Mapping[str, Any], of_each_rank: Collection[str] | None
+) -> frozenset[str]:
+    """Return the names of what each rank has of its own."""
+    if of_each_rank is not None:
+        return frozenset(of_each_rank).intersection(tree)
+    digests = group.together(
+        "capture the state",
+        lambda: {n: state_digest({n: value}) for n, value in tree.items() if not _is_common(value)},
+    )
+    ranks: Any = group.gather("what is the same on all ranks", digests)
+    return frozenset(name for name in digests if len({one.get(name) for one in ranks}) > 1)
+
+
+def state_digest(tree: Any) -> str:
+    """Return a digest of a small state, tensors included.
+
+    Example:
+        >>> state_digest({"step": 1}) == state_digest({"step": 1.0})
+        False
+    """
+    encoded = encode(tree)
+    digest = xxhash.xxh3_128(structure_to_bytes(encoded.structure))
+    for leaf in encoded.leaves:
+        _add(digest, leaf)
+    return digest.hexdigest()
+
+
+def _add(digest: xxhash.xxh3_128, leaf: TensorLeaf) -> xxhash.xxh3_128:
+    for chunk in leaf.chunks():
+        digest.update(chunk)
+    return digest
+
+
+def _is_common(value: Any) -> bool:
+    """Return whether a registered object is, or holds, one that the ranks have in common."""
+    if isinstance(value, Captured):
+        return value.kind in ("module", "optimizer") or is_sharded(value.state)
+    if isinstance(value, Mapping):
+        return any(_is_common(item) for item in value.values())
+    return isinstance(value, list | tuple) and any(map(_is_common, value))
+
+
+def _refuse_what_only_others_have(
+    encoded: Encoded, own: Collection[str], blind: Sequence[int]
+) -> None:
+    """Raise if rank 0, which is to store all, does not hold all."""
+    cut = (leaf.path for leaf in encoded.leaves if leaf.sharded is not None)
+    path = next(chain(own, cut), None)
+    if path is not None:
+        raise ConfigError(
+            path,
+            f"is of each rank, but {name_ranks(blind)} cannot store it: where rank 0 saves is not "
+            "there",
+            hint='put the run directory where all ranks see it; load_from="rank0" is for models '
+            "and states that all ranks have alike",
+        )
+
+
+def _agree_on_structure(group: Group, encoded: Encoded, common: Iterable[str]) -> None:
+    """Raise unless all ranks have the same parameters, state and options of optimizers, ..."""
+    structure: Any = encoded.structure
+    found = {
+        name: xxhash.xxh3_128_hexdigest(structure_to_bytes(_without_devices(structure[name])))
+        for name in common
+    }
+    try:
+        group.agree("the state to be saved, without tensors", found)
+    except RankError as error:
+        error.add_note("an optimizer that keeps another state on each rank cannot be saved")
+        raise
+
+
+def _agree_on_copies(group: Group, encoded: Encoded) -> None:
+    """Raise unless what sharded modules hold whole is the same on all ranks: buffers, ...
+
+    Where no tensor is sharded, DDP keeps the ranks alike: those of rank 0 count.
+    """
+    cut = {_owner(leaf.path) for leaf in encoded.leaves if leaf.sharded is not None}
+    found = {
+        leaf.path: _add(xxhash.xxh3_128(), leaf).hexdigest()
+        for leaf in encoded.leaves
+        if leaf.sharded is None and _owner(leaf.path) in cut
+    }
+    group.agree("the tensors that each rank holds whole", found)
+
+
+def _owner(path: str) -> str:
+    return path.partition(".")[0].partition(":")[0]
+
+
+def _without_devices(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_without_devices(item) for item in node]
+    if isinstance(node, dict):
+        kept = {key: node[key] for key in node if key not in ("device", "devices")}
+        return {key: _without_devices(value) for key, value in kept.items()}
+    return node
+
+
+def _planned(
+    group: Group, encoded: Encoded, common: Mapping[str, Any], *, divided: bool
+) -> tuple[TensorLeaf, ...]:
+    """Return the leaves that this rank stores, in files of its own where ranks share one."""
+    optimizers = tuple(f"{path}." for path in _optimizers_in(common, ""))
+    shared = [
+        leaf
+        for leaf in encoded.leaves
+        if leaf.sharded is not None or (divided and leaf.path.startswith(optimizers))
+    ]
+    offered = {leaf.path: _whole(leaf) for leaf in shared}
+    if group.rank == 0:
+        offered |= {leaf.path: leaf.tensor for leaf in encoded.leaves if leaf.path not in offered}
+    mine = divide(group, offered)
+    files = {leaf.file for leaf in shared}
+    return tuple(
+        replace(leaf, file=file_of_rank(leaf.file, group.rank)) if leaf.file in files else leaf
+        for leaf in encoded.leaves
+        if leaf.path in mine and (leaf.offsets is None or leaf.nbytes)
+    )
+
+
+def _whole(leaf: TensorLeaf) -> torch.Tensor:
+    return leaf.tensor if leaf.sharded is None else leaf.sharded
+
+
+def _optimizers_in(value: Any, path: str) -> Iterator[str]:
+    if isinstance(value, Captured):
+        yield from [path] if value.kind == "optimizer" else []
+    elif isinstance(value, Mapping | list | tuple):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, item in items:
+            yield from _optimizers_in(item, f"{path}.{key}" if path else str(key))
+
+
+def file_of_rank(name: str, rank: int) -> str:
+    """Return the file of a rank where several share one.
+
+    Example:
+        >>> file_of_rank("model.safetensors", 2)
+        'model.rank2.safetensors'
+    """
+    stem, _, end = name.rpartition(".")
+    return f"{stem}.rank{rank}.{end}"
+
+
+def _in_file_of_rank(file_of: FileOf, rank: int) -> Callable[[str], tuple[str, str]]:
+    def own(path: str) -> tuple[str, str]:
+        file, name = file_of(path)
+        return file_of_rank(file, rank), name
+
+    return own
