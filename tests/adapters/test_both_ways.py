@@ -74,7 +74,7 @@ def test_the_hosts_own_goes_on_from_an_exported_one(name, kill_at, run, uninterr
 
 def test_an_export_overwrites_nothing(run, tmp_path):
     run(kill_at=8)
-    assert main(["export", str(run.folder / "run"), str(tmp_path)]) == 2
+    assert main(["export", str(run.folder / "run"), str(tmp_path), "--to", "transformers"]) == 2
 
 
 @pytest.fixture

@@ -6,7 +6,9 @@ It shares no code with unbroken: if the two disagree, the document or the code i
 from __future__ import annotations
 
 import json
+import math
 import struct
+from itertools import product
 from pathlib import Path
 
 import xxhash
@@ -27,18 +29,42 @@ def read_manifest(folder: Path) -> dict:
 def read_checkpoint(folder: Path) -> tuple[dict, dict[str, bytes]]:
     """Return the manifest, and its tensors by path and plain files by name."""
     manifest = read_manifest(folder)
-    state = {}
+    state, shards = {}, {}
     for file in manifest["files"]:
         data = (folder / file["name"]).read_bytes()
         assert len(data) == file["nbytes"]
         regions = split(data, file["regions"])
-        tensors = {
-            r["path"]: part for r, part in zip(file["regions"], regions, strict=True) if "path" in r
-        }
-        state |= tensors or {file["name"]: data}
+        tensors = [
+            (r, part) for r, part in zip(file["regions"], regions, strict=True) if "path" in r
+        ]
+        for region, part in tensors:
+            if "offsets" in region:
+                shards.setdefault(region["path"], []).append((region, part))
+            else:
+                state[region["path"]] = part
         if tensors:
             check_header(data, file["regions"])
-    return manifest, state
+        else:
+            state[file["name"]] = data
+    return manifest, state | {path: put_together(parts) for path, parts in shards.items()}
+
+
+def put_together(parts: list[tuple[dict, bytes]]) -> bytes:
+    """Copy each element of each shard to its place; none is missing, none is there twice."""
+    region, data = parts[0]
+    itemsize = len(data) // math.prod(region["shape"])
+    places = {}
+    for region, data in parts:
+        for number, index in enumerate(product(*map(range, region["shape"]))):
+            place = 0
+            for at, start, size in zip(
+                index, region["offsets"], region["global_shape"], strict=True
+            ):
+                place = place * size + at + start
+            assert place not in places
+            places[place] = data[number * itemsize : (number + 1) * itemsize]
+    assert sorted(places) == list(range(math.prod(region["global_shape"])))
+    return b"".join(places[place] for place in sorted(places))
 
 
 def split(data: bytes, regions: list[dict]) -> list[bytes]:
@@ -69,7 +95,15 @@ def check_header(data: bytes, regions: list[dict]) -> None:
 
 def state_digest(manifest: dict) -> str:
     regions = [(file, region) for file in manifest["files"] for region in file["regions"]]
-    tensors = {r["path"]: [r["dtype"], r["shape"], r["digest"]] for _, r in regions if "path" in r}
+    tensors = {
+        r["path"]: [r["dtype"], r["shape"], r["digest"]]
+        for _, r in regions
+        if "path" in r and "offsets" not in r
+    }
+    for _, r in sorted(regions, key=lambda pair: pair[1].get("offsets", [])):
+        if "offsets" in r:
+            described = tensors.setdefault(r["path"], [r["dtype"], r["global_shape"], []])
+            described[2].append([r["offsets"], r["shape"], r["digest"]])
     with_tensors = {file["name"] for file, r in regions if "path" in r}
     files = {
         file["name"]: [r["digest"] for r in file["regions"]]

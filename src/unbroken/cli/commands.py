@@ -102,20 +102,32 @@ class Diff:
 
 @dataclass(frozen=True)
 class Export:
-    """Write a checkpoint in the layout of another trainer, which goes on from it."""
+    """Write what a checkpoint holds for other programs: whole weights, or another trainer's layout.
+
+    Weights that several ranks saved in shards are put together, without a process group and in
+    little memory; every byte is verified.
+    """
 
     path: Positional[str]
     """A checkpoint folder, or a run directory (its newest checkpoint)."""
-    target: Positional[str]
-    """A folder that is not there yet; transformers wants it to be called checkpoint-<step>."""
-    to: Literal["transformers"] = "transformers"
-    """The trainer: of `unbroken.adapters.transformers`."""
+    out: Annotated[Positional[str], arg(metavar="OUT")]
+    """A folder that is not there yet; a Hugging Face Trainer wants it to be called
+    checkpoint-<step>."""
+    to: Literal["weights", "transformers"] = "weights"
+    """"weights": what `from_pretrained` reads; "transformers": what the Hugging Face Trainer goes
+    on from, of a run of `unbroken.adapters.transformers`."""
+    model: str = "model"
+    """The name of the model, where the checkpoint holds several. Weights alone."""
+    max_file_size: str = "50GB"
+    """Above this, the weights go into several files with an index. Weights alone."""
 
     def run(self) -> int:
-        """Write the folder; return the exit status."""
-        from unbroken.cli.exporting import export
+        """Write the files; return the exit status."""
+        from unbroken.cli.exporting import print_export, print_export_to_transformers
 
-        return export(self.path, self.target)
+        if self.to == "transformers":
+            return print_export_to_transformers(self.path, self.out)
+        return print_export(self.path, self.out, model=self.model, max_file_size=self.max_file_size)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from unbroken.store.diff import diff_checkpoints as diff_checkpoints
 from unbroken.store.diff import diff_facts as diff_facts
 from unbroken.store.diff import tensor_types as tensor_types
 from unbroken.store.division import divided as divided
+from unbroken.store.export import Exported as Exported
+from unbroken.store.export import export_weights as export_weights
 from unbroken.store.journal import Journal as Journal
 from unbroken.store.leaf import Leaf as Leaf
 from unbroken.store.lineage import Lineage as Lineage
@@ -44,6 +46,7 @@ __all__ = [
     "CheckpointWriter",
     "Damage",
     "Diff",
+    "Exported",
     "FileEntry",
     "Interval",
     "Journal",
@@ -67,6 +70,7 @@ __all__ = [
     "diff_checkpoints",
     "diff_facts",
     "divided",
+    "export_weights",
     "has_branch",
     "prune",
     "store_leaves",

@@ -16,7 +16,7 @@ from unbroken.capture.generators import python_getstate
 from unbroken.errors import ConfigError
 from unbroken.store import CheckpointReader
 
-_OURS = {"state.json", "state.safetensors", "optimizer.safetensors", "buffers.safetensors"}
+_OURS = ("state.", "optimizer.", "buffers.")
 
 
 def export_stock(reader: CheckpointReader, target: Path) -> None:
@@ -46,7 +46,7 @@ def export_stock(reader: CheckpointReader, target: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for file in reader.manifest.files:
-        if file.name not in _OURS:
+        if not file.name.startswith(_OURS):
             source = reader.storage.describe(f"{reader.folder}/{file.name}")
             shutil.copyfile(source, partial / file.name)
     _write_archives(reader, partial)
