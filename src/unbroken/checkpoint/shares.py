@@ -207,10 +207,10 @@ def _planned(
         for leaf in encoded.leaves
         if leaf.sharded is not None or (divided and leaf.path.startswith(optimizers))
     ]
-    offered = {leaf.path: _whole(leaf) for leaf in shared}
-    if group.rank == 0:
-        offered |= {leaf.path: leaf.tensor for leaf in encoded.leaves if leaf.path not in offered}
-    mine = divide(group, offered)
+    names = {leaf.path for leaf in shared}
+    of_rank_0 = [leaf for leaf in encoded.leaves if leaf.path not in names and group.rank == 0]
+    shared.sort(key=lambda leaf: (leaf.sharded is None, -leaf.nbytes))  # whole ones fill the gaps
+    mine = divide(group, {leaf.path: _whole(leaf) for leaf in (*of_rank_0, *shared)})
     files = {leaf.file for leaf in shared}
     return tuple(
         replace(leaf, file=file_of_rank(leaf.file, group.rank)) if leaf.file in files else leaf

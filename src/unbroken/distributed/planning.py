@@ -28,7 +28,8 @@ def divide(group: Group, offered: Mapping[str, torch.Tensor]) -> frozenset[str]:
     Args:
         group: The ranks; each calls this.
         offered: By name, the tensors that this rank could store, whole or its part of sharded
-            ones. A name stands for the same tensor on all ranks.
+            ones. A name stands for the same tensor on all ranks. They are dealt in the order of
+            rank 0: most evenly with those first that no other rank has, and then the largest.
 
     Raises:
         CaptureError: The parts that the ranks hold do not make up a tensor.
@@ -42,7 +43,7 @@ def divide(group: Group, offered: Mapping[str, torch.Tensor]) -> frozenset[str]:
     from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    planner.set_up_planner(_largest_first(offered), is_coordinator=group.rank == 0)
+    planner.set_up_planner(dict(offered), is_coordinator=group.rank == 0)
     own = [_told(item) for item in planner.create_local_plan().items]
     plans = [_plan(told) for told in group.gather("the plan of a save", own)]
     try:
@@ -51,11 +52,6 @@ def divide(group: Group, offered: Mapping[str, torch.Tensor]) -> frozenset[str]:
         hint = "each rank must give its own part of every sharded tensor"
         raise CaptureError("the plan of a save", str(error), hint=hint) from error
     return frozenset(item.index.fqn for item in planner.finish_plan(divided[group.rank]).items)
-
-
-def _largest_first(offered: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Return them in the order in which a greedy division comes out most even."""
-    return dict(sorted(offered.items(), key=lambda item: -item[1].numel() * item[1].itemsize))
 
 
 def _told(item: WriteItem) -> list[Any]:

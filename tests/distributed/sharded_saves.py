@@ -1,0 +1,226 @@
+"""Saves of a sharded model in which something goes wrong, or each rank has something of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from distributed.sharded import build, checkpointer_in, digest, facts, train
+from unbroken.checkpoint import Checkpointer, Policy
+from unbroken.distributed import join
+from unbroken.errors import CheckpointError, ConfigError, RankError, SaveError
+
+LAYOUT = "fsdp-2"
+END = 4
+
+
+class Killed:
+    """A group of which one rank is killed when it comes to a call."""
+
+    def __init__(self, group, rank: int, at: str) -> None:
+        self._group, self._doomed, self._at = group, rank, at
+
+    def __getattr__(self, name):
+        return getattr(self._group, name)
+
+    def gather(self, what, value):
+        self._come_to(what)
+        return self._group.gather(what, value)
+
+    def together(self, what, action):
+        self._come_to(what)
+        return self._group.together(what, action)
+
+    def _come_to(self, what) -> None:
+        if self._group.rank == self._doomed and what == self._at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_to_the_end(folder: str, kill: tuple[int, str] | None = None, timeout: float = 60.0) -> None:
+    """Save after two and three steps; with `kill`, one rank dies in the second save."""
+    group = join(timeout=timeout)
+    model, optimizer = build(LAYOUT, seed=1)
+    checkpointer = checkpointer_in(f"{folder}/run", group, model, optimizer)
+    done = checkpointer.resume().step
+    for step in range(done + 1, END + 1):
+        train(model, optimizer, LAYOUT, range(step - 1, step))
+        if step == 3 and kill is not None:
+            checkpointer.group = Killed(group, *kill)
+        if step in (2, 3):
+            save_or_tell(folder, checkpointer, step)
+    leave(folder, group, checkpointer, {"from": done, "end": facts(model, optimizer)})
+
+
+def save_or_tell(folder: str, checkpointer: Checkpointer, step: int) -> None:
+    try:
+        checkpointer.save(step)
+    except RankError as error:
+        Path(folder, f"error-{os.environ['RANK']}").write_text(f"{type(error).__name__}: {error}")
+        os._exit(3)
+
+
+def leave(folder: str, group, checkpointer, found: dict) -> None:
+    """Tell what was found, and end without taking torch down."""
+    Path(folder, f"found-{os.environ['RANK']}.json").write_text(json.dumps(found))
+    checkpointer.close()
+    group.close()
+    os._exit(0)
+
+
+def with_checkpointer(act, folder: str) -> None:
+    """Give an act the checkpointer of a sharded model on this rank; leave what it returns."""
+    group = join(timeout=30.0)
+    model, optimizer = build(LAYOUT, seed=1)
+    train(model, optimizer, LAYOUT, range(1))
+    checkpointer = checkpointer_in(f"{folder}/run", group, model, optimizer)
+    leave(folder, group, checkpointer, {"found": act(checkpointer, model, optimizer)})
+
+
+def error_of(action, *kinds) -> str:
+    try:
+        action()
+    except kinds as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def resume_with_a_damaged_shard(checkpointer, model, optimizer):
+    report = checkpointer.resume()
+    return [report.step, [one.reason for one in report.rejected]]
+
+
+def resume_the_damaged_one(checkpointer, model, optimizer):
+    return error_of(lambda: checkpointer.resume(3), CheckpointError)
+
+
+def save_on_a_full_disk(checkpointer, model, optimizer):
+    """On rank 1 no file may grow; then there is room, and the same call succeeds."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if checkpointer.group.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    error = error_of(lambda: checkpointer.save(1), SaveError, RankError)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    left = [folder for _, folder in checkpointer.run.catalog.folders()]
+    checkpointer.save(1)
+    return [error, left, Path(checkpointer.path(1)).is_dir()]
+
+
+def save_where_only_rank_0_sees(checkpointer, model, optimizer):
+    blind = Checkpointer(
+        checkpointer.path(0) + "-run", group=checkpointer.group, load_from="rank0", model=model
+    )
+    for seed in (torch.manual_seed, random.seed, np.random.seed):
+        seed(1)  # the generators must be the same on all ranks
+    with blind:
+        return error_of(lambda: blind.save(1), ConfigError, RankError)
+
+
+class Tape:
+    """Something with a state, of which each rank has another one."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def state_dict(self):
+        return {"at": self.at, "noise": torch.full((2,), self.at)}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+def save_tapes(checkpointer, model, optimizer):
+    checkpointer.objects["tape"] = Tape(10 + checkpointer.group.rank)
+    checkpointer.save(1)
+    return checkpointer.group.rank
+
+
+def read_tapes(folder: str, of_each_rank) -> None:
+    """Resume on any number of ranks, without the model."""
+    from unbroken.distributed import Alone
+
+    group = join(timeout=30.0) if int(os.environ["WORLD_SIZE"]) > 1 else Alone()
+    tape = Tape(0)
+    policy = Policy(skip=("model", "optimizer"), allow=("model", "optimizer"))
+    checkpointer = Checkpointer(
+        f"{folder}/run", group=group, policy=policy, of_each_rank=of_each_rank, tape=tape
+    )
+    found = error_of(lambda: checkpointer.load(1, ["tape"]), CheckpointError, RankError)
+    leave(folder, group, checkpointer, {"found": [tape.at, found]})
+
+
+def save_other_state_by_rank(checkpointer, model, optimizer):
+    if checkpointer.group.rank == 1:
+        optimizer.state.clear()
+    return error_of(lambda: checkpointer.save(1), RankError)
+
+
+def save_another_buffer_by_rank(checkpointer, model, optimizer):
+    model.calls += checkpointer.group.rank
+    return error_of(lambda: checkpointer.save(1), RankError)
+
+
+def save_after_an_evaluation(checkpointer, model, optimizer):
+    """A forward pass alone leaves the root's parameters gathered; a save cuts them again."""
+    model(torch.zeros(1, 3, dtype=torch.int64))
+    gathered = not isinstance(model.norm.weight, DTensor)
+    checkpointer.save(1)
+    return [gathered, facts(model, optimizer)]
+
+
+def resume_without_the_embedding(checkpointer, model, optimizer):
+    """Leave the embedding as it is here, and load the rest."""
+    here = digest(model.embed.weight)
+    policy = Policy(skip=("embed.weight", "head.weight"), allow=("embed.weight", "head.weight"))
+    place = checkpointer.run.storage.describe()
+    checkpointer.close()
+    with Checkpointer(
+        place,
+        group=checkpointer.group,
+        policy=policy,
+        model=model,
+        optimizer=optimizer,
+    ) as again:
+        again.resume("must")
+    return [digest(model.embed.weight) == here, facts(model, optimizer)]
+
+
+def save_a_gpt2(folder: str) -> None:
+    """Save a tiny sharded Hugging Face model, and tell what its weights are."""
+    import transformers
+
+    group = join(timeout=30.0)
+    torch.manual_seed(1)
+    config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=6, vocab_size=11, n_positions=8)
+    model = transformers.GPT2LMHeadModel(config)
+    for block in model.transformer.h:
+        fully_shard(block)
+    fully_shard(model)
+    checkpointer = Checkpointer(f"{folder}/run", group=group, model=model)
+    checkpointer.save(1)
+    weights = {name: digest(tensor) for name, tensor in model.state_dict().items()}
+    leave(folder, group, checkpointer, {"found": weights})
+
+
+def save_a_ddp_model(folder: str) -> None:
+    """Save a replicated model with two moments for each weight."""
+    group = join(timeout=30.0)
+    torch.manual_seed(1)
+    model = nn.parallel.DistributedDataParallel(nn.Sequential(*(nn.Linear(64, 64) for _ in "abc")))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2, 64)).sum().backward()
+    optimizer.step()
+    checkpointer = checkpointer_in(f"{folder}/run", group, model, optimizer)
+    checkpointer.save(1)
+    leave(folder, group, checkpointer, {"found": dist.get_world_size()})
