@@ -19,25 +19,25 @@ def serve() -> None:
     import torch._dynamo  # noqa: F401  (each optimizer imports it)
 
     import unbroken.adapters.transformers  # noqa: F401
-    from adapters import runs
+    from adapters import runs, seeds
 
     gc.freeze()
     for line in sys.stdin:
         order = json.loads(line)
         child = os.fork()
         if child == 0:
-            obey(runs, order)
+            obey({"runs": runs, "seeds": seeds}, order)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
-def obey(runs: Any, order: dict) -> None:
+def obey(modules: dict[str, Any], order: dict) -> None:
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.chdir(order["folder"])
     status = 1
     try:
-        getattr(runs, order.get("action", "train"))(order)
+        getattr(modules[order.get("module", "runs")], order.get("action", "train"))(order)
         status = 0
     except SystemExit as ended:
         status = ended.code

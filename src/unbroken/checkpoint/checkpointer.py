@@ -219,8 +219,14 @@ class Checkpointer:
         self.best_step = resumption.best_step
         self._origin = resumption.origin
         self._skipped = resumption.skipped
+        self._like = self._reader_of(report)
         self._timer.done()
         return report
+
+    def _reader_of(self, report: ResumeReport) -> CheckpointReader | None:
+        """Return the checkpoint that was resumed, every byte of which was read; None: elsewhere."""
+        own = report.checkpoint == self.path(report.step)
+        return CheckpointReader(self.run.storage, checkpoint_name(report.step)) if own else None
 
     def adopt(self, step: int, values: Any = None, *, facts: Mapping[str, Any], came: str) -> str:
         """Begin the run in a state that the objects already have, brought from elsewhere.

@@ -9,6 +9,7 @@ from typing import Any
 from unbroken.adapters.transformers.stock_folder import is_stock, problem_of_stock
 from unbroken.checkpoint import Selection
 from unbroken.errors import CheckpointNotFoundError, CorruptCheckpointError
+from unbroken.storage import LocalStorage
 from unbroken.store import CheckpointReader, Rejection, RunDirectory
 
 _STEPS = ("step", "best")
@@ -63,6 +64,11 @@ def _at_path(run: RunDirectory, path: Path) -> Chosen:
         if problem is not None:
             raise CorruptCheckpointError(str(folder), problem)
         return Chosen(folder, Selection("never"), is_stock=True, is_named=True)
+    if not folder.is_dir():
+        expected = "the folder of a checkpoint"
+        hint = '"latest" finds the newest intact one in output_dir'
+        raise CheckpointNotFoundError(str(path), "is not there", expected=expected, hint=hint)
+    CheckpointReader(LocalStorage(folder.parent), folder.name).check_rest()
     return Chosen(folder, Selection("path", path=folder), is_named=True)
 
 
@@ -71,7 +77,9 @@ def _at_step(run: RunDirectory, selection: Selection) -> Chosen:
     if step is None:
         what = "no checkpoint knows which one is the best"
         raise CheckpointNotFoundError(run.storage.describe(), what)
-    folder = Path(run.storage.describe(f"checkpoint-{step}"))
+    reader = run.catalog.open(step)
+    reader.check_rest()
+    folder = Path(run.storage.describe(reader.folder))
     return Chosen(folder, selection, is_named=selection.kind == "step")
 
 
