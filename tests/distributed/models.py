@@ -62,6 +62,19 @@ class WithOwnLoss(nn.Module):
         return {"loss": nn.functional.cross_entropy(self.layer(x), labels)}
 
 
+class Wide(nn.Module):
+    """Gradients in several buckets: of many bytes, and of two dtypes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.large = nn.Linear(6, 1500), nn.Linear(1500, 1500)
+        self.head = nn.Linear(1500, 4).to(torch.bfloat16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.large(torch.relu(self.first(x))))
+        return self.head(x.to(torch.bfloat16)).float()
+
+
 def frozen() -> nn.Module:
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
     model[0].requires_grad_(False)
@@ -78,6 +91,7 @@ MODELS = {
     "tied": Tied,
     "shuffled": Shuffled,
     "images": Images,
+    "wide": Wide,
     "frozen": frozen,
     "own loss": WithOwnLoss,
     "in DDP": lambda: in_ddp(Shuffled()),

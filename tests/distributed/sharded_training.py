@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 
 from distributed.training import make_trainer
+from leaving_out import leave_out
+from unbroken.distributed import join
+from unbroken.errors import ConfigError, RankError
 
 WORLDS = {"whole": 1, "ddp": 2, "fsdp": 2, "tp": 2, "fsdp x tp": 4, "ddp x tp": 4, "hsdp": 4}
 SHARDED = [layout for layout in WORLDS if layout not in ("whole", "ddp")]
@@ -19,7 +24,7 @@ SHARDED = [layout for layout in WORLDS if layout not in ("whole", "ddp")]
 class Net(nn.Module):
     """A block to cut by columns and rows, between layers that tensor parallelism leaves whole."""
 
-    def __init__(self, dropout: float) -> None:
+    def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
         self.inner = nn.Linear(6, 10)
         self.norm = nn.LayerNorm(10)
@@ -32,18 +37,18 @@ class Net(nn.Module):
         return self.head(x + self.down(self.dropout(torch.relu(self.up(x)))))
 
 
+def mesh_of(layout: str) -> DeviceMesh:
+    one = {"fsdp": ("data",), "tp": ("tensor",)}
+    names = one.get(layout, ("copies", "data") if layout == "hsdp" else ("data", "tensor"))
+    return init_device_mesh("cpu", (2,) * len(names), mesh_dim_names=names)
+
+
 def build(layout: str, dropout: float = 0.0) -> nn.Module:
     torch.manual_seed(3)
     model = Net(dropout)
-    ways = {
-        "fsdp": ((2,), ("data",)),
-        "tp": ((2,), ("tensor",)),
-        "hsdp": ((2, 2), ("copies", "data")),
-    }
     if layout in ("whole", "ddp"):
         return model
-    shape, names = ways.get(layout, ((2, 2), ("data", "tensor")))
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    mesh = mesh_of(layout)
     if "tp" in layout:
         plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
         parallelize_module(model, mesh["tensor"], plan)
@@ -55,9 +60,77 @@ def build(layout: str, dropout: float = 0.0) -> nn.Module:
 
 
 def train(
-    layout: str, folder: str, settings: dict, kill: tuple | None = None, dropout: float = 0.0
+    layout: str,
+    folder: str,
+    settings: dict,
+    kill: tuple | None = None,
+    dropout: float = 0.0,
+    left_out: str | None = None,
 ) -> None:
     """Train on this rank; the ranks end at once, as gloo may not survive their interpreters."""
-    model = build(layout, dropout)
-    make_trainer(folder, settings, kill, model=model).train()
+    trainer = make_trainer(folder, settings, kill, model=build(layout, dropout))
+    if left_out is not None:
+        leave_out(trainer, left_out)
+    trainer.train()
+    os._exit(0)
+
+
+def train_until_a_rank_is_gone(folder: str) -> None:
+    """Kill rank 1 in the middle of a run; leave the error of rank 0 in a file."""
+    model = build("fsdp")
+    try:
+        make_trainer(folder, {}, (1, 4), model=model, group=join(timeout=3.0)).train()
+    except RankError as error:
+        Path(folder, "error").write_text(str(error))
+    os._exit(0)
+
+
+def sharded_in_part() -> nn.Module:
+    model = Net()
+    fully_shard(model.up, mesh=mesh_of("fsdp"))
+    return model
+
+
+def with_batch_statistics() -> nn.Module:
+    return fully_shard(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)), mesh=mesh_of("fsdp"))
+
+
+def on_a_part_of_the_ranks() -> nn.Module:
+    alone = DeviceMesh("cpu", [torch.distributed.get_rank()])
+    return parallelize_module(Net(), alone, {"up": ColwiseParallel()})
+
+
+def with_a_hook_of_its_own() -> nn.Module:
+    model = DistributedDataParallel(Net())
+    model.register_comm_hook(None, lambda _, bucket: bucket.buffer())
+    return model
+
+
+REFUSED = {
+    "lanes in FSDP": (lambda: build("fsdp"), {"lanes": 2}, "lanes"),
+    "fp16 in FSDP": (lambda: build("fsdp"), {"fp16": True}, "fp16"),
+    "fp16 in tensor parallelism": (lambda: build("tp"), {"fp16": True}, "fp16"),
+    "a part that nobody shards": (sharded_in_part, {}, "model.inner.weight"),
+    "batch statistics": (with_batch_statistics, {}, "model.1"),
+    "batch statistics of all ranks": (
+        lambda: nn.Sequential(nn.Linear(6, 4), nn.SyncBatchNorm(4)),
+        {},
+        "model.1",
+    ),
+    "a mesh of some ranks": (on_a_part_of_the_ranks, {}, "mesh must hold all ranks"),
+    "a hook in DDP": (with_a_hook_of_its_own, {}, "a communication hook"),
+    "DDP inside": (lambda: nn.Sequential(DistributedDataParallel(Net())), {}, "DistributedDataParallel inside"),
+}
+
+
+def refused(folder: str) -> None:
+    """Make each Trainer that is refused; leave the errors of rank 0 in files."""
+    group = join(timeout=30.0)
+    for name, (make, settings, _) in REFUSED.items():
+        try:
+            make_trainer(f"{folder}/run", settings, model=make(), group=group)
+        except ConfigError as error:
+            if group.rank == 0:
+                Path(folder, name).write_text(str(error))
+    group.gather("done", None)
     os._exit(0)

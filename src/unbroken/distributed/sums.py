@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from unbroken.distributed.group import Group
 from unbroken.distributed.tensors import told_by
 from unbroken.distributed.tree import Tree
+
+_AHEAD = 2  # sums whose parts may be under way: a rank that is late does not stop the others
 
 
 class _Exchange(NamedTuple):
@@ -46,7 +49,7 @@ class RankSums:
         self._group = group
         self._members = members
         self._size = group.world_size if members is None else members.size()
-        self._first: _Exchange | None = None
+        self._first: deque[_Exchange] = deque()
         self._second: list[_Exchange] = []
         self._alone: list[Tensor] = []
 
@@ -63,9 +66,9 @@ class RankSums:
         if self._size == 1:
             self._alone.append(tensor)
             return
-        begun = self._exchanged(tensor, torch.empty_like(tensor))
-        self._go_on()
-        self._first = begun
+        self._first.append(self._exchanged(tensor, torch.empty_like(tensor)))
+        if len(self._first) > _AHEAD:
+            self._go_on()
 
     def finish(self) -> list[Tensor]:
         """Return the tensors in the order in which they were begun; each holds its sum.
@@ -74,7 +77,8 @@ class RankSums:
             RankTimeoutError: `ranks` did not answer in time.
             RankError: The exchange failed though all ranks answer.
         """
-        self._go_on()
+        while self._first:
+            self._go_on()
         sums = [*self._alone, *(self._received(exchange) for exchange in self._second)]
         self._alone, self._second = [], []
         return sums
@@ -84,16 +88,14 @@ class RankSums:
         self._alone.clear()
 
     def _go_on(self) -> None:
-        """Add the parts of the sum begun last, and give the result to all."""
-        if self._first is None:
-            return
-        parts, tensor = self._received(self._first).view(self._size, -1), self._first.sent
+        """Add the parts of the sum that was begun first, and give the result to all."""
+        first = self._first.popleft()
+        parts = self._received(first).view(self._size, -1)
         tree = Tree()
         for part in parts:
             tree.add(part)
         parts[1:] = tree.total()  # it stands in parts[0]
-        self._first = None
-        self._second.append(self._exchanged(parts.view(-1), tensor))
+        self._second.append(self._exchanged(parts.view(-1), first.sent))
 
     def _exchanged(self, sent: Tensor, received: Tensor) -> _Exchange:
         with told_by(self._group):
