@@ -119,7 +119,7 @@ REFUSED = {
     ),
     "a mesh of some ranks": (on_a_part_of_the_ranks, {}, "mesh must hold all ranks"),
     "a hook in DDP": (with_a_hook_of_its_own, {}, "a communication hook"),
-    "DDP inside": (lambda: nn.Sequential(DistributedDataParallel(Net())), {}, "DistributedDataParallel inside"),
+    "DDP inside": (lambda: nn.Sequential(DistributedDataParallel(Net())), {}, "Parallel inside"),
 }
 
 
