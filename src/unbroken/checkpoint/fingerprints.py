@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -219,11 +220,24 @@ def _alike(found: list[Difference]) -> set[str]:
     """Return the layers that changed as another one did, or as the configuration tells."""
     layers = [d for d in found if d.path.startswith("model.layer.")]
     others = [d for d in found if d.verdict == "changed" and d not in layers]
-    told = {d.path for d in others if d.path.startswith("model.")}
-    if told - {"model.frozen", "model.eval"}:
-        return {layer.path for layer in layers}
-    first = {(layer.stored, layer.now): layer.path for layer in reversed(layers)}
+    told = [d for d in others if d.path.startswith("model.")]
+    unclear = [layer for layer in layers if not _is_told(layer, told)]
+    first = {(layer.stored, layer.now): layer.path for layer in reversed(unclear)}
     return {layer.path for layer in layers} - set(first.values())
+
+
+def _is_told(layer: Difference, told: Sequence[Difference]) -> bool:
+    """Return whether a layer's difference is one of those told: its numbers, or its kind."""
+    known = {(str(one.stored), str(one.now)) for one in told}
+    kinds = [one for one in told if not isinstance(one.now, int | float)]
+    before, after = (_WORD.findall(str(text)) for text in (layer.stored, layer.now))
+    if len(before) != len(after):
+        return bool(kinds)
+    changed = {pair for pair in zip(before, after, strict=True) if pair[0] != pair[1]} - known
+    return all(kinds and not pair[1][0].isdigit() for pair in changed)
+
+
+_WORD = re.compile(r"-?\d[\w.+-]*|\w+")
 
 
 def _softened(difference: Difference) -> Difference:
