@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
-from unbroken import __version__
 from unbroken.checkpoint.environment import environment_facts
 from unbroken.distributed import Group
 
@@ -31,7 +31,7 @@ def agree_on_versions(group: Group) -> None:
         for name, value in environment_facts().items()
         if name in _SOFTWARE or name.startswith("packages.")
     }
-    own["unbroken"] = __version__
+    own["unbroken"] = vars(sys.modules["unbroken"])["__version__"]  # imports point down
     ranks: Any = group.gather("the packages", sorted(own))
     shared = set(own).intersection(*ranks)
     group.agree("versions", {name: own[name] for name in sorted(shared)})
