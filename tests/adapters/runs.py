@@ -10,6 +10,9 @@ import json
 import os
 import random
 import signal
+import socket
+import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +121,10 @@ class KilledAt(transformers.TrainerCallback):
     def __init__(self, order: dict) -> None:
         self.step, self.number = order["kill_at"], order.get("signal", signal.SIGKILL)
         self.after_save = order.get("after_save", False)
+        self.is_here = os.environ.get("RANK", "0") == str(order.get("on_rank", 0))
 
     def on_step_end(self, args, state, control, **more):
-        if state.global_step == self.step and not self.after_save:
+        if state.global_step == self.step and not self.after_save and self.is_here:
             os.kill(os.getpid(), self.number)
 
     def on_save(self, args, state, control, **more):
@@ -280,6 +284,42 @@ def sabotage(part: str) -> None:
         "place": (place.Follower, "on_substep_end"),
     }
     setattr(*targets[part], nothing)
+
+
+def train_on_ranks(order: dict) -> None:
+    """Train on several ranks; when one dies the others are killed, as torchrun does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = {rank_process(order, rank, port): rank for rank in range(order["ranks"])}
+    while ranks:
+        ended, status = os.wait()
+        ranks.pop(ended)
+        if status:
+            for other in ranks:
+                os.kill(other, signal.SIGKILL)
+                os.waitpid(other, 0)
+            code = os.waitstatus_to_exitcode(status)
+            os.kill(os.getpid(), -code) if code < 0 else os._exit(code)
+
+
+def rank_process(order: dict, rank: int, port: int) -> int:
+    child = os.fork()
+    if child:
+        return child
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": order["ranks"], "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
+    status = 1
+    try:
+        train({**order, "result": f"{order['result']}{'' if rank == 0 else rank}"})
+        status = 0
+    except SystemExit as ended:
+        status = ended.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def kill_before_write(name: str) -> None:

@@ -25,12 +25,14 @@ from unbroken.adapters.transformers.losses import Losses, no_losses
 from unbroken.adapters.transformers.place import Follower, Place
 from unbroken.adapters.transformers.reaching import Cut, Numbers, Reach, Stored, reach
 from unbroken.adapters.transformers.stock import facts_of_stock, load_stock
-from unbroken.adapters.transformers.wanted import choose
+from unbroken.adapters.transformers.wanted import choose_together
 from unbroken.capture import capture_rng, restore_rng, unwrapped
 from unbroken.checkpoint import Checkpointer, Preemption, ResumeReport, Selection
+from unbroken.distributed import Alone, Group, join
 from unbroken.errors import CorruptCheckpointError
 from unbroken.storage import LocalStorage
 from unbroken.store import CheckpointReader, KeepPolicy
+from unbroken.training.ranks import agreed_reason
 
 if TYPE_CHECKING:
     from unbroken.adapters.transformers.trainer import Trainer
@@ -60,6 +62,7 @@ class Run:
         self.saved_step: int | None = None
         self._wanted = wanted
         self._stack = ExitStack()
+        self.group: Group = join() if trainer.args.world_size > 1 else Alone()
         self._loader: Any = None
         self._stored: Stored | None = None
         self._reach: Reach | None = None
@@ -81,6 +84,7 @@ class Run:
             fingerprint=lambda: run_fingerprint(trainer),
             examine=lambda stored, found: compared(self, stored, found),
             told=[name for name, by_arguments in made.items() if by_arguments],
+            group=self.group,
         )
         self.checkpointer.layout = Folder(trainer).layout
         self.checkpointer.among_others = True
@@ -92,7 +96,7 @@ class Run:
     def __enter__(self) -> Run:
         self._stack.callback(self.checkpointer.close)
         try:
-            self.chosen = choose(self.checkpointer.run, self._wanted)
+            self.chosen = choose_together(self.group, self.checkpointer.run, self._wanted)
             self._read_place()
             preemption = Preemption(clock=time.monotonic, wall_clock=time.time)
             self.preemption = self._stack.enter_context(preemption)
@@ -269,7 +273,7 @@ class Run:
         state = self.trainer.state
         if state.global_step >= state.max_steps or self.trainer.control.should_training_stop:
             return None
-        return self.preemption.reason()
+        return agreed_reason(self.group, self.preemption.reason())
 
     def note(self, logs: Mapping[str, Any]) -> None:
         """Write one line of statistics; numbers alone."""

@@ -240,10 +240,6 @@ def refuse_what_cannot_resume(trainer: Trainer) -> None:
         if on:
             hint = "use DDP, or transformers' own Trainer"
             raise ConfigError(name, "cannot be continued exactly by this adapter yet", hint=hint)
-    if args.world_size > 1:
-        raise ConfigError(
-            "world_size", "several ranks are not supported yet", found=args.world_size
-        )
     if args.save_only_model:
         hint = "take it out, or use transformers' own Trainer"
         raise ConfigError("save_only_model", "leaves nothing to resume from", hint=hint)

@@ -8,6 +8,7 @@ from typing import Any
 
 from unbroken.adapters.transformers.stock_folder import is_stock, problem_of_stock
 from unbroken.checkpoint import Selection
+from unbroken.distributed import Group
 from unbroken.errors import CheckpointNotFoundError, CorruptCheckpointError
 from unbroken.storage import LocalStorage
 from unbroken.store import CheckpointReader, Rejection, RunDirectory
@@ -54,6 +55,32 @@ def choose(run: RunDirectory, wanted: Any) -> Chosen:
     if selection.kind in _STEPS:
         return _at_step(run, selection)
     return _newest(run, selection)
+
+
+def choose_together(group: Group, run: RunDirectory, wanted: Any) -> Chosen:
+    """Find on rank 0 what is wanted, and tell all ranks; see `choose`."""
+    what = "choose a checkpoint"
+    own = group.together(what, lambda: None if group.rank else choose(run, wanted))
+    said: Any = None if own is None else _as_json(own)
+    said = group.share(what, said)
+    return own or _from_json(said)
+
+
+def _as_json(chosen: Chosen) -> dict[str, Any]:
+    selection = chosen.selection
+    return {
+        "folder": None if chosen.folder is None else str(chosen.folder.resolve()),
+        "kind": selection.kind,
+        "step": selection.step,
+        "path": None if selection.path is None else str(selection.path.resolve()),
+        "is_stock": chosen.is_stock,
+    }
+
+
+def _from_json(said: Any) -> Chosen:
+    folder, path = (None if said[key] is None else Path(said[key]) for key in ("folder", "path"))
+    selection = Selection(said["kind"], step=said["step"], path=path)
+    return Chosen(folder, selection, is_stock=said["is_stock"])
 
 
 def _at_path(run: RunDirectory, path: Path) -> Chosen:

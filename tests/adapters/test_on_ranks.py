@@ -1,0 +1,57 @@
+"""Two ranks over DDP, as accelerate makes them: killed on either, the run is the same run."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from adapters.cases import CASES
+from unbroken.checkpoint import EXIT_STOPPED
+
+RANKS = {"action": "train_on_ranks", "ranks": 2}
+SHORT = {"num_train_epochs": 3, "save_steps": 4}
+
+
+def case_of(name, **more):
+    case = CASES[name]
+    return {**RANKS, **case, **more, "args": {**case.get("args", {}), **SHORT}}
+
+
+NAMES = ["shuffled", "random masks", "lengths grouped", "a sampler of its own"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_of_two_ranks_is_the_same_run_after_a_kill_in_the_second_epoch(
+    name, run, uninterrupted
+):
+    killed = run(kill_at=11, on_rank=1, **case_of(name))
+    assert killed.status == -signal.SIGKILL, killed.text
+    resumed = run(**case_of(name))
+    assert resumed.status == 0, resumed.text
+    assert resumed.first_step == 9
+    assert resumed.bits == uninterrupted(**case_of(name)).bits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["shuffled", "a sampler of its own"])
+def test_two_uninterrupted_ranks_have_the_bits_of_the_hosts_own(name, uninterrupted):
+    ours = uninterrupted(**case_of(name))
+    assert ours.bits == uninterrupted(**case_of(name, trainer="stock")).bits
+
+
+@pytest.mark.slow
+@pytest.mark.stock
+def test_the_hosts_own_replays_the_first_epoch_of_a_sampler_of_its_own(run, uninterrupted):
+    case = case_of("a sampler of its own", trainer="stock")
+    run(kill_at=11, **case)
+    assert run(resume=True, **case).digest != uninterrupted(**case).digest
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(run, uninterrupted):
+    stopped = run(kill_at=6, on_rank=1, signal=int(signal.SIGTERM), **case_of("shuffled"))
+    assert stopped.status == EXIT_STOPPED, stopped.text
+    resumed = run(**case_of("shuffled"))
+    assert (resumed.first_step, resumed.bits) == (7, uninterrupted(**case_of("shuffled")).bits)
