@@ -56,13 +56,16 @@ PARAMETERS = {
     unbroken.Trainer.load_checkpoint: "self which",
     unbroken.Trainer.stop: "self reason",
     unbroken.Checkpointer: "directory branch save_steps save_minutes keep types clock wall_clock "
-    "settings policy fingerprint examine told group load_from of_each_rank objects",
+    "settings policy fingerprint examine told group load_from of_each_rank "
+    "snapshot objects",
     unbroken.Checkpointer.resume: "self which",
     unbroken.Checkpointer.adopt: "self step values facts came",
     unbroken.Checkpointer.load: "self step names",
     unbroken.Checkpointer.save: "self step values facts",
     unbroken.Checkpointer.save_if_due: "self step values",
     unbroken.Checkpointer.is_due: "self step",
+    unbroken.Checkpointer.wait: "self",
+    unbroken.Checkpointer.committed: "self",
     unbroken.Checkpointer.log: "self record",
     unbroken.Checkpointer.close: "self",
     assert_resumes_exactly: "command arguments resume_command at kills steps seed timeout folder "

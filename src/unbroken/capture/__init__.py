@@ -1,6 +1,7 @@
 """Live objects <-> state tree <-> typed JSON and leaves. No pickle, no loss of a bit."""
 
 from unbroken.capture.decode import decode as decode
+from unbroken.capture.dtypes import raw as raw
 from unbroken.capture.encode import Encoded as Encoded
 from unbroken.capture.encode import encode as encode
 from unbroken.capture.gradients import capture_gradients as capture_gradients
@@ -64,6 +65,7 @@ __all__ = [
     "named_modules",
     "named_parameters",
     "pretrained_files",
+    "raw",
     "restore",
     "restore_gradients",
     "restore_rng",

@@ -1,6 +1,8 @@
 """Saving and resuming a run: which objects, when, from what, and until which signal."""
 
 from unbroken.checkpoint.as_built import AsBuilt as AsBuilt
+from unbroken.checkpoint.background import SaveCost as SaveCost
+from unbroken.checkpoint.beside import SnapshotMode as SnapshotMode
 from unbroken.checkpoint.checkpointer import Checkpointer as Checkpointer
 from unbroken.checkpoint.code import code_differences as code_differences
 from unbroken.checkpoint.code import code_facts as code_facts
@@ -49,7 +51,9 @@ __all__ = [
     "ResumeFrom",
     "ResumeReport",
     "Rule",
+    "SaveCost",
     "Selection",
+    "SnapshotMode",
     "Timer",
     "TrainingStopped",
     "Verdict",

@@ -11,23 +11,24 @@ from typing import Any, Self, get_args
 
 from unbroken.capture import capture, capture_rng
 from unbroken.checkpoint.agreeing import agree_on_versions
-from unbroken.checkpoint.branching import open_branch
+from unbroken.checkpoint.background import SaveCost
+from unbroken.checkpoint.beside import BesideTraining, SnapshotMode
 from unbroken.checkpoint.comparison import Comparison, Examine, Policy
 from unbroken.checkpoint.generators import rng_digest
 from unbroken.checkpoint.layout import Layout
+from unbroken.checkpoint.opening import open_together, reader_of, refuse_second_line
 from unbroken.checkpoint.policy import Cadence, Timer
 from unbroken.checkpoint.readers import LoadFrom
-from unbroken.checkpoint.relay import open_as_another, place_of
 from unbroken.checkpoint.report import ResumeReport
 from unbroken.checkpoint.resuming import Resumption
 from unbroken.checkpoint.saving import save_together
 from unbroken.checkpoint.selection import ResumeFrom, Selection
 from unbroken.checkpoint.shares import share_of
+from unbroken.checkpoint.writing import Writing
 from unbroken.distributed import Alone, Group
-from unbroken.errors import ConfigError
+from unbroken.errors import ConfigError, SaveError
 from unbroken.storage import Storage
-from unbroken.store import CheckpointReader, CheckpointWriter, KeepPolicy, Manifest, RunDirectory
-from unbroken.store.layout import checkpoint_name
+from unbroken.store import CheckpointReader, CheckpointWriter, KeepPolicy, RunDirectory
 
 _RESERVED = ("rng", "values")
 
@@ -35,8 +36,9 @@ _RESERVED = ("rng", "values")
 class Checkpointer:
     """Saves objects of a training run, and resumes them bit for bit.
 
-    A save is atomic and durable: when `save` returns, the checkpoint survives a power cut; when
-    it does not return, all earlier checkpoints are as they were. `resume` uses a checkpoint only
+    A save is atomic and durable: when `save` returns (or `wait`, with `snapshot` other than
+    "stream"), the checkpoint survives a power cut; when it does not return, all earlier
+    checkpoints are as they were. `resume` uses a checkpoint only
     if every byte is the one that was saved. The states of all global random generators (Python,
     NumPy, PyTorch on every device) belong to each checkpoint.
 
@@ -67,6 +69,12 @@ class Checkpointer:
         of_each_rank: Names of objects ("rng" and "values" among them) of which each rank stores
             and gets back its own; the others must be the same on all ranks. None: whatever
             differs between them when it is saved.
+        snapshot: How a save gets hold of the state. "stream": it is written while the caller
+            waits. "sync": it is copied, and written while training goes on. "overlap":
+            parameters and optimizer state are copied under the next forward and backward passes;
+            the optimizer's next step waits for that. If something else changes such a tensor
+            before then, the checkpoint of the next step is made instead; a change through `.data`
+            or from outside PyTorch is not seen. Both need one more copy; on one rank alone.
         objects: What to save, by name: modules, optimizers, schedulers, a GradScaler, random
             generators, tensors, anything with `state_dict` and `load_state_dict`, and lists and
             dicts of these. The object called `model` gives the parameters their names.
@@ -111,11 +119,11 @@ class Checkpointer:
         group: Group | None = None,
         load_from: LoadFrom = "all",
         of_each_rank: Collection[str] | None = None,
+        snapshot: SnapshotMode = "stream",
         **objects: object,
     ) -> None:
-        for name in _RESERVED:
-            if name in objects:
-                raise ConfigError(f"Checkpointer({name}=...)", "this name is taken: choose another")
+        if taken := [name for name in _RESERVED if name in objects]:
+            raise ConfigError(f"Checkpointer({taken[0]}=...)", "this name is taken: choose another")
         if load_from not in get_args(LoadFrom):
             raise ConfigError("load_from", expected=get_args(LoadFrom), found=repr(load_from))
         self.objects: dict[str, object] = objects
@@ -130,7 +138,8 @@ class Checkpointer:
         self._directory = directory
         self.layout: Callable[[Mapping[str, object]], Layout] = Layout.of
         self.among_others = False
-        self._like: CheckpointReader | None = None
+        self._like: Callable[[], CheckpointReader | None] = lambda: None
+        self._beside = BesideTraining(snapshot)
         self._branch = branch
         self._notes: tuple[str, ...] = ()
         self._has_resumed = False
@@ -159,19 +168,14 @@ class Checkpointer:
 
     def _open(self, selection: Selection | None) -> RunDirectory:
         """Open the run directory: rank 0 as its owner, the others to look."""
-        group = self.group
-        what = "open the run directory"
-        own = group.together(what, lambda: None if group.rank else self._open_as_owner(selection))
-        place = group.share("the run directory", None if own is None else place_of(own))
-        unseen = self._load_from == "rank0"
-        return group.together(what, lambda: own or open_as_another(place, unseen=unseen))
-
-    def _open_as_owner(self, selection: Selection | None) -> RunDirectory:
-        if self._branch is None:
-            clock, among_others = self._wall_clock, self.among_others
-            return RunDirectory.open(self._directory, clock=clock, among_others=among_others)
-        run, self._notes = open_branch(
-            self._directory, self._branch, selection, clock=self._wall_clock
+        run, self._notes = open_together(
+            self.group,
+            self._directory,
+            self._branch,
+            selection,
+            clock=self._wall_clock,
+            among_others=self.among_others,
+            unseen=self._load_from == "rank0",
         )
         return run
 
@@ -196,6 +200,7 @@ class Checkpointer:
             DifferenceError: If the training changed and the change is not named.
             StateMismatchError: If the checkpoint does not fit the objects; none was changed.
         """
+        self.wait()
         comparison = self.comparison
         comparison.note_what_is_here()
         agree_on_versions(self.group)
@@ -203,30 +208,16 @@ class Checkpointer:
         if self._branch is not None:
             self.close()
             self._run, selection = self._open(selection), Selection("auto")
-        resumption = Resumption(
-            self.run,
-            self.objects,
-            self._types,
-            comparison,
-            notes=self._notes,
-            group=self.group,
-            load_from=self._load_from,
-            of_each_rank=self._of_each_rank,
-        )
+        resumption = self._resumption(self.objects, comparison, notes=self._notes)
         report = resumption.start(selection)
         self._has_resumed = True
-        self.values = resumption.values
-        self.best_step = resumption.best_step
+        self.values, self.best_step = resumption.values, resumption.best_step
         self._origin = resumption.origin
         self._skipped = resumption.skipped
-        self._like = self._reader_of(report)
+        resumed = reader_of(self.run, report)
+        self._like = lambda: resumed
         self._timer.done()
         return report
-
-    def _reader_of(self, report: ResumeReport) -> CheckpointReader | None:
-        """Return the checkpoint that was resumed, every byte of which was read; None: elsewhere."""
-        own = report.checkpoint == self.path(report.step)
-        return CheckpointReader(self.run.storage, checkpoint_name(report.step)) if own else None
 
     def adopt(self, step: int, values: Any = None, *, facts: Mapping[str, Any], came: str) -> str:
         """Begin the run in a state that the objects already have, brought from elsewhere.
@@ -247,6 +238,7 @@ class Checkpointer:
         self.comparison.note_what_is_here()
         self._origin = came
         path = self.save(step, values, facts=facts)
+        self.wait()
         if self.group.rank == 0:
             catalog = self.run.catalog
             for later in [found for found, _ in catalog.folders() if found > step]:
@@ -260,27 +252,30 @@ class Checkpointer:
         Raises:
             CheckpointError: If the checkpoint does not exist, is damaged or does not fit.
         """
-        objects = {name: self.objects[name] for name in names}
-        resumption = Resumption(
-            self.run,
-            objects,
-            self._types,
-            group=self.group,
-            load_from=self._load_from,
-            of_each_rank=self._of_each_rank,
-        )
-        resumption.load_only(step)
+        self.wait()
+        self._resumption({name: self.objects[name] for name in names}).load_only(step)
+
+    def _resumption(
+        self, objects: Mapping[str, object], comparison: Comparison | None = None, **more: Any
+    ) -> Resumption:
+        more |= {"load_from": self._load_from, "of_each_rank": self._of_each_rank}
+        return Resumption(self.run, objects, self._types, comparison, group=self.group, **more)
 
     def save_if_due(self, step: int, values: Any = None) -> str | None:
         """Save if the cadence says so; return the folder of the checkpoint, or None."""
         return self.save(step, values) if self.is_due(step) else None
 
     def is_due(self, step: int) -> bool:
-        """Return whether the cadence asks for a save after `step` steps."""
-        return self.group.any(self._timer.due(step)) if self._by_time else self._timer.due(step)
+        """Return whether the cadence asks for a save after `step` steps; raises as `wait` does."""
+        self._beside.poll()
+        due = self._beside.again or self._timer.due(step)
+        return self.group.any(due) if self._by_time else due
 
     def save(self, step: int, values: Any = None, *, facts: Mapping[str, Any] | None = None) -> str:
-        """Save the objects as they are now; when this returns, the checkpoint is durable.
+        """Save the objects as they are now; the checkpoint is durable when this returns.
+
+        With `snapshot` other than "stream" it is so when `wait` returns, or when `committed` tells
+        of it; what it failed at is raised by the next `save`, `is_due`, `committed` or `wait`.
 
         Args:
             step: Completed optimizer steps.
@@ -295,56 +290,60 @@ class Checkpointer:
             SaveError: If the disk fails or is full; all earlier checkpoints are as they were.
             RankError: If it failed on another rank, or the ranks do not hold the same state.
         """
+        began = time.perf_counter()
+        self._beside.settle()  # one at a time; what an earlier save failed at is raised here
         group, run = self.group, self.run
         own = () if self._load_from == "rank0" else self._of_each_rank
         if group.world_size > 1 and own is not None and "rng" not in own:
             group.agree("the random generators at a save", rng_digest())
-        tree = group.together("capture the state", lambda: self._captured(values))
+        tree = group.together("capture the state", lambda: capture(self.objects))
+        tree |= {"values": values, "rng": capture_rng()}
         layout = self.layout(self.objects)
-        save_together(
-            group,
-            run.storage,
-            partial(self._begin, layout, step),
-            partial(share_of, group, tree, layout.file_of, own),
-            partial(self._commit, layout, facts or {}),
-        )
+        writing = self._writing(step, layout, {**self._facts(run), **(facts or {})})
+        share = partial(share_of, group, tree, layout.file_of, own)
+        store = partial(save_together, group, run.storage, partial(self._begin, writing))
+        if self._beside.mode == "stream" or group.world_size > 1:
+            store(share, writing.commit)
+            self._beside.note_streamed(step, began)
+        else:
+            self._refuse_two_futures()
+            self._beside.start(step, self.objects, share([]), store, writing.commit, began)
         self._has_resumed = True
         self._timer.done()
         return self.path(step)
+
+    def wait(self) -> None:
+        """Wait until every checkpoint that was saved is durable.
+
+        Raises:
+            SaveError: If the disk failed or is full, or if tensors were changed while they were
+                copied (`snapshot="overlap"`); all earlier checkpoints are as they were.
+        """
+        self._beside.wait()
+
+    @property
+    def cost(self) -> SaveCost | None:
+        """What the last finished save of this process took."""
+        return self._beside.cost
+
+    def committed(self) -> list[str]:
+        """Return the folders of checkpoints durable since the last call; raises as `wait` does."""
+        self._beside.poll()
+        return [self.path(step) for step in self._beside.committed()]
 
     def path(self, step: int) -> str:
         """Return the path of the checkpoint of a step, whether it is there or not."""
         return self.run.storage.describe(f"checkpoint-{step}")
 
-    def _captured(self, values: Any) -> dict[str, Any]:
-        return {**capture(self.objects), "values": values, "rng": capture_rng()}
+    def _writing(self, step: int, layout: Layout, facts: Mapping[str, Any]) -> Writing:
+        like, clock = self._like(), self._wall_clock
+        made = Writing(self.run, step, layout, facts, self.keep, like=like, clock=clock)
+        self._like = lambda: made.made
+        return made
 
-    def _begin(self, layout: Layout, step: int) -> CheckpointWriter:
+    def _begin(self, writing: Writing) -> CheckpointWriter:
         self._refuse_two_futures()
-        run = self.run
-        run.metrics.sync()  # a checkpoint must never promise lines that a power cut can take
-        return CheckpointWriter(
-            run.storage,
-            step=step,
-            run_id=run.run_id,
-            clock=self._wall_clock,
-            like=self._like,
-            constant=layout.constant,
-        )
-
-    def _commit(
-        self, layout: Layout, facts: Mapping[str, Any], writer: CheckpointWriter
-    ) -> Manifest:
-        run = self.run
-        for name, data in layout.files().items():
-            writer.write_file(name, data)
-        manifest = writer.commit({**self._facts(run), **facts})
-        if layout.constant:
-            self._like = CheckpointReader(run.storage, checkpoint_name(manifest.step))
-        saved = {"event": "saved", "step": manifest.step, "digest": manifest.state_digest}
-        run.history.append(saved)
-        run.prune(self.keep, best_steps=() if self.best_step is None else (self.best_step,))
-        return manifest
+        return writing.begin()
 
     def _facts(self, run: RunDirectory) -> dict[str, Any]:
         return {
@@ -366,27 +365,23 @@ class Checkpointer:
         """Append one line to history.jsonl; on other ranks than 0 nothing happens."""
         run = self.run
         if self.group.rank == 0:
+            self._beside.settle()
             run.history.append(event)
 
     def _refuse_two_futures(self) -> None:
         """Raise where a run with checkpoints would get a second, unrelated line of them."""
-        if self._has_resumed:
-            return
-        found = self.run.catalog.folders()
-        if found:
-            raise ConfigError(
-                self.run.storage.describe(),
-                "holds checkpoints that were not resumed",
-                found=f"steps {[step for step, _ in found]}",
-                hint='call resume() first; resume("never") starts anew and sets them aside',
-            )
-        self._has_resumed = True
+        if not self._has_resumed:
+            refuse_second_line(self.run)
+            self._has_resumed = True
 
     def close(self) -> None:
-        """Release the run directory. Calling it twice is harmless."""
-        if self._run is not None:
-            self._run.close()
-            self._run = None
+        """Wait as `wait` does, and release the run directory. Calling it twice is harmless."""
+        try:
+            self._beside.close()
+        finally:
+            run, self._run = self._run, None
+            if run is not None:
+                run.close()
 
     def __enter__(self) -> Self:
         return self
@@ -397,4 +392,9 @@ class Checkpointer:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except SaveError as failure:
+            if error is None:
+                raise
+            error.add_note(f"and a save failed: {failure}")

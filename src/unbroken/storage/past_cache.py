@@ -21,6 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from unbroken.storage.interface import Bytes
 
 BLOCK = 4096  # what every disk of today takes; a smaller one would do on most
+_WITHOUT_COPY = 1 << 20  # what is shorter is collected
 _DIRECT: int = getattr(os, "O_DIRECT", 0)  # macOS and others have none
 _REFUSED = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV}
 
@@ -105,7 +106,7 @@ class LongWrite:
                 self._start += straight
                 rest = rest[straight:]
                 continue
-            count = min(len(rest), self._room(rest))
+            count = min(len(rest), self._room(rest), len(self._current) - self._filled)
             copy_bytes(self._current[self._filled : self._filled + count], rest[:count])
             self._filled += count
             rest = rest[count:]
@@ -139,13 +140,13 @@ class LongWrite:
     def _room(self, rest: memoryview) -> int:
         """Return how much to copy: to the end of the block if what follows needs no copy."""
         missing = -self._filled % BLOCK
-        if missing and len(rest) >= len(self._current) and _is_aligned(rest[missing:]):
+        if missing and len(rest) > _WITHOUT_COPY and _is_aligned(rest[missing:]):
             return missing
         return len(self._current) - self._filled
 
     def _length_without_copy(self, rest: memoryview) -> int:
         """Return how many bytes can go from the caller's memory to the device."""
-        if len(rest) < len(self._current) or self._filled % BLOCK or not _is_aligned(rest):
+        if len(rest) < _WITHOUT_COPY or self._filled % BLOCK or not _is_aligned(rest):
             return 0
         if self._filled:
             self._turn(self._filled)

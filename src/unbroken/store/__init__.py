@@ -33,6 +33,7 @@ from unbroken.store.run_directory import RunDirectory as RunDirectory
 from unbroken.store.run_directory import this_machine as this_machine
 from unbroken.store.shards import Shard as Shard
 from unbroken.store.shards import TensorEntry as TensorEntry
+from unbroken.store.staged import places_in_files as places_in_files
 from unbroken.store.staged import store_leaves as store_leaves
 from unbroken.store.value_diff import ValueDifference as ValueDifference
 from unbroken.store.value_diff import ValueGroup as ValueGroup
@@ -72,6 +73,7 @@ __all__ = [
     "divided",
     "export_weights",
     "has_branch",
+    "places_in_files",
     "prune",
     "store_leaves",
     "tensor_types",

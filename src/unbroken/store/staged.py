@@ -16,7 +16,7 @@ from unbroken.store.reader import CheckpointReader
 from unbroken.store.safetensors import header_of, in_file_order
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_PIECE_BYTES = 1 << 20  # hashed and handed on while it is in the processor's cache
+_PIECE_BYTES = 4 << 20  # hashed and handed on while it is in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,24 @@ def plan_files(leaves: Iterable[Leaf]) -> list[Plan]:
         ordered = in_file_order(by_file[name])
         plans.append(Plan(name, header_of(ordered), ordered))
     return plans
+
+
+def places_in_files(leaves: Iterable[Leaf], page: int) -> tuple[dict[str, int], int]:
+    """Return places for the bytes of leaves in one memory, and its length, by their paths.
+
+    Each file begins at a multiple of `page`, and its leaves lie as they do in the file.
+
+    Raises:
+        CaptureError: A leaf has a name, type, shape or length that no file can hold.
+    """
+    places, end = {}, 0
+    for plan in plan_files(leaves):
+        end += len(plan.header)
+        for leaf in plan.leaves:
+            places[leaf.path] = end
+            end += leaf.nbytes
+        end += -end % page
+    return places, end
 
 
 def write_plan(storage: Storage, folder: str, plan: Plan) -> FileEntry:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, get_type_hints
 
 import typeguard
 
-from unbroken.checkpoint import ExactResume, LoadFrom
+from unbroken.checkpoint import ExactResume, LoadFrom, SnapshotMode
 from unbroken.errors import ConfigError
 from unbroken.store import check_branch_name
 from unbroken.store.config_file import nearest, read_mapping, write_mapping
@@ -143,6 +143,9 @@ class TrainerConfig:
     save_steps: int | None = 500
     """Save a checkpoint every so many steps; None: not by steps."""
     save_minutes: float | None = None
+    snapshot: SnapshotMode = "stream"
+    """How a save gets hold of the state: "stream" writes it while training waits, "sync" copies it
+    and writes beside the training, "overlap" copies beside the training too; see `Checkpointer`."""
     save_at_start: bool = True
     """Save `checkpoint-0` before the first step, so that a run killed before its first
     regular checkpoint starts again from the same weights."""

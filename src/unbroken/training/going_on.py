@@ -158,3 +158,21 @@ def _settle_length(trainer: Trainer) -> None:
     if trainer.has_own_schedule and isinstance(trainer.scheduler, LambdaLR):
         factor = factor_of(trainer.config, steps)
         trainer.scheduler.lr_lambdas = [factor] * len(trainer.scheduler.lr_lambdas)
+
+
+def hear_of_saves(trainer: Trainer, *, wait: bool = False) -> None:
+    """Tell of the checkpoints that became durable since the last call.
+
+    Args:
+        trainer: The trainer.
+        wait: Until all that was saved is durable.
+
+    Raises:
+        SaveError: What a save failed at.
+    """
+    if wait:
+        trainer.checkpointer.wait()
+    for path in trainer.checkpointer.committed():
+        cost = trainer.checkpointer.cost
+        trainer.pace.save_took(0.0 if cost is None else cost.durable)
+        trainer.call("on_save", path)

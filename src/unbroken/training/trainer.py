@@ -55,7 +55,7 @@ from unbroken.training.data_digest import DataDigest
 from unbroken.training.determinism import deterministic_kernels
 from unbroken.training.display import Display
 from unbroken.training.division import Division
-from unbroken.training.going_on import go_on, run_fingerprint, what_to_save
+from unbroken.training.going_on import go_on, hear_of_saves, run_fingerprint, what_to_save
 from unbroken.training.halving import Halving
 from unbroken.training.judging import eval_is_due, evaluate_and_judge, load_best, place_of
 from unbroken.training.loss import LossFn, tokens_of
@@ -172,7 +172,7 @@ class Trainer:
         self.stop_reason: str | None = None
         self._saved: Progress | None = None
         self._at_edge = self.save_wanted = self._best_is_loaded = False
-        self._pace = Pace(clock)
+        self.pace = Pace(clock)
         self._log_timer = Timer(Cadence(config.logging_steps, config.logging_minutes), clock)
         self.eval_timer = Timer(Cadence(config.eval_steps, config.eval_minutes), clock)
         self.checkpointer = Checkpointer(
@@ -192,6 +192,7 @@ class Trainer:
             group=self.group,
             load_from=config.load_from,
             of_each_rank=(),  # all is derived: the ranks have the same
+            snapshot=config.snapshot,
             **named_objects(self, state or {}),
         )
 
@@ -219,7 +220,7 @@ class Trainer:
         """
         refuse_missing_evaluation_data(self)
         with ExitStack() as stack:
-            stack.callback(self.checkpointer.close)
+            stack.push(self.checkpointer)
             stack.callback(self.display.close)
             stack.callback(self._batches.close)
             stack.enter_context(deterministic_kernels(self.config.full_determinism, self.device))
@@ -229,19 +230,20 @@ class Trainer:
             stack.enter_context(preemption)
             report = self._begin(resume_from_checkpoint)
             self._loop(preemption)
+            hear_of_saves(self, wait=True)
             self._best_is_loaded = load_best(self)
             self.call("on_train_end")
             return TrainResult(self.progress, self.stop_reason, self.statistics.best_metric, report)
 
     def _loop(self, preemption: Preemption) -> None:
-        self._pace.step_begins()
+        self.pace.step_begins()
         with self.randomness.keyed():
             for micro_batches in rightly_dealt(self, self._windows()):
                 if not self._train_step(micro_batches):
                     continue
                 self._at_step_edge()
-                self._pace.step_is_over()
-                preemption.margin_seconds = self._pace.seconds_to_stop()
+                self.pace.step_is_over()
+                preemption.margin_seconds = self.pace.seconds_to_stop()
                 reason = ranks.agreed_reason(self.group, preemption.reason())
                 if reason is not None and not self._finished():
                     self._stop(reason)
@@ -286,6 +288,7 @@ class Trainer:
 
     def _at_step_edge(self) -> None:
         """Do what is due between two steps; saving comes last and so holds all the rest."""
+        hear_of_saves(self)
         step, self._at_edge = self.progress.step, True
         self.call("on_step_end")
         ranks.agree_on_wishes(self)
@@ -351,8 +354,7 @@ class Trainer:
         with self.randomness.ambient(), deterministic:
             path = self.checkpointer.save(self.progress.step, values, facts=facts)
         self._saved, self.save_wanted = self.progress, False
-        self._pace.save_took(self._count_time())
-        self.call("on_save", path)
+        hear_of_saves(self)
         return path
 
     def load_checkpoint(self, which: ResumeFrom = "latest") -> ResumeReport:
@@ -386,13 +388,13 @@ class Trainer:
     def _stop(self, reason: str) -> None:
         if self._saved != self.progress:
             self.save_checkpoint()
+        hear_of_saves(self, wait=True)
         stopped = TrainingStopped(self.progress.step, reason)
         self.checkpointer.note_event({"event": "stopped", "step": stopped.step, "by": reason})
         self.display.note(str(stopped))
         raise stopped
 
-    def _count_time(self) -> float:
-        """Add the seconds since the last call to the run's; return them."""
+    def _count_time(self) -> None:
+        """Add the seconds since the last call to the run's."""
         before, self._counted_until = self._counted_until, self._clock()
         self.statistics.seconds += self._counted_until - before
-        return self._counted_until - before

@@ -1,0 +1,85 @@
+"""Beginning and committing one checkpoint of a run, and what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from unbroken.checkpoint.layout import Layout
+from unbroken.store import (
+    CheckpointReader,
+    CheckpointWriter,
+    Json,
+    KeepPolicy,
+    Manifest,
+    RunDirectory,
+)
+from unbroken.store.layout import checkpoint_name
+
+
+class Writing:
+    """One checkpoint on its way into the run directory.
+
+    Args:
+        run: The run directory.
+        step: Completed optimizer steps.
+        layout: What stands where.
+        facts: For the manifest.
+        keep: Which checkpoints stay once this one is there.
+        like: The checkpoint before: files that did not change since are linked.
+        clock: Seconds since 1970.
+
+    Attributes:
+        made: The checkpoint, when it is there.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        step: int,
+        layout: Layout,
+        facts: Mapping[str, Json],
+        keep: KeepPolicy,
+        *,
+        like: CheckpointReader | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self.made: CheckpointReader | None = None
+        self._run = run
+        self._step = step
+        self._constant = layout.constant
+        self._files = layout.files()
+        self._facts = facts
+        self._keep = keep
+        self._like = like
+        self._clock = clock
+
+    def begin(self) -> CheckpointWriter:
+        """Return the writer, after what the checkpoint promises of other files is durable."""
+        run = self._run
+        run.metrics.sync()  # a checkpoint must never promise lines that a power cut can take
+        return CheckpointWriter(
+            run.storage,
+            step=self._step,
+            run_id=run.run_id,
+            clock=self._clock,
+            like=self._like if self._constant else None,
+            constant=self._constant,
+        )
+
+    def commit(self, writer: CheckpointWriter, gate: Callable[[], None] = lambda: None) -> Manifest:
+        """Commit, tell the history, and remove what is no longer kept.
+
+        Args:
+            writer: It has stored all else.
+            gate: Called just before the commit; raises if it must not be.
+        """
+        run, best = self._run, self._facts.get("best_step")
+        for name, data in self._files.items():
+            writer.write_file(name, data)
+        gate()
+        manifest = writer.commit(self._facts)
+        self.made = CheckpointReader(run.storage, checkpoint_name(self._step))
+        saved = {"event": "saved", "step": self._step, "digest": manifest.state_digest}
+        run.history.append(saved)
+        run.prune(self._keep, best_steps=(best,) if isinstance(best, int) else ())
+        return manifest
