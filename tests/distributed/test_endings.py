@@ -105,22 +105,35 @@ def test_the_group_goes_on_after_a_disagreement(tmp_path):
 
 
 @pytest.mark.parametrize("rank", [0, 3])
-@pytest.mark.parametrize("end", [kill_itself, stop_itself])
-def test_a_rank_that_is_killed_or_stopped_is_named_by_all_others(tmp_path, end, rank):
-    seen = endings(tmp_path, *placed(rank, end, gather, 4), timeout=SECONDS)
+def test_a_rank_that_is_stopped_is_named_by_all_others_when_time_is_up(tmp_path, rank):
+    seen = endings(tmp_path, *placed(rank, stop_itself, gather, 4), timeout=SECONDS)
     assert seen.pop(rank) is None
     other = only(seen)
     assert (other["error"], other["ranks"]) == ("RankTimeoutError", [rank])
     assert other["message"] == f"rank {rank}: no answer within 3 s: gather loss"
 
 
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_rank_that_is_killed_is_named_by_all_others_at_once(tmp_path, rank):
+    seen = endings(tmp_path, *placed(rank, kill_itself, gather, 4), timeout=600.0)
+    assert seen.pop(rank) is None
+    other = only(seen)
+    assert (other["error"], other["ranks"]) == ("RankError", [rank])
+    assert other["message"] == f"rank {rank}: has ended before gather loss"
+
+
 def test_all_ranks_that_do_not_answer_are_named(tmp_path):
-    seen = endings(tmp_path, gather, kill_itself, gather, stop_itself, timeout=SECONDS)
+    seen = endings(tmp_path, gather, stop_itself, gather, stop_itself, timeout=SECONDS)
     assert only([seen[0], seen[2]])["ranks"] == [1, 3]
 
 
+def test_a_rank_that_is_killed_is_named_before_time_is_up_for_one_that_is_stopped(tmp_path):
+    seen = endings(tmp_path, gather, kill_itself, gather, stop_itself, timeout=600.0)
+    assert only([seen[0], seen[2]])["ranks"] == [1]
+
+
 def test_after_a_timeout_every_call_raises_it_again_at_once(tmp_path):
-    acts = (go_on_after(gather), kill_itself)
+    acts = (go_on_after(gather), stop_itself)
     seen = endings(tmp_path, *acts, timeout=SECONDS)
     assert seen[0]["message"] == "rank 1: no answer within 3 s: gather loss"
     assert seen[0]["result"] is None

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import time
+from contextlib import suppress
 from datetime import timedelta
 from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed import DistNetworkError
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
@@ -17,6 +20,7 @@ from unbroken.distributed.group import Group
 from unbroken.distributed.ranks import Ranks
 from unbroken.errors import ConfigError, RankTimeoutError
 
+_PAUSE = 0.05  # seconds
 _TIMEOUT = 600.0  # seconds, as torch waits in a collective of NCCL
 
 
@@ -55,7 +59,7 @@ def join(*, device_type: str = "cpu", timeout: float = _TIMEOUT) -> Group:
 def _over_the_users(timeout: float) -> Group:
     if dist.get_world_size() == 1:
         return Alone()
-    return Ranks(
+    group = Ranks(
         _own_part(_get_default_store(), dist.get_rank()),
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -63,11 +67,13 @@ def _over_the_users(timeout: float) -> Group:
         timeout=timeout,
         store_on_rank_0=_store_on_rank_0(),
     )
+    group.watch()
+    return group
 
 
 def _initialised(device_type: str, timeout: float) -> Group:
     rank, local_rank = _number("RANK"), _number("LOCAL_RANK", default=0)
-    store = _own_part(_rendezvous(timeout), rank)
+    store = _own_part(_new_rendezvous(rank, timeout), rank)
     group = Ranks(
         PrefixStore("ranks", store),
         rank=rank,
@@ -81,6 +87,7 @@ def _initialised(device_type: str, timeout: float) -> Group:
     try:
         # The roll call: it names the ranks that are missing, which gloo could not.
         group.agree("device_type", device_type)
+        group.watch()
         if device_type == "cuda":
             group.together("choose the GPU", lambda: _choose_gpu(local_rank))
         group.together(
@@ -114,6 +121,22 @@ def _start(group: Group, store: Store, device_type: str, timeout: float) -> None
         world_size=group.world_size,
         timeout=timedelta(seconds=timeout),
     )
+
+
+def _new_rendezvous(rank: int, timeout: float) -> Store:
+    """Return a store that this rank has not joined over yet.
+
+    Where rank 0 holds it, that of an earlier group may still be there for a moment.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        with suppress(DistNetworkError):  # it went away in this moment
+            store = _rendezvous(timeout)
+            if not _store_on_rank_0() or store.add(f"unbroken/joins/{rank}", 0) == 0:
+                return store
+        if time.monotonic() > deadline:
+            raise RankTimeoutError("rank 0", f"has not left its old group within {timeout:g} s")
+        time.sleep(_PAUSE)
 
 
 def _rendezvous(timeout: float) -> Store:

@@ -20,20 +20,28 @@ from typing import NoReturn, TypeVar
 from torch._C._distributed_c10d import Store
 from torch.distributed import DistError, DistStoreError
 
+from unbroken.distributed.watching import Watch
+
 T = TypeVar("T")
 
 _PART = 4 << 20  # bytes; a TCPStore takes no value of more than 8 MiB
 _GOODBYE = 5.0  # seconds that leaving may take
-_GLANCE = 0.2  # seconds; a signal that comes just before a wait is not seen until the wait ends
-_GRACE = 0.5  # seconds; after them the store itself is late with saying that time is up
+_GLANCE = 0.2  # seconds; a signal that comes just before a wait is not seen until the wait ends,
+# and whether a rank has ended is looked at as often
+_GRACE = 1.0  # seconds; after them the store itself is late with saying that time is up
 
 
 class NoAnswerError(Exception):
-    """The messages of `ranks` were not there in time; of no rank: the store itself was silent."""
+    """The messages of `ranks` were not there in time; of no rank: the store itself was silent.
 
-    def __init__(self, ranks: tuple[int, ...] = ()) -> None:
+    Attributes:
+        ended: Whether their processes have ended; else time is up.
+    """
+
+    def __init__(self, ranks: tuple[int, ...] = (), *, ended: bool = False) -> None:
         super().__init__(ranks)
         self.ranks = ranks
+        self.ended = ended
 
 
 class StoreLostError(Exception):
@@ -55,7 +63,8 @@ class Mailbox:
     def __init__(self, store: Store, rank: int, world_size: int, timeout: float) -> None:
         # A connection of our own: a wait must not hold up NCCL's watchdog, which uses the store.
         self._store: Store = store.clone()  # type: ignore[attr-defined]
-        self._store.set_timeout(timedelta(seconds=timeout))
+        self._store.set_timeout(timedelta(seconds=_GLANCE))
+        self.watch = Watch()
         self._rank, self._world_size, self._timeout = rank, world_size, timeout
         self._round = 0
         self._store_is_silent = False
@@ -95,7 +104,7 @@ class Mailbox:
         return self._round
 
     def _in_time(self, job: Callable[[], T], seconds: float | None = None) -> T:
-        """Run a job in the thread of the store; wait a little longer than the store would."""
+        """Run a job in the thread of the store; wait a little longer than that does."""
         answer = self._later(job)
         deadline = time.monotonic() + (self._timeout if seconds is None else seconds) + _GRACE
         while time.monotonic() < deadline:
@@ -117,14 +126,22 @@ class Mailbox:
     def _post_and_read(self, number: int, message: bytes) -> list[bytes]:
         self._post(number, message)
         keys = [f"{number}/{rank}" for rank in range(self._world_size)]
-        try:
-            first = self._store.multi_get(keys)
-        except DistStoreError:
-            missing = tuple(r for r, key in enumerate(keys) if not self._store.check([key]))
-            if missing:
-                raise NoAnswerError(missing) from None
-            first = self._store.multi_get(keys)  # the last one came in this moment
+        first = self._read_when_there(keys)
         return [self._whole(key, part) for key, part in zip(keys, first, strict=True)]
+
+    def _read_when_there(self, keys: list[str]) -> list[bytes]:
+        """Wait for the first parts of all messages, with a look from time to time."""
+        deadline = time.monotonic() + self._timeout
+        while True:
+            with contextlib.suppress(DistStoreError):
+                return self._store.multi_get(keys)
+            is_late = time.monotonic() >= deadline
+            ended = self.watch.ended(range(len(keys)))  # before the look: they post no more
+            missing = tuple(r for r, key in enumerate(keys) if not self._store.check([key]))
+            if gone := tuple(rank for rank in missing if rank in ended):
+                raise NoAnswerError(gone, ended=True)
+            if missing and is_late:
+                raise NoAnswerError(missing)
 
     def _post(self, number: int, message: bytes) -> None:
         key = f"{number}/{self._rank}"

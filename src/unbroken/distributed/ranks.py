@@ -13,6 +13,7 @@ from torch._C._distributed_c10d import Store
 
 from unbroken.distributed.disagreement import disagreement, name_ranks, narrowed
 from unbroken.distributed.mailbox import Mailbox, NoAnswerError, StoreLostError
+from unbroken.distributed.watching import Watch, this_process
 from unbroken.errors import RankError, RankTimeoutError
 from unbroken.store import Json
 
@@ -24,9 +25,9 @@ _LEFT, _FAILED = "left", "failed"
 class Ranks:
     """The group of several processes. `join` makes it.
 
-    A rank that ends with `close`, or fails inside `together`, is known to the others at once.
-    One that is killed or stopped is known when the timeout has passed: there is no heartbeat,
-    as torchrun ends all ranks when one of them dies.
+    A rank that ends with `close`, or fails inside `together`, is known to the others at once, as
+    is one on the same machine that is killed, once `watch` was called. One that is killed on
+    another machine, or stopped, is known when the timeout has passed: there is no heartbeat.
 
     Args:
         store: The key-value store of the process group, under a prefix that nobody else uses.
@@ -63,6 +64,10 @@ class Ranks:
         self._on_close = on_close
         self._broken: RankError | None = None
         self._closed = False
+
+    def watch(self) -> None:
+        """Notice from now on when a rank on this machine ends; every rank calls it."""
+        self._mailbox.watch = Watch(self.gather("processes", this_process()))
 
     def gather(self, what: str, value: Json) -> list[Json]:
         """Return the values of all ranks, by rank, on every rank."""
@@ -110,6 +115,7 @@ class Ranks:
         needed = self.rank == 0 and self._store_on_rank_0
         needed = needed and not isinstance(self._broken, RankTimeoutError)
         self._mailbox.leave(_encoded(_LEFT, "", None), wait_for_others=needed)
+        self._mailbox.watch.close()
         self._on_close()
 
     def _ask(self, kind: str, what: str, value: Json) -> list[Json]:
@@ -132,7 +138,8 @@ class Ranks:
         try:
             return talk()
         except NoAnswerError as silent:
-            self._broken = self._no_answer(call, silent.ranks)
+            missing = self._ended if silent.ended else self._no_answer
+            self._broken = missing(call, silent.ranks)
         except StoreLostError:
             self._broken = self._store_lost(call)
         raise self._broken
@@ -165,6 +172,10 @@ class Ranks:
         if left or set(calls) - {(kind, what), (_FAILED, what)} or kind != "together":
             self._broken = error
         raise error
+
+    def _ended(self, call: str, ranks: tuple[int, ...]) -> RankError:
+        what, hint = f"has ended before {call}", "its own output says why it ended"
+        return RankError(name_ranks(ranks), what, ranks=ranks, hint=hint)
 
     def _no_answer(self, call: str, ranks: tuple[int, ...]) -> RankTimeoutError:
         if ranks:

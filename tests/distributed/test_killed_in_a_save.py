@@ -1,0 +1,66 @@
+"""A rank killed at any phase of a save leaves the last checkpoint, an error, and the same run."""
+
+from __future__ import annotations
+
+import signal
+import time
+from itertools import product
+
+import pytest
+
+from distributed.phases import AT, BEFORE, PHASES, SECONDS, train_until_killed, train_without_room
+from distributed.ranks import run_ranks
+from distributed.training import STEPS, train
+from scenarios import outcome
+from unbroken.storage import LocalStorage
+from unbroken.store import Catalog
+
+FAILED = 3
+FEW_LINES = {"logging_steps": 8}
+CASES = [
+    (world_size, rank, phase)
+    for world_size in (2, 4)
+    for rank, phase in product(range(world_size), PHASES)
+]
+
+
+def finished(folder, world_size) -> dict:
+    codes = run_ranks(train, str(folder / "run"), FEW_LINES, world_size=world_size)
+    assert codes == [0] * world_size
+    return outcome(folder / "run", STEPS)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What runs of 2 and 4 ranks end with that nobody touched."""
+    folder = tmp_path_factory.mktemp("whole")
+    return {n: finished(folder / str(n), n) for n in (2, 4)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world_size", "rank", "phase"), CASES)
+def test_a_rank_killed_in_a_save(world_size, rank, phase, whole, tmp_path):
+    began = time.monotonic()
+    codes = run_ranks(train_until_killed, str(tmp_path), phase, rank, world_size=world_size)
+    assert time.monotonic() - began < SECONDS
+    assert codes == [-signal.SIGKILL if one == rank else FAILED for one in range(world_size)]
+    for other in set(range(world_size)) - {rank}:
+        text = (tmp_path / f"error-{other}").read_text()
+        assert text.startswith(("RankTimeoutError: ", "RankError: "))
+        assert f"rank {rank}" in text
+    newest, rejected = Catalog(LocalStorage(tmp_path / "run")).newest_intact()
+    if rank == 0:  # which commits
+        assert newest.step == (AT if phase == "after commit" else BEFORE)
+    assert (newest.step in (BEFORE, AT), rejected) == (True, ())
+    assert finished(tmp_path, world_size) == whole[world_size]
+
+
+def test_the_full_disk_of_one_rank_ends_all_and_costs_nothing_saved(whole, tmp_path):
+    codes = run_ranks(train_without_room, str(tmp_path), 0)
+    assert codes == [FAILED] * 2
+    own, other = ((tmp_path / f"error-{rank}").read_text() for rank in (0, 1))
+    assert own.startswith("SaveError: ")
+    assert other.startswith("RankError: rank 0: save: SaveError: ")
+    newest, rejected = Catalog(LocalStorage(tmp_path / "run")).newest_intact()
+    assert (newest.step, rejected) == (BEFORE, ())
+    assert finished(tmp_path, 2) == whole[2]
