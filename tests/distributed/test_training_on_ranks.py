@@ -9,6 +9,7 @@ import pytest
 
 from distributed.ranks import run_ranks
 from distributed.training import STEPS, train, train_in_turn
+from distributed.windows import train_or_tell
 from scenarios import metrics, outcome
 from unbroken.checkpoint import EXIT_STOPPED
 
@@ -91,6 +92,19 @@ def test_another_number_of_ranks_is_harmless_with_lanes_and_told_without(tmp_pat
         events = (tmp_path / name / "history.jsonl").read_text().splitlines()
         starts = [e for e in map(json.loads, events) if e["event"] == "started"]
         assert starts[-1]["verdict"] == expected
+
+
+@pytest.mark.parametrize(("settings", "code"), [(LANES, 0), ({}, 3)], ids=["lanes", "ranks"])
+def test_exact_resume_on_another_number_of_ranks_needs_lanes(settings, code, tmp_path):
+    settings = {**settings, "micro_batch_size": 2, "lr_scheduler_type": "constant"}
+    codes = run_ranks(train, str(tmp_path / "run"), {**settings, "max_steps": 4})
+    assert codes == [0, 0]
+    strict = {**settings, "exact_resume": "require"}
+    codes = run_ranks(train_or_tell, str(tmp_path / "run"), strict, world_size=4)
+    assert codes == [code] * 4
+    for told in tmp_path.glob("run-error-*"):
+        assert told.read_text().startswith("DifferenceError: checkpoint of step 4: ")
+        assert "world_size" in told.read_text()
 
 
 def test_evaluation_is_shared_and_has_the_same_bits(tmp_path):

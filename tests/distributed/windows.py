@@ -47,7 +47,7 @@ def save_in_window(folder: str, settings: dict, rank: int, step: int) -> None:
 def train_or_tell(folder: str, settings: dict) -> None:
     """Train on this rank; leave an error beside the run."""
     try:
-        make_trainer(folder, settings, callbacks=[Stop()]).train()
+        make_trainer(folder, settings).train()
     except UnbrokenError as error:
         Path(f"{folder}-error-{os.environ['RANK']}").write_text(f"{type(error).__name__}: {error}")
         os._exit(3)

@@ -15,4 +15,4 @@ kill = (chance.randrange(world_size), first + chance.randrange(2))
 trainer = make_trainer(folder, settings, kill if start < deaths else None)
 trainer.train()
 trainer.group.close()
-os._exit(0)
+os._exit(0)  # gloo may abort when the interpreter is taken down
