@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from unbroken.checkpoint.branching import open_branch
-from unbroken.checkpoint.relay import open_as_another, place_of
+from unbroken.checkpoint.relay import UnseenStorage, open_as_another, place_of
 from unbroken.checkpoint.report import ResumeReport
 from unbroken.checkpoint.selection import Selection
 from unbroken.distributed import Group
@@ -77,4 +77,5 @@ def reader_of(run: RunDirectory, report: ResumeReport) -> CheckpointReader | Non
     """Return the checkpoint that was resumed, every byte of which was read; None: elsewhere."""
     name = checkpoint_name(report.step)
     own = report.checkpoint == run.storage.describe(name)
+    own = own and not isinstance(run.storage, UnseenStorage)
     return CheckpointReader(run.storage, name) if own else None
