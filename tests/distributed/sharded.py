@@ -183,7 +183,9 @@ def load_all(group, folder: str) -> None:
                 report = checkpointer.resume("must")
                 assert report.step == SAVED_AT
                 assert checkpointer.values == {"note": saved}
-            tell(group, folder, f"{saved} into {layout}", {"saved": facts(model, optimizer)})
+            differs = {one.path: one.verdict for one in report.differences}
+            found = {"saved": facts(model, optimizer), "differs": differs}
+            tell(group, folder, f"{saved} into {layout}", found)
 
 
 def go_on_all(group, folder: str) -> None:

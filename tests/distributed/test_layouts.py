@@ -67,6 +67,14 @@ def test_what_one_layout_saved_another_one_has_to_the_bit(there, here, loaded):
     assert told(loaded, f"{there} into {here}")["saved"] == told(loaded, there)["saved"]
 
 
+@pytest.mark.parametrize("here", LAYOUTS)
+@pytest.mark.parametrize("there", LAYOUTS)
+def test_another_layout_is_told_and_the_same_is_not(there, here, loaded):
+    differs = told(loaded, f"{there} into {here}")["differs"]
+    assert set(differs) <= {"environment.world_size", "environment.mesh"}
+    assert set(differs.values()) == (set() if here == there else {"equivalent"})
+
+
 def test_no_two_layouts_saved_the_same(saved):
     """The negative control: what is loaded is told apart from what another layout saved."""
     ends = [json.dumps(told(saved, layout)["saved"]) for layout in LAYOUTS]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from store.small_runs import PlainLeaf, noise
@@ -30,7 +32,7 @@ def folder(tmp_path):
 
 def reader(folder, part: int, parts: int) -> CheckpointReader:
     made = CheckpointReader(LocalStorage(folder.parent, create=False), folder.name)
-    division = divided(made.manifest, parts)
+    division = divided(made.manifest, range(parts))
     made.leave_to_others(frozenset().union(*division) - division[part])
     return made
 
@@ -47,7 +49,7 @@ def nbytes(manifest, part) -> int:
 @pytest.mark.parametrize("parts", [1, 2, 3, 4, 9])
 def test_each_large_tensor_is_in_one_part(folder, parts):
     manifest = reader(folder, 0, 1).manifest
-    division = divided(manifest, parts)
+    division = divided(manifest, range(parts))
     all_of_them = [one for part in division for one in part]
     assert len(set(all_of_them)) == len(all_of_them) == len([s for s in SIZES if s >= 65_536])
 
@@ -55,8 +57,19 @@ def test_each_large_tensor_is_in_one_part(folder, parts):
 @pytest.mark.parametrize("parts", [2, 3])
 def test_parts_differ_by_one_tensor_at_most(folder, parts):
     manifest = reader(folder, 0, 1).manifest
-    weights = [nbytes(manifest, part) for part in divided(manifest, parts)]
+    weights = [nbytes(manifest, part) for part in divided(manifest, range(parts))]
     assert max(weights) - min(weights) <= max(SIZES)
+
+
+def test_a_rank_gets_what_it_stored_in_a_file_of_its_own(tmp_path):
+    with CheckpointWriter(LocalStorage(tmp_path), step=1, run_id="a" * 32) as writer:
+        writer.write_leaves(
+            replace(leaf(place), file=f"a.rank{place % 3}.safetensors") for place in range(6)
+        )
+        manifest = writer.commit({})
+    parts = divided(manifest, [2, 1])
+    assert {name for name, _ in parts[1]} >= {"a.rank1.safetensors"}
+    assert "a.rank1.safetensors" not in {name for name, _ in parts[0]}
 
 
 def finders(folder, parts: int) -> list[int]:

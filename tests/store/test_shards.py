@@ -138,6 +138,39 @@ def test_a_damaged_shard_harms_nobody_who_needs_another_one(reader, tmp_path):
     assert np.array_equal(part_of(reader, (slice(0, 2), slice(0, 6))), numbers((4, 6))[:2])
 
 
+class CountingStorage(LocalStorage):
+    """Counts the bytes that are read."""
+
+    nbytes = 0
+
+    def open(self, path):
+        handle, storage = super().open(path), self
+        read_into = handle.read_into
+
+        class Counting:
+            nbytes = handle.nbytes
+            close, __enter__, __exit__ = handle.close, handle.__enter__, handle.__exit__
+
+            def read_into(self, offset, buffer):
+                storage.nbytes += len(buffer)
+                read_into(offset, buffer)
+
+        return Counting()
+
+
+@pytest.mark.parametrize(("left_to_others", "rows"), [(True, 2), (False, 4)])
+def test_of_a_shard_that_others_verify_no_more_is_read_than_is_wanted(
+    left_to_others, rows, tmp_path
+):
+    storage, values = CountingStorage(tmp_path), numbers((4, 40_000))
+    reader = saved(storage, [leaf(values, (0, 0), values.shape, 0)])
+    if left_to_others:
+        reader.leave_to_others(frozenset({("model.rank0.safetensors", 1)}))
+    storage.nbytes = 0
+    assert np.array_equal(part_of(reader, (slice(1, 3), slice(0, 40_000))), values[1:3])
+    assert storage.nbytes == rows * 40_000 * 2
+
+
 def flip_last_byte(path) -> None:
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1

@@ -25,6 +25,7 @@ from unbroken.capture.pretrained import pretrained_files as pretrained_files
 from unbroken.capture.rng import capture_rng as capture_rng
 from unbroken.capture.rng import restore_rng as restore_rng
 from unbroken.capture.sharded import class_of as class_of
+from unbroken.capture.sharded import how_cut as how_cut
 from unbroken.capture.sharded import is_sharded as is_sharded
 from unbroken.capture.stored import LeafSource as LeafSource
 from unbroken.capture.stored import StoredTensor as StoredTensor
@@ -58,6 +59,7 @@ __all__ = [
     "file_layout",
     "file_of",
     "files_for",
+    "how_cut",
     "is_sharded",
     "keep_skipped",
     "load_tensors",

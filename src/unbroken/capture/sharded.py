@@ -132,6 +132,21 @@ def settle(objects: object) -> None:
             module.reshard()
 
 
+def how_cut(objects: object) -> list[str] | None:
+    """Return how the parameters of modules are cut over ranks; None where none is.
+
+    The size of a mesh of one dimension is the number of ranks, and not told again.
+    """
+    found = {
+        f"{'x'.join(map(str, p.device_mesh.shape)) if p.device_mesh.ndim > 1 else 'ranks'}: "
+        f"{', '.join(map(str, p.placements))}"
+        for module in _modules_in(objects)
+        for p in module.parameters(recurse=False)
+        if is_sharded(p)
+    }
+    return sorted(found) or None
+
+
 def _modules_in(value: object) -> Iterator[nn.Module]:
     if isinstance(value, nn.Module):
         yield from value.modules()

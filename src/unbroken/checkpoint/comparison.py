@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from unbroken.capture import Skip, keep_skipped
+from unbroken.capture import Skip, how_cut, keep_skipped
 from unbroken.checkpoint.as_built import AsBuilt, named_objects
 from unbroken.checkpoint.code import code_differences, code_facts
 from unbroken.checkpoint.differences import (
@@ -128,7 +128,8 @@ class Comparison:
     @cached_property
     def _begun(self) -> dict[str, Any]:
         """The facts, or what waits for them: processes that read data sets work meanwhile."""
-        environment, of_objects = environment_facts(), fingerprint_of(self._objects)
+        environment = {**environment_facts(), "mesh": how_cut(self._objects)}
+        of_objects = fingerprint_of(self._objects)
         more = {} if self._more is None else self._more()
         groups = {**of_objects, **more, "code": code_facts()}  # the last one waits for git
         return {

@@ -147,7 +147,7 @@ class EachForItself:
     def _divide(self, own: CheckpointReader, views: list[str]) -> None:
         rank = self._group.rank
         same = [other for other, view in enumerate(views) if view == views[rank]]
-        parts = divided(own.manifest, len(same))
+        parts = divided(own.manifest, same)
         mine = parts[same.index(rank)]
         own.leave_to_others(frozenset[tuple[str, int]]().union(*parts) - mine)
 

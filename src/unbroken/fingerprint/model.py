@@ -18,7 +18,12 @@ from unbroken.fingerprint.passing import OWN_TO_A_START
 from unbroken.fingerprint.plain import NOT_COMPARED, Plain
 from unbroken.fingerprint.source import source_digest
 
-_OF_EVERY_MODULE = {*vars(nn.Module()), "config", *OWN_TO_A_START}
+_OF_A_MODULE_ON_RANKS = {
+    "_is_fsdp_managed_module",
+    "_fsdp_use_orig_params",
+    "_distribute_module_applied",
+}  # what `fully_shard` and tensor parallelism leave behind
+_OF_EVERY_MODULE = {*vars(nn.Module()), "config", *OWN_TO_A_START, *_OF_A_MODULE_ON_RANKS}
 _ROOT = "(model)"
 ATTENTION = "attn_implementation"
 

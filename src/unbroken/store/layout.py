@@ -23,6 +23,7 @@ _STEP = r"checkpoint-(0|[1-9][0-9]{0,17})"
 _CHECKPOINT = re.compile(_STEP)
 _NUMBERED = re.compile(_STEP + r"\.[1-9][0-9]{0,8}")
 _REPLACED = re.compile(_STEP + r"\.replaced")
+_OF_RANK = re.compile(r".*\.rank(0|[1-9][0-9]{0,8})\.[a-z]+")
 # Flat, ASCII, visible, and no name that another file system would read differently.
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 
@@ -57,6 +58,16 @@ def step_of_numbered(name: str) -> int | None:
 def step_of_replaced(name: str) -> int | None:
     """Return the step in "checkpoint-10.replaced": it counts until its successor is there."""
     return _step_in(_REPLACED, name)
+
+
+def rank_of(name: str) -> int | None:
+    """Return the rank that wrote a file of its own, or None for any other file.
+
+    Example:
+        >>> rank_of("model.rank2.safetensors"), rank_of("model.safetensors")
+        (2, None)
+    """
+    return _step_in(_OF_RANK, name)
 
 
 def is_file_name(name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal, Self
 
 from unbroken.errors import (
@@ -24,6 +25,7 @@ from unbroken.store.side_by_side import Task, side_by_side
 
 _CHUNK_BYTES = 2 << 20  # of one read: hashed while it is still in the processor's cache
 _THREADS = 4  # two compute while two wait for the disk; each has a buffer or two
+_WORTH_SEEKING = 64 << 10  # bytes together, of a region that need not be read whole
 _WORTH_THREADS = 8 << 20
 _MAX_WHOLE_BYTES = 1 << 30  # of a file that is read into memory as a whole
 _WRONG_SIZE = "has another size"
@@ -175,7 +177,8 @@ class CheckpointReader:
         """Read a part of a tensor into `buffer`; return only if all digests matched.
 
         The shards that hold something of it are read whole, as they are verified whole, but no
-        more than a piece of one is kept; others are not touched.
+        more than a piece of one is kept; others are not touched. Of those whose verification is
+        left to others, no more is read than is wanted, where that lies together.
 
         Args:
             path: The path of the tensor.
@@ -321,6 +324,12 @@ class CheckpointReader:
     ) -> None:
         """Read a region past a scratch buffer, and copy runs of bytes out of it."""
         run = next(found, None)
+        if (file.name, number) in self._others and run and run.length >= _WORTH_SEEKING:
+            region, handle = file.regions[number], desk.handle(file.name)
+            for at, to, length in chain([run], found):  # all are as long as the first
+                with self._at.reading(region.name or file.name):
+                    handle.read_into(region.offset + at, target[to : to + length])
+            return
         for start, piece in self._pieces(desk, file, number, None):
             stop = start + len(piece)
             while run is not None and run.source < stop:
