@@ -5,7 +5,8 @@
 The protocol is that of step_overhead.py: each measurement has its own processes, a core for each
 rank and one thread on it; a round measures every method once, and who goes first rotates from
 round to round. Steps: a process's figure is the median of its steps; no start, save or end is in
-it. Checkpoints: a model in FSDP2 with its optimizer is saved and loaded a few times, the first
+it. *computed* is the processor time in a step, of all threads of rank 0: other processes on the
+machine do not change it. Checkpoints: a model in FSDP2 with its optimizer is saved and loaded a few times, the first
 time not counted; a process's figure is the median. *blocked* is how long the call takes,
 *durable* how long it takes until all files are synced. What is stated is the median over the
 rounds, and the ratio within a round: its median and its quartiles.
@@ -53,17 +54,23 @@ def samples() -> list[dict]:
 
 
 class Watch:
-    """Notes the time at the end of each step."""
+    """Notes the time at the end of each step, and the time that its process has computed."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
+        self.computed: list[float] = []
 
     def step(self, step: int) -> None:
         if WARM <= step < STEPS:
             self.times.append(time.perf_counter())
+            self.computed.append(time.process_time())
 
     def seconds(self) -> dict[str, float]:
-        return {"step": median([after - before for before, after in pairwise(self.times)])}
+        return {"step": between(self.times), "computed": between(self.computed)}
+
+
+def between(times: list[float]) -> float:
+    return median([after - before for before, after in pairwise(times)])
 
 
 def ddp() -> dict[str, float]:
