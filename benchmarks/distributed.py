@@ -4,12 +4,17 @@
 
 The protocol is that of step_overhead.py: each measurement has its own processes, a core for each
 rank and one thread on it; a round measures every method once, and who goes first rotates from
-round to round. Steps: a process's figure is the median of its steps; no start, save or end is in
-it. *computed* is the processor time in a step, of all threads of rank 0: other processes on the
-machine do not change it. Checkpoints: a model in FSDP2 with its optimizer is saved and loaded a few times, the first
-time not counted; a process's figure is the median. *blocked* is how long the call takes,
-*durable* how long it takes until all files are synced. What is stated is the median over the
-rounds, and the ratio within a round: its median and its quartiles.
+round to round. What is stated is the median over the rounds, and the ratio within a round: its
+median and its quartiles.
+
+Steps: a process's figure is the median of its steps; no start, save or end is in it. *computed*
+is the processor time in a step, of all threads of rank 0: other processes on the machine hardly
+change it.
+
+Checkpoints: a model in FSDP2 with its optimizer is saved and loaded a few times, the first time
+not counted; a process's figure is the median. *blocked* is how long the call takes, *durable* how
+long it takes until all files are synced. Ours are hashed as they are written, and verified as
+they are loaded.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from distributed.training import make_trainer
 from scenarios import Tied, outcome
 from unbroken.distributed import join
+from unbroken.errors import RankError
 
 STEPS = 4
 
@@ -75,6 +76,19 @@ class Wide(nn.Module):
         return self.head(x.to(torch.bfloat16)).float()
 
 
+class Counting(nn.Module):
+    """Has a buffer that forward passes change: the same on all ranks, or by what they see."""
+
+    def __init__(self, *, by_data: bool = False) -> None:
+        super().__init__()
+        self.layer, self.by_data = nn.Linear(6, 4), by_data
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += x.mean() if self.by_data else 1
+        return self.layer(x)
+
+
 def frozen() -> nn.Module:
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
     model[0].requires_grad_(False)
@@ -116,6 +130,19 @@ def train_all_models(folder: str) -> None:
         model = make()
         parts = {"model": model, "group": group, **own_loss}
         make_trainer(str(Path(folder, name)), settings, **parts).train()
+    group.close()
+
+
+def train_with_a_buffer(folder: str) -> None:
+    """Train with a buffer that counts, and with one that takes what it sees; leave its error."""
+    group = join(timeout=60.0)
+    settings = {"max_steps": 2, "save_steps": 1}
+    make_trainer(f"{folder}/count", settings, model=Counting(), group=group).train()
+    try:
+        model = Counting(by_data=True)
+        make_trainer(f"{folder}/data", settings, model=model, group=group).train()
+    except RankError as error:
+        Path(folder, f"error-{group.rank}").write_text(str(error))
     group.close()
 
 

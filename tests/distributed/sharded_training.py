@@ -12,10 +12,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from distributed.training import make_trainer
+from distributed.training import Samples, make_trainer
 from leaving_out import leave_out
 from unbroken.distributed import join
 from unbroken.errors import ConfigError, RankError
+from unbroken.training import Trainer, TrainerConfig
 
 WORLDS = {"whole": 1, "ddp": 2, "fsdp": 2, "tp": 2, "fsdp x tp": 4, "ddp x tp": 4, "hsdp": 4}
 SHARDED = [layout for layout in WORLDS if layout not in ("whole", "ddp")]
@@ -72,6 +73,15 @@ def train(
     if left_out is not None:
         leave_out(trainer, left_out)
     trainer.train()
+    os._exit(0)
+
+
+def run_the_document(block: str, folder: str) -> None:
+    """Run lines of a document with the names that they take for granted."""
+    torch.manual_seed(3)
+    names = {**globals(), "Trainer": Trainer, "model": Net(), "data": Samples()}
+    names["config"] = TrainerConfig(output_dir=folder, max_steps=2)
+    exec(block, names)
     os._exit(0)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from distributed.models import MODELS, outcomes, train_all_models
+from distributed.models import MODELS, outcomes, train_all_models, train_with_a_buffer
 from distributed.ranks import run_ranks
 
 
@@ -26,3 +26,11 @@ def test_two_ranks_give_the_bits_of_one(name, trained):
 def test_a_parameter_that_no_rank_uses_has_no_gradient_and_so_no_optimizer_state(trained):
     paths = [path for path in trained[1]["sometimes unused"] if "never" in path]
     assert paths == ["model.never"]
+
+
+def test_a_buffer_that_differs_between_ranks_is_named_by_the_next_save(tmp_path):
+    run_ranks(train_with_a_buffer, str(tmp_path))
+    assert (tmp_path / "count" / "checkpoint-2").exists()
+    assert (tmp_path / "data" / "checkpoint-0").exists()
+    for rank in (0, 1):
+        assert "rank 1: model.count" in (tmp_path / f"error-{rank}").read_text()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
+from pathlib import Path
+
 import pytest
 
 from distributed.ranks import run_ranks
@@ -10,13 +14,20 @@ from distributed.sharded_training import (
     SHARDED,
     WORLDS,
     refused,
+    run_the_document,
     train,
     train_until_a_rank_is_gone,
 )
 from scenarios import metrics
 
 # Seven batches to evaluate on: of two parts one has a batch less.
-SETTINGS = {"micro_batch_size": 1, "eval_steps": 4, "eval_batch_size": 6, "save_steps": None}
+SETTINGS = {
+    "micro_batch_size": 1,
+    "eval_steps": 4,
+    "eval_batch_size": 6,
+    "save_steps": None,
+    "load_best_model_at_end": True,
+}
 ROUNDED = ("loss", "grad_norm", "eval_loss")
 
 
@@ -59,6 +70,14 @@ def test_in_bf16_too(layout, tmp_path):
     ]
     assert runs[0][0] == runs[1][0]
     assert runs[1][1] == pytest.approx(runs[0][1], rel=0.02)
+
+
+def test_the_lines_in_the_document_train(tmp_path):
+    text = (Path(__file__).parents[2] / "docs" / "ranks.md").read_text()
+    block = re.search(r"the mesh tells the rest:\n\n((?:    .*\n)+)", text).group(1)
+    arguments = (textwrap.dedent(block), str(tmp_path / "run"))
+    assert run_ranks(run_the_document, *arguments, world_size=4) == [0] * 4
+    assert (tmp_path / "run" / "checkpoint-2").exists()
 
 
 def test_a_rank_that_is_gone_is_named(tmp_path):

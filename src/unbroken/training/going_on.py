@@ -30,6 +30,7 @@ from unbroken.training.counting import count_steps
 from unbroken.training.loss import LossFn
 from unbroken.training.own_data import gives_own_batches, tell_places
 from unbroken.training.progress import Progress
+from unbroken.training.ranks import agree_on_buffers
 from unbroken.training.schedules import factor_of
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def _tell_of_own_generator(trainer: Trainer) -> None:
 
 def what_to_save(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the values that `go_on` needs, and the facts that the next start compares."""
+    agree_on_buffers(trainer)
     tell_places(trainer.source, trainer.group)
     progress = asdict(trainer.progress)
     values = {

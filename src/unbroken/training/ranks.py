@@ -63,6 +63,22 @@ def agree_on_the_beginning(trainer: Trainer) -> None:
     trainer.group.agree(what, digest.hexdigest())
 
 
+def agree_on_buffers(trainer: Trainer) -> None:
+    """Raise where forward passes have changed a buffer otherwise on some rank: one is saved.
+
+    Raises:
+        RankError: Naming the buffer, and the ranks on which it is another one.
+    """
+    if trainer.division.parts == 1:
+        return
+    buffers = {
+        name: xxhash.xxh3_128(_raw(buffer)).hexdigest()
+        for name, buffer in trainer.model.named_buffers()
+        if not is_dtensor(buffer)
+    }
+    trainer.group.agree("model", buffers)
+
+
 def _raw(tensor: torch.Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return flat.numpy().data if tensor.numel() else memoryview(b"")
