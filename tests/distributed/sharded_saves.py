@@ -47,9 +47,9 @@ class Killed:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run_to_the_end(folder: str, kill: tuple[int, str] | None = None, timeout: float = 60.0) -> None:
+def run_to_the_end(folder: str, kill: tuple[int, str] | None = None) -> None:
     """Save after two and three steps; with `kill`, one rank dies in the second save."""
-    group = join(timeout=timeout)
+    group = join(timeout=60.0)
     model, optimizer = build(LAYOUT, seed=1)
     checkpointer = checkpointer_in(f"{folder}/run", group, model, optimizer)
     done = checkpointer.resume().step

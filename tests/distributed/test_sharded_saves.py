@@ -41,18 +41,18 @@ def test_a_rank_killed_in_a_save_leaves_a_checkpoint_that_goes_on_exactly(
 ):
     kill = (rank, phase)
     codes = run_ranks(acts.run_to_the_end, str(tmp_path), kill, never_end=[1 - rank])
-    assert codes == [-signal.SIGKILL] * 2
+    assert codes[rank] == -signal.SIGKILL
     assert run_ranks(acts.run_to_the_end, str(tmp_path)) == [0, 0]
     assert found(tmp_path)["end"] == found(whole)["end"]
-    assert found(tmp_path)["from"] == (3 if kill == (1, "commit") else 2)
+    committed = kill == (1, "commit")  # by rank 0, if it came to it before it was ended as well
+    assert found(tmp_path)["from"] in ((2, 3) if committed else (2,))
     assert list((tmp_path / "run" / ".staging").iterdir()) == []
 
 
 def test_a_rank_killed_before_it_told_what_it_stored_is_named_by_the_others(tmp_path):
     kill = (1, "what is stored")
-    codes = run_ranks(acts.run_to_the_end, str(tmp_path), kill, 2.0)
-    assert codes == [3, -signal.SIGKILL]
-    assert "RankTimeoutError: rank 1" in (tmp_path / "error-0").read_text()
+    assert run_ranks(acts.run_to_the_end, str(tmp_path), kill) == [3, -signal.SIGKILL]
+    assert "rank 1: has ended before gather what is stored" in (tmp_path / "error-0").read_text()
     assert not (tmp_path / "run" / "checkpoint-3").exists()
 
 
