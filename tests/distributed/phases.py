@@ -91,7 +91,8 @@ class Fill(Callback):
 
     def on_step_end(self, trainer) -> None:
         if trainer.progress.step == AT and trainer.group.rank == self.rank:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (2500, resource.RLIM_INFINITY))
+            most = 100 if self.rank else 2500  # bytes; rank 0 writes journals too
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
 
 
 def train_without_room(folder: str, rank: int) -> None:
