@@ -26,7 +26,7 @@ class Losses:
             "since_log": float(trainer._tr_loss.item()),  # noqa: SLF001 (the host's own)
             "logged": float(trainer._total_loss_scalar),  # noqa: SLF001
             "last_logged": int(trainer._globalstep_last_logged),  # noqa: SLF001
-            "first_step": int(trainer._initial_global_step),  # noqa: SLF001
+            "first_step": int(getattr(trainer, "_initial_global_step", 0)),  # since 5.4
         }
 
     def bring_back(self, values: Mapping[str, Any]) -> None:

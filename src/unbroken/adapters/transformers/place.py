@@ -31,17 +31,20 @@ class Follower(TrainerCallback):  # type: ignore[misc]
     """Moves the place as the host's training loop goes on.
 
     Args:
-        samples_per_batch: Samples that all ranks use in one micro-batch.
+        samples_per_batch: Samples that all ranks use in one micro-batch; may be set.
+
+    Attributes:
+        place: Where the run is.
     """
 
     def __init__(self, samples_per_batch: int) -> None:
         self.place = Place()
-        self._samples_per_batch = samples_per_batch
+        self.samples_per_batch = samples_per_batch
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:
         """Count a micro-batch inside an accumulation window."""
         self.place.batches += 1
-        self.place.samples += self._samples_per_batch
+        self.place.samples += self.samples_per_batch
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Count the last micro-batch of a step."""

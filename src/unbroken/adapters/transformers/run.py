@@ -72,9 +72,8 @@ class Run:
         self._callbacks: dict[str, Any] = {}
         self._began = time.monotonic()
         args = trainer.args
-        size = args.train_batch_size * args.world_size
-        self.follower = Follower(size)
         self.cut = self._cut(None)
+        self.follower = Follower(self.cut.batch * self.cut.world_size)
         own_optimizer, own_scheduler = trainer.own_optimizers
         made = {"optimizer": not own_optimizer, "scheduler": not own_scheduler}
         self.checkpointer = Checkpointer(
@@ -91,7 +90,8 @@ class Run:
 
     def _cut(self, length: int | None) -> Cut:
         args = self.trainer.args
-        return Cut(args.train_batch_size, args.gradient_accumulation_steps, args.world_size, length)
+        batch = self.trainer._train_batch_size  # noqa: SLF001 (auto_find_batch_size changes it)
+        return Cut(batch, args.gradient_accumulation_steps, args.world_size, length)
 
     def __enter__(self) -> Run:
         self._stack.callback(self.checkpointer.close)
@@ -136,6 +136,7 @@ class Run:
         numbers = Numbers(*values)
         args = self.trainer.args
         self.cut = self._cut(_length(self._loader.dataset))
+        self.follower.samples_per_batch = self.cut.batch * self.cut.world_size
         if self.folder is not None and self._stored is None:
             self._stored = self._place_of_stock(numbers)
         if self._stored is None:
