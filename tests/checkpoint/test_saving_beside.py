@@ -117,6 +117,17 @@ def test_the_next_step_of_the_optimizer_waits_for_the_copy(tmp_path, monkeypatch
     assert stored(storage_of(training), 1) == data
 
 
+def test_hearing_of_saves_does_not_wait_for_the_copy(tmp_path, monkeypatch):
+    training = Training(tmp_path, "overlap")
+    held = Held(monkeypatch)
+    data = training.save()
+    assert training.checkpointer.committed() == []
+    assert not training.checkpointer.is_due(1)
+    held.go.set()
+    training.checkpointer.wait()
+    assert stored(storage_of(training), 0) == data
+
+
 def test_without_that_hook_the_copy_would_be_torn(tmp_path, monkeypatch):
     training = Training(tmp_path, "overlap")
     training.train_step()

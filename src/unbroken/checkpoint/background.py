@@ -65,6 +65,11 @@ class BackgroundSave:
         self._thread.start()
 
     @property
+    def has_copied(self) -> bool:
+        """Whether the copy is complete, so that `approve` does not wait."""
+        return self._copied.is_set()
+
+    @property
     def is_over(self) -> bool:
         """Whether it ended, in any way."""
         return not self._thread.is_alive()

@@ -98,7 +98,8 @@ class BesideTraining:
             SaveError: It failed; earlier checkpoints are as they were.
         """
         if self._running is not None:
-            self._running.approve()
+            if self._running.has_copied:  # else this would wait for it
+                self._running.approve()
             if self._running.is_over or self._running.edited:
                 self.settle()
 

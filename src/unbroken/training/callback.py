@@ -40,7 +40,10 @@ class Callback:
         """Called after each evaluation."""
 
     def on_save(self, trainer: Trainer, checkpoint: str) -> None:
-        """Called after each commit of a checkpoint; what is changed here is in the next one."""
+        """Called after each commit of a checkpoint; what is changed here is in the next one.
+
+        Of one that was made beside the training (`snapshot`), at the next edge of a step.
+        """
 
     def on_train_end(self, trainer: Trainer) -> None:
         """Called once when the run reached its end."""
