@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from torch.distributed import HashStore
 
 from distributed.own_loaders import STEPS, train
 from distributed.ranks import run_ranks
 from scenarios import metrics, outcome
+from unbroken.data import BatchShape, CountedSource, Position
+from unbroken.distributed import Ranks
+from unbroken.training.own_data import tell_places
 
 FAILED = 3
 
@@ -84,3 +89,20 @@ def test_a_loader_that_deals_wrongly_is_refused_before_the_first_step(name, word
     for text in errors(tmp_path / "run"):
         assert text.startswith("DataError: train_dataset: ")
         assert words in text
+
+
+def test_ranks_that_share_a_part_of_the_data_store_one_place():
+    def told(rank: int) -> list[int]:
+        shape = BatchShape(8, 2, rank // 2, 2)  # ranks 0, 1 and 2, 3 are tensor parallel
+        source = CountedSource([[1, 2], [3, 4]], seed=0, shape=shape)
+        source.position = Position(samples=8, taken=1 + rank // 2)
+        tell_places(source, members[rank])
+        again = CountedSource([[1, 2], [3, 4]], seed=0, shape=shape)
+        again.load_state_dict(source.state_dict())
+        return [len(source.places), again.position.taken]
+
+    store = HashStore()
+    members = [Ranks(store, rank=rank, world_size=4) for rank in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(told, range(4))) == [[2, 1], [2, 1], [2, 2], [2, 2]]
+        list(pool.map(Ranks.close, members))

@@ -24,14 +24,18 @@ def gives_own_batches(source: BatchSource | None, group: Group) -> bool:
 
 
 def tell_places(source: BatchSource | None, group: Group) -> None:
-    """Let a loader's state hold the places of all ranks; every rank calls it before each save."""
+    """Let a loader's state hold the places of all ranks; every rank calls it before each save.
+
+    Ranks that share a part of the data (tensor parallelism) stand at the same place.
+    """
     if not gives_own_batches(source, group):
         return
     loader = cast("LoaderSource", source)
     own = loader.own_state()
-    texts = group.gather("the places of the loaders", _as_text(own))
+    told: Any = group.gather("the places of the loaders", [loader.shape.rank, _as_text(own)])
+    places = dict(reversed(told))  # the lowest rank speaks for its part
     types = types_in(own)
-    loader.places = [_from_text(text, types) for text in texts]
+    loader.places = [_from_text(places[part], types) for part in sorted(places)]
 
 
 class _Leaves:
