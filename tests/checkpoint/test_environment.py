@@ -79,12 +79,12 @@ def test_packages_count_when_they_are_imported_and_are_not_made_to_load_more(mon
         def __getattr__(self, name):
             raise AssertionError(f"{name} was asked for")
 
-    peft, trl = Lazy("peft"), Lazy("trl")
-    peft.__version__ = "1.2.3"
-    monkeypatch.setitem(sys.modules, "peft", peft)
+    timm, trl = Lazy("timm"), Lazy("trl")
+    timm.__version__ = "1.2.3"
+    monkeypatch.setitem(sys.modules, "timm", timm)
     monkeypatch.setitem(sys.modules, "trl", trl)
     facts = environment_facts()
-    assert (facts["packages.peft"], facts["packages.trl"]) == ("1.2.3", None)
+    assert (facts["packages.timm"], facts["packages.trl"]) == ("1.2.3", None)
 
 
 BACKENDS = torch.backends
