@@ -62,7 +62,7 @@ def differing_parts(
         fixed: Weights that no optimizer moves and that do not count: see `fixed_others`.
     """
     parts = [name for name, look in _PARTS.items() if look(there) != look(here)]
-    if parts == ["data"] and there.losses:
+    if parts == ["data"] and there.losses and _has_seen_more(there, here):
         parts = []  # same losses, gradients and all: what else was looked at played no part
     if not _has_all(there.schedulers, here.schedulers):
         parts.append("schedulers")
@@ -71,6 +71,12 @@ def differing_parts(
     if differing_generators(there, here, moving):
         parts.append("generators")
     return tuple(parts)
+
+
+def _has_seen_more(there: Step, here: Step) -> bool:
+    """Return whether the data end with those of the reference: a model was tried out before."""
+    used, seen = _PARTS["data"](there), _PARTS["data"](here)
+    return bool(used) and seen[-len(used) :] == used
 
 
 def _has_all(there: Sequence[tuple[Any, Any]], here: Sequence[tuple[Any, Any]]) -> bool:
