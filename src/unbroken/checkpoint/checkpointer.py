@@ -16,7 +16,8 @@ from unbroken.checkpoint.beside import BesideTraining, SnapshotMode
 from unbroken.checkpoint.comparison import Comparison, Examine, Policy
 from unbroken.checkpoint.generators import rng_digest
 from unbroken.checkpoint.layout import Layout
-from unbroken.checkpoint.opening import open_together, reader_of, refuse_second_line
+from unbroken.checkpoint.line import Line
+from unbroken.checkpoint.opening import RunPlace, reader_of
 from unbroken.checkpoint.policy import Cadence, Timer
 from unbroken.checkpoint.readers import LoadFrom
 from unbroken.checkpoint.report import ResumeReport
@@ -28,7 +29,7 @@ from unbroken.checkpoint.writing import Writing
 from unbroken.distributed import Alone, Group
 from unbroken.errors import ConfigError, SaveError
 from unbroken.storage import Storage
-from unbroken.store import CheckpointReader, CheckpointWriter, KeepPolicy, RunDirectory
+from unbroken.store import CheckpointWriter, KeepPolicy, RunDirectory
 
 _RESERVED = ("rng", "values")
 
@@ -130,19 +131,15 @@ class Checkpointer:
         self.keep = KeepPolicy() if keep is None else keep
         self.best_step: int | None = None
         self.values: Any = None
-        if isinstance(directory, str | os.PathLike):
-            directory = os.path.abspath(directory)  # the same run after a chdir
         self.group: Group = Alone() if group is None else group
         self._load_from: LoadFrom = load_from
         self._of_each_rank = of_each_rank
-        self._directory = directory
+        unseen = load_from == "rank0"
+        self._place = RunPlace(self.group, directory, branch, clock=wall_clock, unseen=unseen)
         self.layout: Callable[[Mapping[str, object]], Layout] = Layout.of
         self.among_others = False
-        self._like: Callable[[], CheckpointReader | None] = lambda: None
+        self._line = Line()
         self._beside = BesideTraining(snapshot)
-        self._branch = branch
-        self._notes: tuple[str, ...] = ()
-        self._has_resumed = False
         self._types = tuple(types)
         self._wall_clock = wall_clock
         self.comparison = Comparison(
@@ -155,29 +152,11 @@ class Checkpointer:
         )
         self._by_time = save_minutes is not None  # ranks need not see the same time
         self._timer = Timer(Cadence(save_steps, save_minutes), clock)
-        self._run: RunDirectory | None = None
-        self._origin: str | None = None
-        self._skipped: tuple[str, ...] = ()
 
     @property
     def run(self) -> RunDirectory:
         """The run directory, opened and locked by the first use."""
-        if self._run is None:
-            self._run = self._open(None)
-        return self._run
-
-    def _open(self, selection: Selection | None) -> RunDirectory:
-        """Open the run directory: rank 0 as its owner, the others to look."""
-        run, self._notes = open_together(
-            self.group,
-            self._directory,
-            self._branch,
-            selection,
-            clock=self._wall_clock,
-            among_others=self.among_others,
-            unseen=self._load_from == "rank0",
-        )
-        return run
+        return self._place.run(among_others=self.among_others)
 
     def resume(self, which: ResumeFrom = "auto") -> ResumeReport:
         """Put a saved state into the objects, or leave them as they are for a fresh start.
@@ -204,18 +183,11 @@ class Checkpointer:
         comparison = self.comparison
         comparison.note_what_is_here()
         agree_on_versions(self.group)
-        selection = Selection.parse(which)
-        if self._branch is not None:
-            self.close()
-            self._run, selection = self._open(selection), Selection("auto")
-        resumption = self._resumption(self.objects, comparison, notes=self._notes)
+        selection = self._place.begin_branch(Selection.parse(which))
+        resumption = self._resumption(self.objects, comparison, notes=self._place.notes)
         report = resumption.start(selection)
-        self._has_resumed = True
+        self._line.resumed(resumption, reader_of(self.run, report))
         self.values, self.best_step = resumption.values, resumption.best_step
-        self._origin = resumption.origin
-        self._skipped = resumption.skipped
-        resumed = reader_of(self.run, report)
-        self._like = lambda: resumed
         self._timer.done()
         return report
 
@@ -234,9 +206,8 @@ class Checkpointer:
         Returns:
             The folder of the checkpoint.
         """
-        self._has_resumed = True
+        self._line.has_begun, self._line.origin = True, came
         self.comparison.note_what_is_here()
-        self._origin = came
         path = self.save(step, values, facts=facts)
         self.wait()
         if self.group.rank == 0:
@@ -298,17 +269,17 @@ class Checkpointer:
             group.agree("the random generators at a save", rng_digest())
         tree = group.together("capture the state", lambda: capture(self.objects))
         tree |= {"values": values, "rng": capture_rng()}
-        layout = self.layout(self.objects)
-        writing = self._writing(step, layout, {**self._facts(run), **(facts or {})})
+        layout, told = self.layout(self.objects), {**self._facts(run), **(facts or {})}
+        writing = self._line.next(run, step, layout, told, self.keep, self._wall_clock)
         share = partial(share_of, group, tree, layout.file_of, own)
         store = partial(save_together, group, run.storage, partial(self._begin, writing))
         if self._beside.mode == "stream" or group.world_size > 1:
             store(share, writing.commit)
             self._beside.note_streamed(step, began)
         else:
-            self._refuse_two_futures()
+            self._line.refuse_another(run)
             self._beside.start(step, self.objects, share([]), store, writing.commit, began)
-        self._has_resumed = True
+        self._line.has_begun = True
         self._timer.done()
         return self.path(step)
 
@@ -335,22 +306,15 @@ class Checkpointer:
         """Return the path of the checkpoint of a step, whether it is there or not."""
         return self.run.storage.describe(f"checkpoint-{step}")
 
-    def _writing(self, step: int, layout: Layout, facts: Mapping[str, Any]) -> Writing:
-        like, clock = self._like(), self._wall_clock
-        made = Writing(self.run, step, layout, facts, self.keep, like=like, clock=clock)
-        self._like = lambda: made.made
-        return made
-
     def _begin(self, writing: Writing) -> CheckpointWriter:
-        self._refuse_two_futures()
+        self._line.refuse_another(self.run)
         return writing.begin()
 
     def _facts(self, run: RunDirectory) -> dict[str, Any]:
         return {
             "metrics_bytes": run.metrics.nbytes,
             "best_step": self.best_step,
-            "origin": self._origin,
-            "skip": list(self._skipped),
+            **self._line.facts(),
             **self.comparison.facts,
         }
 
@@ -358,7 +322,7 @@ class Checkpointer:
         """Append one line to metrics.jsonl: there exactly once, however often the run is killed."""
         run = self.run
         if self.group.rank == 0:
-            self._refuse_two_futures()
+            self._line.refuse_another(run)
             run.metrics.append(record)
 
     def note_event(self, event: Mapping[str, Any]) -> None:
@@ -368,20 +332,12 @@ class Checkpointer:
             self._beside.settle()
             run.history.append(event)
 
-    def _refuse_two_futures(self) -> None:
-        """Raise where a run with checkpoints would get a second, unrelated line of them."""
-        if not self._has_resumed:
-            refuse_second_line(self.run)
-            self._has_resumed = True
-
     def close(self) -> None:
         """Wait as `wait` does, and release the run directory. Calling it twice is harmless."""
         try:
             self._beside.close()
         finally:
-            run, self._run = self._run, None
-            if run is not None:
-                run.close()
+            self._place.close()
 
     def __enter__(self) -> Self:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 from unbroken.checkpoint.branching import open_branch
@@ -9,68 +10,78 @@ from unbroken.checkpoint.relay import UnseenStorage, open_as_another, place_of
 from unbroken.checkpoint.report import ResumeReport
 from unbroken.checkpoint.selection import Selection
 from unbroken.distributed import Group
-from unbroken.errors import ConfigError
 from unbroken.storage import Storage
 from unbroken.store import CheckpointReader, RunDirectory
 from unbroken.store.layout import checkpoint_name
 
 
-def open_together(
-    group: Group,
-    directory: str | Storage,
-    branch: str | None,
-    selection: Selection | None,
-    *,
-    clock: Callable[[], float],
-    among_others: bool,
-    unseen: bool,
-) -> tuple[RunDirectory, tuple[str, ...]]:
-    """Open the run directory on all ranks.
+class RunPlace:
+    """Where the run of a group of ranks is; opened, and locked by rank 0, when first used.
 
     Args:
-        group: The ranks; each calls this. Rank 0 becomes the owner.
+        group: The ranks; each makes all calls. Rank 0 becomes the owner.
         directory: The run directory.
         branch: The branch of it that is meant.
-        selection: Where a new branch begins.
         clock: Seconds since 1970.
-        among_others: Whether the directory holds files that are not the run's.
         unseen: Whether the other ranks cannot see it.
 
-    Returns:
-        The run, and what the report of a resume says of the opening.
+    Attributes:
+        notes: What the report of a resume says of the opening.
     """
-    notes: tuple[str, ...] = ()
 
-    def open_as_owner() -> RunDirectory | None:
-        nonlocal notes
-        if group.rank:
-            return None
-        if branch is None:
-            return RunDirectory.open(directory, clock=clock, among_others=among_others)
-        run, notes = open_branch(directory, branch, selection, clock=clock)
-        return run
+    def __init__(
+        self,
+        group: Group,
+        directory: str | os.PathLike[str] | Storage,
+        branch: str | None,
+        *,
+        clock: Callable[[], float],
+        unseen: bool,
+    ) -> None:
+        if isinstance(directory, str | os.PathLike):
+            directory = os.path.abspath(directory)  # the same run after a chdir
+        self.notes: tuple[str, ...] = ()
+        self._group = group
+        self._directory = directory
+        self._branch = branch
+        self._clock = clock
+        self._unseen = unseen
+        self._run: RunDirectory | None = None
 
-    what = "open the run directory"
-    own = group.together(what, open_as_owner)
-    place = group.share("the run directory", None if own is None else place_of(own))
-    run = group.together(what, lambda: own or open_as_another(place, unseen=unseen))
-    return run, notes
+    def run(self, *, among_others: bool) -> RunDirectory:
+        """Return the run directory; it may hold files that are not the run's if so said."""
+        if self._run is None:
+            self._run = self._open(None, among_others=among_others)
+        return self._run
 
+    def begin_branch(self, selection: Selection) -> Selection:
+        """Open the branch anew, which begins in `selection`; return which of its own it means."""
+        if self._branch is None:
+            return selection
+        self.close()
+        self._run = self._open(selection, among_others=False)
+        return Selection("auto")
 
-def refuse_second_line(run: RunDirectory) -> None:
-    """Raise if a run has checkpoints, which what is to be saved does not come from.
+    def close(self) -> None:
+        """Release the run directory. Calling it twice is harmless."""
+        run, self._run = self._run, None
+        if run is not None:
+            run.close()
 
-    Raises:
-        ConfigError: It has.
-    """
-    found = run.catalog.folders()
-    if found:
-        raise ConfigError(
-            run.storage.describe(),
-            "holds checkpoints that were not resumed",
-            found=f"steps {[step for step, _ in found]}",
-            hint='call resume() first; resume("never") starts anew and sets them aside',
+    def _open(self, selection: Selection | None, *, among_others: bool) -> RunDirectory:
+        group, what = self._group, "open the run directory"
+        own = group.together(
+            what, lambda: None if group.rank else self._open_as_owner(selection, among_others)
         )
+        place = group.share("the run directory", None if own is None else place_of(own))
+        return group.together(what, lambda: own or open_as_another(place, unseen=self._unseen))
+
+    def _open_as_owner(self, selection: Selection | None, among_others: bool) -> RunDirectory:
+        directory, clock = self._directory, self._clock
+        if self._branch is None:
+            return RunDirectory.open(directory, clock=clock, among_others=among_others)
+        run, self.notes = open_branch(directory, self._branch, selection, clock=clock)
+        return run
 
 
 def reader_of(run: RunDirectory, report: ResumeReport) -> CheckpointReader | None:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from unbroken.checkpoint import Policy
+from unbroken.checkpoint import Checkpointer, Policy
 from unbroken.data import BatchSource, batch_source, derive_key
 from unbroken.distributed import Group, RankSums, join
 from unbroken.distributed.sharding import is_dtensor
 from unbroken.errors import ConfigError
+from unbroken.storage import Storage
 from unbroken.store import Interval, KeepPolicy
 from unbroken.training.ambient import Randomness, seed_ambient
 from unbroken.training.callback import with_state
-from unbroken.training.changes import IN_DATA, LENGTH
+from unbroken.training.changes import IN_DATA, LENGTH, Examination
 from unbroken.training.config import TrainerConfig
 from unbroken.training.display import Display, Silence
 from unbroken.training.division import Division
@@ -119,20 +120,54 @@ def make_source(
     )
 
 
-def made_by_settings(trainer: Trainer) -> list[str]:
+def make_checkpointer(
+    trainer: Trainer,
+    place: str | Storage,
+    state: Mapping[str, object],
+    settings: Mapping[str, Mapping[str, Any]] | None,
+    types: Sequence[type],
+    fingerprint: Callable[[], Mapping[str, Any]],
+    clock: Callable[[], float],
+    wall_clock: Callable[[], float],
+) -> Checkpointer:
+    """Return what saves and resumes the run of a trainer."""
+    config = trainer.config
+    return Checkpointer(
+        place,
+        branch=config.branch,
+        save_steps=config.save_steps,
+        save_minutes=config.save_minutes,
+        keep=_keep_policy(config),
+        types=types,
+        clock=clock,
+        wall_clock=wall_clock,
+        settings=settings,
+        policy=_resume_policy(config),
+        fingerprint=fingerprint,
+        examine=Examination(trainer, own_optimizer=trainer.has_own_optimizer),
+        told=_made_by_settings(trainer),
+        group=trainer.group,
+        load_from=config.load_from,
+        of_each_rank=(),  # all is derived: the ranks have the same
+        snapshot=config.snapshot,
+        **_named_objects(trainer, state),
+    )
+
+
+def _made_by_settings(trainer: Trainer) -> list[str]:
     """Return the objects that the configuration made, and so tells enough of."""
     made = {"optimizer": trainer.has_own_optimizer, "scheduler": trainer.has_own_schedule}
     return [name for name, is_own in made.items() if is_own]
 
 
-def resume_policy(config: TrainerConfig) -> Policy:
+def _resume_policy(config: TrainerConfig) -> Policy:
     """Return which differences a run accepts: those it names, and what follows from them."""
     follows = () if config.exact_resume == "require" else (LENGTH,)
     parts = {"fp16": "scaler", "lr_scheduler_type": "scheduler", "optim": "optimizer"}
     return Policy((*config.allow, *follows), config.skip, config.exact_resume, parts)
 
 
-def named_objects(trainer: Trainer, more: Mapping[str, object]) -> dict[str, object]:
+def _named_objects(trainer: Trainer, more: Mapping[str, object]) -> dict[str, object]:
     """Return all that a checkpoint of a run holds, by name.
 
     Raises:
@@ -251,7 +286,7 @@ def make_evaluator(
     )
 
 
-def keep_policy(config: TrainerConfig) -> KeepPolicy:
+def _keep_policy(config: TrainerConfig) -> KeepPolicy:
     """Return which checkpoints stay."""
     every = config.keep_every_n_steps
     return KeepPolicy(

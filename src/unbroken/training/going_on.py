@@ -1,9 +1,8 @@
-"""How a Trainer goes on from a checkpoint, and what it writes into each of its own to compare."""
+"""How a Trainer goes on from a checkpoint, and what of its run the next start compares."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +27,8 @@ from unbroken.training.changes import (
 )
 from unbroken.training.counting import count_steps
 from unbroken.training.loss import LossFn
-from unbroken.training.own_data import gives_own_batches, tell_places
+from unbroken.training.own_data import gives_own_batches
 from unbroken.training.progress import Progress
-from unbroken.training.ranks import agree_on_buffers
 from unbroken.training.schedules import factor_of
 
 if TYPE_CHECKING:
@@ -92,20 +90,6 @@ def _tell_of_own_generator(trainer: Trainer) -> None:
     trainer.display.note(f"train_dataset: {what}: {hint}")
 
 
-def what_to_save(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the values that `go_on` needs, and the facts that the next start compares."""
-    agree_on_buffers(trainer)
-    tell_places(trainer.source, trainer.group)
-    progress = asdict(trainer.progress)
-    values = {
-        "progress": progress,
-        "stop_reason": trainer.stop_reason,
-        "micro_batch_size": trainer.config.per_forward,
-    }
-    config = trainer.config.to_dict()
-    return values, {"progress": progress, "config": config, "max_steps": trainer.max_steps}
-
-
 def go_on(trainer: Trainer, report: ResumeReport) -> None:
     """Bring what is derived from the configuration to the place where the run is.
 
@@ -160,21 +144,3 @@ def _settle_length(trainer: Trainer) -> None:
     if trainer.has_own_schedule and isinstance(trainer.scheduler, LambdaLR):
         factor = factor_of(trainer.config, steps)
         trainer.scheduler.lr_lambdas = [factor] * len(trainer.scheduler.lr_lambdas)
-
-
-def hear_of_saves(trainer: Trainer, *, wait: bool = False) -> None:
-    """Tell of the checkpoints that became durable since the last call.
-
-    Args:
-        trainer: The trainer.
-        wait: Until all that was saved is durable.
-
-    Raises:
-        SaveError: What a save failed at.
-    """
-    if wait:
-        trainer.checkpointer.wait()
-    for path in trainer.checkpointer.committed():
-        cost = trainer.checkpointer.cost
-        trainer.pace.save_took(0.0 if cost is None else cost.durable)
-        trainer.call("on_save", path)

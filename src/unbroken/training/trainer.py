@@ -8,22 +8,13 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from unbroken.checkpoint import (
-    Cadence,
-    Checkpointer,
-    Preemption,
-    ResumeFrom,
-    ResumeReport,
-    Selection,
-    Timer,
-    TrainingStopped,
-)
+from unbroken.checkpoint import Cadence, Preemption, ResumeFrom, ResumeReport, Selection, Timer
 from unbroken.data import BatchSource, MicroBatch, derive_key
 from unbroken.distributed import Group
 from unbroken.errors import ConfigError
@@ -33,29 +24,25 @@ from unbroken.training.ambient import Randomness
 from unbroken.training.assembly import (
     for_ranks,
     joined,
-    keep_policy,
-    made_by_settings,
+    make_checkpointer,
     make_evaluator,
     make_ready,
     make_source,
     make_stepper,
-    named_objects,
     pick_device,
     pick_display,
     prepared_for_forward,
     refuse_missing_evaluation_data,
     refuse_to_save,
-    resume_policy,
 )
 from unbroken.training.callback import Callback, overridden
-from unbroken.training.changes import Examination
 from unbroken.training.config import TrainerConfig
 from unbroken.training.counting import count_steps, epoch_at
 from unbroken.training.data_digest import DataDigest
 from unbroken.training.determinism import deterministic_kernels
 from unbroken.training.display import Display
 from unbroken.training.division import Division
-from unbroken.training.going_on import go_on, hear_of_saves, run_fingerprint, what_to_save
+from unbroken.training.going_on import go_on, run_fingerprint
 from unbroken.training.halving import Halving
 from unbroken.training.judging import eval_is_due, evaluate_and_judge, load_best, place_of
 from unbroken.training.loss import LossFn, tokens_of
@@ -66,6 +53,7 @@ from unbroken.training.pace import Pace
 from unbroken.training.precision import Precision
 from unbroken.training.progress import Progress
 from unbroken.training.result import TrainResult
+from unbroken.training.saving import hear_of_saves, save_now, stopped
 from unbroken.training.schedules import make_scheduler
 from unbroken.training.statistics import Statistics
 from unbroken.training.window import Window
@@ -175,25 +163,10 @@ class Trainer:
         self.pace = Pace(clock)
         self._log_timer = Timer(Cadence(config.logging_steps, config.logging_minutes), clock)
         self.eval_timer = Timer(Cadence(config.eval_steps, config.eval_minutes), clock)
-        self.checkpointer = Checkpointer(
-            config.output_dir if storage is None else storage,
-            branch=config.branch,
-            save_steps=config.save_steps,
-            save_minutes=config.save_minutes,
-            keep=keep_policy(config),
-            types=types,
-            clock=clock,
-            wall_clock=wall_clock,
-            settings=settings,
-            policy=resume_policy(config),
-            fingerprint=lambda: run_fingerprint(self, train_dataset, collate_fn, loss_fn),
-            examine=Examination(self, own_optimizer=optimizer is None),
-            told=made_by_settings(self),
-            group=self.group,
-            load_from=config.load_from,
-            of_each_rank=(),  # all is derived: the ranks have the same
-            snapshot=config.snapshot,
-            **named_objects(self, state or {}),
+        fingerprint = partial(run_fingerprint, self, train_dataset, collate_fn, loss_fn)
+        place = config.output_dir if storage is None else storage
+        self.checkpointer = make_checkpointer(
+            self, place, state or {}, settings, types, fingerprint, clock, wall_clock
         )
 
     @property
@@ -348,11 +321,7 @@ class Trainer:
         if self.progress == Progress():
             make_ready(self)
         self._count_time()
-        self.checkpointer.best_step = self.statistics.best_step
-        values, facts = what_to_save(self)
-        deterministic = deterministic_kernels(self.config.full_determinism, self.device)
-        with self.randomness.ambient(), deterministic:
-            path = self.checkpointer.save(self.progress.step, values, facts=facts)
+        path = save_now(self)
         self._saved, self.save_wanted = self.progress, False
         hear_of_saves(self)
         return path
@@ -385,14 +354,10 @@ class Trainer:
         self.call("on_train_begin")
         return self.resume_report
 
-    def _stop(self, reason: str) -> None:
+    def _stop(self, reason: str) -> NoReturn:
         if self._saved != self.progress:
             self.save_checkpoint()
-        hear_of_saves(self, wait=True)
-        stopped = TrainingStopped(self.progress.step, reason)
-        self.checkpointer.note_event({"event": "stopped", "step": stopped.step, "by": reason})
-        self.display.note(str(stopped))
-        raise stopped
+        raise stopped(self, reason)
 
     def _count_time(self) -> None:
         """Add the seconds since the last call to the run's."""

@@ -1,0 +1,70 @@
+"""The line of checkpoints that a run makes: what the next one comes after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from unbroken.checkpoint.layout import Layout
+from unbroken.checkpoint.writing import Writing
+from unbroken.errors import ConfigError
+from unbroken.store import CheckpointReader, Json, KeepPolicy, RunDirectory
+
+if TYPE_CHECKING:
+    from unbroken.checkpoint.resuming import Resumption
+
+
+class Line:
+    """Follows the checkpoints of one run; each new one tells where the line began.
+
+    Attributes:
+        has_begun: Whether what is to be saved comes from the checkpoints that are there.
+        origin: The checkpoint elsewhere that the run began in.
+        skipped: What was not loaded then.
+    """
+
+    def __init__(self) -> None:
+        self.has_begun = False
+        self.origin: str | None = None
+        self.skipped: tuple[str, ...] = ()
+        self._last: Callable[[], CheckpointReader | None] = lambda: None
+
+    def resumed(self, resumption: Resumption, checkpoint: CheckpointReader | None) -> None:
+        """Go on from a checkpoint, every byte of which was read; None: one of elsewhere."""
+        self.has_begun = True
+        self.origin, self.skipped = resumption.origin, resumption.skipped
+        self._last = lambda: checkpoint
+
+    def refuse_another(self, run: RunDirectory) -> None:
+        """Raise where a run with checkpoints would get a second, unrelated line of them.
+
+        Raises:
+            ConfigError: It would.
+        """
+        found = () if self.has_begun else run.catalog.folders()
+        if found:
+            raise ConfigError(
+                run.storage.describe(),
+                "holds checkpoints that were not resumed",
+                found=f"steps {[step for step, _ in found]}",
+                hint='call resume() first; resume("never") starts anew and sets them aside',
+            )
+        self.has_begun = True
+
+    def facts(self) -> dict[str, Json]:
+        """Return what the manifest of a checkpoint tells of the line."""
+        return {"origin": self.origin, "skip": list(self.skipped)}
+
+    def next(
+        self,
+        run: RunDirectory,
+        step: int,
+        layout: Layout,
+        facts: Mapping[str, Json],
+        keep: KeepPolicy,
+        clock: Callable[[], float],
+    ) -> Writing:
+        """Return the next checkpoint, to be written; files like those of the last are linked."""
+        made = Writing(run, step, layout, facts, keep, like=self._last(), clock=clock)
+        self._last = lambda: made.made
+        return made
