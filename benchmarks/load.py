@@ -1,121 +1,103 @@
 """What loading costs: GPT-2 124M with AdamW, 1.49 GB, into a live model and optimizer.
 
-    python benchmarks/load.py [--rounds 5]
+    python benchmarks/load.py [--quick] [--rounds 3] [--methods METHOD ...]
 
-The protocol: each method has a process of its own, in which it loads cold (the page cache was
-dropped) and hot, and takes a training step after each. Ours verifies every byte; the peers
-verify none. *bare*: a direct read of the same files, in the same process just before. *extra
-memory*: the highest of the process above what it was before the cold load, page cache not counted.
+In each process the state is loaded cold (the page cache was dropped) and hot, in turns, and a
+training step follows each: what a method puts off until the memory is first used is in it. Ours
+verifies every byte; the peers verify none. *bare*: a direct read of the same files; *step*: a
+training step with nothing loaded before it; both in the same process, in turns with the rest.
+*extra memory*: the highest of the process above what it was before the first load, page cache not
+counted, but for files that are mapped.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import shutil
 import tempfile
-import time
 from pathlib import Path
+from statistics import median
 
-from machine import measured_in_a_fresh_process, median, write
+import peers
+from disk import bare_read, make_cold, make_hot
+from protocol import Protocol
+from save import seconds_of
 
-METHODS = ("unbroken", "torch.load", "safetensors")
+TURNS = 3
 
 
-def measure(method: str, layers: int) -> dict:
-    from gpt2_state import PeakMemory, bare_read, make_cold, make_hot, model_and_optimizer
+def measure(name: str, quick: bool) -> dict[str, float]:
+    from gpt2_state import PeakMemory, model_and_optimizer, train_step
 
-    model, optimizer = model_and_optimizer(layers)
+    model, optimizer = model_and_optimizer(quick=quick)
     place = Path(tempfile.mkdtemp(dir=os.environ.get("BENCHMARK_DIR")))
-    found: dict[str, float] = {}
+    found: dict[str, list[float]] = {}
+    step = lambda: train_step(model, optimizer)  # noqa: E731
     try:
-        load = saved(method, model, optimizer, place)
-        for heat, prepare in (("cold", make_cold), ("hot", make_hot)):
+        method = peers.make(name, model, optimizer, place / "run")
+        method.save(1)
+        method.finish()
+        check_that_it_loads(method, model, optimizer)
+        for turn in range(TURNS):
+            note(found, "step", seconds_of(step))
             make_cold(place)
-            found["bare"] = bare_read(place)
-            prepare(place)
-            with PeakMemory() as peak:
-                found[heat] = seconds_of(load)
-            found[f"{heat} extra memory"] = peak.nbytes
-            found[f"{heat} first step"] = seconds_of(lambda: step(model, optimizer))
+            note(found, "bare", bare_read(method.path(1)))
+            for heat, prepare in (("cold", make_cold), ("hot", make_hot)):
+                prepare(place)
+                with PeakMemory() as peak:
+                    note(found, heat, seconds_of(lambda: method.load(1)))
+                note(found, f"{heat}_first_step", seconds_of(step))
+                if turn == 0:
+                    found[f"{heat}_extra_memory"] = [peak.nbytes]
+        method.close()
     finally:
         shutil.rmtree(place)
-    return {**found, "cold_over_bare": found["cold"] / found["bare"]}
+    return summary({key: median(values) for key, values in found.items()})
 
 
-def seconds_of(call) -> float:
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
+def check_that_it_loads(method, model, optimizer) -> None:
+    from gpt2_state import digest_of, train_step
 
-
-def step(model, optimizer) -> None:
-    from gpt2_state import train_step
-
+    saved = digest_of(model, optimizer)
     train_step(model, optimizer)
+    changed = digest_of(model, optimizer)
+    method.load(1)
+    if changed == saved or digest_of(model, optimizer) != saved:
+        raise SystemExit(f"{type(method).__name__} does not load what it saved")
 
 
-def saved(method: str, model, optimizer, place: Path):
-    """Save the state by a method, and return what loads it."""
-    import torch
-
-    if method == "unbroken":
-        from unbroken import Checkpointer
-
-        checkpointer = Checkpointer(place / "run", model=model, optimizer=optimizer)
-        checkpointer.save(1)
-        return lambda: checkpointer.load(1, ["model", "optimizer"])
-    if method == "torch.load":
-        torch.save([model.state_dict(), optimizer.state_dict()], place / "state.pt")
-        return lambda: load_torch(model, optimizer, place / "state.pt")
-    from save import save_safetensors
-
-    save_safetensors(model, optimizer, place)
-    return lambda: load_safetensors(model, optimizer, place)
+def note(found: dict[str, list[float]], key: str, value: float) -> None:
+    found.setdefault(key, []).append(value)
 
 
-def load_torch(model, optimizer, path: Path) -> None:
-    import torch
+def summary(one: dict[str, float]) -> dict[str, float]:
+    for heat in ("cold", "hot"):
+        one[f"{heat}_and_step"] = one[heat] + one[f"{heat}_first_step"]
+    one["cold_over_bare"] = one["cold_and_step"] / (one["bare"] + one["step"])
+    return one
 
-    of_model, of_optimizer = torch.load(path, weights_only=True)
-    model.load_state_dict(of_model)
-    optimizer.load_state_dict(of_optimizer)
 
-
-def load_safetensors(model, optimizer, place: Path) -> None:
-    import torch
-    from safetensors import safe_open
-
-    with torch.no_grad():
-        with safe_open(place / "model.safetensors", framework="pt") as file:
-            for name, parameter in model.named_parameters():
-                parameter.copy_(file.get_tensor(name))
-        with safe_open(place / "optimizer.safetensors", framework="pt") as file:
-            for number, parameter in enumerate(optimizer.param_groups[0]["params"]):
-                for key, tensor in optimizer.state[parameter].items():
-                    tensor.copy_(file.get_tensor(f"{number}.{key}"))
+def conclude(medians: dict[str, dict[str, float]]) -> dict[str, object]:
+    ours = medians.get("unbroken stream")
+    if ours is None:
+        return {}
+    peers_hot = {
+        name: one["hot_and_step"] for name, one in medians.items() if one is not ours
+    }
+    found: dict[str, object] = {
+        "cold load and step over bare read and step": ours["cold_over_bare"],
+        "extra memory in MiB": max(ours["cold_extra_memory"], ours["hot_extra_memory"]) / 2**20,
+    }
+    if peers_hot:
+        fastest = min(peers_hot, key=peers_hot.__getitem__)
+        found["fastest peer, hot"] = fastest
+        found["hot load and step over that"] = ours["hot_and_step"] / peers_hot[fastest]
+    return found
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--measure")
-    arguments = parser.parse_args()
-    if arguments.measure:
-        print(json.dumps(measure(arguments.measure, arguments.layers)))
-        raise SystemExit
-    found: dict[str, list[dict]] = {method: [] for method in METHODS}
-    for number in range(arguments.rounds):
-        first = number % len(METHODS)
-        for method in [*METHODS[first:], *METHODS[:first]]:
-            more = ["--measure", method, "--layers", arguments.layers]
-            found[method].append(measured_in_a_fresh_process(__file__, *more))
-    medians = {
-        method: {key: median([one[key] for one in all_]) for key in all_[0]}
-        for method, all_ in found.items()
-    }
-    for method, one in medians.items():
-        print(f"{method:12}", *(f"{key} {value:.3g}" for key, value in one.items()))
-    write("load", {"rounds": arguments.rounds, "medians": medians, "all": found})
+    protocol = Protocol(__file__, __doc__, measure, peers.LOADING, rounds=3)
+    if protocol.quick:
+        import peers.dcp
+        import peers.hosts
+    protocol.run(conclude)

@@ -32,25 +32,22 @@ def _processor() -> str:
     return platform.machine()
 
 
-def measured_in_a_fresh_process(script: str, *arguments: object) -> dict:
-    """Run a script in a new interpreter; return the JSON on the last line of its output."""
+def measured_in_a_fresh_process(script: str, *arguments: object, threads: int = 1) -> dict:
+    """Run a script in a new interpreter; return the JSON on a line of its output, the last."""
     command = [sys.executable, script, *map(str, arguments)]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-    }  # two threads on a shared machine only wait
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
 
 
 def median(values: list[float]) -> float:
     return statistics.median(values)
 
 
-def write(name: str, result: dict) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write(name: str, result: dict, folder: Path = RESULTS) -> None:
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps({"machine": facts(), **result}, indent=2) + "\n")
     print(f"written: {path}")

@@ -1,201 +1,131 @@
 """What saving costs: GPT-2 124M with AdamW, 1.49 GB, ours beside peers in the same run.
 
-    python benchmarks/save.py [--rounds 5]
+    python benchmarks/save.py [--quick] [--rounds 3] [--methods METHOD ...]
 
-The protocol: each method has a process of its own, and in each round every method is measured
-once; who goes first rotates. In a process the second and third save count: the first fills
-buffers. *blocked*: the caller waits for the call. *durable*: until the bytes are synced; methods
-that leave them to the page cache are synced afterwards. *lost*: a window of STEPS training steps
-with one save after the first, against the mean of windows without one, before and after. *bare*:
-a direct write and fsync of as many bytes, in the same process just before. Retention is not in
-it: ours keeps all checkpoints here (where it removes some, it reads back the newer ones first).
+In a process the first save is not counted: it fills buffers. Then, in turns with direct writes of
+as many bytes (*bare*), a few saves with nothing else running: *blocked* is how long the call
+takes, *durable* how long until the bytes are synced. Then windows of training with one save, in
+turns with windows without: *lost* is what a window takes longer than as many steps without a save
+(their median). A window goes on until the checkpoint is durable, and for STEPS steps at least. What
+a method leaves to the page cache is synced by a thread as soon as it is written, so that all
+checkpoints become equally durable; where a method must not be disturbed while it copies, the
+update waits, and the wait is in *lost*. Training uses all cores, so that what goes on in the
+background has to share them. Nothing is removed meanwhile: each save is a new folder.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import shutil
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
-from machine import measured_in_a_fresh_process, median, write
+import peers
+from disk import bare_write
+from protocol import Protocol
 
-STEPS = 4
-METHODS = (
-    "unbroken stream",
-    "unbroken sync",
-    "unbroken overlap",
-    "torch.save",
-    "safetensors",
-    "dcp.save",
-    "dcp.async_save",
-    "transformers",
-)
+STEPS = 4  # of a window, at least
+ALONE, WINDOWS = 3, 3
 
 
-class Unbroken:
-    def __init__(self, model, optimizer, folder: Path, snapshot: str) -> None:
-        from unbroken import Checkpointer
+def measure(name: str, quick: bool) -> dict[str, float]:
+    from gpt2_state import PeakMemory, model_and_optimizer, nbytes_of, train_step
 
-        objects = {"model": model, "optimizer": optimizer}
-        self._checkpointer = Checkpointer(folder, snapshot=snapshot, **objects)
-        self._checkpointer.resume()
-
-    def save(self, number: int) -> None:
-        self._checkpointer.save(number)
-
-    def edge(self) -> None:
-        self._checkpointer.is_due(1)
-
-    def finish(self) -> None:
-        self._checkpointer.wait()
-
-
-class Blocking:
-    """A method that is done when it returns, but for the sync."""
-
-    def __init__(self, save, folder: Path) -> None:
-        self._save, self._folder = save, folder
-        folder.mkdir()
-
-    def save(self, number: int) -> None:
-        self._save(self._folder / f"save-{number % 2}")
-
-    def edge(self) -> None:
-        pass
-
-    def finish(self) -> None:
-        from gpt2_state import sync
-
-        sync(self._folder)
-
-
-class Asynchronous(Blocking):
-    def save(self, number: int) -> None:
-        self.finish()
-        self._future = self._save(self._folder / f"save-{number % 2}")
-
-    def finish(self) -> None:
-        if getattr(self, "_future", None) is not None:
-            self._future.result()
-            super().finish()
-
-
-def made(method: str, model, optimizer, folder: Path):
-    import torch
-
-    if method.startswith("unbroken"):
-        return Unbroken(model, optimizer, folder, method.split()[1])
-    state = lambda: {"model": model.state_dict(), "optimizer": optimizer.state_dict()}  # noqa: E731
-    if method == "torch.save":
-        return Blocking(lambda path: torch.save(state(), path), folder)
-    if method == "safetensors":
-        return Blocking(lambda path: save_safetensors(model, optimizer, path), folder)
-    if method == "transformers":
-        return Blocking(transformers_save(model, optimizer), folder)
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="29511", RANK="0", WORLD_SIZE="1")
-    torch.distributed.init_process_group("gloo")
-    dcp = torch.distributed.checkpoint
-    if method == "dcp.save":
-        return Blocking(lambda path: dcp.save(state(), checkpoint_id=str(path)), folder)
-    return Asynchronous(lambda path: dcp.async_save(state(), checkpoint_id=str(path)), folder)
-
-
-def save_safetensors(model, optimizer, path: Path) -> None:
-    from safetensors.torch import save_file
-
-    moments = optimizer.state_dict()["state"]
-    flat = {f"{n}.{k}": t for n, one in moments.items() for k, t in one.items()}
-    path.mkdir(exist_ok=True)
-    save_file({n: p.detach() for n, p in model.named_parameters()}, path / "model.safetensors")
-    save_file(flat, path / "optimizer.safetensors")
-
-
-def transformers_save(model, optimizer):
-    from transformers import Trainer, TrainingArguments
-
-    arguments = TrainingArguments(output_dir=tempfile.mkdtemp(), report_to="none", use_cpu=True)
-    trainer = Trainer(model, arguments, optimizers=(optimizer, None))
-    trainer.create_scheduler(10, optimizer)
-
-    def save(path: Path) -> None:
-        trainer.save_model(str(path))
-        trainer._save_optimizer_and_scheduler(str(path))
-        trainer._save_rng_state(str(path))
-
-    return save
-
-
-def measure(method: str, layers: int) -> dict:
-    from gpt2_state import (
-        PeakMemory,
-        bare_write,
-        model_and_optimizer,
-        nbytes_of,
-        train_step,
-    )
-
-    model, optimizer = model_and_optimizer(layers)
+    model, optimizer = model_and_optimizer(quick=quick)
     place = Path(tempfile.mkdtemp(dir=os.environ.get("BENCHMARK_DIR")))
     try:
         with PeakMemory() as peak:
-            saving = made(method, model, optimizer, place / "run")
-            saving.save(1)
-            saving.finish()
-        bare = bare_write(place / "bare", nbytes_of(model, optimizer))
-        began = time.perf_counter()
-        saving.save(2)
-        blocked = time.perf_counter() - began
-        saving.finish()
-        durable = time.perf_counter() - began
-        lost, step = time_lost(lambda: train_step(model, optimizer), saving)
+            method = peers.make(name, model, optimizer, place / "run")
+            method.save(1)
+            method.finish()
+        alone = saved_alone(method, place / "bare", nbytes_of(model, optimizer))
+        step = lambda: train_step(model, optimizer, method.before_update)  # noqa: E731
+        beside = saved_beside(method, step, 1 if quick else WINDOWS)
+        method.close()
     finally:
         shutil.rmtree(place)
-    found = {"blocked": blocked, "durable": durable, "bare": bare, "lost": lost, "step": step}
-    return {**found, "durable_over_bare": durable / bare, "extra_memory": peak.nbytes}
+    return {**alone, **beside, "extra_memory": peak.nbytes}
 
 
-def time_lost(step, saving) -> tuple[float, float]:
-    def window(number: int | None) -> float:
+def saved_alone(method, bare_file: Path, nbytes: int) -> dict[str, float]:
+    bare, blocked, durable = [], [], []
+    for number in range(2, 2 + ALONE):
+        bare.append(bare_write(bare_file, nbytes))
         began = time.perf_counter()
-        for position in range(STEPS):
-            step()
-            saving.edge()
-            if position == 0 and number is not None:
-                saving.save(number)
-        return time.perf_counter() - began
+        method.save(number)
+        blocked.append(time.perf_counter() - began)
+        method.finish()
+        durable.append(time.perf_counter() - began)
+    ratio = median(one / beside for one, beside in zip(durable, bare, strict=True))
+    return {
+        "bare": median(bare),
+        "blocked": median(blocked),
+        "durable": median(durable),
+        "durable_over_bare": ratio,
+    }
 
+
+def saved_beside(method, step, windows: int) -> dict[str, float]:
+    """Train, with a save now and then; return what it costs."""
     step()
-    before = window(None)
-    with_save = window(3)
-    saving.finish()
-    after = window(None)
-    return with_save - (before + after) / 2, (before + after) / 2 / STEPS
+    plain = [seconds_of(step) for _ in range(STEPS)]
+    with_save, blocked = [], []
+    for number in range(10, 10 + windows):
+        seconds, steps, waited = window(method, step, number)
+        with_save.append((seconds, steps))
+        blocked.append(waited)
+        plain += [seconds_of(step) for _ in range(STEPS)]
+    usual = median(plain)
+    return {
+        "step": usual,
+        "blocked_in_training": median(blocked),
+        "lost": median(seconds - steps * usual for seconds, steps in with_save),
+        "steps_until_durable": median(steps for _, steps in with_save),
+    }
+
+
+def window(method, step, number: int) -> tuple[float, int, float]:
+    """Save, and train until that is durable; return the seconds, the steps, the caller's wait."""
+    began = time.perf_counter()
+    method.save(number)
+    waited = time.perf_counter() - began
+    steps, durable = 0, False
+    while steps < STEPS or not durable:
+        step()
+        durable = method.is_durable()
+        steps += 1
+    return time.perf_counter() - began, steps, waited
+
+
+def seconds_of(call) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def conclude(medians: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Return the ratios that are held to a bound."""
+    ours, stream = medians.get("unbroken overlap"), medians.get("unbroken stream")
+    found: dict[str, float] = {}
+    dcp = [one["lost"] for name, one in medians.items() if name.startswith("dcp.async_save")]
+    beside = {"transformers": medians.get("transformers", {}).get("lost")}
+    beside["the best dcp.async_save"] = min(dcp, default=None)
+    beside["torch_checkpointing"] = medians.get("torch_checkpointing async", {}).get("lost")
+    if ours is not None:
+        found["blocked over a step"] = ours["blocked_in_training"] / ours["step"]
+        for name, lost in beside.items():
+            if lost is not None:
+                found[f"lost over that of {name}"] = ours["lost"] / lost
+    if stream is not None:
+        found["durable over bare"] = stream["durable_over_bare"]
+    return found
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--methods", nargs="*", default=METHODS)
-    parser.add_argument("--measure")
-    arguments = parser.parse_args()
-    if arguments.measure:
-        print(json.dumps(measure(arguments.measure, arguments.layers)))
-        raise SystemExit
-    found: dict[str, list[dict]] = {method: [] for method in arguments.methods}
-    for number in range(arguments.rounds):
-        first = number % len(arguments.methods)
-        for method in [*arguments.methods[first:], *arguments.methods[:first]]:
-            more = ["--measure", method, "--layers", arguments.layers]
-            found[method].append(measured_in_a_fresh_process(__file__, *more))
-    medians = {
-        method: {key: median([one[key] for one in all_]) for key in all_[0]}
-        for method, all_ in found.items()
-    }
-    for method, one in medians.items():
-        print(f"{method:17}", *(f"{key} {value:.3g}" for key, value in one.items()))
-    write("save", {"rounds": arguments.rounds, "medians": medians, "all": found})
+    protocol = Protocol(__file__, __doc__, measure, peers.SAVING, rounds=3)
+    if protocol.quick:
+        import peers.dcp
+        import peers.hosts
+    protocol.run(conclude)
