@@ -1,4 +1,4 @@
-"""The model of the benchmarks: GPT-2 with 124 million parameters, or a tiny one to see that it runs."""
+"""The model of the benchmarks: GPT-2 with 124 million parameters, or a tiny one."""
 
 from __future__ import annotations
 

@@ -81,9 +81,7 @@ def conclude(medians: dict[str, dict[str, float]]) -> dict[str, object]:
     ours = medians.get("unbroken stream")
     if ours is None:
         return {}
-    peers_hot = {
-        name: one["hot_and_step"] for name, one in medians.items() if one is not ours
-    }
+    peers_hot = {name: one["hot_and_step"] for name, one in medians.items() if one is not ours}
     found: dict[str, object] = {
         "cold load and step over bare read and step": ours["cold_over_bare"],
         "extra memory in MiB": max(ours["cold_extra_memory"], ours["hot_extra_memory"]) / 2**20,

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 
 from machine import RESULTS, measured_in_a_fresh_process, write
 
@@ -30,6 +31,7 @@ class Protocol:
         rounds: How many, unless the command line says it.
         threads: Threads that compute, unless the command line says it; None: as many as cores.
         starts_processes: `measure` has its own processes, and needs none.
+        numbers: More options, with what they are unless the command line says it.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Protocol:
         rounds: int,
         threads: int | None = None,
         starts_processes: bool = False,
+        numbers: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         self._script, self._measure = script, measure
         self._starts_processes = starts_processes
@@ -53,8 +56,11 @@ class Protocol:
         parser.add_argument("--threads", type=int, default=threads or os.cpu_count())
         parser.add_argument("--quick", action="store_true", help="only to see that it runs")
         parser.add_argument("--results", type=Path, help="the folder for the result")
+        for name, value in numbers.items():
+            parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=value)
         if not starts_processes:
             parser.add_argument("--measure", metavar="METHOD", help="one alone, and print it")
+        self._numbers = tuple(numbers)
         self.given = parser.parse_args()
         self.quick: bool = self.given.quick
         if self.quick:
@@ -79,7 +85,8 @@ class Protocol:
             print(f"{method:42}", *(f"{key} {value:.3g}" for key, value in one.items()), sep="  ")
         for name, value in conclusions.items():
             print(f"{name}: {value:.3g}" if isinstance(value, float) else f"{name}: {value}")
-        given = {"rounds": self.given.rounds, "threads": self.given.threads, "quick": self.quick}
+        names = ("rounds", "threads", "quick", *self._numbers)
+        given = {name: getattr(self.given, name) for name in names}
         result = {**given, "conclusions": conclusions, "medians": medians, "all": found}
         write(Path(self._script).stem, result, self._folder())
 

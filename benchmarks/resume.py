@@ -116,7 +116,9 @@ def start_floor(place: Path, quick: bool) -> dict[str, float]:
 def phases() -> dict[str, float]:
     """Return the seconds of each phase."""
     names, times = list(MARKS), list(MARKS.values())
-    found = {name: end - begin for name, (begin, end) in zip(names[1:], pairwise(times), strict=True)}
+    found = {
+        name: end - begin for name, (begin, end) in zip(names[1:], pairwise(times), strict=True)
+    }
     return {**found, "total": times[-1] - times[0]}
 
 

@@ -9,7 +9,7 @@ from trainers.work import Work
 
 _PLACES = {
     "unbroken": "ours",
-    "unbroken, as transformers' Trainer": "drop_in",
+    "unbroken drop-in": "drop_in",
     "transformers": "hugging_face",
     "Lightning": "lightning_module",
     "torch.save loop": "torch_loop",

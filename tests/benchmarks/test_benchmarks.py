@@ -1,0 +1,61 @@
+"""The benchmarks run, as `--quick`; the pictures are those of the results that stand there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))
+QUICK = ("save", "load", "resume", "size", "goodput")
+
+
+@pytest.fixture
+def draw(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import draw
+
+    return draw
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_a_committed_picture_is_that_of_its_result(path, draw):
+    assert path.with_suffix(".svg").read_text() == draw.drawn(path)
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_a_picture_keeps_its_bars_inside_its_frame(path, draw):
+    root = ET.fromstring(draw.drawn(path))
+    width = float(root.get("width"))
+    boxes = [one for one in root.iter() if one.tag.endswith("rect")]
+    assert boxes
+    assert all(float(one.get("x")) + float(one.get("width")) <= width for one in boxes)
+
+
+def test_no_picture_is_left_of_a_result_that_is_gone():
+    pictures = {path.stem for path in (BENCHMARKS / "results").glob("*.svg")}
+    assert pictures == {path.stem for path in RESULTS}
+
+
+def test_a_committed_result_is_a_measurement():
+    assert not [path for path in RESULTS if json.loads(path.read_text()).get("quick")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QUICK)
+def test_a_benchmark_measures_every_method_and_is_drawn(name, tmp_path, draw):
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick", "--results", tmp_path]
+    environment = {**os.environ, "BENCHMARK_DIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / f"{name}.json").read_text())
+    assert set(result["medians"]) == set(result["all"])
+    assert result["conclusions"]
+    picture = draw.draw_all(tmp_path)[0].read_text()
+    assert all(f">{method.rpartition(', ')[0]}" in picture for method in result["medians"])
