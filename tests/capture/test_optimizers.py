@@ -178,6 +178,32 @@ def test_restored_state_is_shared_with_nothing():
     assert state(*two.values()) == before
 
 
+def test_state_that_is_there_is_overwritten_where_it_is():
+    source, target = trained(optim.AdamW), trained(optim.AdamW, seed=1)
+    moments = [own["exp_avg"] for own in target["optimizer"].state.values()]
+    carry(source, target)
+    now = [own["exp_avg"] for own in target["optimizer"].state.values()]
+    assert all(a is b for a, b in zip(now, moments, strict=True))
+    assert state(*target.values()) == state(*source.values())
+
+
+def test_state_in_memory_that_something_shares_is_not_overwritten():
+    source, target = trained(optim.AdamW), trained(optim.AdamW, seed=1)
+    block = torch.zeros(2, 3, 3)
+    for layer, part in zip(target["model"], block, strict=True):
+        target["optimizer"].state[layer.weight]["exp_avg"] = part
+    carry(source, target)
+    assert not block.any()
+    assert state(*target.values()) == state(*source.values())
+
+
+def test_state_of_another_layout_is_not_overwritten():
+    source, target = trained(optim.AdamW), trained(optim.AdamW, seed=1)
+    own = target["optimizer"].state[target["model"][0].weight]
+    own["exp_avg"] = torch.zeros(3, 3).t()
+    assert state(*carry(source, target).values()) == state(*source.values())
+
+
 def test_a_learning_rate_that_is_a_tensor_is_filled_in_place():
     build = OPTIMIZERS["AdamW tensor lr"]
     source, target = trained(build), trained(build, seed=1)

@@ -37,6 +37,11 @@ FACTORIES: Mapping[str, type | None] = {
 }
 """The default factories of a `defaultdict` that a checkpoint can name."""
 
+_MUTABLE = frozenset(
+    (list, dict, OrderedDict, defaultdict, Counter, deque, set, bytearray, np.ndarray)
+)
+"""What may occur twice in a tree, and is then the same; tensors of any class may, too."""
+
 _INLINE_BYTES = 1024  # longer byte strings become leaves
 
 
@@ -100,9 +105,9 @@ class _Encoder:
         scalar = ENCODE.get(type(value))
         if scalar is not None:
             return scalar(value)
-        if _has_identity(value):
-            return self._shared(value, path)
-        return self._immutable(value, path)
+        if type(value) not in _MUTABLE and not isinstance(value, torch.Tensor):
+            return self._immutable(value, path)
+        return self._shared(value, path)
 
     def _shared(self, value: Any, path: str) -> Json:
         """Encode a value that may occur twice: the second time as a reference to the first."""
@@ -111,6 +116,8 @@ class _Encoder:
         if id(value) in self._seen:
             return {TAG: "same", "as": self._seen[id(value)][0]}
         self._seen[id(value)] = (len(self._seen), value)
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value, path)
         return self._nested(value, path, self._mutable)
 
     def _nested(self, value: Any, path: str, encode: Callable[[Any, str], Json]) -> Json:
@@ -123,8 +130,6 @@ class _Encoder:
             self._open.pop()
 
     def _mutable(self, value: Any, path: str) -> Json:
-        if isinstance(value, torch.Tensor):
-            return self._tensor(value, path)
         if isinstance(value, np.ndarray):
             return self._array(value, path)
         if isinstance(value, bytearray):
@@ -226,7 +231,7 @@ class _Encoder:
         if value.dtype in QUANTIZED:
             return self._quantized(value, path)
         node: dict[str, Json] = {TAG: "tensor", **describe_flags(value)}
-        self._tensors.append((Seen(self._unique(path), physical(value)), node))
+        self._tensors.append((Seen.of(self._unique(path), physical(value)), node))
         return node
 
     def _sharded(self, value: DTensor, path: str) -> Json:
@@ -302,11 +307,6 @@ class _Encoder:
 def type_name(kind: type) -> str:
     """Return the full name of a class; only ever compared with the names of classes at hand."""
     return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _has_identity(value: object) -> bool:
-    mutable = (list, dict, OrderedDict, defaultdict, Counter, deque, set, bytearray, np.ndarray)
-    return type(value) in mutable or isinstance(value, torch.Tensor)
 
 
 def _array_bytes(value: np.ndarray[Any, Any]) -> torch.Tensor:

@@ -44,14 +44,17 @@ def _inner(module: nn.Module) -> nn.Module | None:
 
 def named_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Yield all modules by their names in the bare model; a wrapper has that of what it wraps."""
-    yield name, module
-    inner = _inner(module)
-    if inner is not None:
-        yield from named_modules(inner, name)
-        return
-    for part, child in module._modules.items():  # noqa: SLF001 (keeps modules that occur twice)
-        if child is not None:
-            yield from named_modules(child, f"{name}.{part}" if name else part)
+    todo = [(name, module)]
+    while todo:
+        name, module = todo.pop()
+        yield name, module
+        inner = _inner(module)
+        children = module._modules if inner is None else {"": inner}  # noqa: SLF001 (keeps repeats)
+        todo += [
+            (name if not part else f"{name}.{part}" if name else part, child)
+            for part, child in reversed(children.items())
+            if child is not None
+        ]
 
 
 def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -194,7 +197,7 @@ def _check_ties(
 def _leaf_of(live: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """Return for each tensor the name of what holds its memory; of sharded ones, the first name."""
     whole = {name: tensor for name, tensor in live.items() if not is_sharded(tensor)}
-    seen = [Seen(name, physical(tensor)) for name, tensor in whole.items()]
+    seen = [Seen.of(name, physical(tensor)) for name, tensor in whole.items()]
     first: dict[int, str] = {}
     return {
         **{s.path: where.leaf for s, where in zip(seen, place(seen), strict=True)},

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from unbroken.capture.in_place import StateInPlace
 from unbroken.capture.mismatch import Mismatch
 from unbroken.capture.names import ParameterNames
 from unbroken.capture.sharded import is_sharded, same_cut
@@ -160,6 +161,7 @@ def restore_optimizer(
         optimizer.load_state_dict({**optimizer.state_dict(), **load_tensors(more)})
     blocks: Blocks = {}
     saved_groups = list(stored.state["param_groups"])
+    kept = StateInPlace(optimizer, stored.state["state"])
     optimizer.state.clear()
     for group in optimizer.param_groups:
         saved = _take_group(saved_groups, _live_names(group, names), names)
@@ -170,7 +172,7 @@ def restore_optimizer(
             name = by_name[names.of(parameter) or ""]
             if name in stored.state["state"]:
                 was = stored.facts.get("devices", {}).get(name, "cpu")
-                loader = _StateLoader(parameter, was, _step_on_device(group), blocks, later)
+                loader = _StateLoader(parameter, was, _step_on_device(group), blocks, later, kept)
                 optimizer.state[parameter] = loader(stored.state["state"][name])
     optimizer.state.update(load_tensors(stored.facts.get("shared", {})))
 
@@ -224,7 +226,9 @@ class _StateLoader:
         step_on_device: bool,
         blocks: Blocks,
         later: Filling,
+        kept: StateInPlace,
     ) -> None:
+        self._kept = kept
         self._parameter = parameter
         self._was = was
         self._step_on_device = step_on_device
@@ -234,11 +238,17 @@ class _StateLoader:
     def __call__(self, state: Any) -> Any:
         if not isinstance(state, dict):
             return TreeMap(self._load)(state)
-        step = {"step": self._load_step(state["step"])} if "step" in state else {}
-        return {key: step.get(key) if key in step else self._tree(state[key]) for key in state}
+        return {key: self._load_entry(key, value) for key, value in state.items()}
 
-    def _tree(self, value: Any) -> Any:
-        return TreeMap(self._load)(value)
+    def _load_entry(self, key: Any, value: Any) -> Any:
+        if key == "step":
+            return self._load_step(value)
+        at_home = isinstance(value, StoredTensor) and value.device == self._was
+        live = self._kept.place_for(value, self._parameter, key) if at_home else None
+        if live is None:
+            return TreeMap(self._load)(value)
+        value.copy_into(live, self._later)
+        return live
 
     def _load(self, value: Any) -> Any:
         if not isinstance(value, StoredTensor):

@@ -223,6 +223,13 @@ class StoredTensor:
         """Return dtype and shape, such as "float32[3, 4]"."""
         return f"{dtype_name(self.dtype)}{list(self.shape)}"
 
+    def is_like(self, tensor: torch.Tensor) -> bool:
+        """Return whether a tensor has this one's dtype, shape and strides, and no role."""
+        whole = self.base == self.view == Layout.of(tensor) and self.offset == 0
+        lazy = self.conj or self.neg or tensor.is_conj() or tensor.is_neg()
+        bare = self.role == "tensor" and not self.requires_grad and not tensor.requires_grad
+        return whole and bare and not lazy
+
     def _fills(self, tensor: torch.Tensor) -> bool:
         """Tell whether the stored bytes are those of the tensor's memory, in this order."""
         plain = not (self.conj or self.neg or tensor.is_conj() or tensor.is_neg())

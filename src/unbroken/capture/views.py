@@ -60,20 +60,31 @@ class Layout:
 
 @dataclass(frozen=True)
 class Seen:
-    """A tensor of the tree at its path; `tensor` is neither a conjugate nor a negative view."""
+    """A tensor of the tree at its path, looked at once: asking a tensor is slow.
+
+    Args:
+        path: Its path.
+        tensor: Neither a conjugate nor a negative view.
+        layout: Its layout.
+        device: Its device.
+        start: Address of the first element.
+        end: Address after the last element.
+    """
 
     path: str
     tensor: torch.Tensor
+    layout: Layout
+    device: str
+    start: int
+    end: int
 
-    @property
-    def start(self) -> int:
-        """Address of the first element."""
-        return self.tensor.data_ptr()
-
-    @property
-    def end(self) -> int:
-        """Address after the last element."""
-        return self.start + Layout.of(self.tensor).extent
+    @classmethod
+    def of(cls, path: str, tensor: torch.Tensor) -> Seen:
+        """Look at a tensor."""
+        layout, start = Layout.of(tensor), tensor.data_ptr()
+        extent = tensor.nbytes if tensor.is_contiguous() else layout.extent
+        device = "cpu" if tensor.is_cpu else str(tensor.device)
+        return cls(path, tensor, layout, device, start, start + extent)
 
 
 @dataclass(frozen=True)
@@ -106,12 +117,8 @@ def place(tensors: Sequence[Seen]) -> list[Placed]:
 
 def _overlapping(tensors: Sequence[Seen]) -> Iterator[list[int]]:
     """Yield the indices of tensors that overlap, directly or over others, in order of the tree."""
-
-    def device(index: int) -> str:
-        return str(tensors[index].tensor.device)
-
-    order = sorted(range(len(tensors)), key=lambda i: (device(i), tensors[i].start))
-    for _, indices in groupby(order, key=device):
+    order = sorted(range(len(tensors)), key=lambda i: (tensors[i].device, tensors[i].start))
+    for _, indices in groupby(order, key=lambda i: tensors[i].device):
         yield from (sorted(run) for run in _runs(tensors, indices))
 
 
@@ -134,8 +141,7 @@ def _runs(tensors: Sequence[Seen], indices: Iterable[int]) -> Iterator[list[int]
 
 def _place_group(members: Sequence[Seen]) -> list[Placed]:
     first = members[0]
-    layouts = {(Layout.of(member.tensor), member.start) for member in members}
-    if len(layouts) == 1:
+    if len({(member.layout, member.start) for member in members}) == 1:
         return [_place_alone(first)] * len(members)
     base = _covering(members)
     if base is None:
@@ -144,8 +150,8 @@ def _place_group(members: Sequence[Seen]) -> list[Placed]:
         Placed(
             base.path,
             base.tensor,
-            Layout.of(base.tensor),
-            Layout.of(m.tensor),
+            base.layout,
+            m.layout,
             m.start - base.start,
         )
         for m in members
@@ -153,8 +159,8 @@ def _place_group(members: Sequence[Seen]) -> list[Placed]:
 
 
 def _place_alone(seen: Seen) -> Placed:
-    layout = Layout.of(seen.tensor)
-    if layout.is_dense:
+    layout = seen.layout
+    if seen.tensor.is_contiguous() or layout.is_dense:
         return Placed(seen.path, seen.tensor, layout, layout)
     narrow = _without_repeats(seen.tensor)
     if not _each_place_once(Layout.of(narrow)):
@@ -192,7 +198,7 @@ def _covering(members: Sequence[Seen]) -> Seen | None:
     if any((member.start - start) % member.tensor.element_size() for member in members):
         return None
     for member in members:
-        if (member.start, member.end) == (start, end) and Layout.of(member.tensor).is_dense:
+        if (member.start, member.end) == (start, end) and member.layout.is_dense:
             return member
     return None
 
@@ -213,7 +219,4 @@ def _place_on_memory(members: Sequence[Seen]) -> list[Placed]:
     memory.set_(storage, start, (end - start,), (1,))
     leaf = f"{members[0].path}~memory"
     origin = memory.data_ptr()
-    return [
-        Placed(leaf, memory, Layout.of(memory), Layout.of(m.tensor), m.start - origin)
-        for m in members
-    ]
+    return [Placed(leaf, memory, Layout.of(memory), m.layout, m.start - origin) for m in members]

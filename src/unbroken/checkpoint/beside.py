@@ -80,9 +80,8 @@ class BesideTraining:
         if self._running is None:
             atexit.register(self.wait)
 
-        held = replace(share, leaves=snapshot.leaves)
-
         def write(gate: Callable[[], None]) -> None:
+            held = replace(share, leaves=snapshot.leaves())
             store(lambda _: held, lambda writer: commit(writer, gate))
 
         self._running = BackgroundSave(step, snapshot, write, optimizers)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from unbroken.capture import TensorLeaf, raw
 from unbroken.store import places_in_files
 
 _PAGE = 4096
+_SMALL = 1 << 20  # bytes that are copied sooner than PyTorch has begun
 _PLAIN = (torch.Tensor, nn.Parameter)
 Steady = Mapping[tuple[int, int], torch.Tensor]
 """Tensors that only an optimizer's step is expected to change, by address and length."""
@@ -34,6 +36,11 @@ class Watched:
     version: int
     address: int
 
+    @classmethod
+    def now(cls, path: str, tensor: torch.Tensor) -> Watched:
+        """Watch a tensor from now on."""
+        return cls(path, tensor, tensor._version, tensor.data_ptr())  # noqa: SLF001 (as below)
+
     @property
     def is_as_it_was(self) -> bool:
         """Whether nothing changed it, as far as its version and its address tell."""
@@ -45,31 +52,42 @@ class Snapshot:
     """The bytes of leaves at one moment.
 
     Args:
-        leaves: The leaves, over the memory of the copy.
-        late: Sources that are not copied yet, each with its place in that memory.
-        watched: The live tensors behind these.
+        leaves: The leaves, over live memory.
+        memory: Where their copies lie.
+        places: Where in it each one lies, by path.
+        late: Those that are not copied yet.
+        watched: The live tensors behind these, and behind copies from a device that still run.
         event: When copies from a device are complete.
-
-    Attributes:
-        leaves: As given.
     """
 
     def __init__(
         self,
-        leaves: tuple[TensorLeaf, ...],
-        late: list[tuple[torch.Tensor, torch.Tensor]],
+        leaves: Sequence[TensorLeaf],
+        memory: torch.Tensor,
+        places: Mapping[str, int],
+        late: list[TensorLeaf],
         watched: Sequence[Watched],
         event: torch.cuda.Event | None,
     ) -> None:
-        self.leaves = leaves
+        self._leaves = leaves
+        self._memory = memory
+        self._places = places
         self._late = late
         self._watched = watched
         self._event = event
 
+    def leaves(self) -> tuple[TensorLeaf, ...]:
+        """Return the leaves over the memory of the copy."""
+        return tuple(
+            replace(leaf, tensor=self._memory[self._places[leaf.path] :][: leaf.nbytes])
+            for leaf in self._leaves
+        )
+
     def copy_rest(self) -> None:
         """Copy what was not copied at once; called once, from any thread."""
-        for source, target in self._late:
-            ctypes.memmove(target.data_ptr(), source.data_ptr(), target.numel())
+        start = self._memory.data_ptr()
+        for leaf in self._late:
+            _move(leaf, start + self._places[leaf.path])
         self._late = []
 
     def wait_for_device(self) -> None:
@@ -93,6 +111,7 @@ class Staging:
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._stream: torch.cuda.Stream | None = None
+        self._planned: tuple[list[Any], tuple[dict[str, int], int]] = ([], ({}, 0))
 
     def take(self, leaves: Sequence[TensorLeaf], steady: Steady | None = None) -> Snapshot:
         """Copy leaves; those that are steady, later, with `Snapshot.copy_rest`.
@@ -104,34 +123,41 @@ class Staging:
             leaves: What is to be copied.
             steady: What may be copied later; None: nothing.
         """
-        places, nbytes = places_in_files(leaves, _PAGE)
+        places, nbytes = self._places(leaves)
         on_device = any(leaf.tensor.is_cuda for leaf in leaves)
         memory = self._reserve(nbytes, pinned=on_device)
-        sources = [(leaf, raw(leaf.tensor), _live(leaf.tensor, steady or {})) for leaf in leaves]
-        targets = {leaf.path: memory[places[leaf.path] :][: leaf.nbytes] for leaf in leaves}
-        for leaf, source, live in sources:
+        waiting: list[tuple[TensorLeaf, torch.Tensor]] = []
+        for leaf in leaves:
+            live = _live(leaf.tensor, steady or {})
             if live is None:
-                self._copy(source, targets[leaf.path])
+                self._copy(leaf, memory, places)
+            else:
+                waiting.append((leaf, live))
         if self._stream is not None:  # on the device: what follows must not change these either
             torch.cuda.current_stream().wait_stream(self._stream)
-        late, watched = [], []
-        for leaf, source, live in sources:
-            if live is not None:
-                watched.append(Watched(leaf.path, live, live._version, live.data_ptr()))  # noqa: SLF001
-                if source.is_cuda:
-                    self._copy(source, targets[leaf.path])
-                else:
-                    late.append((source, targets[leaf.path]))
+        for leaf, _ in waiting:
+            if leaf.tensor.is_cuda:
+                self._copy(leaf, memory, places)
         event = self._end_of_copies()
         if event is not None and steady is None:
             event.synchronize()
-        held = tuple(replace(leaf, tensor=targets[leaf.path]) for leaf in leaves)
-        return Snapshot(held, late, watched, event)
+        late = [leaf for leaf, _ in waiting if not leaf.tensor.is_cuda]
+        watched = [Watched.now(leaf.path, live) for leaf, live in waiting]
+        return Snapshot(leaves, memory, places, late, watched, event)
 
-    def _copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        if source.numel() == 0:
+    def _places(self, leaves: Sequence[TensorLeaf]) -> tuple[dict[str, int], int]:
+        """Return where leaves lie; the same as before if they are the same as before."""
+        key = [(leaf.path, leaf.file, leaf.name, leaf.dtype, leaf.shape) for leaf in leaves]
+        if key != self._planned[0]:
+            self._planned = (key, places_in_files(leaves, _PAGE))
+        return self._planned[1]
+
+    def _copy(self, leaf: TensorLeaf, memory: torch.Tensor, places: Mapping[str, int]) -> None:
+        if leaf.nbytes <= _SMALL and leaf.tensor.is_cpu and leaf.tensor.is_contiguous():
+            _move(leaf, memory.data_ptr() + places[leaf.path])
             return
-        target = target.view(source.dtype).view(source.shape)
+        source = raw(leaf.tensor)
+        target = memory[places[leaf.path] :][: leaf.nbytes].view(source.dtype).view(source.shape)
         if not source.is_cuda:
             target.copy_(source)
             return
@@ -153,6 +179,11 @@ class Staging:
             fresh = torch.empty(nbytes + _PAGE, dtype=torch.uint8, pin_memory=pinned)
             self._memory = fresh[-fresh.data_ptr() % _PAGE :]
         return self._memory
+
+
+def _move(leaf: TensorLeaf, address: int) -> None:
+    """Copy a contiguous leaf; other threads of Python go on meanwhile."""
+    ctypes.memmove(address, leaf.tensor.data_ptr(), leaf.nbytes)
 
 
 def _live(tensor: torch.Tensor, steady: Steady) -> torch.Tensor | None:

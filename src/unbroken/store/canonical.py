@@ -16,6 +16,7 @@ from unbroken.errors import CaptureError
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 
 MAX_DEPTH = 64
+_PLAIN = (str, int)  # and bool, which is an int
 
 
 class MalformedError(ValueError):
@@ -42,24 +43,39 @@ def to_canonical(value: Json, where: str = "value") -> bytes:
         >>> to_canonical({"step": 10, "facts": (1.5, None)})
         b'{"facts":[1.5,null],"step":10}'
     """
-    plain = _plain(value, where, MAX_DEPTH)
+    plain = _plain(value, (where,), MAX_DEPTH)
     return json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def _plain(value: object, where: str, depth: int) -> object:
+_Place: TypeAlias = "tuple[str | int | _Place, ...]"
+"""Where a value stands: the place of what holds it, and its key there; the outermost by name."""
+
+
+def _plain(value: object, place: _Place, depth: int) -> object:
     """Return `value` with plain lists and dicts, refusing what `json.dumps` would bend."""
-    if value is None or isinstance(value, bool | int | str):
+    if value is None or isinstance(value, _PLAIN):
         return value
     if isinstance(value, float) and math.isfinite(value):
         return value
-    if depth > 0 and isinstance(value, list | tuple):
-        return [_plain(item, f"{where}[{i}]", depth - 1) for i, item in enumerate(value)]
+    if depth > 0 and isinstance(value, (list, tuple)):
+        return [_plain(item, (place, i), depth - 1) for i, item in enumerate(value)]
     if depth > 0 and isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
-                raise CaptureError(where, "has a key that is not a string", found=repr(key))
-        return {key: _plain(item, f"{where}.{key}", depth - 1) for key, item in value.items()}
-    raise CaptureError(where, "cannot be written as JSON", found=repr(value)[:100])
+                raise CaptureError(
+                    _spelled(place), "has a key that is not a string", found=repr(key)
+                )
+        return {key: _plain(item, (place, key), depth - 1) for key, item in value.items()}
+    raise CaptureError(_spelled(place), "cannot be written as JSON", found=repr(value)[:100])
+
+
+def _spelled(place: _Place) -> str:
+    """Return "facts.loss[0]" for a place; needed for messages alone."""
+    if len(place) == 1:
+        return str(place[0])
+    outer, key = place
+    held_by = _spelled(outer) if isinstance(outer, tuple) else str(outer)
+    return f"{held_by}[{key}]" if isinstance(key, int) else f"{held_by}.{key}"
 
 
 def from_strict(raw: bytes) -> Json:

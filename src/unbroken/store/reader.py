@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal, Self
+from typing import Literal
 
 from unbroken.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
     StateMismatchError,
 )
-from unbroken.storage import ReadHandle, Stat, Storage
+from unbroken.storage import Stat, Storage
 from unbroken.store.boxes import Box, Run, runs
 from unbroken.store.checkpoint_folder import CheckpointFolder
+from unbroken.store.desk import Desk
 from unbroken.store.digest import Digester
 from unbroken.store.division import Regions
 from unbroken.store.layout import MANIFEST_NAME, PINNED_NAME
@@ -131,7 +132,7 @@ class CheckpointReader:
             expected = f"at most {_MAX_WHOLE_BYTES} bytes"
             raise self._at.corrupt(name, "is too large to read whole", expected, file.nbytes)
         data = bytearray(file.nbytes)
-        with memoryview(data) as view, _Desk(self._at) as desk:
+        with memoryview(data) as view, Desk(self._at) as desk:
             for number, region in enumerate(file.regions):
                 part = view[region.offset : region.offset + region.nbytes]
                 self._read_region(desk, file, number, part)
@@ -152,7 +153,7 @@ class CheckpointReader:
             CorruptCheckpointError: The bytes are not those of the manifest.
             StateMismatchError: The buffer has another length.
         """
-        with _Desk(self._at) as desk:
+        with Desk(self._at) as desk:
             self._read_box(desk, path, None, buffer)
 
     def read_leaves_into(self, wanted: Iterable[tuple[str, memoryview]], /) -> None:
@@ -192,16 +193,20 @@ class CheckpointReader:
             CorruptCheckpointError: The bytes are not those of the manifest.
             StateMismatchError: The part is not one of the tensor, or the buffer has another length.
         """
-        with _Desk(self._at) as desk:
+        with Desk(self._at) as desk:
             self._read_box(desk, path, Box(offsets, shape), buffer)
 
-    def _read_box(self, desk: _Desk, path: str, box: Box | None, buffer: memoryview) -> None:
+    def _read_box(self, desk: Desk, path: str, box: Box | None, buffer: memoryview) -> None:
         tensor = self.manifest.tensors.get(path)
         if tensor is None:
             raise CheckpointNotFoundError(self._at.where(path), "the checkpoint has no such tensor")
+        target = buffer.cast("B") if buffer.nbytes else memoryview(bytearray())
+        if box is None and tensor.is_whole and tensor.nbytes == len(target):
+            shard = tensor.shards[0]
+            self._read_region(desk, self._files[shard.file], shard.number, target)
+            return
         whole = Box.whole(tensor.shape)
         wanted = whole if box is None else box
-        target = buffer.cast("B") if buffer.nbytes else memoryview(bytearray())
         self._check_part(tensor, whole, wanted, len(target))
         for shard in tensor.shards:
             file = self._files[shard.file]
@@ -247,7 +252,7 @@ class CheckpointReader:
         found: dict[tuple[str, int], Damage] = {}
         regions = self._all_regions()
 
-        def look(desk: _Desk, one: tuple[FileEntry, int]) -> None:
+        def look(desk: Desk, one: tuple[FileEntry, int]) -> None:
             file, number = one
             try:
                 self._check_size(file)
@@ -302,13 +307,13 @@ class CheckpointReader:
         return self._files[name]
 
     def _side_by_side(
-        self, tasks: Sequence[Task], work: Callable[[_Desk, Task], None], nbytes: int
+        self, tasks: Sequence[Task], work: Callable[[Desk, Task], None], nbytes: int
     ) -> None:
         threads = min(len(tasks), _THREADS) if nbytes >= _WORTH_THREADS else 1
-        side_by_side(tasks, lambda: _Desk(self._at), work, threads)
+        side_by_side(tasks, lambda: Desk(self._at), work, threads)
 
     def _read_region(
-        self, desk: _Desk, file: FileEntry, number: int, target: memoryview | None
+        self, desk: Desk, file: FileEntry, number: int, target: memoryview | None
     ) -> None:
         """Read a region into `target`, or past a scratch buffer, and compare its digest."""
         for _ in self._pieces(desk, file, number, target):
@@ -316,7 +321,7 @@ class CheckpointReader:
 
     def _scatter_region(
         self,
-        desk: _Desk,
+        desk: Desk,
         file: FileEntry,
         number: int,
         found: Iterator[Run],
@@ -340,7 +345,7 @@ class CheckpointReader:
                 run = rest if rest.length else next(found, None)
 
     def _pieces(
-        self, desk: _Desk, file: FileEntry, number: int, target: memoryview | None
+        self, desk: Desk, file: FileEntry, number: int, target: memoryview | None
     ) -> Iterator[tuple[int, memoryview]]:
         """Yield a region in pieces, with their places in it, and compare its digest at the end."""
         region = file.regions[number]
@@ -364,34 +369,6 @@ class CheckpointReader:
                 where, _WRONG_DIGEST, f"digest {region.digest}", f"digest {digester.digest()}"
             )
         self._verified.add((file.name, number))
-
-
-class _Desk:
-    """What one thread reads with: open files, and memory for bytes that nobody keeps."""
-
-    def __init__(self, at: CheckpointFolder) -> None:
-        self._at = at
-        self._handles: dict[str, ReadHandle] = {}
-        self._scratch = memoryview(b"")
-
-    def handle(self, name: str) -> ReadHandle:
-        """Return a file of the checkpoint, opened once."""
-        if name not in self._handles:
-            self._handles[name] = self._at.open(name)
-        return self._handles[name]
-
-    def scratch(self, nbytes: int) -> memoryview:
-        """Return memory that is used again with the next call."""
-        if len(self._scratch) < nbytes:
-            self._scratch = memoryview(bytearray(nbytes))
-        return self._scratch[:nbytes]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles.values():
-            handle.close()
 
 
 def _in_bytes(found: Iterator[Run], bits: int) -> Iterator[Run]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from unbroken.store.canonical import Json, MalformedError
 from unbroken.store.digest import is_digest
@@ -119,23 +119,23 @@ def read_digest(fields: Fields, name: str) -> str:
 
 def _read_region(item: Json) -> Region:
     fields = Fields(item, "region")
-    region = Region(fields.count("offset"), fields.count("nbytes"), read_digest(fields, "digest"))
-    if fields.has("path"):
-        region = replace(
-            region,
-            path=fields.text("path"),
-            dtype=fields.text("dtype"),
-            shape=fields.counts("shape", MAX_DIMENSIONS),
-        )
-        _check_tensor(region)
-        if fields.has("offsets"):
-            region = replace(
-                region,
-                offsets=fields.counts("offsets", MAX_DIMENSIONS),
-                global_shape=fields.counts("global_shape", MAX_DIMENSIONS),
-            )
+    place = fields.count("offset"), fields.count("nbytes"), read_digest(fields, "digest")
+    if not fields.has("path"):
+        fields.done()
+        return Region(*place)
+    tensor = fields.text("path"), fields.text("dtype"), fields.counts("shape", MAX_DIMENSIONS)
+    part = _read_part(fields) if fields.has("offsets") else (None, None)
     fields.done()
+    region = Region(*place, *tensor, *part)
+    _check_tensor(region)
     return region
+
+
+def _read_part(fields: Fields) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return (
+        fields.counts("offsets", MAX_DIMENSIONS),
+        fields.counts("global_shape", MAX_DIMENSIONS),
+    )
 
 
 def _check_tensor(region: Region) -> None:
