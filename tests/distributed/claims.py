@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+import threading
 import warnings
 
 import pytest
@@ -100,6 +101,22 @@ def sum_keeps_every_bit(group):
     assert bits(group.sum(own)) == bits(extremes)
 
 
+def another_thread_talks_apart(group):
+    apart, found = group.apart(), []
+
+    def talk() -> None:
+        found.extend(apart.gather("apart", -number) for number in range(50))
+
+    thread = threading.Thread(target=talk)
+    thread.start()
+    mine = [group.gather("here", number) for number in range(50)]
+    thread.join()
+    apart.close()
+    assert mine == [[number] * group.world_size for number in range(50)]
+    assert found == [[-number] * group.world_size for number in range(50)]
+    assert group.any(False) is False
+
+
 def closing_twice_is_allowed(group):
     group.close()
     group.close()
@@ -119,6 +136,7 @@ CLAIMS = [
     any_is_set_by_each_rank_alone,
     sum_adds_each_value_over_the_ranks,
     sum_keeps_every_bit,
+    another_thread_talks_apart,
     closing_twice_is_allowed,
 ]
 

@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +27,17 @@ END = 4
 
 
 class Killed:
-    """A group of which one rank is killed when it comes to a call."""
+    """A group of which one rank is killed when it comes to a call, once it is armed."""
 
-    def __init__(self, group, rank: int, at: str) -> None:
+    def __init__(self, group, rank: int, at: str, armed: threading.Event) -> None:
         self._group, self._doomed, self._at = group, rank, at
+        self.armed = armed
 
     def __getattr__(self, name):
         return getattr(self._group, name)
+
+    def apart(self):
+        return Killed(self._group.apart(), self._doomed, self._at, self.armed)
 
     def gather(self, what, value):
         self._come_to(what)
@@ -43,20 +48,23 @@ class Killed:
         return self._group.together(what, action)
 
     def _come_to(self, what) -> None:
-        if self._group.rank == self._doomed and what == self._at:
+        if self.armed.is_set() and self._group.rank == self._doomed and what == self._at:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run_to_the_end(folder: str, kill: tuple[int, str] | None = None) -> None:
+def run_to_the_end(folder: str, mode: str, kill: tuple[int, str] | None = None) -> None:
     """Save after two and three steps; with `kill`, one rank dies in the second save."""
-    group = join(timeout=60.0)
+    armed = threading.Event()
+    group = join(timeout=60.0) if kill is None else Killed(join(timeout=60.0), *kill, armed)
     model, optimizer = build(LAYOUT, seed=1)
-    checkpointer = checkpointer_in(f"{folder}/run", group, model, optimizer)
+    options = {"snapshot": mode}
+    checkpointer = checkpointer_in(f"{folder}/run", group, model, optimizer, **options)
     done = checkpointer.resume().step
     for step in range(done + 1, END + 1):
         train(model, optimizer, LAYOUT, range(step - 1, step))
-        if step == 3 and kill is not None:
-            checkpointer.group = Killed(group, *kill)
+        if step == 3:
+            checkpointer.wait()
+            armed.set()
         if step in (2, 3):
             save_or_tell(folder, checkpointer, step)
     leave(folder, group, checkpointer, {"from": done, "end": facts(model, optimizer)})

@@ -14,6 +14,9 @@ from unbroken.storage import LocalStorage
 from unbroken.store import CheckpointReader, export_weights
 
 PHASES = ["begin a save", "who sees the staging folder", "save", "what is stored", "commit"]
+HEARD = "when to hear of a save"
+KILLS = [("stream", phase) for phase in PHASES]
+KILLS += [("overlap", phase) for phase in ("copy", *PHASES, HEARD)] + [("sync", "what is stored")]
 
 
 def found(folder: Path, rank: int = 0) -> dict:
@@ -30,28 +33,29 @@ def told_by_all(act, folder: Path) -> list:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    assert run_ranks(acts.run_to_the_end, str(folder)) == [0, 0]
+    assert run_ranks(acts.run_to_the_end, str(folder), "stream") == [0, 0]
     return folder
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(("mode", "phase"), KILLS)
 def test_a_rank_killed_in_a_save_leaves_a_checkpoint_that_goes_on_exactly(
-    phase, rank, whole, tmp_path
+    mode, phase, rank, whole, tmp_path
 ):
     kill = (rank, phase)
-    codes = run_ranks(acts.run_to_the_end, str(tmp_path), kill, never_end=[1 - rank])
+    codes = run_ranks(acts.run_to_the_end, str(tmp_path), mode, kill, never_end=[1 - rank])
     assert codes[rank] == -signal.SIGKILL
-    assert run_ranks(acts.run_to_the_end, str(tmp_path)) == [0, 0]
+    assert run_ranks(acts.run_to_the_end, str(tmp_path), mode) == [0, 0]
     assert found(tmp_path)["end"] == found(whole)["end"]
     committed = kill == (1, "commit")  # by rank 0, if it came to it before it was ended as well
-    assert found(tmp_path)["from"] in ((2, 3) if committed else (2,))
+    newest = (3,) if phase == HEARD else (2, 3) if committed else (2,)
+    assert found(tmp_path)["from"] in newest
     assert list((tmp_path / "run" / ".staging").iterdir()) == []
 
 
 def test_a_rank_killed_before_it_told_what_it_stored_is_named_by_the_others(tmp_path):
     kill = (1, "what is stored")
-    assert run_ranks(acts.run_to_the_end, str(tmp_path), kill) == [3, -signal.SIGKILL]
+    assert run_ranks(acts.run_to_the_end, str(tmp_path), "stream", kill) == [3, -signal.SIGKILL]
     assert "rank 1: has ended before gather what is stored" in (tmp_path / "error-0").read_text()
     assert not (tmp_path / "run" / "checkpoint-3").exists()
 
@@ -59,7 +63,7 @@ def test_a_rank_killed_before_it_told_what_it_stored_is_named_by_the_others(tmp_
 @pytest.fixture
 def damaged(tmp_path) -> Path:
     """A run of which one shard of the newest checkpoint is damaged."""
-    assert run_ranks(acts.run_to_the_end, str(tmp_path)) == [0, 0]
+    assert run_ranks(acts.run_to_the_end, str(tmp_path), "stream") == [0, 0]
     shards = tmp_path / "run" / "checkpoint-3" / "model.rank1.safetensors"
     raw = bytearray(shards.read_bytes())
     raw[-1] ^= 1

@@ -20,7 +20,7 @@ from unbroken.capture.dtypes import QUANTIZED, dtype_name
 from unbroken.capture.leaves import FileOf, TensorLeaf, file_of, stored_as
 from unbroken.capture.nodes import join
 from unbroken.capture.scalars import ENCODE, encode_dtype, encode_int, encode_numpy, is_text
-from unbroken.capture.sharded import is_sharded, part_of
+from unbroken.capture.sharded import Chunks, is_sharded, part_of
 from unbroken.capture.tensors import check_tensor, describe_flags, describe_place, physical
 from unbroken.capture.text import MAX_DEPTH, TAG, Json
 from unbroken.capture.tree import Captured, is_namedtuple
@@ -99,6 +99,7 @@ class _Encoder:
         self._open: list[int] = []
         self._tensors: list[tuple[Seen, dict[str, Json]]] = []
         self._in_key = False
+        self._chunks: Chunks = {}
 
     def value(self, value: Any, path: str) -> Json:
         """Encode one value of any kind."""
@@ -236,7 +237,7 @@ class _Encoder:
 
     def _sharded(self, value: DTensor, path: str) -> Json:
         """Describe the whole tensor, and store the part of it that is here."""
-        part = part_of(value, path)
+        part = part_of(value, path, self._chunks)
         check_tensor(part.tensor, path)
         dtype, shape = stored_as(value.dtype, part.shape)
         path = self._unique(path)

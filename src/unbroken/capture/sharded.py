@@ -55,8 +55,17 @@ def is_sharded(value: object) -> TypeGuard[DTensor]:
     return module is not None and isinstance(value, module.DTensor)
 
 
-def part_of(value: DTensor, path: str) -> Part:
+Chunks = dict[tuple[Any, ...], Any]
+"""Which part of sharded tensors is here, by how they are cut: torch takes 50 us to find it."""
+
+
+def part_of(value: DTensor, path: str, known: Chunks | None = None) -> Part:
     """Return what this rank holds of a sharded tensor.
+
+    Args:
+        value: The tensor.
+        path: Its path, for messages.
+        known: What is known of others; it is added to.
 
     Raises:
         CaptureError: It is a sum still to be made, or of a type that cannot be cut.
@@ -69,8 +78,11 @@ def part_of(value: DTensor, path: str) -> Part:
     whole = tuple(value.shape)
     if value.device_mesh.get_coordinate() is None:
         return Part(local.new_empty((0,) * len(whole)), (0,) * len(whole), whole)
-    # What torch.distributed.checkpoint plans with.
-    chunk = value.__create_chunk_list__()[0]  # type: ignore[no-untyped-call]
+    known = {} if known is None else known
+    cut = (value.device_mesh, value.placements, whole)
+    chunk = known.get(cut)
+    if chunk is None:  # what torch.distributed.checkpoint plans with
+        known[cut] = chunk = value.__create_chunk_list__()[0]  # type: ignore[no-untyped-call]
     if tuple(chunk.sizes) != tuple(local.shape):
         raise CaptureError(path, "has a part of another size", expected=chunk, found=local.shape)
     if value.dtype not in SAFETENSORS_DTYPES and tuple(local.shape) != whole:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from torch.optim import Optimizer
 
+from unbroken.checkpoint.appointment import Appointment
+from unbroken.checkpoint.saving import GivenUpError, Saving
+from unbroken.checkpoint.shares import Share
 from unbroken.checkpoint.snapshot import Snapshot
-from unbroken.errors import SaveError
+from unbroken.distributed import Group, name_ranks
+from unbroken.errors import RankError, SaveError
 
-
-class _GivenUpError(Exception):
-    """What was copied is not the state of the step."""
+_PATIENCE = 5.0  # seconds that one who is in a hurry waits for the consent of the other ranks
 
 
 @dataclass(frozen=True)
@@ -35,74 +37,102 @@ class SaveCost:
 class BackgroundSave:
     """A save that goes on in a thread, while the training may go on.
 
-    The checkpoint is committed only after `approve` was called, by the thread that trains: only
-    it can tell that nothing changed the tensors while they were copied.
+    The checkpoint is committed only after `approve` was called, by the threads that train: only
+    they can tell that nothing changed the tensors while they were copied.
 
     Args:
         step: Completed optimizer steps.
-        snapshot: What is saved.
-        write: Writes it; calls what it is given just before it commits.
+        saving: The checkpoint to be made.
+        share: What this rank stores of it.
+        snapshot: The memory of that share.
+        group: The ranks that make it; no other thread uses this group.
+        blind: Those of them that do not see where it is stored.
         optimizers: Their next step waits for the copy.
+
+    Attributes:
+        step: As given.
+        edited: The paths of tensors because of which it was given up, on any rank; known when
+            it is over.
+        seconds: How long it took.
+        computing: Seconds of a processor's time that it took.
     """
 
     def __init__(
         self,
         step: int,
+        saving: Saving,
+        share: Share,
         snapshot: Snapshot,
-        write: Callable[[Callable[[], None]], None],
+        group: Group,
+        blind: tuple[int, ...],
         optimizers: Iterable[Optimizer] = (),
     ) -> None:
         self.step = step
-        self.edited: tuple[str, ...] | None = None  # None: nobody looked yet
+        self.edited: tuple[str, ...] = ()
         self.seconds = self.computing = 0.0
-        self._snapshot = snapshot
-        self._write = write
+        self._saving, self._share, self._snapshot = saving, share, snapshot
+        self._group, self._blind = group, blind
+        self._edited_here: tuple[str, ...] | None = None  # None: nobody looked yet
+        self._given_up: GivenUpError | None = None
         self._error: BaseException | None = None
+        self._appointment = Appointment()
         self._copied, self._approved = threading.Event(), threading.Event()
+        self._stored = threading.Event()
         self._hooks = [o.register_step_pre_hook(self._before_step) for o in optimizers]
         self._thread = threading.Thread(target=self._run, name="unbroken-save", daemon=True)
         self._began = time.perf_counter()
         self._thread.start()
 
-    @property
-    def has_copied(self) -> bool:
-        """Whether the copy is complete, so that `approve` does not wait."""
-        return self._copied.is_set()
-
-    @property
-    def is_over(self) -> bool:
-        """Whether it ended, in any way."""
-        return not self._thread.is_alive()
+    def is_heard_of(self) -> bool:
+        """Pass an edge of a step; return whether all ranks hear here how it ended."""
+        if self._copied.is_set():  # else this would wait for it
+            self.approve()
+        alone = self._group.world_size == 1
+        return self._appointment.is_now() or (alone and bool(self._edited_here))
 
     def approve(self) -> None:
         """Wait for the copy, and let the save commit if nothing changed what was copied."""
-        if self.edited is not None:
+        if self._edited_here is not None:
             return
         self._copied.wait()
         self._snapshot.hold_back_device()
-        self.edited = self._snapshot.edited()
+        self._edited_here = self._snapshot.edited()
         for hook in self._hooks:
             hook.remove()
         self._approved.set()
 
-    def finish(self) -> None:
+    def finish(self, *, hurried: bool = False) -> None:
         """Wait until it is over.
+
+        Args:
+            hurried: Leave the other ranks if they do not soon consent to the commit: their
+                training may stand still for want of this rank.
 
         Raises:
             SaveError: It failed; earlier checkpoints are as they were.
+            RankError: It failed on another rank.
         """
         self.approve()
+        if hurried:
+            self._stored.wait()
+            self._thread.join(_PATIENCE)
+            if self._thread.is_alive():
+                self._group.close()
         self._thread.join()
         error, self._error = self._error, None
-        if error is not None and not isinstance(error, _GivenUpError):
+        if error is not None:
             raise error
 
     def edited_error(self) -> SaveError:
         """Return the error for those whom no later save consoles."""
+        edited = {} if self._given_up is None else self._given_up.edited
+        where = f"checkpoint-{self.step}"
+        if self._group.world_size > 1:
+            where = f"{where}: {name_ranks([*edited])}"
         return SaveError(
-            f"checkpoint-{self.step}",
+            where,
             "was not made: tensors were changed while they were being copied",
-            found=", ".join((self.edited or ())[:3]),
+            found=", ".join(self.edited[:3]),
             hint='save once more; with snapshot="sync" they may be changed as soon as save returns',
         )
 
@@ -111,18 +141,47 @@ class BackgroundSave:
 
     def _run(self) -> None:
         try:
-            try:
-                self._snapshot.copy_rest()
-            finally:
-                self._copied.set()
-            self._snapshot.wait_for_device()
-            self._write(self._gate)
+            with self._saving:
+                self._stage()
+                self._saving.store(self._group, self._copy, self._changes)
+        except GivenUpError as given_up:
+            self._given_up = given_up
+            paths = [path for own in given_up.edited.values() for path in own]
+            self.edited = tuple(dict.fromkeys(paths))
         except BaseException as error:
             self._error = error
+        self._copied.set()  # whatever failed: nobody must wait for it
+        self._stored.set()
         self.seconds = time.perf_counter() - self._began
         self.computing = time.thread_time()
+        self._tell()
 
-    def _gate(self) -> None:
+    def _stage(self) -> None:
+        if self._saving.is_staged:
+            return
+        blind = self._saving.stage(self._group)
+        if blind != self._blind:
+            ranks = tuple({*blind} ^ {*self._blind})
+            what = "does not see the same run directory as in the save before"
+            raise RankError(name_ranks(ranks), what, ranks=ranks)
+
+    def _copy(self) -> Share:
+        try:
+            self._snapshot.copy_rest()
+        finally:
+            self._copied.set()
+        self._snapshot.wait_for_device()
+        return replace(self._share, leaves=self._snapshot.leaves())
+
+    def _changes(self) -> tuple[str, ...]:
+        """Return what was changed meanwhile, when the thread that trains has looked."""
+        self._stored.set()
         self._approved.wait()
-        if self.edited:
-            raise _GivenUpError
+        return self._edited_here or ()
+
+    def _tell(self) -> None:
+        try:
+            self._appointment.make(self._group)
+        except RankError as error:
+            if self._error is None:
+                self._error = error

@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import atexit
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from contextlib import ExitStack
 from typing import Literal, get_args
 
 from torch.optim import Optimizer
 
 from unbroken.checkpoint.background import BackgroundSave, SaveCost
+from unbroken.checkpoint.saving import Saving
 from unbroken.checkpoint.shares import Share
-from unbroken.checkpoint.snapshot import Staging, flattened, steady_tensors
+from unbroken.checkpoint.snapshot import Snapshot, Staging, flattened, steady_tensors
+from unbroken.distributed import Group
 from unbroken.errors import ConfigError
-from unbroken.store import CheckpointWriter, Manifest
 
 SnapshotMode = Literal["stream", "sync", "overlap"]
 """How a save gets hold of the state: see `Checkpointer`."""
 
 
-Commit = Callable[[CheckpointWriter, Callable[[], None]], Manifest]
-Store = Callable[[Callable[[Sequence[int]], Share], Callable[[CheckpointWriter], Manifest]], object]
-"""Stores what its first argument returns, and commits with the second."""
-
-
 class BesideTraining:
-    """Starts saves, and hears how they ended.
+    """Starts saves, and hears how they ended: on all ranks at the same edge of a step.
 
     Args:
-        mode: "sync" or "overlap"; with "stream" nothing is ever started here.
+        mode: With "stream", a save is over when it was started.
+        group: The ranks; all make the same calls.
 
     Attributes:
         mode: As given.
@@ -40,79 +38,102 @@ class BesideTraining:
         ConfigError: There is no such mode.
     """
 
-    def __init__(self, mode: SnapshotMode) -> None:
+    def __init__(self, mode: SnapshotMode, group: Group) -> None:
         if mode not in get_args(SnapshotMode):
             raise ConfigError("snapshot", expected=get_args(SnapshotMode), found=repr(mode))
         self.mode = mode
         self.again = False
         self.cost: SaveCost | None = None
+        self._group = group
+        self._channel: Group | None = None  # for the threads beside the training
         self._staging = Staging()
+        self._blind: tuple[int, ...] | None = None  # ranks that do not see where is stored
         self._running: BackgroundSave | None = None
         self._blocked = 0.0
         self._restless: set[str] = set()  # paths of tensors that do change between steps
         self._committed: list[int] = []
 
-    def start(
+    def save(
         self,
         step: int,
+        saving: Saving,
+        share_of: Callable[[Sequence[int]], Share],
         objects: Mapping[str, object],
-        share: Share,
-        store: Store,
-        commit: Commit,
         began: float,
     ) -> None:
-        """Take hold of what is saved, and let a thread store it.
+        """Make a checkpoint: at once, or beside the training once its state cannot change.
 
         Args:
             step: Completed optimizer steps.
+            saving: The checkpoint.
+            share_of: Returns what this rank stores, given the ranks that do not see where to.
             objects: What is saved.
-            share: What is saved of it.
-            store: Stores that.
-            commit: Commits, after it called what it is given.
             began: `time.perf_counter` when the save began.
         """
-        optimizers: list[Optimizer] = []
-        steady = None
-        if self.mode == "overlap":
-            optimizers = [one for one in flattened(objects) if isinstance(one, Optimizer)]
-            steady = steady_tensors(objects, share.leaves, self._restless)
-        snapshot = self._staging.take(share.leaves, steady)
-        if self._running is None:
-            atexit.register(self.wait)
+        with ExitStack() as stack:
+            stack.enter_context(saving)
+            if self.mode == "stream" or self._blind is None:  # later, that is the thread's work
+                self._blind = saving.stage(self._group)
+            share = share_of(self._blind)
+            if self.mode == "stream":
+                saving.store(self._group, lambda: share)
+                self._note_streamed(step, began)
+                return
+            snapshot = self._group.together("copy", lambda: self._taken(share, objects))
+            stack.pop_all()
+        self._go_on(step, saving, share, snapshot, objects)
+        self._blocked = time.perf_counter() - began
 
-        def write(gate: Callable[[], None]) -> None:
-            held = replace(share, leaves=snapshot.leaves())
-            store(lambda _: held, lambda writer: commit(writer, gate))
+    def _taken(self, share: Share, objects: Mapping[str, object]) -> Snapshot:
+        if self.mode == "sync":
+            return self._staging.take(share.leaves)
+        steady = steady_tensors(objects, share.leaves, self._restless)
+        return self._staging.take(share.leaves, steady)
 
-        self._running = BackgroundSave(step, snapshot, write, optimizers)
+    def _go_on(
+        self,
+        step: int,
+        saving: Saving,
+        share: Share,
+        snapshot: Snapshot,
+        objects: Mapping[str, object],
+    ) -> None:
+        """Let a thread make the checkpoint."""
+        if self._channel is None:
+            self._channel = self._group.apart()
+            atexit.register(self._at_exit)
+        every = flattened(objects) if self.mode == "overlap" else ()
+        optimizers = [one for one in every if isinstance(one, Optimizer)]
+        group, blind = self._channel, self._blind or ()
+        self._running = BackgroundSave(step, saving, share, snapshot, group, blind, optimizers)
         if self.mode == "sync":
             self._running.approve()
         self.again = False
-        self._blocked = time.perf_counter() - began
 
     def poll(self) -> None:
         """Hear whether the running save ended; called where no tensor is being changed.
 
         Raises:
             SaveError: It failed; earlier checkpoints are as they were.
+            RankError: It failed on another rank.
         """
-        if self._running is not None:
-            if self._running.has_copied:  # else this would wait for it
-                self._running.approve()
-            if self._running.is_over or self._running.edited:
-                self.settle()
+        if self._running is not None and self._running.is_heard_of():
+            self.settle()
 
-    def settle(self) -> None:
+    def settle(self, *, hurried: bool = False) -> None:
         """Wait until no save is running; one that was given up is to be made again.
+
+        Args:
+            hurried: Do not wait long for the other ranks.
 
         Raises:
             SaveError: It failed; earlier checkpoints are as they were.
+            RankError: It failed on another rank.
         """
         running, self._running = self._running, None
         if running is None:
             return
-        atexit.unregister(self.wait)
-        running.finish()
+        running.finish(hurried=hurried)
         self.cost = SaveCost(self._blocked, self._blocked + running.seconds, running.computing)
         if running.edited:
             self._restless.update(running.edited)
@@ -120,14 +141,18 @@ class BesideTraining:
         else:
             self._committed.append(running.step)
 
-    def wait(self) -> None:
+    def wait(self, *, hurried: bool = False) -> None:
         """Wait until all that was saved is durable.
+
+        Args:
+            hurried: Do not wait long for the other ranks.
 
         Raises:
             SaveError: It failed, or tensors were changed while they were copied.
+            RankError: It failed on another rank.
         """
         running = self._running
-        self.settle()
+        self.settle(hurried=hurried)
         if running is not None and running.edited:
             raise running.edited_error()
 
@@ -136,16 +161,23 @@ class BesideTraining:
         found, self._committed = self._committed, []
         return found
 
-    def note_streamed(self, step: int, began: float) -> None:
-        """Count a save that was made while training stood still."""
+    def close(self, *, hurried: bool = False) -> None:
+        """Wait as `wait` does, and give the memory and the threads back."""
+        try:
+            self.wait(hurried=hurried)
+        finally:
+            self._staging = Staging()
+            channel, self._channel = self._channel, None
+            if channel is not None:
+                atexit.unregister(self._at_exit)
+                channel.close()
+
+    def _at_exit(self) -> None:
+        """Finish the last save of a script that ends without `close`."""
+        self.close(hurried=hasattr(sys, "last_value"))  # it ends with an error, maybe not on all
+
+    def _note_streamed(self, step: int, began: float) -> None:
         seconds = time.perf_counter() - began
         self.cost = SaveCost(seconds, seconds)
         self.again = False
         self._committed.append(step)
-
-    def close(self) -> None:
-        """Wait as `wait` does, and give the memory back."""
-        try:
-            self.wait()
-        finally:
-            self._staging = Staging()

@@ -22,12 +22,12 @@ from unbroken.checkpoint.policy import Cadence, Timer
 from unbroken.checkpoint.readers import LoadFrom
 from unbroken.checkpoint.report import ResumeReport
 from unbroken.checkpoint.resuming import Resumption
-from unbroken.checkpoint.saving import save_together
+from unbroken.checkpoint.saving import Saving
 from unbroken.checkpoint.selection import ResumeFrom, Selection
-from unbroken.checkpoint.shares import share_of
+from unbroken.checkpoint.shares import Plan, share_of
 from unbroken.checkpoint.writing import Writing
 from unbroken.distributed import Alone, Group
-from unbroken.errors import ConfigError, SaveError
+from unbroken.errors import ConfigError, RankError, SaveError
 from unbroken.storage import Storage
 from unbroken.store import CheckpointWriter, KeepPolicy, RunDirectory
 
@@ -75,7 +75,7 @@ class Checkpointer:
             parameters and optimizer state are copied under the next forward and backward passes;
             the optimizer's next step waits for that. If something else changes such a tensor
             before then, the checkpoint of the next step is made instead; a change through `.data`
-            or from outside PyTorch is not seen. Both need one more copy; on one rank alone.
+            or from outside PyTorch is not seen. Both need one more copy of what a rank stores.
         objects: What to save, by name: modules, optimizers, schedulers, a GradScaler, random
             generators, tensors, anything with `state_dict` and `load_state_dict`, and lists and
             dicts of these. The object called `model` gives the parameters their names.
@@ -139,7 +139,8 @@ class Checkpointer:
         self.layout: Callable[[Mapping[str, object]], Layout] = Layout.of
         self.among_others = False
         self._line = Line()
-        self._beside = BesideTraining(snapshot)
+        self._beside = BesideTraining(snapshot, self.group)
+        self._plan = Plan()
         self._types = tuple(types)
         self._wall_clock = wall_clock
         self.comparison = Comparison(
@@ -271,14 +272,9 @@ class Checkpointer:
         tree |= {"values": values, "rng": capture_rng()}
         layout, told = self.layout(self.objects), {**self._facts(run), **(facts or {})}
         writing = self._line.next(run, step, layout, told, self.keep, self._wall_clock)
-        share = partial(share_of, group, tree, layout.file_of, own)
-        store = partial(save_together, group, run.storage, partial(self._begin, writing))
-        if self._beside.mode == "stream" or group.world_size > 1:
-            store(share, writing.commit)
-            self._beside.note_streamed(step, began)
-        else:
-            self._line.refuse_another(run)
-            self._beside.start(step, self.objects, share([]), store, writing.commit, began)
+        share = partial(share_of, group, tree, layout.file_of, own, self._plan)
+        saving = Saving(run.storage, partial(self._begin, writing), writing.commit)
+        self._beside.save(step, saving, share, self.objects, began)
         self._line.has_begun = True
         self._timer.done()
         return self.path(step)
@@ -329,13 +325,15 @@ class Checkpointer:
         """Append one line to history.jsonl; on other ranks than 0 nothing happens."""
         run = self.run
         if self.group.rank == 0:
-            self._beside.settle()
             run.history.append(event)
 
     def close(self) -> None:
         """Wait as `wait` does, and release the run directory. Calling it twice is harmless."""
+        self._close(hurried=False)
+
+    def _close(self, *, hurried: bool) -> None:
         try:
-            self._beside.close()
+            self._beside.close(hurried=hurried)
         finally:
             self._place.close()
 
@@ -349,8 +347,8 @@ class Checkpointer:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            self.close()
-        except SaveError as failure:
+            self._close(hurried=error is not None)
+        except (SaveError, RankError) as failure:
             if error is None:
                 raise
             error.add_note(f"and a save failed: {failure}")

@@ -2,77 +2,122 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 from unbroken.checkpoint.shares import Share
 from unbroken.distributed import Group
 from unbroken.storage import Storage
-from unbroken.store import CheckpointWriter, FileEntry, Json, Manifest, store_leaves
+from unbroken.store import CheckpointWriter, FileEntry, Json, store_leaves
 
 
-def save_together(
-    group: Group,
-    storage: Storage,
-    begin: Callable[[], CheckpointWriter],
-    share_of: Callable[[Sequence[int]], Share],
-    commit: Callable[[CheckpointWriter], Manifest],
-) -> Manifest | None:
-    """Make one checkpoint of what all ranks store; nothing is committed unless all have stored.
+class GivenUpError(Exception):
+    """What was copied is not the state of the step.
+
+    Attributes:
+        edited: By rank, the paths of the tensors that were changed meanwhile.
+    """
+
+    def __init__(self, edited: Mapping[int, tuple[str, ...]]) -> None:
+        super().__init__(edited)
+        self.edited = edited
+
+
+class Saving:
+    """One checkpoint that all ranks make: staged, stored, and committed by rank 0.
+
+    A context: what was staged and not committed is removed at its end.
 
     Args:
-        group: The ranks; each calls this.
         storage: The run directory, as this rank sees it.
         begin: Makes the writer; called on rank 0 alone.
-        share_of: Returns what this rank stores, given the ranks that do not see where to.
         commit: Adds what rank 0 alone knows, and commits; called on rank 0 alone.
-
-    Returns:
-        The manifest, on rank 0.
-
-    Raises:
-        SaveError: The disk failed or is full on this rank.
-        RankError: Another rank failed; nothing was committed.
     """
-    with ExitStack() as stack:
-        writer = group.together(
-            "begin a save", lambda: None if group.rank else stack.enter_context(begin())
-        )
-        staging = None if writer is None else writer.staging
-        folder = str(group.share("the staging folder", staging))
-        seen = group.gather("who sees the staging folder", _exists(storage, folder))
-        share = share_of([rank for rank, sees in enumerate(seen) if not sees])
-        stored = group.together("save", lambda: _store(share, writer, storage, folder))
-        told = group.gather("what is stored", [file.to_json() for file in stored])
-        return group.together(
-            "commit", lambda: None if writer is None else _committed(writer, told, commit)
-        )
 
+    def __init__(
+        self,
+        storage: Storage,
+        begin: Callable[[], CheckpointWriter],
+        commit: Callable[[CheckpointWriter], object],
+    ) -> None:
+        self._storage = storage
+        self._begin = begin
+        self._commit = commit
+        self._folder: str | None = None  # the staging folder, when it is there
+        self._writer: CheckpointWriter | None = None
 
-def _exists(storage: Storage, folder: str) -> bool:
-    try:
-        return storage.stat(folder) is not None
-    except OSError:
-        return False
+    @property
+    def is_staged(self) -> bool:
+        """Whether there is a staging folder."""
+        return self._folder is not None
 
+    def stage(self, group: Group) -> tuple[int, ...]:
+        """Make the staging folder; return the ranks that do not see it.
 
-def _store(
-    share: Share, writer: CheckpointWriter | None, storage: Storage, folder: str
-) -> Sequence[FileEntry]:
-    if writer is None:
-        return store_leaves(storage, folder, share.leaves, share.files)
-    writer.write_leaves(share.leaves)
-    for name, data in share.files.items():
-        writer.write_file(name, data)
-    return ()
+        Raises:
+            SaveError: The disk of rank 0 failed or is full.
+            RankError: That happened on another rank.
+        """
+        group.together("begin a save", lambda: None if group.rank else self._make_writer())
+        staging = None if self._writer is None else self._writer.staging
+        self._folder = str(group.share("the staging folder", staging))
+        seen = group.gather("who sees the staging folder", self._sees())
+        return tuple(rank for rank, sees in enumerate(seen) if not sees)
 
+    def store(
+        self,
+        group: Group,
+        share: Callable[[], Share],
+        edited: Callable[[], tuple[str, ...]] = tuple,
+    ) -> None:
+        """Store it; nothing is committed unless all have stored and nobody objects.
 
-def _committed(
-    writer: CheckpointWriter,
-    told: Sequence[Json],
-    commit: Callable[[CheckpointWriter], Manifest],
-) -> Manifest:
-    for files in told[1:]:
-        writer.adopt(FileEntry.from_json(file) for file in cast("Sequence[Any]", files))
-    return commit(writer)
+        Args:
+            group: The ranks; each calls this.
+            share: Returns what this rank stores, when that cannot change any more.
+            edited: Called when all have stored; returns the paths of tensors that were changed
+                before they were copied.
+
+        Raises:
+            SaveError: The disk failed or is full on this rank.
+            GivenUpError: A rank had such tensors; nothing was committed.
+            RankError: Another rank failed; nothing was committed.
+        """
+        stored = group.together("save", lambda: self._store(share()))
+        own: Json = [[file.to_json() for file in stored], [*edited()]]
+        told: Any = group.gather("what is stored", own)
+        if changed := {rank: tuple(paths) for rank, (_, paths) in enumerate(told) if paths}:
+            raise GivenUpError(changed)
+        group.together("commit", lambda: self._commit_files([files for files, _ in told]))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._writer is not None:
+            self._writer.abandon()
+
+    def _make_writer(self) -> None:
+        self._writer = self._begin()
+
+    def _sees(self) -> bool:
+        try:
+            return self._storage.stat(str(self._folder)) is not None
+        except OSError:
+            return False
+
+    def _store(self, share: Share) -> Sequence[FileEntry]:
+        if self._writer is None:
+            return store_leaves(self._storage, str(self._folder), share.leaves, share.files)
+        self._writer.write_leaves(share.leaves)
+        for name, data in share.files.items():
+            self._writer.write_file(name, data)
+        return ()
+
+    def _commit_files(self, told: Sequence[Any]) -> None:
+        if self._writer is None:
+            return
+        for files in told[1:]:
+            self._writer.adopt(FileEntry.from_json(file) for file in files)
+        self._commit(self._writer)
+        self._writer = None

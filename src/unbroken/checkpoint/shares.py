@@ -43,6 +43,26 @@ class Share:
     files: Mapping[str, bytes]
 
 
+class Plan:
+    """Who stores what. Ranks divide it anew only when one of them has something else to store."""
+
+    def __init__(self) -> None:
+        self._offered: list[Any] | None = None
+        self._mine: frozenset[str] = frozenset()
+
+    def mine(self, group: Group, leaves: Sequence[TensorLeaf]) -> frozenset[str]:
+        """Return the paths of those of these leaves that this rank stores; see `divide`."""
+        offered = [
+            (one.path, one.dtype, one.shape, one.offsets, one.global_shape, one.sharded is None)
+            for one in leaves
+        ]
+        if group.any(offered != self._offered):
+            self._offered = None
+            self._mine = divide(group, {leaf.path: _whole(leaf) for leaf in leaves})
+            self._offered = offered
+        return self._mine
+
+
 def own_state_file(rank: int) -> str:
     """Return the file with what a rank other than 0 has of its own."""
     return f"state.rank{rank}.json"
@@ -58,6 +78,7 @@ def share_of(
     tree: Mapping[str, Any],
     file_of: FileOf,
     of_each_rank: Collection[str] | None,
+    plan: Plan,
     blind: Sequence[int] = (),
 ) -> Share:
     """Return what this rank stores of a state tree; all ranks call this.
@@ -67,6 +88,7 @@ def share_of(
         tree: What this rank captured, with "rng" and "values".
         file_of: Gives each leaf its file and its name there.
         of_each_rank: The names of which each rank stores its own; None: whatever differs.
+        plan: How the save before was divided.
         blind: Ranks that do not see where to store; with one of them, rank 0 stores all.
 
     Raises:
@@ -87,7 +109,7 @@ def share_of(
         _refuse_what_only_others_have(encoded, own, blind)
     _agree_on_structure(group, encoded, [n for n, value in common.items() if _is_common(value)])
     _agree_on_copies(group, encoded)
-    mine = _planned(group, encoded, common, divided=not blind)
+    mine = _planned(group, encoded, common, plan, divided=not blind)
     if group.rank == 0:
         return Share(mine, {STATE_FILE: structure_to_bytes(encoded.structure)})
     if not own:
@@ -198,7 +220,7 @@ def _without_devices(node: Any) -> Any:
 
 
 def _planned(
-    group: Group, encoded: Encoded, common: Mapping[str, Any], *, divided: bool
+    group: Group, encoded: Encoded, common: Mapping[str, Any], plan: Plan, *, divided: bool
 ) -> tuple[TensorLeaf, ...]:
     """Return the leaves that this rank stores, in files of its own where ranks share one."""
     optimizers = tuple(f"{path}." for path in _optimizers_in(common, ""))
@@ -210,7 +232,7 @@ def _planned(
     names = {leaf.path for leaf in shared}
     of_rank_0 = [leaf for leaf in encoded.leaves if leaf.path not in names and group.rank == 0]
     shared.sort(key=lambda leaf: (leaf.sharded is None, -leaf.nbytes))  # whole ones fill the gaps
-    mine = divide(group, {leaf.path: _whole(leaf) for leaf in (*of_rank_0, *shared)})
+    mine = plan.mine(group, [*of_rank_0, *shared])
     files = {leaf.file for leaf in shared}
     return tuple(
         replace(leaf, file=file_of_rank(leaf.file, group.rank)) if leaf.file in files else leaf

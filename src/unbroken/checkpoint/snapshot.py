@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from unbroken.capture import TensorLeaf, raw
+from unbroken.distributed.sharding import local_part
 from unbroken.store import places_in_files
 
 _PAGE = 4096
@@ -234,5 +235,7 @@ def _steady_in(value: object) -> Iterator[torch.Tensor]:
         states = (state for state in value.state.values() if isinstance(state, dict))
         tensors = [one for state in states for one in state.values()]
     for one in tensors:
-        if isinstance(one, torch.Tensor) and type(one) in _PLAIN and not one.is_inference():
-            yield one
+        if isinstance(one, torch.Tensor):
+            here = local_part(one)
+            if type(here) in _PLAIN and not here.is_inference():
+                yield here

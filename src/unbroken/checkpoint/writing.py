@@ -54,9 +54,8 @@ class Writing:
         self._clock = clock
 
     def begin(self) -> CheckpointWriter:
-        """Return the writer, after what the checkpoint promises of other files is durable."""
+        """Return the writer."""
         run = self._run
-        run.metrics.sync()  # a checkpoint must never promise lines that a power cut can take
         return CheckpointWriter(
             run.storage,
             step=self._step,
@@ -66,17 +65,16 @@ class Writing:
             constant=self._constant,
         )
 
-    def commit(self, writer: CheckpointWriter, gate: Callable[[], None] = lambda: None) -> Manifest:
+    def commit(self, writer: CheckpointWriter) -> Manifest:
         """Commit, tell the history, and remove what is no longer kept.
 
         Args:
             writer: It has stored all else.
-            gate: Called just before the commit; raises if it must not be.
         """
         run, best = self._run, self._facts.get("best_step")
+        run.metrics.sync()  # a checkpoint must never promise lines that a power cut can take
         for name, data in self._files.items():
             writer.write_file(name, data)
-        gate()
         manifest = writer.commit(self._facts)
         self.made = CheckpointReader(run.storage, checkpoint_name(self._step))
         saved = {"event": "saved", "step": self._step, "digest": manifest.state_digest}

@@ -47,5 +47,9 @@ class Alone:
         """Return the values, as float64."""
         return [float(value) for value in values]
 
+    def apart(self) -> Alone:
+        """Return another one that is alone."""
+        return Alone()
+
     def close(self) -> None:
         """Do nothing: there is no group to leave."""

@@ -103,6 +103,14 @@ class Group(Protocol):
         """
         ...
 
+    def apart(self) -> Group:
+        """Return a group of the same ranks for another thread; all ranks make it.
+
+        Its calls and those of this group never meet: each keeps its own order. It is to be
+        closed before this one is.
+        """
+        ...
+
     def close(self) -> None:
         """Leave the group; closing twice is allowed. Ranks that still ask this one are told."""
         ...

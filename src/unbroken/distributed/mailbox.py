@@ -67,7 +67,7 @@ class Mailbox:
         self.watch = Watch()
         self._rank, self._world_size, self._timeout = rank, world_size, timeout
         self._round = 0
-        self._store_is_silent = False
+        self._store_is_silent = self._is_leaving = False
         self._posted: dict[int, list[str]] = {}
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         threading.Thread(target=self._work, name="unbroken-mailbox", daemon=True).start()
@@ -85,7 +85,11 @@ class Mailbox:
         self._in_time(lambda: self._post(number, message))
 
     def leave(self, message: bytes, *, wait_for_others: bool = False) -> None:
-        """Post a last message, and wait a little until all have left, if that is asked for."""
+        """Post a last message, and wait a little until all have left, if that is asked for.
+
+        Another thread that is in `exchange` meanwhile does not wait for its answers any longer.
+        """
+        self._is_leaving = True
         number = self._next_round()
         left = [f"left/{rank}" for rank in range(self._world_size)]
 
@@ -140,7 +144,7 @@ class Mailbox:
             missing = tuple(r for r, key in enumerate(keys) if not self._store.check([key]))
             if gone := tuple(rank for rank in missing if rank in ended):
                 raise NoAnswerError(gone, ended=True)
-            if missing and is_late:
+            if missing and (is_late or self._is_leaving):
                 raise NoAnswerError(missing)
 
     def _post(self, number: int, message: bytes) -> None:

@@ -9,7 +9,7 @@ from functools import reduce
 from operator import add
 from typing import Any, TypeVar, cast
 
-from torch._C._distributed_c10d import Store
+from torch._C._distributed_c10d import PrefixStore, Store
 
 from unbroken.distributed.disagreement import disagreement, name_ranks, narrowed
 from unbroken.distributed.mailbox import Mailbox, NoAnswerError, StoreLostError
@@ -58,6 +58,7 @@ class Ranks:
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
+        self._store, self._aparts = store, 0
         self._mailbox = Mailbox(store, rank, world_size, timeout)
         self._timeout = timeout
         self._store_on_rank_0 = store_on_rank_0
@@ -106,6 +107,20 @@ class Ranks:
             raise disagreement([str(len(row)) for row in rows], "how many values to sum")
         return [reduce(add, column) for column in zip(*rows, strict=True)]
 
+    def apart(self) -> Ranks:
+        """Return a group of the same ranks for another thread."""
+        self._aparts += 1
+        other = Ranks(
+            PrefixStore(f"apart/{self._aparts}", self._store),
+            rank=self.rank,
+            world_size=self.world_size,
+            local_rank=self.local_rank,
+            timeout=self._timeout,
+            store_on_rank_0=self._store_on_rank_0,
+        )
+        other._mailbox.watch = self._mailbox.watch.copy()
+        return other
+
     def close(self) -> None:
         """Leave the group, and the process group if it was joined with it."""
         if self._closed:
@@ -134,12 +149,11 @@ class Ranks:
         if self._broken is not None:
             raise self._broken
         if self._closed:
-            raise RankError("group", f"{call}: this rank has left the group")
+            raise self._left(call)
         try:
             return talk()
         except NoAnswerError as silent:
-            missing = self._ended if silent.ended else self._no_answer
-            self._broken = missing(call, silent.ranks)
+            self._broken = self._without_answer(call, silent)
         except StoreLostError:
             self._broken = self._store_lost(call)
         raise self._broken
@@ -172,6 +186,14 @@ class Ranks:
         if left or set(calls) - {(kind, what), (_FAILED, what)} or kind != "together":
             self._broken = error
         raise error
+
+    def _without_answer(self, call: str, silent: NoAnswerError) -> RankError:
+        if self._closed:
+            return self._left(call)
+        return (self._ended if silent.ended else self._no_answer)(call, silent.ranks)
+
+    def _left(self, call: str) -> RankError:
+        return RankError("group", f"{call}: this rank has left the group")
 
     def _ended(self, call: str, ranks: tuple[int, ...]) -> RankError:
         what, hint = f"has ended before {call}", "its own output says why it ended"

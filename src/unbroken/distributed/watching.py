@@ -50,6 +50,12 @@ class Watch:
             poll.register(end, select.POLLIN)
         return tuple(sorted(watched[end] for end, _ in poll.poll(0)))
 
+    def copy(self) -> Watch:
+        """Return one that watches the same ranks, and is closed by itself."""
+        other = Watch()
+        other._ends = {rank: os.dup(end) for rank, end in self._ends.items()}
+        return other
+
     def close(self) -> None:
         """Watch nobody any longer."""
         for end in self._ends.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 
@@ -39,6 +40,7 @@ class Journal:
         self._path = path
         self._nbytes: int | None = None  # where the next record goes; None: not looked yet
         self._is_name_durable = False
+        self._appending = threading.Lock()  # a save beside the training tells of itself
 
     @property
     def nbytes(self) -> int:
@@ -76,15 +78,16 @@ class Journal:
             SaveError: The storage fails or is full; the journal ends where it did.
         """
         line = to_canonical(_spelled_out(record), self._path) + b"\n"
-        try:
-            start = self._cut_torn_tail()
-            self._nbytes = None  # until it is known that the whole line went in
-            self._storage.append(self._path, line)
-        except OSError as error:
-            with suppress(OSError):
-                self._cut_torn_tail()
-            raise self._save_error(error) from error
-        self._nbytes = start + len(line)
+        with self._appending:
+            try:
+                start = self._cut_torn_tail()
+                self._nbytes = None  # until it is known that the whole line went in
+                self._storage.append(self._path, line)
+            except OSError as error:
+                with suppress(OSError):
+                    self._cut_torn_tail()
+                raise self._save_error(error) from error
+            self._nbytes = start + len(line)
 
     def sync(self) -> None:
         """Make all records so far durable.
