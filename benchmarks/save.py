@@ -5,8 +5,8 @@
 In a process the first save is not counted: it fills buffers. Then, in turns with direct writes of
 as many bytes (*bare*), a few saves with nothing else running: *blocked* is how long the call
 takes, *durable* how long until the bytes are synced. Then windows of training with one save, in
-turns with windows without: *lost* is what a window takes longer than as many steps without a save
-(their median). A window goes on until the checkpoint is durable, and for STEPS steps at least. What
+turns with windows without: *lost* is what a window takes longer than as many steps just before it
+and after it. A window goes on until the checkpoint is durable, and for STEPS steps at least. What
 a method leaves to the page cache is synced by a thread as soon as it is written, so that all
 checkpoints become equally durable; where a method must not be disturbed while it copies, the
 update waits, and the wait is in *lost*. Training uses all cores, so that what goes on in the
@@ -20,14 +20,14 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import peers
 from disk import bare_write
 from protocol import Protocol
 
 STEPS = 4  # of a window, at least
-ALONE, WINDOWS = 3, 3
+ALONE, WINDOWS = 2, 2
 
 
 def measure(name: str, quick: bool) -> dict[str, float]:
@@ -70,19 +70,21 @@ def saved_alone(method, bare_file: Path, nbytes: int) -> dict[str, float]:
 def saved_beside(method, step, windows: int) -> dict[str, float]:
     """Train, with a save now and then; return what it costs."""
     step()
-    plain = [seconds_of(step) for _ in range(STEPS)]
-    with_save, blocked = [], []
+    before = [seconds_of(step) for _ in range(STEPS)]
+    usual, lost, blocked, until_durable = [], [], [], []
     for number in range(10, 10 + windows):
         seconds, steps, waited = window(method, step, number)
-        with_save.append((seconds, steps))
+        after = [seconds_of(step) for _ in range(steps)]
+        usual.append(mean(before + after))
+        lost.append(seconds - steps * usual[-1])
         blocked.append(waited)
-        plain += [seconds_of(step) for _ in range(STEPS)]
-    usual = median(plain)
+        until_durable.append(steps)
+        before = after
     return {
-        "step": usual,
+        "step": median(usual),
         "blocked_in_training": median(blocked),
-        "lost": median(seconds - steps * usual for seconds, steps in with_save),
-        "steps_until_durable": median(steps for _, steps in with_save),
+        "lost": median(lost),
+        "steps_until_durable": median(until_durable),
     }
 
 
