@@ -64,6 +64,7 @@ def start(place: Path, method: str, quick: bool) -> dict[str, float]:
     name, _, depth = method.rpartition(", ")
     trainer = module_of(name)
     from torch.nn.modules.module import register_module_forward_pre_hook
+    from transformers import GPT2LMHeadModel  # noqa: F401 (else the first model imports it)
 
     mark("imports")
     register_module_forward_pre_hook(lambda *_: mark("resume"))
