@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check lint types layers fast sweep stock-trainers clean
+.PHONY: demo test check lint types layers fast sweep stock-trainers oldest clean
 
 demo: $(READY)
 	$(BIN)/unbroken demo
@@ -43,5 +43,9 @@ $(READY): pyproject.toml constraints.txt
 stock-trainers: $(READY)  # writes docs/stock-trainers.md; about five minutes
 	$(BIN)/python benchmarks/stock_trainers.py
 
+oldest: $(READY)  # the adapter's tests with the oldest versions that it fits; not in CI
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target .oldest transformers==5.3.0 accelerate==1.10.0
+	PYTHONPATH=$(CURDIR)/.oldest $(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not stock" tests/adapters
+
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis runs
+	rm -rf $(VENV) .oldest .mypy_cache .ruff_cache .pytest_cache .hypothesis runs

@@ -5,10 +5,8 @@ An order names a case, and changes its settings; the child trains, and writes do
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import random
 import signal
 import socket
 import sys
@@ -16,130 +14,40 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from transformers import EarlyStoppingCallback, GPT2Config, GPT2LMHeadModel, TrainingArguments
 
-from unbroken.data import ByteTokenizer, TokenDataset, builtin_text
-
-BLOCK = 16
-SAMPLES = 48
-
-
-class Text(torch.utils.data.Dataset):
-    """Windows of a real text, and the indices that were read."""
-
-    def __init__(self, cache: str, samples: int = SAMPLES, changed: bool = False) -> None:
-        tokens = TokenDataset.from_files(
-            builtin_text(), block_size=BLOCK, cache=cache, tokenizer=ByteTokenizer()
-        )
-        start = 100 if changed else 0
-        self.rows = [tokens[i]["input_ids"] for i in range(start, start + samples)]
-        self.read: list[int] = []
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict:
-        self.read.append(int(index))
-        return {"input_ids": self.rows[index], "labels": self.rows[index]}
-
-
-class Augmented(Text):
-    """Replaces bytes at random, from all three global generators."""
-
-    def __getitem__(self, index: int) -> dict:
-        row = self.rows[index].clone()
-        row[random.randrange(BLOCK)] = np.random.randint(256)
-        row[int(torch.randint(BLOCK, ()))] = 32
-        return {"input_ids": row, "labels": row}
-
-
-class Ragged(Text):
-    def __getitem__(self, index: int) -> dict:
-        row = self.rows[index][: 4 + (index * 7) % 12]
-        return {"input_ids": row, "labels": row}
-
-
-class Stream(torch.utils.data.IterableDataset):
-    def __init__(self, rows: Text, shuffled: bool) -> None:
-        self.rows, self.shuffled = rows, shuffled
-
-    def __iter__(self):
-        order = torch.randperm(len(self.rows)) if self.shuffled else range(len(self.rows))
-        worker = torch.utils.data.get_worker_info()
-        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        return (self.rows[int(i)] for i in list(order)[first::step])
-
-
-def masked(samples: list[dict]) -> dict:
-    ids = torch.stack([sample["input_ids"] for sample in samples])
-    return {"input_ids": torch.where(torch.rand(ids.shape) < 0.15, 0, ids), "labels": ids}
-
-
-def padded(samples: list[dict]) -> dict:
-    rows = [
-        torch.nn.functional.pad(s["input_ids"], (0, BLOCK - len(s["input_ids"]))) for s in samples
-    ]
-    return {"input_ids": torch.stack(rows), "labels": torch.stack(rows)}
-
-
-class OwnSampler(torch.utils.data.Sampler):
-    """Another order in each epoch, if it is told the epoch."""
-
-    def __init__(self, length: int) -> None:
-        self.length, self.epoch = length, 0
-
-    def __len__(self) -> int:
-        return self.length
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self):
-        generator = torch.Generator().manual_seed(100 + self.epoch)
-        return iter(torch.randperm(self.length, generator=generator).tolist())
-
-
-class Counting(transformers.TrainerCallback, transformers.trainer_callback.ExportableState):
-    """Counts steps, and draws a random number at each."""
-
-    def __init__(self, by: int = 1) -> None:
-        self.by, self.count = by, 0
-
-    def on_step_end(self, args, state, control, **more):
-        self.count += self.by
-
-    def state(self) -> dict:
-        return {"args": {"by": self.by}, "attributes": {"count": self.count}}
-
-
-class KilledAt(transformers.TrainerCallback):
-    """Ends the process with a signal after a step; kill -9 by default."""
-
-    def __init__(self, order: dict) -> None:
-        self.step, self.number = order["kill_at"], order.get("signal", signal.SIGKILL)
-        self.after_save = order.get("after_save", False)
-        self.is_here = os.environ.get("RANK", "0") == str(order.get("on_rank", 0))
-
-    def on_step_end(self, args, state, control, **more):
-        if state.global_step == self.step and not self.after_save and self.is_here:
-            os.kill(os.getpid(), self.number)
-
-    def on_save(self, args, state, control, **more):
-        if state.global_step == self.step and self.after_save:
-            os.kill(os.getpid(), self.number)
-
-
-class Seen(transformers.TrainerCallback):
-    """Takes the weights' digest after each step, and what the learning rate was."""
-
-    def __init__(self) -> None:
-        self.rates: dict[int, float] = {}
-
-    def on_step_end(self, args, state, control, lr_scheduler=None, **more):
-        self.rates[state.global_step] = lr_scheduler.get_last_lr()[0]
+from adapters.data_sets import (
+    BLOCK,
+    SAMPLES,
+    Augmented,
+    OwnSampler,
+    Ragged,
+    Stream,
+    StreamWithState,
+    Text,
+    masked,
+    padded,
+)
+from adapters.followers import (
+    Counting,
+    KilledAt,
+    KilledBeside,
+    Seen,
+    SeenBeside,
+    StoppedInAWindow,
+    digest_of,
+)
+from adapters.harm import (
+    hold_commit_until,
+    kill_at_storage_step,
+    kill_before_write,
+    kill_when_rotated,
+    sabotage,
+)
 
 
 def model_of(order: dict) -> GPT2LMHeadModel:
@@ -167,7 +75,8 @@ def data_of(order: dict) -> Any:
     make = kinds.get(order.get("data", ""), Text)
     rows = make(order["cache"], order.get("samples", SAMPLES), order.get("changed_data", False))
     if order.get("data", "").startswith("stream"):
-        return Stream(rows, order["data"] == "stream shuffled")
+        kind = StreamWithState if order["data"] == "stream with state" else Stream
+        return kind(rows, order["data"] == "stream shuffled")
     return rows
 
 
@@ -175,6 +84,8 @@ def trainer_class(order: dict) -> type:
     from unbroken.adapters.transformers import Trainer
 
     base = transformers.Trainer if order["trainer"] == "stock" else Trainer
+    if "overrides" in order:
+        return with_own_way(base, order["overrides"])
     if order.get("sampler") != "own":
         return base
 
@@ -185,11 +96,19 @@ def trainer_class(order: dict) -> type:
     return WithSampler
 
 
-def digest_of(model: torch.nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.numpy().tobytes())
-    return digest.hexdigest()
+def with_own_way(base: type, name: str) -> type:
+    """Return a subclass with a method that does more than the host's."""
+    hosts = getattr(base, name)
+
+    def own(self, *arguments, **options):
+        result = hosts(self, *arguments, **options)
+        if name == "_save_checkpoint":
+            step = self.state.global_step
+            Path(f"{self.args.output_dir}/checkpoint-{step}/of-mine.txt").write_text(str(step))
+        return result
+
+    own.__qualname__ = f"OwnWay.{name}"
+    return type("OwnWay", (base,), {name: own})
 
 
 def arguments_of(order: dict) -> TrainingArguments:
@@ -207,7 +126,17 @@ def arguments_of(order: dict) -> TrainingArguments:
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
-    return TrainingArguments(**{**defaults, **order.get("args", {})})
+    sharded = {"fsdp": True, "fsdp_config": order["fsdp"]} if "fsdp" in order else {}
+    arguments = TrainingArguments(**{**defaults, **sharded, **order.get("args", {})})
+    if sharded:
+        shard_on_the_cpu(arguments)
+    return arguments
+
+
+def shard_on_the_cpu(arguments: TrainingArguments) -> None:
+    """Tell accelerate that the ranks are GPUs: on CPUs it does not look at `fsdp`."""
+    assert arguments.device.type == "cpu"  # found by now, and not looked for again
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 def callbacks_of(order: dict) -> list:
@@ -215,7 +144,7 @@ def callbacks_of(order: dict) -> list:
         "two counters": lambda: [Counting(1), Counting(10)],
         "patience": lambda: [EarlyStoppingCallback(3)],
     }
-    kill = [KilledAt({"kill_at": 0, **order})]
+    kill = [(KilledBeside if order.get("beside") else KilledAt)({"kill_at": 0, **order})]
     return [*(made[order["callbacks"]]() if order.get("callbacks") else []), *kill]
 
 
@@ -224,15 +153,20 @@ def train(order: dict) -> None:
     torch.set_num_threads(1)
     if "before_write" in order:
         kill_before_write(order["before_write"])
-    if "at_storage_step" in order:
+    if order.get("kill") == "when rotated":
+        kill_when_rotated()
+    if "at_storage_step" in order and os.environ.get("RANK", "0") == str(order.get("on_rank", 0)):
         kill_at_storage_step(order["at_storage_step"])
+    if "hold_commit_until" in order:
+        hold_commit_until(order["hold_commit_until"])
     if "sabotage" in order:
         sabotage(order["sabotage"])
-    data, seen = data_of(order), Seen()
+    data = data_of(order)
+    seen = (SeenBeside if order.get("beside") else Seen)(order.get("looks", False))
     collators = {"masked": masked, "padded": padded}
     callbacks = callbacks_of(order)
     options = {"resume_from_checkpoint": order["start"]} if "start" in order else {}
-    options |= {key: order[key] for key in ("allow", "exact_resume") if key in order}
+    options |= {key: order[key] for key in ("allow", "exact_resume", "snapshot") if key in order}
     trainer = trainer_class(order)(
         model_of(order),
         arguments_of(order),
@@ -242,6 +176,10 @@ def train(order: dict) -> None:
         callbacks=[seen, *callbacks],
         **options,
     )
+    if "reseed" in order:
+        torch.manual_seed(order["reseed"])
+    if "stop_in_window_after" in order:
+        trainer.add_callback(StoppedInAWindow(order["stop_in_window_after"], trainer))
     output = trainer.train(
         **({"resume_from_checkpoint": order["resume"]} if "resume" in order else {})
     )
@@ -258,6 +196,7 @@ def train(order: dict) -> None:
         "log": log,
         "counters": counters,
         "rates": seen.rates,
+        "states": seen.states,
         "flos": trainer.state.total_flos,
         "best": trainer.state.best_model_checkpoint
         and Path(trainer.state.best_model_checkpoint).name,
@@ -266,24 +205,6 @@ def train(order: dict) -> None:
         "report": trainer.resume_report.lines() if order["trainer"] == "ours" else [],
     }
     Path(order["result"]).write_text(json.dumps(result))
-
-
-def sabotage(part: str) -> None:
-    """Take one part out of the adapter, so that the tests must fail."""
-    from unbroken.adapters.transformers import batches, callbacks, losses, place, run
-    from unbroken.data import KeyedRandom
-
-    def nothing(*_: Any, **__: Any) -> None: ...
-
-    targets = {
-        "random states": (run.Run, "restore_random_states"),
-        "losses": (losses.Losses, "bring_back"),
-        "callbacks": (callbacks.CallbackState, "load_state_dict"),
-        "order": (batches.IndexBatches, "_draw_from"),
-        "keys": (KeyedRandom, "seed"),
-        "place": (place.Follower, "on_substep_end"),
-    }
-    setattr(*targets[part], nothing)
 
 
 def train_on_ranks(order: dict) -> None:
@@ -320,37 +241,3 @@ def rank_process(order: dict, rank: int, port: int) -> int:
     finally:
         sys.stderr.flush()
         os._exit(status)
-
-
-def kill_before_write(name: str) -> None:
-    """End the process with kill -9 before the host writes a file of checkpoint-10."""
-
-    def killing(write: Any, path_of: Any) -> Any:
-        def wrapped(*arguments: Any, **options: Any) -> Any:
-            path = str(path_of(*arguments))
-            if "checkpoint-10" in path and name in f"{path}/save_pretrained":
-                os.kill(os.getpid(), signal.SIGKILL)
-            return write(*arguments, **options)
-
-        return wrapped
-
-    state = transformers.trainer_callback.TrainerState
-    if name == "save_pretrained":
-        model = transformers.PreTrainedModel
-        model.save_pretrained = killing(model.save_pretrained, lambda _, path: path)
-    elif name == "trainer_state.json":
-        state.save_to_json = killing(state.save_to_json, lambda _, path: path)
-    else:
-        torch.save = killing(torch.save, lambda _, path: path)
-
-
-def kill_at_storage_step(step: int) -> None:
-    """End the process with kill -9 at a step of what our Trainer does to the disk."""
-    from unbroken.store import run_directory
-    from unbroken.testing import KillingStorage
-
-    class Killing(KillingStorage):
-        def __init__(self, root: str, *, create: bool = True) -> None:
-            super().__init__(root, kill_at=step)
-
-    run_directory.LocalStorage = Killing

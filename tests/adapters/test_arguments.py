@@ -153,6 +153,7 @@ def test_a_run_with_more_accumulation_is_exact_from_there_on(run):
 
 SILENT = {
     "seed": {"args": {"seed": 7}},
+    "bf16": {"args": {"bf16": True}},
     "max_grad_norm": {"args": {"max_grad_norm": 0.1}},
     "weight_decay": {"args": {"weight_decay": 0.5}},
     "adam_beta1": {"args": {"adam_beta1": 0.5}},
@@ -193,6 +194,14 @@ def test_ours_refuses_another_optimizer_by_name(run):
     assert refused(run(args={"optim": "sgd"}), "optim: stored adamw_torch_fused, now sgd")
 
 
+@pytest.mark.parametrize("trainer", ["stock", "ours"])
+def test_a_run_that_is_longer_already_trains_nothing(trainer, run):
+    killed(run, trainer)
+    resumed = run(trainer=trainer, resume=True, args={"max_steps": 8})
+    assert resumed.first_step is None
+    assert ("max_steps: stored -1, now 8" in resumed.text) == (trainer == "ours")
+
+
 @pytest.mark.stock
 def test_the_hosts_own_puts_moments_on_other_parameters(run, uninterrupted):
     killed(run, "stock")
@@ -204,6 +213,14 @@ def test_the_hosts_own_puts_moments_on_other_parameters(run, uninterrupted):
 def test_ours_keeps_moments_with_the_names_of_their_parameters(run, uninterrupted):
     killed(run)
     assert run(reordered=True, allow=["model"]).digest == uninterrupted().digest
+
+
+@pytest.mark.stock
+def test_the_hosts_own_fails_on_layers_that_the_checkpoint_has_not(run):
+    killed(run, "stock")
+    resumed = run(trainer="stock", resume=True, model={"n_layer": 3})
+    assert resumed.status == 1
+    assert "parameter group" in resumed.text
 
 
 def test_ours_refuses_layers_that_the_checkpoint_has_not(run):

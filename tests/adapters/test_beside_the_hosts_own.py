@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from adapters.cases import CASES
 
@@ -62,3 +63,34 @@ def test_the_hosts_own_ends_with_status_0_when_it_is_stopped(run):
     stopped = run(trainer="stock", kill_at=6, signal=15, **jit)
     assert stopped.status == 0
     assert stopped.step < 4000
+
+
+@pytest.mark.stock
+def test_the_hosts_own_warns_of_a_missing_key_that_is_not_missing(run):
+    run(trainer="stock", kill_at=8)
+    assert "missing keys" in run(trainer="stock", resume=True).text
+
+
+def test_ours_does_not(run):
+    run(kill_at=8)
+    assert "missing keys" not in run().text
+
+
+@pytest.mark.stock
+def test_the_hosts_own_takes_no_loader_that_knows_its_place():
+    with pytest.raises(TypeError, match="use_stateful_dataloader"):
+        AcceleratorConfig(use_stateful_dataloader=True)
+
+
+@pytest.mark.stock
+def test_the_order_of_the_hosts_own_hangs_on_the_seed_at_the_resume(run, uninterrupted):
+    run(trainer="stock", kill_at=18)
+    resumed = run(trainer="stock", resume=True, reseed=7)
+    assert resumed.digest != uninterrupted(trainer="stock").digest
+
+
+@pytest.mark.parametrize("kill_at", [14, 18])
+def test_the_order_of_ours_does_not(kill_at, run, uninterrupted):
+    case = {"args": {"save_steps": 12}} if kill_at == 14 else {}
+    run(kill_at=kill_at, **case)
+    assert run(reseed=7, **case).digest == uninterrupted().digest

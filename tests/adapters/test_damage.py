@@ -62,6 +62,14 @@ def test_the_hosts_own_begins_optimizer_and_schedule_anew_without_a_word(name, r
 
 
 @pytest.mark.stock
+def test_the_hosts_own_goes_on_without_random_states(run, uninterrupted):
+    remove(killed(run, "stock") / "checkpoint-10/rng_state.pth")
+    resumed = run(trainer="stock", resume=True)
+    assert (resumed.status, resumed.first_step) == (0, 11)
+    assert resumed.digest != uninterrupted().digest
+
+
+@pytest.mark.stock
 def test_the_hosts_own_takes_weights_of_one_step_and_the_rest_of_another(run, uninterrupted):
     folder = killed(run, "stock")
     shutil.copy(folder / "checkpoint-5/model.safetensors", folder / "checkpoint-10")

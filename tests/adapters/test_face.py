@@ -14,7 +14,7 @@ from unbroken.errors import ConfigError
 
 def test_the_public_names_and_parameters_are_these():
     parameters = inspect.signature(adapter.Trainer).parameters
-    own = ["resume_from_checkpoint", "allow", "skip", "exact_resume"]
+    own = ["resume_from_checkpoint", "allow", "skip", "exact_resume", "snapshot"]
     assert adapter.__all__ == ["Trainer"]
     assert list(parameters) == ["arguments", *own, "options"]
     assert list(inspect.signature(adapter.Trainer.train).parameters) == [
@@ -56,3 +56,22 @@ def test_another_process_in_the_same_directory_is_refused(run, server):
 
     with RunDirectory.open(run.folder / "run"):
         assert "LockHeldError" in run().text
+
+
+OVERRIDES = ["save_model", "_save", "_save_rng_state", "_load_optimizer_and_scheduler"]
+
+
+@pytest.mark.parametrize("name", OVERRIDES)
+def test_an_own_way_of_saving_is_not_left_out_silently(name, run):
+    refused = run(overrides=name)
+    assert f"ConfigError: OwnWay.{name}: is not called for checkpoints" in refused.text
+
+
+def test_an_own_way_of_saving_may_be_left_out_by_name(run, uninterrupted):
+    assert run(overrides="save_model", allow=["save_model"]).bits == uninterrupted().bits
+
+
+def test_what_a_subclass_adds_to_a_checkpoint_is_there(run):
+    run(overrides="_save_checkpoint", kill_at=8)
+    assert (run.folder / "run/checkpoint-5/of-mine.txt").read_text() == "5"
+    assert run(overrides="_save_checkpoint").first_step == 6

@@ -55,3 +55,30 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(run, uninterrupted):
     assert stopped.status == EXIT_STOPPED, stopped.text
     resumed = run(**case_of("shuffled"))
     assert (resumed.first_step, resumed.bits) == (7, uninterrupted(**case_of("shuffled")).bits)
+
+
+LIMITED = {**RANKS, "args": {"num_train_epochs": 2, "save_steps": 4, "save_total_limit": 1}}
+
+
+@pytest.mark.slow
+@pytest.mark.stock
+def test_the_hosts_own_removes_its_last_whole_checkpoint_before_another_is_there(
+    run, uninterrupted
+):
+    case = {"trainer": "stock", **LIMITED}
+    assert run(kill="when rotated", **case).status == -signal.SIGKILL
+    assert [folder.name for folder in (run.folder / "run").glob("checkpoint-*")] == ["checkpoint-8"]
+    resumed = run(resume=True, **case)
+    assert (resumed.status, resumed.first_step) == (0, 9)
+    assert resumed.digest != uninterrupted(**case).digest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("step", [10, 14])
+def test_ours_removes_none_before_another_is_whole(rank, step, run, uninterrupted):
+    killed = run(at_storage_step=step * (3 - 2 * rank), on_rank=rank, **LIMITED)
+    assert killed.status == -signal.SIGKILL, killed.text
+    resumed = run(**LIMITED)
+    assert resumed.first_step in (1, 5, 9)
+    assert resumed.bits == uninterrupted(**LIMITED).bits

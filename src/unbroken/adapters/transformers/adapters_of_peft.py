@@ -46,9 +46,10 @@ def _names_in_adapter(model: Any) -> dict[str, str]:
     """Return for each tensor of the adapter the name that PEFT stores it under."""
     from peft import get_peft_model_state_dict
 
-    stored = get_peft_model_state_dict(model)
-    by_memory = {tensor.data_ptr(): name for name, tensor in stored.items()}
-    pairs = ((name, by_memory.get(p.data_ptr())) for name, p in named_parameters(model))
+    live = model.state_dict(keep_vars=True)
+    stored = get_peft_model_state_dict(model, state_dict=live)
+    names = {id(tensor): name for name, tensor in stored.items()}
+    pairs = ((name, names.get(id(parameter))) for name, parameter in named_parameters(model))
     return {name: own for name, own in pairs if own is not None}
 
 

@@ -19,6 +19,7 @@ _SCHEDULE: Rule = ("changed", "another learning rate from here on, at the same s
 _FORWARD: Rule = ("changed", "other gradients from here on")
 _ORDER: Rule = ("changed", "another order of samples from here on")
 _SIZE: Rule = ("changed", "steps of another size from here on; the position is kept in samples")
+_CUT: Rule = ("equivalent", "steps of the same size, in other parts: rounded in another order")
 _RANDOM: Rule = ("changed", "other random numbers, and another order, from here on")
 _OPTIMIZER: Rule = ("refused", 'the state of one means nothing to another; skip=["optimizer"]')
 
@@ -49,7 +50,6 @@ _RULED: tuple[tuple[Rule, str], ...] = (
     (_FORWARD, "max_grad_norm label_smoothing_factor bf16 fp16 neftune_noise_alpha"),
     (_FORWARD, "average_tokens_across_devices"),
     (_ORDER, "data_seed dataloader_drop_last train_sampling_strategy accelerator_config"),
-    (_ORDER, "ignore_data_skip"),
     (_SIZE, "per_device_train_batch_size gradient_accumulation_steps"),
     (_RANDOM, "seed"),
     (_OPTIMIZER, "optim"),
@@ -60,7 +60,7 @@ _OF_THE_START = {
     *("output_dir", "resume_from_checkpoint", "restore_callback_states_from_checkpoint"),
     *("local_rank", "hub_token", "do_train", "do_eval", "do_predict", "debug"),
     *("enable_jit_checkpoint", "save_only_model", "auto_find_batch_size", "deepspeed"),
-    *("fsdp", "fsdp_config"),
+    *("fsdp", "fsdp_config", "ignore_data_skip"),
 }
 """What says how to start, not what to train; or is refused before anything is compared."""
 
@@ -82,6 +82,7 @@ MEANT = frozenset(
         *(name for name, rule in RULES.items() if rule in (_UPDATES, _SCHEDULE, _FORWARD)),
         *CUT_ARGUMENTS,
         "schedule",
+        "total_batch_size",
     }
 )
 """What a caller means who names a checkpoint by its path and gives other arguments than it had."""
@@ -96,7 +97,11 @@ def plain_arguments(arguments: Any) -> dict[str, Any]:
 
 
 def argument_differences(
-    stored: Mapping[str, Any], now: Mapping[str, Any], *, own_optimizer: bool = False
+    stored: Mapping[str, Any],
+    now: Mapping[str, Any],
+    *,
+    own_optimizer: bool = False,
+    same_size: bool = False,
 ) -> tuple[Difference, ...]:
     """Return the arguments that are not what they were, the gravest first.
 
@@ -104,8 +109,11 @@ def argument_differences(
         stored: Those of the checkpoint, as `plain_arguments` gave them.
         now: Those of this start.
         own_optimizer: Whether the optimizer is one of the user's own: no argument makes it.
+        same_size: Whether a step has as many samples as it had, on all ranks together.
     """
     rules = dict(RULES)
+    if same_size:
+        rules.update(dict.fromkeys(CUT_ARGUMENTS, _CUT))
     if own_optimizer:
         effect = "not used: the optimizer is one of your own"
         rules.update(

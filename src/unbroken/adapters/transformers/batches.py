@@ -9,10 +9,19 @@ from itertools import islice, repeat
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler
+from accelerate.data_loader import SeedableRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from unbroken.capture import capture_rng, restore_rng
 from unbroken.data import KeyedDataset, SampleKey
+
+_DRAW = (LengthGroupedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 @dataclass(frozen=True)
@@ -24,12 +33,16 @@ class Beginning:
         batches: So many batches of it are over, as the host's loop counts them.
         samples: Begin after so many samples instead, where batches were cut otherwise before.
         order: What the order of the epoch was drawn from, as `IndexBatches.drawn_from` had it.
+        data: The state of an iterable data set there, as `KeyedPasses.state_after` had it.
+        seeds: As `IndexBatches.seeds` had them.
     """
 
     epoch: int
     batches: int
     samples: int | None = None
     order: Mapping[str, Any] = field(default_factory=dict)
+    data: Any = None
+    seeds: Mapping[str, int] = field(default_factory=dict)
 
 
 class Records(KeyedDataset):
@@ -73,7 +86,8 @@ class IndexBatches(BatchSampler):
         data: The data set; told the epoch if it wants to know.
 
     Attributes:
-        drawn_from: The states of all generators when the order of this epoch was drawn.
+        drawn_from: The seeds, and the states of all generators when the order of this epoch was
+            drawn.
         beginning: Where the first epoch of a resumed run begins.
     """
 
@@ -105,6 +119,24 @@ class IndexBatches(BatchSampler):
     def __len__(self) -> int:
         return len(self.inner)
 
+    @property
+    def drawn_by(self) -> str | None:
+        """What draws the order from the state of a generator; None: it follows from the epoch."""
+        kinds = [type(part) for part in _parts(self.inner) if isinstance(part, _DRAW)]
+        return next((k.__name__ for k in kinds if not issubclass(k, SeedableRandomSampler)), None)
+
+    @property
+    def seeds(self) -> dict[str, int]:
+        """The seeds that the samplers draw the order of each epoch from, by place."""
+        parts = enumerate(_parts(self.inner))
+        return {str(i): p.initial_seed for i, p in parts if isinstance(p, SeedableRandomSampler)}
+
+    @seeds.setter
+    def seeds(self, seeds: Mapping[str, int]) -> None:
+        for i, part in enumerate(_parts(self.inner)):
+            if isinstance(part, SeedableRandomSampler) and str(i) in seeds:
+                part.initial_seed = seeds[str(i)]
+
     def left_after(self, samples: int) -> int:
         """Return how many batches of this rank are left of an epoch after so many samples."""
         return len(_rest(self.inner, samples))
@@ -120,7 +152,7 @@ class IndexBatches(BatchSampler):
         begin = self.beginning
         if begin is None or begin.epoch != self._epoch:
             begin = Beginning(self._epoch, 0)
-        if begin.order:
+        if "own" in begin.order:
             self._draw_from(begin.order)
         self.drawn_from = self._generators()
         yield from repeat([], begin.batches)
@@ -137,7 +169,7 @@ class IndexBatches(BatchSampler):
 
     def _generators(self) -> dict[str, Any]:
         own = {str(i): generator.get_state() for i, generator in enumerate(self._own_generators())}
-        return {"ambient": capture_rng(), "own": own}
+        return {"ambient": capture_rng(), "own": own, "seeds": self.seeds}
 
     def _draw_from(self, states: Mapping[str, Any]) -> None:
         restore_rng(states["ambient"])

@@ -12,12 +12,14 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
 
 from unbroken.adapters.transformers.arguments import (
+    CUT_ARGUMENTS,
     MEANT,
     OPTIMIZER_OPTIONS,
     SCHEDULE_ARGUMENTS,
     argument_differences,
     plain_arguments,
 )
+from unbroken.adapters.transformers.reaching import Cut
 from unbroken.checkpoint import Difference, Policy, ratio
 from unbroken.fingerprint import callable_facts, data_facts, object_facts, qualified_name
 
@@ -39,7 +41,7 @@ def policy_of(trainer: Trainer, *, is_named: bool) -> Policy:
     """
     start = trainer.start
     meant = MEANT if is_named and start.exact_resume == "prefer" else ()
-    follows = () if start.exact_resume == "require" else (LENGTH,)
+    follows = () if start.exact_resume == "require" else (LENGTH, "ignore_data_skip")
     parts = {"fp16": "scaler", "lr_scheduler_type": "scheduler", "optim": "optimizer"}
     return Policy((*start.allow, *meant, *follows), start.skip, start.exact_resume, parts)
 
@@ -87,12 +89,40 @@ def compared(
     before = stored.get("arguments")
     if not isinstance(before, Mapping):
         return found
-    own = trainer.own_optimizers
-    arguments = argument_differences(before, plain_arguments(trainer.args), own_optimizer=own[0])
+    own, size = trainer.own_optimizers, _of_size(run, stored)
+    arguments = argument_differences(
+        before, plain_arguments(trainer.args), own_optimizer=own[0], same_size=not size
+    )
     changed = {difference.path for difference in arguments}
+    if changed & CUT_ARGUMENTS:
+        size = ()  # the arguments tell it
+    found = (*_of_data_skip(run), *found)
     if own[1] or changed & SCHEDULE_ARGUMENTS:
-        return (*arguments, *found)
-    return (*arguments, *_of_length(trainer, stored), *found)
+        return (*arguments, *size, *found)
+    return (*arguments, *size, *_of_length(trainer, stored), *found)
+
+
+def _of_size(run: Run, stored: Mapping[str, Any]) -> tuple[Difference, ...]:
+    """Tell of steps with more or fewer samples than they had, on all ranks together."""
+    if not isinstance(stored.get("cut"), Mapping):
+        return ()
+    was, now = Cut(**stored["cut"]).samples_in_step, run.cut.samples_in_step
+    if was == now:
+        return ()
+    effect = "steps of another size from here on; the position is kept in samples"
+    kept_by, rest = divmod(was, run.cut.batch * run.cut.world_size)
+    if not rest:
+        effect = f"{effect} (gradient_accumulation_steps={kept_by} keeps the size)"
+    return (Difference("total_batch_size", was, now, effect, "changed"),)
+
+
+def _of_data_skip(run: Run) -> tuple[Difference, ...]:
+    """Tell of an epoch that is begun anew because `ignore_data_skip` asks for that."""
+    if run.given_up is None:
+        return ()
+    was = f"{run.given_up.samples} samples into epoch {run.given_up.epoch}"
+    effect = "they come again in this epoch, and as many at the end of the run never come"
+    return (Difference("ignore_data_skip", was, "its beginning", effect, "changed"),)
 
 
 def _of_length(trainer: Trainer, stored: Mapping[str, Any]) -> tuple[Difference, ...]:

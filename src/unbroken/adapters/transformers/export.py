@@ -13,8 +13,9 @@ import torch
 from unbroken.adapters.transformers.stock_folder import OPTIMIZER, SCALER, SCHEDULER
 from unbroken.capture import decode, load_tensors, structure_from_bytes
 from unbroken.capture.generators import python_getstate
+from unbroken.checkpoint.shares import own_key, own_state_file
 from unbroken.errors import ConfigError
-from unbroken.store import CheckpointReader
+from unbroken.store import CheckpointReader, export_weights
 
 _OURS = ("state.", "optimizer.", "buffers.")
 
@@ -23,7 +24,8 @@ def export_stock(reader: CheckpointReader, target: Path) -> None:
     """Write a checkpoint in the layout of the host's own Trainer: `resume_from_checkpoint=target`.
 
     Weights, configuration, tokenizer and trainer_state.json are copied; optimizer.pt,
-    scheduler.pt and rng_state.pth are archives of `torch.save` with plain values and tensors.
+    scheduler.pt and rng_state.pth are archives of `torch.save` with plain values and tensors;
+    of several ranks, each has its rng_state_<rank>.pth. Sharded weights are put together.
     Every byte of the checkpoint is checked first. training_args.bin, which the host does not
     read back, is left out.
 
@@ -45,10 +47,15 @@ def export_stock(reader: CheckpointReader, target: Path) -> None:
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for file in reader.manifest.files:
-        if not file.name.startswith(_OURS):
-            source = reader.storage.describe(f"{reader.folder}/{file.name}")
-            shutil.copyfile(source, partial / file.name)
+    names = [file.name for file in reader.manifest.files if not file.name.startswith(_OURS)]
+    if any(name.startswith("adapter_model.rank") for name in names):
+        hint = "resume on one process, and export what it saves"
+        raise ConfigError(reader.folder, "holds an adapter in shards", hint=hint)
+    if any(name.startswith("model.rank") for name in names):
+        export_weights(reader, partial)
+    for name in names:
+        if not name.startswith("model.rank"):
+            shutil.copyfile(reader.storage.describe(f"{reader.folder}/{name}"), partial / name)
     _write_archives(reader, partial)
     os.rename(partial, target)
 
@@ -63,8 +70,23 @@ def _write_archives(reader: CheckpointReader, folder: Path) -> None:
     if "scaler" in tree:
         plain_scaler = load_tensors(tree["scaler"].state)
         torch.save(plain_scaler, folder / SCALER)
-    plain_states = _random_states(load_tensors(tree["rng"]))
-    torch.save(plain_states, folder / "rng_state.pth")
+    cut: Any = reader.manifest.facts.get("cut")
+    ranks = cut["world_size"]
+    for rank in range(ranks):
+        own = _own_tree(reader, rank)
+        plain_states = _random_states(load_tensors(own.get("rng", tree["rng"])))
+        name = "rng_state.pth" if ranks == 1 else f"rng_state_{rank}.pth"
+        torch.save(plain_states, folder / name)
+
+
+def _own_tree(reader: CheckpointReader, rank: int) -> Mapping[str, Any]:
+    """Return what a rank had of its own; nothing where it had the same as rank 0."""
+    name = own_state_file(rank)
+    if rank == 0 or name not in {file.name for file in reader.manifest.files}:
+        return {}
+    structure = structure_from_bytes(reader.read_file(name), name)
+    tree: Mapping[str, Any] = decode(structure, reader, lazy=True)[own_key(rank)]
+    return tree
 
 
 def _by_position(state: Mapping[str, Any]) -> dict[str, Any]:

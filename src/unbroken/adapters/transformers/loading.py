@@ -19,6 +19,8 @@ from transformers import (
 
 from unbroken.adapters.transformers.batches import Beginning, IndexBatches, Records
 from unbroken.adapters.transformers.passes import KeyedPasses
+from unbroken.adapters.transformers.place import Place
+from unbroken.checkpoint import Difference
 from unbroken.data.workers import leave_signals_to_the_parent
 from unbroken.errors import ConfigError
 
@@ -34,7 +36,7 @@ _DRAW_NOTHING = (
 )
 
 
-def keyed_loader(base: Any, *, seed: int, rank: int, world_size: int) -> Any:
+def keyed_loader(base: Any, *, seed: int, rank: int, world_size: int, ahead: int) -> Any:
     """Return the host's loader with the same batches in the same order, which can begin anywhere.
 
     What is random in samples and collators is keyed by (seed, epoch, sample): it depends neither
@@ -45,12 +47,15 @@ def keyed_loader(base: Any, *, seed: int, rank: int, world_size: int) -> Any:
         seed: The seed of the data.
         rank: This rank.
         world_size: Number of ranks.
+        ahead: How many batches the host reads before it uses them.
 
     Raises:
-        ConfigError: The host reads the data on rank 0 for all ranks.
+        ConfigError: The host has made a loader of another kind.
     """
-    if not isinstance(base, DataLoaderShard) and (
-        world_size > 1 or not isinstance(base, DataLoaderDispatcher)
+    dispatches = isinstance(base, DataLoaderDispatcher)
+    is_stream = isinstance(base.dataset, IterableDataset)
+    if not isinstance(base, DataLoaderShard) and not (
+        dispatches and (is_stream or world_size == 1)
     ):
         raise ConfigError(
             "accelerator_config",
@@ -61,9 +66,12 @@ def keyed_loader(base: Any, *, seed: int, rank: int, world_size: int) -> Any:
     options = {name: getattr(base, name) for name in _OPTIONS if hasattr(base, name)}
     leave = partial(leave_signals_to_the_parent, then=base.worker_init_fn)
     source: Any
-    if isinstance(base.dataset, IterableDataset):
-        source = _passes(base, seed)
+    if is_stream:
+        shared = dispatches and world_size > 1
+        source = _passes(base, seed, fills=shared, remembers=0 if shared else ahead + 2)
         options["batch_size"] = None
+        if shared:
+            return _dispatched(base, source, options, leave)
     else:
         source = Records(base.dataset, seed, _declared(base.collate_fn))
         inner, samples = base.batch_sampler, len(base.dataset)
@@ -86,14 +94,38 @@ def keyed_loader(base: Any, *, seed: int, rank: int, world_size: int) -> Any:
 def begin_at(loader: Any, beginning: Beginning) -> None:
     """Let a loader of `keyed_loader` begin in the middle of an epoch."""
     if isinstance(loader.dataset, KeyedPasses):
-        loader.dataset.begin(beginning.epoch, beginning.batches)
+        loader.dataset.begin(beginning.epoch, beginning.batches, beginning.data)
     else:
         loader.batch_sampler.beginning = beginning
+        loader.batch_sampler.seeds = beginning.seeds
+
+
+def data_state(loader: Any, epoch: int, batches: int) -> Any:
+    """Return the state of an iterable data set at a place; None: it has none that is exact."""
+    passes = loader.dataset
+    return passes.state_after(epoch, batches) if isinstance(passes, KeyedPasses) else None
 
 
 def order_of(loader: Any) -> dict[str, Any]:
     """Return what the order of the epoch under way was drawn from."""
     return {} if isinstance(loader.dataset, KeyedPasses) else loader.batch_sampler.drawn_from
+
+
+def unknown_order(loader: Any, place: Place) -> tuple[Difference, ...]:
+    """Tell of an order that a stock checkpoint does not hold, and nothing else tells.
+
+    Args:
+        loader: One of `keyed_loader`.
+        place: Where the checkpoint is. The order of the first epoch follows from the seed.
+    """
+    if not (place.epoch and place.batches) or isinstance(loader.dataset, KeyedPasses):
+        return ()
+    kind = loader.batch_sampler.drawn_by
+    if kind is None:
+        return ()
+    effect = "some samples of this epoch come twice, others not at all, as in transformers' own"
+    was = f"an order of epoch {place.epoch} that the checkpoint does not hold"
+    return (Difference("data.order", was, f"drawn anew by {kind}", effect, "changed"),)
 
 
 def batches_left(loader: Any, samples: int) -> int | None:
@@ -103,13 +135,29 @@ def batches_left(loader: Any, samples: int) -> int | None:
     return loader.batch_sampler.left_after(samples)  # type: ignore[no-any-return]
 
 
-def _passes(base: Any, seed: int) -> KeyedPasses:
+def _dispatched(base: Any, source: KeyedPasses, options: dict[str, Any], leave: Any) -> Any:
+    """Return a loader that reads on rank 0 for all ranks, as the host's does."""
+    return DataLoaderDispatcher(
+        source,
+        split_batches=base.split_batches,
+        _drop_last=base._drop_last,  # noqa: SLF001 (the host's own, handed on)
+        _non_blocking=base._non_blocking,  # noqa: SLF001
+        slice_fn=base.slice_fn,
+        collate_fn=_as_it_is,
+        worker_init_fn=leave if options["num_workers"] else None,
+        **options,
+    )
+
+
+def _passes(base: Any, seed: int, *, fills: bool, remembers: int) -> KeyedPasses:
     return KeyedPasses(
         base.dataset,
         seed,
         batch_size=base.batch_size,
         collate_fn=base.collate_fn,
         drop_last=base.drop_last,
+        fills=fills,
+        remembers=remembers,
     )
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from collections import deque
 from collections.abc import Callable, Iterator
-from itertools import count, islice
+from itertools import count, islice, repeat
 from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from unbroken.data import KeyedRandom, derive_key
+from unbroken.data.replay import reason_to_replay
 
 
 class KeyedPasses(IterableDataset[Any]):
@@ -19,12 +22,17 @@ class KeyedPasses(IterableDataset[Any]):
     the ambient ones as they were. The batches that are over when a run is resumed are read, but
     not collated: their places are filled with None, which the host skips.
 
+    A data set that brings itself to its place exactly (`state_dict`, `load_state_dict`) is not
+    read again, where this process reads it; what a worker has read is out of reach.
+
     Args:
         dataset: The user's data set, or this rank's part of it.
         seed: The seed of the data.
         batch_size: Samples in a batch.
         collate_fn: Makes a batch of a list of samples.
         drop_last: Leave out a last batch that is smaller.
+        fills: Whether batches that are over are made all the same.
+        remembers: After how many of the last batches the data set's state is kept.
 
     Example:
         >>> list(KeyedPasses([1, 2, 3], 0, batch_size=2, collate_fn=tuple))
@@ -39,16 +47,33 @@ class KeyedPasses(IterableDataset[Any]):
         batch_size: int,
         collate_fn: Callable[[list[Any]], Any],
         drop_last: bool = False,
+        fills: bool = False,
+        remembers: int = 0,
     ) -> None:
         self.dataset = dataset
+        self._fills = fills
+        keeps = remembers if reason_to_replay(dataset) is None else 0
+        self._states: deque[tuple[int, int, Any]] = deque(maxlen=keeps)
+        self._state: Any = None
         self._seed, self._batch_size, self._drop_last = seed, batch_size, drop_last
         self._collate = collate_fn
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call] # workers that live on
         self._over = (-1, 0)
 
-    def begin(self, epoch: int, batches: int) -> None:
-        """Take note that a resumed run skips so many batches of an epoch."""
+    def begin(self, epoch: int, batches: int, state: Any = None) -> None:
+        """Take note that a resumed run skips so many batches of an epoch.
+
+        Args:
+            epoch: The epoch.
+            batches: So many batches of it are over.
+            state: What `state_after` returned for this place.
+        """
         self._over = (epoch, batches)
+        self._state = state
+
+    def state_after(self, epoch: int, batches: int) -> Any:
+        """Return the data set's state after so many batches; None: it must be read again."""
+        return next((s for e, n, s in self._states if (e, n) == (epoch, batches)), None)
 
     def set_epoch(self, epoch: int) -> None:
         """Begin the next pass as this one."""
@@ -69,11 +94,15 @@ class KeyedPasses(IterableDataset[Any]):
         mine, of_all = (0, 1) if worker is None else (worker.id, worker.num_workers)
         if worker is not None:
             self._tell_epoch(epoch)
-        over = self._over[1] if self._over[0] == epoch else 0
+        over = self._over[1] if self._over[0] == epoch and not self._fills else 0
+        first = over if self._state is not None else 0
+        if first:
+            self.dataset.load_state_dict(copy.deepcopy(self._state))
         with KeyedRandom() as rng:
             rng.seed(derive_key(self._seed, "pass", epoch, mine))
             samples = iter(self.dataset)
-        for number in count():
+        yield from repeat(None, first)
+        for number in count(first):
             with KeyedRandom() as rng:
                 rng.seed(derive_key(self._seed, "batch of a pass", epoch, mine, number))
                 batch = list(islice(samples, self._batch_size))
@@ -82,4 +111,6 @@ class KeyedPasses(IterableDataset[Any]):
                 # Workers take turns; one that has ended makes the others come earlier, not later.
                 is_over = number * of_all + mine < over
                 data = None if is_over else self._collate(batch)
+            if self._states.maxlen:
+                self._states.append((epoch, number + 1, copy.deepcopy(self.dataset.state_dict())))
             yield data

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from unbroken.adapters.transformers.place import Place
+from unbroken.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,11 @@ class Cut:
     accumulation: int
     world_size: int
     length: int | None
+
+    @property
+    def samples_in_step(self) -> int:
+        """Samples in a step, on all ranks together."""
+        return self.batch * self.accumulation * self.world_size
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,10 @@ def reach(
     )
     place.is_even = place.batches == 0 or (place.is_even and same_lists)
     in_samples = not place.is_even and left is not None
-    batches = place.batches if not in_samples else max(0, numbers.batches_per_epoch - (left or 0))
+    if in_samples:
+        batches = max(0, numbers.batches_per_epoch - (left or 0))
+    else:
+        batches = place.batches if place.is_even else _batches_of_stream(place, now)
     before = place.epoch * numbers.steps_per_epoch + batches // now.accumulation
     changed = stored.cut is not None and stored.cut != now
     shift = stored.step - before if changed else stored.shift
@@ -120,6 +129,17 @@ def reach(
     whole = numbers.steps_per_epoch * now.accumulation
     shown = max(whole, numbers.batches_per_epoch) if empty else batches
     return Reach(epoch, shown, place, in_samples, shift, empty), numbers
+
+
+def _batches_of_stream(place: Place, now: Cut) -> int:
+    """Return how many batches, as they are cut now, the samples make that a stream has given."""
+    size = now.batch * now.world_size
+    if place.samples % size:
+        what = "a stream can begin between two batches only: another size goes on inside of one"
+        where = "per_device_train_batch_size"
+        found = f"{place.samples} samples done"
+        raise ConfigError(where, what, expected=f"a multiple of {size}", found=found)
+    return place.samples // size
 
 
 def _lengthened(

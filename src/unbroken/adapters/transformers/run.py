@@ -7,9 +7,11 @@ import json
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unbroken.adapters.transformers.adopting import adopt
 from unbroken.adapters.transformers.batches import Beginning
 from unbroken.adapters.transformers.callbacks import CallbackState, callback_states
 from unbroken.adapters.transformers.comparing import (
@@ -20,11 +22,17 @@ from unbroken.adapters.transformers.comparing import (
     take_effect,
 )
 from unbroken.adapters.transformers.folder import STATE_NAME, Folder
-from unbroken.adapters.transformers.loading import batches_left, begin_at, keyed_loader, order_of
-from unbroken.adapters.transformers.losses import Losses, no_losses
+from unbroken.adapters.transformers.loading import (
+    batches_left,
+    begin_at,
+    data_state,
+    keyed_loader,
+    order_of,
+)
+from unbroken.adapters.transformers.losses import Losses
 from unbroken.adapters.transformers.place import Follower, Place
 from unbroken.adapters.transformers.reaching import Cut, Numbers, Reach, Stored, reach
-from unbroken.adapters.transformers.stock import facts_of_stock, load_stock
+from unbroken.adapters.transformers.stock_place import place_of_stock
 from unbroken.adapters.transformers.wanted import choose_together
 from unbroken.capture import capture_rng, restore_rng, unwrapped
 from unbroken.checkpoint import Checkpointer, Preemption, ResumeReport, Selection
@@ -53,12 +61,14 @@ class Run:
         report: What the start found; known once the host has built its optimizer.
         cut: How this start cuts an epoch into steps.
         shift: As in `Stored`.
+        given_up: The place in an epoch that is begun anew; None: none is.
     """
 
     def __init__(self, trainer: Trainer, wanted: Any) -> None:
         self.trainer = trainer
         self.report = ResumeReport(step=0)
         self.shift = 0
+        self.given_up: Place | None = None
         self.saved_step: int | None = None
         self._wanted = wanted
         self._stack = ExitStack()
@@ -84,6 +94,7 @@ class Run:
             examine=lambda stored, found: compared(self, stored, found),
             told=[name for name, by_arguments in made.items() if by_arguments],
             group=self.group,
+            snapshot=trainer.start.snapshot,
         )
         self.checkpointer.layout = Folder(trainer).layout
         self.checkpointer.among_others = True
@@ -126,9 +137,13 @@ class Run:
     def loader(self, base: Any) -> Any:
         """Return the host's loader with batches that continue exactly at any place."""
         args = self.trainer.args
-        seed = args.seed if args.data_seed is None else args.data_seed
-        rank = args.process_index
-        self._loader = keyed_loader(base, seed=seed, rank=rank, world_size=args.world_size)
+        self._loader = keyed_loader(
+            base,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            rank=args.process_index,
+            world_size=args.world_size,
+            ahead=args.gradient_accumulation_steps,
+        )
         return self._loader
 
     def settled(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -138,9 +153,12 @@ class Run:
         self.cut = self._cut(_length(self._loader.dataset))
         self.follower.samples_per_batch = self.cut.batch * self.cut.world_size
         if self.folder is not None and self._stored is None:
-            self._stored = self._place_of_stock(numbers)
+            self._stored = place_of_stock(
+                self.folder, self._state, self.cut, numbers, drop_last=args.dataloader_drop_last
+            )
         if self._stored is None:
             return values
+        self._leave_out_the_skip(numbers)
         left = batches_left(self._loader, self._stored.place.samples)
         by_epochs = args.max_steps <= 0
         self._reach, numbers = reach(self._stored, self.cut, numbers, left, by_epochs=by_epochs)
@@ -148,13 +166,14 @@ class Run:
         self.follower.place = self._reach.place
         return tuple(getattr(numbers, name) for name in Numbers.__dataclass_fields__)
 
-    def _place_of_stock(self, numbers: Numbers) -> Stored:
-        """Return the place of a stock checkpoint, which the host derives from the step."""
-        step = self._state["global_step"]
-        epoch, updates = divmod(step, numbers.steps_per_epoch)
-        batches = updates * self.cut.accumulation
-        samples = batches * self.cut.batch * self.cut.world_size
-        return Stored(step, Place(epoch, batches, samples), None)
+    def _leave_out_the_skip(self, numbers: Numbers) -> None:
+        """Begin the epoch anew, if that is asked for in the middle of one."""
+        if self._stored is None or not self.trainer.args.ignore_data_skip:
+            return
+        place = self._stored.place
+        if not place.is_over and 0 < place.batches < numbers.batches_per_epoch:
+            self.given_up = place
+            self._stored = replace(self._stored, place=Place(place.epoch))
 
     def state_from_checkpoint(self) -> tuple[int, int]:
         """Put the host's stored state into the new one; return where its loop begins."""
@@ -186,8 +205,8 @@ class Run:
         self._callbacks = {name: copy.deepcopy(one.state_dict()) for name, one in states.items()}
 
     def _bring_back(self) -> None:
-        if self.chosen.is_stock:
-            self._adopt()
+        if self.chosen.is_stock and self.folder is not None and self._stored is not None:
+            self.report, self._adopted = adopt(self, self.folder, self._stored, self._loader)
             return
         selection = self.chosen.selection
         wanted: Any = {"auto": "auto", "must": True, "never": False, "best": "best"}.get(
@@ -199,24 +218,6 @@ class Run:
             found, expected = self.report.step, self._stored.step
             raise CorruptCheckpointError("resume", what, expected=expected, found=found)
         take_effect(self, self.report.differences)
-
-    def _adopt(self) -> None:
-        """Load a stock checkpoint and save it as one of ours, with which the run begins."""
-        folder = self.chosen.folder
-        if folder is None or self._stored is None:
-            return
-        comparison, step = self.checkpointer.comparison, self._stored.step
-        comparison.note_what_is_here()
-        differences = compared(self, facts_of_stock(folder), ())
-        comparison.refuse(str(folder), differences)
-        load_stock(folder, self.checkpointer.objects, rank=self.trainer.args.process_index)
-        checkpoint = str(folder)
-        self.report = ResumeReport(
-            step, checkpoint, self.chosen.rejected, differences=differences, notes=(_FROM_STOCK,)
-        )
-        take_effect(self, differences)
-        self._adopted = {"loss": no_losses(step), "order": {}, "seconds": 0.0}
-        self.checkpointer.adopt(step, self._adopted, facts=run_facts(self), came=checkpoint)
 
     def _objects(self) -> dict[str, Any]:
         trainer = self.trainer
@@ -234,11 +235,18 @@ class Run:
         """Make ready for an epoch; before the first one of a resumed run, bring back the rest."""
         if self._is_back or self._reach is None:
             self.follower.place = Place(epoch)
-        else:
-            samples = self._reach.place.samples if self._reach.in_samples else None
-            order = self.values.get("order") if self._reach.batches else None
-            begin_at(self._loader, Beginning(epoch, self._reach.batches, samples, order or {}))
+            self.bring_back()
+            return
+        samples = self._reach.place.samples if self._reach.in_samples else None
+        stored = self.values["order"]
+        order = stored if self._reach.batches else {}
+        reseeded = {"seed", "data_seed"} & {one.path for one in self.report.differences}
+        seeds = {} if reseeded else stored.get("seeds", {})
+        given = {"data": self.values.get("data"), "seeds": seeds}
+        begin_at(self._loader, Beginning(epoch, self._reach.batches, samples, order, **given))
         self.bring_back()
+        if "before" in order:  # the host restores its own after the first batch
+            restore_rng(order["before"])
 
     def bring_back(self) -> None:
         """Bring back, once, what the host sets to nothing when it begins to train."""
@@ -272,6 +280,7 @@ class Run:
     def reason_to_stop(self) -> str | None:
         """Return why to stop now; None to go on, as at the end of the run."""
         state = self.trainer.state
+        self.checkpointer.committed()  # raises what a save beside the training failed at
         if state.global_step >= state.max_steps or self.trainer.control.should_training_stop:
             return None
         return agreed_reason(self.group, self.preemption.reason())
@@ -291,6 +300,7 @@ class Run:
         """Save everything as it is now; return the folder of the checkpoint."""
         trainer = self.trainer
         trainer.store_flos()
+        self.checkpointer.wait()  # the best one may be on its way
         state, best = trainer.state, trainer.state.best_global_step
         if best is not None:
             path = self.checkpointer.path(best)
@@ -302,9 +312,11 @@ class Run:
         return self.checkpointer.save(state.global_step, self._values(), facts=run_facts(self))
 
     def _values(self) -> dict[str, Any]:
+        place = self.follower.place
         return {
             "loss": Losses(self.trainer).values(),
             "order": order_of(self._loader),
+            "data": data_state(self._loader, place.epoch, place.batches),
             "seconds": self.seconds,
         }
 
@@ -329,8 +341,6 @@ _STATE = (
     *("best_metric", "best_global_step", "train_batch_size"),
 )
 """What of the host's stored state goes on; all else follows from the arguments of this start."""
-
-_FROM_STOCK = "the checkpoint is one of transformers' own Trainer: it goes on as that would"
 
 
 def _length(dataset: Any) -> int | None:

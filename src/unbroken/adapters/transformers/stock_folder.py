@@ -46,6 +46,9 @@ def problem_of_stock(folder: Path) -> str | None:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         if not isinstance(state.get("global_step"), int):
             return f"{STATE} has no global_step"
+        engine = _written_by(folder)
+        if engine is not None:
+            return f"{engine} wrote the optimizer in a way of its own, which is not read here"
         for file in (*weight_files(folder), folder / OPTIMIZER, folder / SCHEDULER):
             _check(file)
         if not rng_files(folder):
@@ -57,6 +60,13 @@ def problem_of_stock(folder: Path) -> str | None:
     except _SIGNS_OF_DAMAGE as error:
         return str(error)
     return None
+
+
+def _written_by(folder: Path) -> str | None:
+    """Return which engine keeps its own files in a checkpoint; None: none does."""
+    if any(folder.glob("pytorch_model_fsdp*")) or (folder / "optimizer_0").is_dir():
+        return "FSDP under transformers' own Trainer"
+    return "DeepSpeed" if (folder / "latest").is_file() else None
 
 
 def weight_files(folder: Path) -> list[Path]:

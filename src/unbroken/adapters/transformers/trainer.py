@@ -12,7 +12,13 @@ from transformers.utils import logging
 
 from unbroken.adapters.transformers.run import Run
 from unbroken.adapters.transformers.versions import require_supported_version
-from unbroken.checkpoint import ExactResume, ResumeFrom, ResumeReport, TrainingStopped
+from unbroken.checkpoint import (
+    ExactResume,
+    ResumeFrom,
+    ResumeReport,
+    SnapshotMode,
+    TrainingStopped,
+)
 from unbroken.errors import ConfigError
 
 _log = logging.get_logger("transformers.unbroken")  # so that the host's verbosity counts
@@ -26,6 +32,7 @@ class Start:
     allow: Sequence[str] = ()
     skip: Sequence[str] = ()
     exact_resume: ExactResume = "prefer"
+    snapshot: SnapshotMode = "sync"
 
 
 class Trainer(transformers.Trainer):  # type: ignore[misc]
@@ -47,6 +54,9 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             by its path or step means the hyperparameters that he gives with it.
         skip: What of a checkpoint is not loaded: "optimizer", or patterns of parameters.
         exact_resume: "require" refuses also what is only equivalent.
+        snapshot: "sync": what is saved is copied, and written while training goes on, unless a
+            callback's `on_save` or the hub waits for the folder; "stream": no copy, and training
+            waits; "overlap": as `Checkpointer` takes it.
         options: As `transformers.Trainer` takes them.
 
     Attributes:
@@ -63,10 +73,12 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         allow: Sequence[str] = (),
         skip: Sequence[str] = (),
         exact_resume: ExactResume = "prefer",
+        snapshot: SnapshotMode = "sync",
         **options: Any,
     ) -> None:
         require_supported_version()
-        self.start = Start(resume_from_checkpoint, tuple(allow), tuple(skip), exact_resume)
+        named = tuple(allow), tuple(skip)
+        self.start = Start(resume_from_checkpoint, *named, exact_resume, snapshot)
         self.resume_report = ResumeReport(step=0)
         self._run: Run | None = None
         args: Any = options.get("args", arguments[1] if len(arguments) > 1 else None)
@@ -154,7 +166,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         if self._run is not None:
             self._run.resume()
             self.resume_report = self._run.report
-            _tell(self.resume_report)
+            if self.is_world_process_zero():
+                _tell(self.resume_report)
         return prepared
 
     def _run_epoch(self, *arguments: Any, **options: Any) -> None:
@@ -192,7 +205,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             if run.saved_step != self.state.global_step:
                 run.save()
             stopped = TrainingStopped(self.state.global_step, reason)
-            _log.warning(str(stopped))
+            if self.is_world_process_zero():
+                _log.warning(str(stopped))
             raise stopped
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -200,6 +214,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             super()._save_checkpoint(model, trial)
             return
         folder = self._run.save()
+        if self.args.push_to_hub or looks_at_saves(self):
+            self._run.checkpointer.wait()
         if self.args.push_to_hub:
             self._push_from_checkpoint(folder)
 
@@ -220,12 +236,20 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         if run is None:
             return super()._finalize_training(trial, num_train_samples, start_time)
         run.bring_back()
+        run.checkpointer.wait()
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # it deletes nothing
         try:
             begin = start_time - run.seconds_before
             return super()._finalize_training(trial, num_train_samples, begin)
         finally:
             self.args.save_total_limit = limit
+
+
+def fsdp_version(trainer: Trainer) -> int | None:
+    """Return which FSDP accelerate shards the model by; None: by none."""
+    if not trainer.is_fsdp_enabled:
+        return None
+    return int(getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1))
 
 
 def refuse_what_cannot_resume(trainer: Trainer) -> None:
@@ -235,14 +259,48 @@ def refuse_what_cannot_resume(trainer: Trainer) -> None:
         ConfigError: Naming the setting.
     """
     args = trainer.args
-    kinds = {"fsdp": trainer.is_fsdp_enabled, "deepspeed": trainer.is_deepspeed_enabled}
-    for name, on in kinds.items():
-        if on:
-            hint = "use DDP, or transformers' own Trainer"
-            raise ConfigError(name, "cannot be continued exactly by this adapter yet", hint=hint)
+    if trainer.is_deepspeed_enabled:
+        hint = "use FSDP2 or DDP, or transformers' own Trainer"
+        raise ConfigError("deepspeed", "keeps the optimizer where no other sees it", hint=hint)
+    version = fsdp_version(trainer)
+    if version == 1:
+        what = "FSDP1 keeps parameters in flat ones without names, and PyTorch gives it up"
+        hint = 'fsdp_config={"version": 2, ...}'
+        raise ConfigError("fsdp_config", what, expected="version 2", found="version 1", hint=hint)
+    refuse_overrides(trainer)
     if args.save_only_model:
         hint = "take it out, or use transformers' own Trainer"
         raise ConfigError("save_only_model", "leaves nothing to resume from", hint=hint)
+
+
+_NOT_CALLED = (
+    *("save_model", "_save", "_save_optimizer_and_scheduler", "_save_scaler", "_save_rng_state"),
+    *("_load_optimizer_and_scheduler", "_load_scaler"),
+)
+"""What the host calls for its checkpoints, and a subclass may have in its own way."""
+
+
+def refuse_overrides(trainer: Trainer) -> None:
+    """Raise where a subclass saves or loads in a way of its own, unless that is named.
+
+    Raises:
+        ConfigError: Naming the method.
+    """
+    for name in _NOT_CALLED:
+        own = getattr(type(trainer), name)
+        if own is not getattr(transformers.Trainer, name) and name not in trainer.start.allow:
+            what = "is not called for checkpoints: what it writes or reads would be missing"
+            hint = (
+                f"allow=[{name!r}] leaves it out of checkpoints, where all is saved without it; "
+                "overriding _save_checkpoint adds to them"
+            )
+            raise ConfigError(own.__qualname__, what, hint=hint)
+
+
+def looks_at_saves(trainer: Trainer) -> bool:
+    """Return whether a callback does something when a checkpoint is there."""
+    plain = transformers.TrainerCallback.on_save
+    return any(type(one).on_save is not plain for one in trainer.callback_handler.callbacks)
 
 
 def _as_path(wanted: Any) -> Any:

@@ -126,6 +126,11 @@ def _newest(run: RunDirectory, selection: Selection) -> Chosen:
             rejected.append(Rejection(found.folder, found.step, problem))
         else:
             rejected.append(found)
+    if any(is_stock(Path(run.storage.describe(one.folder))) for one in rejected):
+        lines = [f"{one.folder}: {one.reason}" for one in rejected]
+        what = "not one of the checkpoints can be gone on from"
+        hint = "\n".join([*lines, 'resume_from_checkpoint="never" starts anew'])
+        raise CheckpointNotFoundError(run.storage.describe(), what, hint=hint)
     return Chosen(None, selection, rejected=tuple(rejected))
 
 

@@ -1,0 +1,114 @@
+"""Data sets, collators and a sampler for runs of the host's Trainer: windows of a real text."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+
+from unbroken.data import ByteTokenizer, TokenDataset, builtin_text
+
+BLOCK = 16
+SAMPLES = 48
+
+
+class Text(torch.utils.data.Dataset):
+    """Windows of a real text, and the indices that were read."""
+
+    def __init__(self, cache: str, samples: int = SAMPLES, changed: bool = False) -> None:
+        tokens = TokenDataset.from_files(
+            builtin_text(), block_size=BLOCK, cache=cache, tokenizer=ByteTokenizer()
+        )
+        start = 100 if changed else 0
+        self.rows = [tokens[i]["input_ids"] for i in range(start, start + samples)]
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        self.read.append(int(index))
+        return {"input_ids": self.rows[index], "labels": self.rows[index]}
+
+
+class Augmented(Text):
+    """Replaces bytes at random, from all three global generators."""
+
+    def __getitem__(self, index: int) -> dict:
+        row = self.rows[index].clone()
+        row[random.randrange(BLOCK)] = np.random.randint(256)
+        row[int(torch.randint(BLOCK, ()))] = 32
+        return {"input_ids": row, "labels": row}
+
+
+class Ragged(Text):
+    def __getitem__(self, index: int) -> dict:
+        row = self.rows[index][: 4 + (index * 7) % 12]
+        return {"input_ids": row, "labels": row}
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, rows: Text, shuffled: bool) -> None:
+        self.rows, self.shuffled = rows, shuffled
+
+    def __iter__(self):
+        order = torch.randperm(len(self.rows)) if self.shuffled else range(len(self.rows))
+        worker = torch.utils.data.get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        return (self.rows[int(i)] for i in list(order)[first::step])
+
+
+class StreamWithState(Stream):
+    """A stream that brings itself to its place, and notes what it has read."""
+
+    def __init__(self, rows: Text, shuffled: bool) -> None:
+        super().__init__(rows, shuffled)
+        self.order: list[int] = []
+        self.next = 0
+
+    @property
+    def read(self) -> list[int]:
+        return self.rows.read
+
+    def state_dict(self) -> dict:
+        return {"order": self.order, "next": self.next}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.order, self.next = state["order"], state["next"]
+
+    def __iter__(self):
+        if self.next in (0, len(self.rows)):
+            self.order, self.next = torch.randperm(len(self.rows)).tolist(), 0
+        while self.next < len(self.rows):
+            self.next += 1
+            yield self.rows[self.order[self.next - 1]]
+
+
+def masked(samples: list[dict]) -> dict:
+    ids = torch.stack([sample["input_ids"] for sample in samples])
+    return {"input_ids": torch.where(torch.rand(ids.shape) < 0.15, 0, ids), "labels": ids}
+
+
+def padded(samples: list[dict]) -> dict:
+    rows = [
+        torch.nn.functional.pad(s["input_ids"], (0, BLOCK - len(s["input_ids"]))) for s in samples
+    ]
+    return {"input_ids": torch.stack(rows), "labels": torch.stack(rows)}
+
+
+class OwnSampler(torch.utils.data.Sampler):
+    """Another order in each epoch, if it is told the epoch."""
+
+    def __init__(self, length: int) -> None:
+        self.length, self.epoch = length, 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(100 + self.epoch)
+        return iter(torch.randperm(self.length, generator=generator).tolist())

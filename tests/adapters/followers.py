@@ -1,0 +1,115 @@
+"""Callbacks that look at a run, and that end it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import threading
+from typing import Any
+
+import torch
+import transformers
+import transformers.trainer_jit_checkpoint
+
+
+def digest_of(model: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + bytes_of(tensor))
+    return digest.hexdigest()
+
+
+def digest_of_moments(model: torch.nn.Module, optimizer: Any) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        for key, moment in sorted(optimizer.state.get(parameter, {}).items()):
+            digest.update(f"{name}.{key}".encode() + bytes_of(moment))
+    return digest.hexdigest()
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole.detach().numpy().tobytes()
+
+
+class Counting(transformers.TrainerCallback, transformers.trainer_callback.ExportableState):
+    """Counts steps, and draws a random number at each."""
+
+    def __init__(self, by: int = 1) -> None:
+        self.by, self.count = by, 0
+
+    def on_step_end(self, args, state, control, **more):
+        self.count += self.by
+
+    def state(self) -> dict:
+        return {"args": {"by": self.by}, "attributes": {"count": self.count}}
+
+
+class KilledAt(transformers.TrainerCallback):
+    """Ends the process with a signal after a step; kill -9 by default."""
+
+    def __init__(self, order: dict) -> None:
+        self.step, self.number = order["kill_at"], order.get("signal", signal.SIGKILL)
+        self.after_save = order.get("after_save", False)
+        self.is_here = os.environ.get("RANK", "0") == str(order.get("on_rank", 0))
+
+    def on_step_end(self, args, state, control, **more):
+        if state.global_step == self.step and not self.after_save and self.is_here:
+            os.kill(os.getpid(), self.number)
+
+    def on_save(self, args, state, control, **more):
+        if state.global_step == self.step and self.after_save:
+            os.kill(os.getpid(), self.number)
+
+
+class StoppedInAWindow(transformers.TrainerCallback):
+    """Lets the host's own way of stopping begin between two micro-batches of a step."""
+
+    def __init__(self, step: int, trainer: transformers.Trainer) -> None:
+        kind = transformers.trainer_jit_checkpoint.JITCheckpointCallback
+        own = [one for one in trainer.callback_handler.callbacks if isinstance(one, kind)]
+        self.step, self.manager = step, own[0].jit_manager
+
+    def on_substep_end(self, args, state, control, **more):
+        if state.global_step == self.step:
+            self.manager._enable_checkpoint()
+
+
+class Seen(transformers.TrainerCallback):
+    """Takes the weights' digest after each step, and what the learning rate was."""
+
+    def __init__(self, looks: bool = False) -> None:
+        self.rates: dict[int, float] = {}
+        self.looks, self.states = looks, {}
+
+    def look(self, step: int, model: torch.nn.Module, optimizer: Any) -> None:
+        if self.looks:
+            self.states[step] = [digest_of(model), digest_of_moments(model, optimizer)]
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **more):
+        self.look(state.global_step, model, optimizer)
+
+    def on_save(self, args, state, control, model=None, optimizer=None, **more):
+        self.look(state.global_step, model, optimizer)
+
+    def on_step_end(self, args, state, control, lr_scheduler=None, **more):
+        self.rates[state.global_step] = lr_scheduler.get_last_lr()[0]
+
+
+class KilledBeside(KilledAt):
+    """As above, without an `on_save` that a save would be waited for."""
+
+    on_save = transformers.TrainerCallback.on_save
+
+
+class SeenBeside(Seen):
+    """The same; a save that is held back may end when training has come to a step."""
+
+    on_save = transformers.TrainerCallback.on_save
+    release_at, released = 0, threading.Event()
+
+    def on_step_end(self, args, state, control, **more):
+        super().on_step_end(args, state, control, **more)
+        if state.global_step == self.release_at:
+            self.released.set()

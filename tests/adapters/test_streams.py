@@ -1,0 +1,71 @@
+"""Iterable data sets: those that know their place, and those that rank 0 reads for all."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+KNOWS = {"data": "stream with state", "args": {"max_steps": 30, "save_steps": 5}}
+RANKS = {"action": "train_on_ranks", "ranks": 2, "data": "stream shuffled"}
+READ_BY_RANK_0 = {**RANKS, "args": {"max_steps": 15, "save_steps": 4}}
+READ_BY_ALL = {
+    **RANKS,
+    "data": "stream",
+    "args": {**READ_BY_RANK_0["args"], "accelerator_config": {"dispatch_batches": False}},
+}
+
+
+@pytest.mark.parametrize("kill_at", [8, 13, 23])
+def test_a_stream_that_knows_its_place_is_not_read_again(kill_at, run, uninterrupted):
+    run(kill_at=kill_at, **KNOWS)
+    resumed = run(**KNOWS)
+    assert resumed.bits == uninterrupted(**KNOWS).bits
+    done = kill_at // 5 * 5
+    assert len(resumed.read) <= (30 - done + 2) * 4  # the host reads two batches ahead
+
+
+def test_a_window_of_several_batches_is_at_its_place_too(run, uninterrupted):
+    case = {**KNOWS, "args": {**KNOWS["args"], "gradient_accumulation_steps": 5}}
+    run(kill_at=8, **case)
+    resumed = run(**case)
+    assert resumed.bits == uninterrupted(**case).bits
+    assert len(resumed.read) <= (30 - 5 + 2) * 20
+
+
+@pytest.mark.slow
+@pytest.mark.stock
+def test_the_hosts_own_reads_it_all_again(run):
+    case = {"trainer": "stock", **KNOWS}
+    run(kill_at=13, **case)
+    assert len(run(resume=True, **case).read) >= 30 * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [READ_BY_RANK_0, READ_BY_ALL])
+def test_a_stream_on_two_ranks_is_the_same_run_after_a_kill(case, run, uninterrupted):
+    killed = run(kill_at=9, on_rank=1, **case)  # 6 steps in a pass
+    assert killed.status == -signal.SIGKILL, killed.text
+    resumed = run(**case)
+    assert resumed.first_step == 9, resumed.text
+    assert resumed.bits == uninterrupted(**case).bits
+
+
+@pytest.mark.slow
+def test_a_stream_that_rank_0_reads_is_another_run_without_its_keys(run, uninterrupted):
+    run(kill_at=9, on_rank=1, **READ_BY_RANK_0)
+    assert run(sabotage="keys", **READ_BY_RANK_0).bits != uninterrupted(**READ_BY_RANK_0).bits
+
+
+def test_larger_batches_of_a_stream_begin_where_the_samples_are(run):
+    run(kill_at=13, **KNOWS)
+    larger = {"args": {**KNOWS["args"], "per_device_train_batch_size": 8, "max_steps": 14}}
+    resumed = run(data="stream", allow=["per_device_train_batch_size", "data"], **larger)
+    assert (resumed.first_step, resumed.step) == (11, 14), resumed.text
+
+
+def test_a_stream_cannot_begin_inside_of_a_batch(run):
+    run(kill_at=6, **KNOWS)
+    larger = {"args": {**KNOWS["args"], "per_device_train_batch_size": 8}}
+    refused = run(data="stream with state", allow=["per_device_train_batch_size"], **larger)
+    assert "expected a multiple of 8, found 20 samples done" in refused.text
