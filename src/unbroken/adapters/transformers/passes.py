@@ -95,7 +95,7 @@ class KeyedPasses(IterableDataset[Any]):
         if worker is not None:
             self._tell_epoch(epoch)
         over = self._over[1] if self._over[0] == epoch and not self._fills else 0
-        first = over if self._state is not None else 0
+        first = over if self._state is not None and self._states.maxlen else 0
         if first:
             self.dataset.load_state_dict(copy.deepcopy(self._state))
         with KeyedRandom() as rng:

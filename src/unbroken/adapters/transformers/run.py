@@ -71,6 +71,7 @@ class Run:
         self.given_up: Place | None = None
         self.saved_step: int | None = None
         self._wanted = wanted
+        self._begins_epochs_anew = trainer.args.ignore_data_skip
         self._stack = ExitStack()
         self.group: Group = join() if trainer.args.world_size > 1 else Alone()
         self._loader: Any = None
@@ -168,7 +169,7 @@ class Run:
 
     def _leave_out_the_skip(self, numbers: Numbers) -> None:
         """Begin the epoch anew, if that is asked for in the middle of one."""
-        if self._stored is None or not self.trainer.args.ignore_data_skip:
+        if self._stored is None or not self._begins_epochs_anew:
             return
         place = self._stored.place
         if not place.is_over and 0 < place.batches < numbers.batches_per_epoch:

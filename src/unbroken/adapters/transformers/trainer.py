@@ -122,10 +122,12 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         with Run(self, _as_path(wanted)) as run:
             self._run = run
             self.add_callback(run.follower)
+            skips, self.args.ignore_data_skip = self.args.ignore_data_skip, False  # known by now
             try:
                 folder = None if run.folder is None else str(run.folder)
                 return super().train(folder, None, ignore_keys_for_eval)
             finally:
+                self.args.ignore_data_skip = skips
                 self._run = None
                 self.remove_callback(run.follower)
 
