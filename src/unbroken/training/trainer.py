@@ -37,6 +37,7 @@ from unbroken.training.assembly import (
 )
 from unbroken.training.callback import Callback, overridden
 from unbroken.training.config import TrainerConfig
+from unbroken.training.construction import Construction, MakeModel
 from unbroken.training.counting import count_steps, epoch_at
 from unbroken.training.data_digest import DataDigest
 from unbroken.training.determinism import deterministic_kernels
@@ -67,7 +68,8 @@ class Trainer:
 
     Args:
         model: Any module, in DistributedDataParallel or not; a Hugging Face model returns its own
-            loss. It is moved to the device.
+            loss. It is moved to the device. Or a function that makes it: where a checkpoint is
+            there, a model is then made without drawing first weights, as far as it allows that.
         config: All settings.
         train_dataset: A map-style data set; or an iterable of micro-batches, resumed through
             its `state_dict`, or else by counting and skipping.
@@ -106,7 +108,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | MakeModel,
         config: TrainerConfig | None = None,
         train_dataset: Any = None,
         *,
@@ -126,10 +128,12 @@ class Trainer:
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.group = joined(config) if group is None else group
-        model = without_ddp(model, self.group)
+        self._construction = Construction(model, config or TrainerConfig(), storage)
+        model = without_ddp(self._construction.model, self.group)
         self.division = Division.of(model, self.group)
         self.config = config = for_ranks(config or TrainerConfig(), self.division)
         self.device = pick_device(config.device, self.group)
+        self._construction.make_room(self.device)
         self.model = model = model.to(self.device)
         self.eval_dataset = eval_dataset
         self.callbacks = list(callbacks)
@@ -301,6 +305,7 @@ class Trainer:
 
         Override it to add metrics of your own; `metric_for_best_model` may name any of them.
         """
+        self._construction.initialise()
         return {"eval_loss": self._evaluator.mean_loss(self.eval_dataset)}
 
     def stop(self, reason: str = "stop() was called") -> None:
@@ -331,8 +336,12 @@ class Trainer:
         if Selection.parse(which).kind == "never" and self.progress != Progress():
             raise ConfigError("train", 'make a new Trainer for "never"', found=str(self.progress))
         self.group.agree("the configuration", self.config.to_dict())
-        with deterministic_kernels(self.config.full_determinism, self.device):
+        with ExitStack() as stack:
+            stack.callback(self._construction.initialise)  # unless a checkpoint brings weights
+            stack.enter_context(deterministic_kernels(self.config.full_determinism, self.device))
             report = self.resume_report = self.checkpointer.resume(which)
+            if report.resumed:
+                self._construction.has_weights()
         if report.resumed:
             go_on(self, report)
         self._is_loaded = True
