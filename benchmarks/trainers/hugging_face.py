@@ -39,9 +39,7 @@ def make(work: Work, trainer_class: type[Trainer] = Trainer) -> Trainer:
         use_cpu=True,
     )
     model = work.model()
-    trainer = trainer_class(
-        model, arguments, train_dataset=work.data(model), callbacks=[Steps(work)]
-    )
+    trainer = trainer_class(model, arguments, train_dataset=work.data(), callbacks=[Steps(work)])
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 

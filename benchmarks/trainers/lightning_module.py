@@ -70,7 +70,7 @@ def train(work: Work) -> None:
     found = newest_first(work.folder, "checkpoint-*.ckpt")
     model = work.model()
     model.train()
-    loader = torch.utils.data.DataLoader(work.data(model), batch_size=1, shuffle=True)
+    loader = torch.utils.data.DataLoader(work.data(), batch_size=1, shuffle=True)
     make(work).fit(Module(model), loader, ckpt_path=found[0] if found else None)
 
 

@@ -18,7 +18,6 @@ class Steps(Callback):
 
 
 def make(work: Work) -> Trainer:
-    model = work.model()
     config = TrainerConfig(
         output_dir=str(work.folder),
         batch_size=1,
@@ -30,7 +29,7 @@ def make(work: Work) -> Trainer:
         snapshot="overlap",
     )
     callbacks = [Steps(work)]
-    return Trainer(model, config, work.data(model), callbacks=callbacks, display=Silence())
+    return Trainer(work.model, config, work.data(), callbacks=callbacks, display=Silence())
 
 
 def train(work: Work) -> None:

@@ -21,7 +21,7 @@ def train(work: Work) -> None:
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
     model.train()
-    for inputs in batches(work.data(model), step):
+    for inputs in batches(work.data(), step):
         if step >= work.max_steps:
             return
         model(**inputs).loss.backward()

@@ -6,15 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-TOKENS, SAMPLES = 128, 1_000_003
+TOKENS, SAMPLES, VOCABULARY = 128, 1_000_003, 512
 LEARNING_RATE = 1e-5
 
 
 class Blocks:
     """A million blocks of tokens, made when asked for."""
-
-    def __init__(self, vocabulary: int) -> None:
-        self.vocabulary = vocabulary
 
     def __len__(self) -> int:
         return SAMPLES
@@ -22,7 +19,7 @@ class Blocks:
     def __getitem__(self, index: int):
         import torch
 
-        row = torch.arange(index, index + TOKENS) % self.vocabulary
+        row = torch.arange(index, index + TOKENS) % VOCABULARY
         return {"input_ids": row, "labels": row}
 
 
@@ -46,8 +43,8 @@ class Work:
     keep: int | None = None
     on_step: Callable[[int], None] = lambda step: None
 
-    def data(self, model) -> Blocks:
-        return Blocks(model.config.vocab_size)
+    def data(self) -> Blocks:
+        return Blocks()
 
 
 def optimizer_for(model):

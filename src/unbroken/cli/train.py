@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 
 from unbroken.cli.language_model import make_model
 from unbroken.cli.settings import TrainSettings, parse_settings
@@ -23,14 +24,15 @@ def train(given: Sequence[str]) -> int:
     settings = parse_settings(given)
     _check_evaluation(settings)
     text = open_text(settings.data)
-    model = make_model(
+    make = partial(
+        make_model,
         settings.model,
         vocab_size=text.vocab_size,
         block_size=settings.data.block_size,
         seed=settings.trainer.seed,
     )
     Trainer(
-        model,
+        make,
         settings.trainer,
         text.train,
         eval_dataset=text.evaluation,
