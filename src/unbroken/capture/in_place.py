@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from unbroken.capture.sharded import is_sharded, same_cut
 from unbroken.capture.stored import StoredTensor
 from unbroken.capture.tree import children
 
@@ -32,7 +33,8 @@ class StateInPlace:
         if not self._state:
             return
         live = [*self._state.values(), *(group["params"] for group in optimizer.param_groups)]
-        self._live.update(_memory_of(one) for one in _values_in(live) if _has_memory(one))
+        held = (_held(one) for one in _values_in(live))
+        self._live.update(_memory_of(one) for one in held if _has_memory(one))
         leaves = (value for value in _values_in(stored) if isinstance(value, StoredTensor))
         self._stored.update(leaf.path for leaf in leaves)
 
@@ -42,9 +44,12 @@ class StateInPlace:
         """Return the live tensor that may be overwritten with `value`; None: there is none."""
         state = self._state.get(parameter)
         live = state.get(key) if isinstance(state, dict) else None
-        if type(live) is not torch.Tensor or not _has_memory(live):
+        held = _held(live)
+        if live is None or type(held) is not torch.Tensor or not _has_memory(held):
             return None
-        alone = self._live[_memory_of(live)] == 1 and self._stored[value.path] == 1
+        if is_sharded(live) and not same_cut(live, parameter):
+            return None
+        alone = self._live[_memory_of(held)] == 1 and self._stored[value.path] == 1
         return live if alone and live.device == parameter.device and value.is_like(live) else None
 
 
@@ -55,6 +60,14 @@ def _values_in(tree: object) -> Iterator[Any]:
         value = todo.pop()
         yield value
         todo.extend(children(value))
+
+
+def _held(value: object) -> Any:
+    """Return the tensor that a value is on this rank."""
+    if not is_sharded(value):
+        return value
+    with torch.no_grad():
+        return value.to_local()
 
 
 def _has_memory(value: object) -> bool:

@@ -254,7 +254,7 @@ class _StateLoader:
         if not isinstance(value, StoredTensor):
             return value
         if is_sharded(self._parameter) and value.shape == tuple(self._parameter.shape):
-            return value.load_like(self._parameter)
+            return value.load_like(self._parameter, self._later)
         same = value.device == self._was
         device = self._parameter.device if same else home(value)
         return value.load(device, self._blocks, self._later)

@@ -10,10 +10,11 @@ import torch
 
 from unbroken.capture.dtypes import byte_view, carrier, dtype_name, raw
 from unbroken.capture.leaves import stored_as
-from unbroken.capture.sharded import empty_like, is_sharded, part_of
+from unbroken.capture.sharded import Chunks, empty_like, is_sharded, part_of
 from unbroken.capture.tree import TreeMap
 from unbroken.capture.views import Layout
 from unbroken.errors import CorruptCheckpointError, StateMismatchError
+from unbroken.store import Box
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -59,6 +60,9 @@ class LeafSource(Protocol):
         """Fill `buffer` with the verified bytes of a part of the leaf."""
 
 
+_Wanted = tuple[str, Box | None, memoryview]
+
+
 class Filling:
     """Memory that is to be filled with leaves: all are read together, several at once.
 
@@ -66,11 +70,14 @@ class Filling:
     """
 
     def __init__(self) -> None:
-        self._wanted: dict[int, tuple[LeafSource, list[tuple[str, memoryview]]]] = {}
+        self.chunks: Chunks = {}  # how sharded tensors are cut
+        self._wanted: dict[int, tuple[LeafSource, list[_Wanted]]] = {}
 
-    def add(self, source: LeafSource, path: str, buffer: memoryview) -> None:
-        """Note that `buffer` is to get the leaf at `path`."""
-        self._wanted.setdefault(id(source), (source, []))[1].append((path, buffer))
+    def add(
+        self, source: LeafSource, path: str, buffer: memoryview, part: Box | None = None
+    ) -> None:
+        """Note that `buffer` is to get the leaf at `path`, or a part of it."""
+        self._wanted.setdefault(id(source), (source, []))[1].append((path, part, buffer))
 
     def finish(self) -> None:
         """Fill all memory.
@@ -79,13 +86,20 @@ class Filling:
             CorruptCheckpointError: Bytes are not those that the manifest promises.
         """
         for source, wanted in self._wanted.values():
-            read_together = getattr(source, "read_leaves_into", None)
+            read_together = getattr(source, "read_boxes_into", None)
             if read_together is not None:
                 read_together(wanted)
-            else:
-                for path, buffer in wanted:
-                    source.read_leaf_into(path, buffer)
+                continue
+            for path, part, buffer in wanted:
+                _read(source, path, buffer, part)
         self._wanted.clear()
+
+
+def _read(source: LeafSource, path: str, buffer: memoryview, part: Box | None) -> None:
+    if part is None:
+        source.read_leaf_into(path, buffer)
+    else:
+        source.read_box_into(path, part.offsets, part.shape, buffer)
 
 
 Blocks = dict[tuple[str, Layout, str], torch.Tensor]
@@ -180,7 +194,7 @@ class StoredTensor:
                 self.path, "has another shape or dtype", expected=self, found=describe(tensor)
             )
         if is_sharded(tensor):
-            self._copy_part_into(tensor)
+            self._copy_part_into(tensor, later)
         elif self._fills(tensor):
             self._fill(tensor, later)
         elif self.conj or self.neg or tensor.is_conj() or tensor.is_neg():
@@ -190,8 +204,12 @@ class StoredTensor:
         if not tensor.is_inference():
             torch.autograd.graph.increment_version(tensor)
 
-    def load_like(self, like: torch.Tensor) -> torch.Tensor:
+    def load_like(self, like: torch.Tensor, later: Filling | None = None) -> torch.Tensor:
         """Read the tensor into a new one on the device of `like`, cut as that one is.
+
+        Args:
+            like: The tensor to be like.
+            later: Fills the new one when it is finished, if it is cut; None: at once.
 
         Raises:
             StateMismatchError: `like` is cut, and has another shape.
@@ -200,12 +218,12 @@ class StoredTensor:
         if not is_sharded(like):
             return self.load(like.device)
         found = empty_like(like, self.dtype)
-        self.copy_into(found)
+        self.copy_into(found, later)
         return found
 
-    def _copy_part_into(self, tensor: DTensor) -> None:
+    def _copy_part_into(self, tensor: DTensor, later: Filling | None) -> None:
         """Overwrite what this rank holds of a sharded tensor; no more is read than is needed."""
-        part = part_of(tensor, self.path)
+        part = part_of(tensor, self.path, None if later is None else later.chunks)
         here = part.tensor
         if self.base != self.view or self.offset or self.conj or self.neg:
             narrow = tuple(
@@ -213,7 +231,7 @@ class StoredTensor:
             )
             here.copy_(self.load()[narrow])
         elif here.device.type == "cpu" and here.is_contiguous():
-            self.source.read_box_into(self.path, part.offsets, part.shape, byte_view(here))
+            self._fill(here, later, Box(part.offsets, part.shape))
         else:
             block = torch.empty(part.shape, dtype=carrier(self.dtype))
             self.source.read_box_into(self.path, part.offsets, part.shape, byte_view(block))
@@ -236,11 +254,11 @@ class StoredTensor:
         whole = self.base == self.view and self.offset == 0
         return plain and whole and tensor.device.type == "cpu" and tensor.is_contiguous()
 
-    def _fill(self, tensor: torch.Tensor, later: Filling | None) -> None:
+    def _fill(self, tensor: torch.Tensor, later: Filling | None, part: Box | None = None) -> None:
         if later is None:
-            self.source.read_leaf_into(self.path, byte_view(tensor))
+            _read(self.source, self.path, byte_view(tensor), part)
         else:
-            later.add(self.source, self.path, byte_view(tensor))
+            later.add(self.source, self.path, byte_view(tensor), part)
 
     def _read_block(self, later: Filling | None) -> torch.Tensor:
         """Read the leaf into new memory that is laid out as the base says."""

@@ -86,6 +86,10 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Return the manifest as its file holds it, its own digest in front."""
+        return self._bytes
+
+    @cached_property
+    def _bytes(self) -> bytes:
         body = to_canonical(self._to_json(), "manifest")
         return b"".join((_OPENING, digest_of(body).encode(), _MIDDLE, body, _CLOSING))
 

@@ -165,12 +165,21 @@ class CheckpointReader:
         Raises:
             CorruptCheckpointError: Of several that are damaged, it names the first in the files.
         """
+        self.read_boxes_into((path, None, buffer) for path, buffer in wanted)
+
+    def read_boxes_into(self, wanted: Iterable[tuple[str, Box | None, memoryview]], /) -> None:
+        """Read many tensors, or parts as `read_box_into` does, several at once.
+
+        Args:
+            wanted: Paths, each with the part that is wanted (None: all of it) and the buffer.
+
+        Raises:
+            CorruptCheckpointError: Of several that are damaged, it names the first in the files.
+        """
         place = {path: number for number, path in enumerate(self.manifest.tensors)}
         tasks = sorted(wanted, key=lambda one: place.get(one[0], -1))
-        nbytes = sum(buffer.nbytes for _, buffer in tasks)
-        self._side_by_side(
-            tasks, lambda desk, one: self._read_box(desk, one[0], None, one[1]), nbytes
-        )
+        nbytes = sum(buffer.nbytes for _, _, buffer in tasks)
+        self._side_by_side(tasks, lambda desk, one: self._read_box(desk, *one), nbytes)
 
     def read_box_into(
         self, path: str, offsets: tuple[int, ...], shape: tuple[int, ...], buffer: memoryview, /
