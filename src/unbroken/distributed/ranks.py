@@ -58,7 +58,8 @@ class Ranks:
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
-        self._store, self._aparts = store, 0
+        self._store: Store | None = store
+        self._aparts = 0
         self._mailbox = Mailbox(store, rank, world_size, timeout)
         self._timeout = timeout
         self._store_on_rank_0 = store_on_rank_0
@@ -109,6 +110,8 @@ class Ranks:
 
     def apart(self) -> Ranks:
         """Return a group of the same ranks for another thread."""
+        if self._store is None:
+            raise self._left("apart")
         self._aparts += 1
         other = Ranks(
             PrefixStore(f"apart/{self._aparts}", self._store),
@@ -126,6 +129,7 @@ class Ranks:
         if self._closed:
             return
         self._closed = True
+        self._store = None  # which ends with the last who holds it
         # The store ends with the process that holds it; the others may still read in it.
         needed = self.rank == 0 and self._store_on_rank_0
         needed = needed and not isinstance(self._broken, RankTimeoutError)
