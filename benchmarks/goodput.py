@@ -4,7 +4,7 @@
 
 GPT-2 124M with AdamW, one sample a step. Each method first trains for a while undisturbed: from
 that come its step time and what a save costs it, and so its best interval between saves (Young,
-Daly: `unbroken.goodput.best_interval`; never shorter than a save takes). Then it trains for a
+Daly: `unbroken.goodput.best_interval`; at least twice what a save takes until it is there). Then it trains for a
 given time. SIGKILL comes at random moments, with exponential gaps, the same for all; a killed run
 is started again at once. A start that fails on a checkpoint that a kill left broken is what
 its operator would do about it: that checkpoint is removed, and the run started again. *steps* is
@@ -29,6 +29,7 @@ from pathlib import Path
 from statistics import median
 
 from gpt2 import gpt2
+from machine import users_environment
 from protocol import Protocol
 from trainers import TRAINERS, Work, module_of
 
@@ -82,7 +83,8 @@ def launch(name: str, folder: Path, max_steps: int, save_steps: int, quick: bool
     words = ["train", name, str(folder), str(max_steps), str(save_steps)]
     command = [sys.executable, "-W", "ignore", __file__, *words]
     with (folder / "output").open("a") as output:
-        return subprocess.Popen(command, stdout=output, stderr=output)
+        environment = users_environment()
+        return subprocess.Popen(command, stdout=output, stderr=output, env=environment)
 
 
 def wait(process, until: float) -> int | None:
@@ -135,7 +137,7 @@ def save_interval(found: dict[str, float], plan: Plan) -> int:
     """Return the steps between saves that make goodput largest."""
     from unbroken.goodput import best_interval
 
-    seconds = max(best_interval(found["lost"], plan.between_kills), found["save"])
+    seconds = max(best_interval(found["lost"], plan.between_kills), 2 * found["save"])
     return max(1, round(seconds / found["step"]))
 
 

@@ -35,11 +35,16 @@ def _processor() -> str:
 def measured_in_a_fresh_process(script: str, *arguments: object, threads: int = 1) -> dict:
     """Run a script in a new interpreter; return the JSON on a line of its output, the last."""
     command = [sys.executable, script, *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment = {**users_environment(), "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
     return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
+
+
+def users_environment() -> dict[str, str]:
+    """Return the environment of processes: bytecode is kept, as of packages that are installed."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
 def median(values: list[float]) -> float:
