@@ -4,11 +4,12 @@
 
 GPT-2 124M with AdamW, one sample a step. Each method first trains for a while undisturbed: from
 that come its step time and what a save costs it, and so its best interval between saves (Young,
-Daly: `unbroken.goodput.best_interval`; at least twice what a save takes until it is there). Then it trains for a
-given time. SIGKILL comes at random moments, with exponential gaps, the same for all; a killed run
-is started again at once. A start that fails on a checkpoint that a kill left broken is what
-its operator would do about it: that checkpoint is removed, and the run started again. *steps* is
-what the run has reached when the time is over, *goodput* that in the time of its undisturbed steps.
+Daly: `unbroken.goodput.best_interval`; at least twice what a save takes until it is there). Then
+it trains for a given time. SIGKILL comes at random moments, with exponential gaps, the same for
+all; a killed run is started again at once. A start that fails on a checkpoint that a kill left
+broken is what its operator would do about it: that checkpoint is removed, and the run started
+again. *steps* is what the run has reached when the time is over, *goodput* that in the time of its
+undisturbed steps.
 """
 
 from __future__ import annotations
