@@ -55,9 +55,9 @@ PARAMETERS = {
     unbroken.Trainer.save_checkpoint: "self",
     unbroken.Trainer.load_checkpoint: "self which",
     unbroken.Trainer.stop: "self reason",
-    unbroken.Checkpointer: "directory branch save_steps save_minutes keep types clock wall_clock "
-    "settings policy fingerprint examine told group load_from of_each_rank "
-    "snapshot objects",
+    unbroken.Checkpointer: "directory branch save_steps save_minutes max_lost_minutes mtbf_hours "
+    "keep types clock wall_clock settings policy fingerprint examine told group load_from "
+    "of_each_rank snapshot objects",
     unbroken.Checkpointer.resume: "self which",
     unbroken.Checkpointer.adopt: "self step values facts came",
     unbroken.Checkpointer.load: "self step names",

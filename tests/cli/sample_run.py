@@ -15,6 +15,15 @@ BEGUN = 1_769_860_800.0  # 2026-01-31 12:00:00 UTC
 RUN_ID = "0123456789abcdef" * 2
 
 
+CADENCE = {
+    "cadence": {
+        "seconds": 33.4,
+        "steps": 412,
+        "text": "saves every 412 steps (33 s): a save costs 0.05 s, failures every 3.1 h (given)",
+    }
+}
+
+
 @dataclass(frozen=True)
 class Bytes:
     """A leaf of plain bytes."""
@@ -47,7 +56,7 @@ def make_run(folder: Path, *, steps=(0, 10, 20), fill=7, seconds=3) -> Path:
         for step in steps:
             run.metrics.append(metrics(step))
             save(run, step, fill, seconds, clock=lambda: next(now))
-            run.history.append({"event": "saved", "step": step, "digest": "0" * 32})
+            run.history.append({"event": "saved", "step": step, "digest": "0" * 32, **CADENCE})
         run.metrics.append({"step": steps[-1], "eval_loss": 3.25})
         run.history.append({"event": "stopped", "step": steps[-1], "by": "SIGTERM"})
         run.history.append(_started(step=10, checkpoint="/runs/gpt2/checkpoint-10"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -91,3 +93,13 @@ def test_without_transformers_the_error_names_what_to_install(folder):
         "ConfigError: model: needs the package transformers, which is not here",
         '  pip install "unbroken[transformers]"',
     ]
+
+
+def test_a_run_that_saves_by_itself_tells_how_often_and_show_tells_it_too(unbroken, folder):
+    (folder / "config.yaml").write_text(CONFIG.replace("save_steps: 2", "save_steps: auto"))
+    status, output, _ = unbroken("train", "config.yaml", "--mtbf-hours", "3", "--max-steps", "8")
+    assert status == 0
+    assert re.search(r"saves every .*: a save costs .* s, failures every 3.0 h \(given\)", output)
+    assert "failures every 3.0 h (given)" in " ".join(unbroken("show", "run")[1].split())
+    cadence = json.loads(unbroken("show", "run", "--json")[1])["run"]["cadence"]
+    assert cadence["failures"] == {"count": 0, "seconds": 10800.0, "source": "given"}

@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from distributed.ranks import run_ranks
-from distributed.training import STEPS, train, train_in_turn
+from distributed.training import STEPS, train, train_by_own_clock, train_in_turn
 from distributed.windows import train_or_tell
 from scenarios import metrics, outcome
 from unbroken.checkpoint import EXIT_STOPPED
@@ -174,3 +174,20 @@ def test_a_kill_of_the_writing_rank_inside_a_save_leaves_the_last_checkpoint(
     codes = run_ranks(train_in_turn, str(tmp_path), of_rank=[setting, setting], never_end=[0, 1])
     assert codes == [-signal.SIGKILL] * 2
     assert finished(tmp_path / "run") == alone["ranks"]
+
+
+BY_TIME = {
+    "auto": {"save_steps": "auto", "max_lost_minutes": 2},
+    "a limit": {"save_steps": None, "max_lost_minutes": 2},
+    "minutes": {"save_steps": None, "save_minutes": 2},
+    "beside the training": {"save_steps": "auto", "max_lost_minutes": 2, "snapshot": "overlap"},
+}
+
+
+@pytest.mark.parametrize("settings", BY_TIME.values(), ids=BY_TIME)
+def test_ranks_whose_clocks_differ_save_at_the_same_steps_and_the_bits_stay(
+    settings, alone, tmp_path
+):
+    arguments = (train_by_own_clock, str(tmp_path / "run"), settings)
+    assert run_ranks(*arguments, of_rank=[1, 2]) == [0, 0]
+    assert told(outcome(tmp_path / "run", STEPS)) == told(alone["ranks"])

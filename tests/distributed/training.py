@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from clocks import Jumping
 from scenarios import ArmedStorage, KillInSave
 from unbroken.distributed import join
 from unbroken.errors import UnbrokenError
@@ -86,6 +87,11 @@ class Draw(Callback):
     def on_step_end(self, trainer) -> None:
         with trainer.randomness.ambient():
             torch.rand(1)
+
+
+def train_by_own_clock(seed: int, folder: str, settings: dict) -> None:
+    """Train on this rank with a clock that no other has."""
+    make_trainer(folder, settings, clock=Jumping(seed)).train()
 
 
 def train_in_turn(special: dict, folder: str) -> None:

@@ -20,7 +20,9 @@ BAD_VALUES = {
     "learning_rate": (-1e-3, float("nan"), "fast"),
     "adam_beta1": (1.0, -0.1),
     "weight_decay": (-0.1,),
-    "save_steps": (0, -1),
+    "save_steps": (0, -1, "often", True),
+    "max_lost_minutes": (0, -1.0, "auto"),
+    "mtbf_hours": (0.0, 3.0),  # the second without save_steps="auto"
     "save_total_limit": (0,),
     "lr_scheduler_type": ("cosinus",),
     "optim": ("adam_w",),
@@ -99,8 +101,8 @@ OWN = {
     "allow", "skip", "exact_resume", "branch", "batch_size", "micro_batch_size", "shuffle",
     "samples_per_epoch", "sgd_momentum", "device", "lanes",
     "logging_minutes", "log_data_digest", "eval_minutes", "eval_batch_size", "save_minutes",
-    "save_at_start", "snapshot", "keep_every_n_steps", "max_time", "early_stopping_patience",
-    "early_stopping_threshold",
+    "max_lost_minutes", "mtbf_hours", "save_at_start", "snapshot", "keep_every_n_steps",
+    "max_time", "early_stopping_patience", "early_stopping_threshold",
 }  # fmt: skip
 
 

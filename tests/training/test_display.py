@@ -8,6 +8,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from small_trainers import PAIRS, small_trainer
+from unbroken.goodput import SaveInterval
 from unbroken.training import Display
 
 
@@ -43,3 +44,20 @@ def test_skipping_shows_what_it_costs(tmp_path):
     shown(tmp_path, dataset=DataLoader(PAIRS, batch_size=8), max_steps=4)
     again = shown(tmp_path, dataset=DataLoader(PAIRS, batch_size=8))
     assert "skipped 4 items of data to come back to the place" in again
+
+
+def test_how_often_a_run_saves_by_itself_stands_in_a_line_and_beside_the_bar(tmp_path):
+    lines = shown(tmp_path / "lines", save_steps="auto").splitlines()
+    assert any(line.startswith("saves every ") and "a save costs" in line for line in lines)
+    assert ", saves every " in shown(tmp_path / "bar", terminal=True, save_steps="auto")
+
+
+def test_it_is_told_again_only_when_it_has_changed_and_after_a_save():
+    output = io.StringIO()
+    display = Display(Console(file=output, width=200))
+    for seconds, saved in ((100.0, False), (150.0, False), (110.0, True), (200.0, True)):
+        display.saves(SaveInterval(seconds), saved=saved)
+    assert [line.split(":")[0] for line in output.getvalue().splitlines()] == [
+        "saves every 100 s",
+        "saves every 3.3 min",
+    ]

@@ -18,18 +18,20 @@ from unbroken.checkpoint.generators import rng_digest
 from unbroken.checkpoint.layout import Layout
 from unbroken.checkpoint.line import Line
 from unbroken.checkpoint.opening import RunPlace, reader_of
-from unbroken.checkpoint.policy import Cadence, Timer
 from unbroken.checkpoint.readers import LoadFrom
 from unbroken.checkpoint.report import ResumeReport
 from unbroken.checkpoint.resuming import Resumption
+from unbroken.checkpoint.save_timer import SaveSteps, SaveTimer
 from unbroken.checkpoint.saving import Saving
 from unbroken.checkpoint.selection import ResumeFrom, Selection
 from unbroken.checkpoint.shares import Plan, share_of
 from unbroken.checkpoint.writing import Writing
 from unbroken.distributed import Alone, Group
 from unbroken.errors import ConfigError, RankError, SaveError
+from unbroken.goodput import SaveInterval
 from unbroken.storage import Storage
 from unbroken.store import CheckpointWriter, KeepPolicy, RunDirectory
+from unbroken.store.run_directory import now_as_text
 
 _RESERVED = ("rng", "values")
 
@@ -47,8 +49,11 @@ class Checkpointer:
         directory: The run directory; made, and locked, when first used.
         branch: Work in the branch of this name instead: a run of its own that begins in the
             checkpoint which the first `resume` names, and that each later one goes on with.
-        save_steps: `save_if_due` saves every so many steps.
+        save_steps: `save_if_due` saves every so many steps; "auto": as often as loses least time,
+            by what saves cost and how often the run fails.
         save_minutes: ... and every so many minutes.
+        max_lost_minutes: ... and so often that a failure takes no more than this.
+        mtbf_hours: Mean time between failures, for "auto"; None: as the history of the run says.
         keep: Which checkpoints stay; applied after each commit. None: all.
         types: Classes of namedtuples and enums inside the state, which are never looked up by
             the name that a file holds.
@@ -106,8 +111,10 @@ class Checkpointer:
         /,
         *,
         branch: str | None = None,
-        save_steps: int | None = None,
+        save_steps: SaveSteps = None,
         save_minutes: float | None = None,
+        max_lost_minutes: float | None = None,
+        mtbf_hours: float | None = None,
         keep: KeepPolicy | None = None,
         types: Iterable[type] = (),
         clock: Callable[[], float] = time.monotonic,
@@ -151,8 +158,8 @@ class Checkpointer:
             examine=examine,
             told=told,
         )
-        self._by_time = save_minutes is not None  # ranks need not see the same time
-        self._timer = Timer(Cadence(save_steps, save_minutes), clock)
+        fixed, by_itself = (save_steps, save_minutes), (max_lost_minutes, mtbf_hours)
+        self._timer = SaveTimer(*fixed, *by_itself, group=self.group, clock=clock)
 
     @property
     def run(self) -> RunDirectory:
@@ -189,7 +196,8 @@ class Checkpointer:
         report = resumption.start(selection)
         self._line.resumed(resumption, reader_of(self.run, report))
         self.values, self.best_step = resumption.values, resumption.best_step
-        self._timer.done()
+        self._timer.begin(report.step, self.run.history.records())
+        self._place.has_started = True
         return report
 
     def adopt(self, step: int, values: Any = None, *, facts: Mapping[str, Any], came: str) -> str:
@@ -231,6 +239,7 @@ class Checkpointer:
         self, objects: Mapping[str, object], comparison: Comparison | None = None, **more: Any
     ) -> Resumption:
         more |= {"load_from": self._load_from, "of_each_rank": self._of_each_rank}
+        more["clock"] = self._wall_clock
         return Resumption(self.run, objects, self._types, comparison, group=self.group, **more)
 
     def save_if_due(self, step: int, values: Any = None) -> str | None:
@@ -240,8 +249,7 @@ class Checkpointer:
     def is_due(self, step: int) -> bool:
         """Return whether the cadence asks for a save after `step` steps; raises as `wait` does."""
         self._beside.poll()
-        due = self._beside.again or self._timer.due(step)
-        return self.group.any(due) if self._by_time else due
+        return self._timer.due(step, again=self._beside.again, cost=self._beside.cost)
 
     def save(self, step: int, values: Any = None, *, facts: Mapping[str, Any] | None = None) -> str:
         """Save the objects as they are now; the checkpoint is durable when this returns.
@@ -271,12 +279,13 @@ class Checkpointer:
         tree = group.together("capture the state", lambda: capture(self.objects))
         tree |= {"values": values, "rng": capture_rng()}
         layout, told = self.layout(self.objects), {**self._facts(run), **(facts or {})}
-        writing = self._line.next(run, step, layout, told, self.keep, self._wall_clock)
+        news = self._timer.news(self._beside.cost)
+        writing = self._line.next(run, step, layout, told, self.keep, self._wall_clock, news)
         share = partial(share_of, group, tree, layout.file_of, own, self._plan)
         saving = Saving(run.storage, partial(self._begin, writing), writing.commit)
         self._beside.save(step, saving, share, self.objects, began)
         self._line.has_begun = True
-        self._timer.done()
+        self._timer.done(step)
         return self.path(step)
 
     def wait(self) -> None:
@@ -292,6 +301,11 @@ class Checkpointer:
     def cost(self) -> SaveCost | None:
         """What the last finished save of this process took."""
         return self._beside.cost
+
+    @property
+    def cadence(self) -> SaveInterval | None:
+        """How often the run is saved by itself, and why; None: at fixed times, or on rank > 0."""
+        return self._timer.interval(self._beside.cost)
 
     def committed(self) -> list[str]:
         """Return the folders of checkpoints durable since the last call; raises as `wait` does."""
@@ -325,17 +339,17 @@ class Checkpointer:
         """Append one line to history.jsonl; on other ranks than 0 nothing happens."""
         run = self.run
         if self.group.rank == 0:
-            run.history.append(event)
+            run.history.append({**event, "at": now_as_text(self._wall_clock)})
 
     def close(self) -> None:
         """Wait as `wait` does, and release the run directory. Calling it twice is harmless."""
-        self._close(hurried=False)
+        self._close(None)
 
-    def _close(self, *, hurried: bool) -> None:
+    def _close(self, error: BaseException | None) -> None:
         try:
-            self._beside.close(hurried=hurried)
+            self._beside.close(hurried=error is not None)
         finally:
-            self._place.close()
+            self._place.close(error)
 
     def __enter__(self) -> Self:
         return self
@@ -347,7 +361,7 @@ class Checkpointer:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            self._close(hurried=error is not None)
+            self._close(error)
         except (SaveError, RankError) as failure:
             if error is None:
                 raise

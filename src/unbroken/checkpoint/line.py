@@ -63,8 +63,10 @@ class Line:
         facts: Mapping[str, Json],
         keep: KeepPolicy,
         clock: Callable[[], float],
+        told: Mapping[str, Json],
     ) -> Writing:
         """Return the next checkpoint, to be written; files like those of the last are linked."""
-        made = Writing(run, step, layout, facts, keep, like=self._last(), clock=clock)
+        last = self._last()
+        made = Writing(run, step, layout, facts, keep, like=last, clock=clock, told=told)
         self._last = lambda: made.made
         return made

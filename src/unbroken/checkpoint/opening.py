@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 
 from unbroken.checkpoint.branching import open_branch
 from unbroken.checkpoint.relay import UnseenStorage, open_as_another, place_of
 from unbroken.checkpoint.report import ResumeReport
 from unbroken.checkpoint.selection import Selection
 from unbroken.distributed import Group
+from unbroken.errors import SaveError
 from unbroken.storage import Storage
 from unbroken.store import CheckpointReader, RunDirectory
 from unbroken.store.layout import checkpoint_name
+from unbroken.store.run_directory import now_as_text
 
 
 class RunPlace:
@@ -27,6 +30,7 @@ class RunPlace:
 
     Attributes:
         notes: What the report of a resume says of the opening.
+        has_started: Whether a start of the run is told in its history, but no end.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class RunPlace:
         if isinstance(directory, str | os.PathLike):
             directory = os.path.abspath(directory)  # the same run after a chdir
         self.notes: tuple[str, ...] = ()
+        self.has_started = False
         self._group = group
         self._directory = directory
         self._branch = branch
@@ -58,15 +63,22 @@ class RunPlace:
         """Open the branch anew, which begins in `selection`; return which of its own it means."""
         if self._branch is None:
             return selection
-        self.close()
+        self.close(None)
         self._run = self._open(selection, among_others=False)
         return Selection("auto")
 
-    def close(self) -> None:
-        """Release the run directory. Calling it twice is harmless."""
+    def close(self, error: BaseException | None) -> None:
+        """Release the run directory, and tell the history if a start ends in an error."""
         run, self._run = self._run, None
-        if run is not None:
-            run.close()
+        has_started, self.has_started = self.has_started, False
+        if run is None:
+            return
+        failed = has_started and error is not None and not isinstance(error, SystemExit)
+        if failed and self._group.rank == 0:
+            told = {"event": "failed", "at": now_as_text(self._clock), "by": type(error).__name__}
+            with suppress(SaveError):
+                run.history.append(told)
+        run.close()
 
     def _open(self, selection: Selection | None, *, among_others: bool) -> RunDirectory:
         group, what = self._group, "open the run directory"

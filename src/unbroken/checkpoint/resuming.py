@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,7 @@ from unbroken.errors import (
     RunDirectoryError,
 )
 from unbroken.store import Json, Rejection, RunDirectory
+from unbroken.store.run_directory import now_as_text
 
 
 class Resumption:
@@ -45,6 +46,7 @@ class Resumption:
         group: The ranks that resume together: rank 0 chooses, all load, all must succeed.
         load_from: Which of them read the checkpoint.
         of_each_rank: Names of what each rank gets back its own of; None: of all that was stored so.
+        clock: Seconds since 1970.
 
     Attributes:
         values: The plain values of the resumed checkpoint, or None.
@@ -64,6 +66,7 @@ class Resumption:
         group: Group,
         load_from: LoadFrom = "all",
         of_each_rank: Collection[str] | None = None,
+        clock: Callable[[], float],
     ) -> None:
         self.values: Any = None
         self.best_step: int | None = None
@@ -73,6 +76,7 @@ class Resumption:
         self._readers = readers_for(run, group, load_from)
         self._of_each_rank = of_each_rank
         self._load_from = load_from
+        self._clock = clock
         self._begins_anew = False
         self._notes = notes
         self._objects = objects
@@ -253,7 +257,8 @@ class Resumption:
             same=self._same,
             notes=(*self._notes, *notes),
         )
-        self._run.history.append({"event": "started", **report.to_json()})
+        started = {"event": "started", "at": now_as_text(self._clock)}
+        self._run.history.append({**started, **report.to_json()})
         return report
 
     def _cut_metrics(self, nbytes: Json, *, keep_copy: bool) -> tuple[str, ...]:

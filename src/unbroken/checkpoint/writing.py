@@ -14,6 +14,7 @@ from unbroken.store import (
     RunDirectory,
 )
 from unbroken.store.layout import checkpoint_name
+from unbroken.store.run_directory import now_as_text
 
 
 class Writing:
@@ -27,6 +28,7 @@ class Writing:
         keep: Which checkpoints stay once this one is there.
         like: The checkpoint before: files that did not change since are linked.
         clock: Seconds since 1970.
+        told: What the history is told besides.
 
     Attributes:
         made: The checkpoint, when it is there.
@@ -42,6 +44,7 @@ class Writing:
         *,
         like: CheckpointReader | None,
         clock: Callable[[], float],
+        told: Mapping[str, Json],
     ) -> None:
         self.made: CheckpointReader | None = None
         self._run = run
@@ -52,6 +55,7 @@ class Writing:
         self._keep = keep
         self._like = like
         self._clock = clock
+        self._told = told
 
     def begin(self) -> CheckpointWriter:
         """Return the writer."""
@@ -77,7 +81,7 @@ class Writing:
             writer.write_file(name, data)
         manifest = writer.commit(self._facts)
         self.made = CheckpointReader(run.storage, checkpoint_name(self._step))
-        saved = {"event": "saved", "step": self._step, "digest": manifest.state_digest}
-        run.history.append(saved)
+        saved = {"event": "saved", "at": now_as_text(self._clock), "step": self._step}
+        run.history.append({**saved, "digest": manifest.state_digest, **self._told})
         run.prune(self._keep, best_steps=(best,) if isinstance(best, int) else ())
         return manifest

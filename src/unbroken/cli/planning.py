@@ -18,7 +18,7 @@ from unbroken.cli.tables import (
     size_text,
 )
 from unbroken.errors import ConfigError
-from unbroken.goodput import Cluster, Rhythm, Simulated, simulate
+from unbroken.goodput import Cluster, Rhythm, Simulated, seconds_text, simulate
 
 _SCALES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
 _HABITS = (600.0, 1800.0, 3600.0, 4 * 3600.0)  # seconds: what people choose by feeling
@@ -115,20 +115,6 @@ def number_of(text: str, where: str) -> float:
         return float(found[1]) * _SCALES[found[2]] if found else float(text)
     except ValueError:
         raise ConfigError(where, expected="a number such as 8B or 50GB/s", found=text) from None
-
-
-def seconds_text(seconds: float) -> str:
-    """Return a duration for people.
-
-    Example:
-        >>> seconds_text(0.5), seconds_text(58), seconds_text(421), seconds_text(11124)
-        ('0.50 s', '58 s', '7.0 min', '3.1 h')
-    """
-    if seconds < 10:
-        return f"{seconds:.2f} s"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _facts(plan: Plan) -> dict[str, str]:

@@ -111,9 +111,17 @@ def _identity(story: Story) -> dict[str, str]:
         facts["checkpoints"] = str(len(run.catalog.folders()))
         starts = [record for record in story.history if record.get("event") == "started"]
         facts["segments"] = str(len(starts))
+        cadence = _cadence(story)
+        facts |= {} if cadence is None else {"cadence": str(cadence.get("text"))}
     if story.reader is None:
         return {**facts, "checkpoint": "none yet" if not story.skipped else "none can be opened"}
     return facts | _checkpoint_identity(story, story.reader) | story.skipped
+
+
+def _cadence(story: Story) -> Mapping[str, Json] | None:
+    """Return how often the run was saved by itself, as it told last."""
+    told = [record["cadence"] for record in story.history if "cadence" in record]
+    return told[-1] if told and isinstance(told[-1], Mapping) else None
 
 
 def _checkpoint_identity(story: Story, reader: CheckpointReader) -> dict[str, str]:
@@ -168,6 +176,8 @@ def _print_history(console: Console, records: Iterable[Mapping[str, Any]]) -> No
         elif event == "branched":
             parent = record.get("parent") or {}
             console.print(f"branched from run {parent.get('id')} at step {parent.get('step')}")
+        elif event == "failed":
+            console.print(f"   failed: {record.get('by')}")
         elif event == "stopped":
             console.print(f"   stopped by {record.get('by')} after step {record.get('step')}")
         else:
@@ -210,7 +220,7 @@ def _as_json(story: Story, *, with_history: bool) -> dict[str, object]:
     run, reader = story.place.run, story.reader
     document: dict[str, object] = {
         "path": str(story.place.path),
-        "run": None if run is None else _run_json(story.place, run),
+        "run": None if run is None else _run_json(story, run),
         "checkpoint": None if reader is None else _checkpoint_json(story, reader),
         "unreadable": story.skipped,
         "metrics": story.metrics,
@@ -218,10 +228,11 @@ def _as_json(story: Story, *, with_history: bool) -> dict[str, object]:
     return {**document, "history": story.history} if with_history else document
 
 
-def _run_json(place: Place, run: RunDirectory) -> dict[str, object]:
-    lineage = lineage_of(place)
+def _run_json(story: Story, run: RunDirectory) -> dict[str, object]:
+    lineage = lineage_of(story.place)
     parent = None if lineage is None else lineage.to_json()
-    return {"id": run.run_id, "created": run.created, "parent": parent}
+    cadence = _cadence(story)
+    return {"id": run.run_id, "created": run.created, "parent": parent, "cadence": cadence}
 
 
 def _checkpoint_json(story: Story, reader: CheckpointReader) -> dict[str, object]:

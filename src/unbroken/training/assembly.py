@@ -137,6 +137,8 @@ def make_checkpointer(
         branch=config.branch,
         save_steps=config.save_steps,
         save_minutes=config.save_minutes,
+        max_lost_minutes=config.max_lost_minutes,
+        mtbf_hours=config.mtbf_hours,
         keep=_keep_policy(config),
         types=types,
         clock=clock,

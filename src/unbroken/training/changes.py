@@ -38,7 +38,7 @@ _OPTIMIZER: Rule = ("refused", 'the state of one means nothing to another; skip=
 _RULED: tuple[tuple[Rule, str], ...] = (
     (_CADENCE, "logging_steps logging_minutes log_data_digest eval_steps eval_minutes"),
     (_CADENCE, "eval_batch_size save_steps save_minutes save_at_start save_total_limit"),
-    (_CADENCE, "keep_every_n_steps max_time snapshot"),
+    (_CADENCE, "keep_every_n_steps max_time snapshot max_lost_minutes mtbf_hours"),
     (_NAMING, "output_dir branch"),
     (_LOADING, "dataloader_num_workers dataloader_prefetch_factor dataloader_pin_memory"),
     (_METRIC, "metric_for_best_model greater_is_better"),

@@ -140,9 +140,14 @@ class TrainerConfig:
     eval_minutes: float | None = None
     eval_batch_size: int | None = None
     """Samples in one forward pass of the evaluation; None: the micro-batch size."""
-    save_steps: int | None = 500
-    """Save a checkpoint every so many steps; None: not by steps."""
+    save_steps: int | Literal["auto"] | None = 500
+    """Save a checkpoint every so many steps; "auto": as often as loses least time, by what saves
+    cost and how often the run fails; None: not by steps."""
     save_minutes: float | None = None
+    max_lost_minutes: float | None = None
+    """Save so often, besides, that a failure takes no more than so many minutes of training."""
+    mtbf_hours: float | None = None
+    """Mean time between failures, for `save_steps="auto"`; None: as the history of the run says."""
     snapshot: SnapshotMode = "stream"
     """How a save gets hold of the state: "stream" writes it while training waits, "sync" copies it
     and writes beside the training, "overlap" copies beside the training too; see `Checkpointer`."""
@@ -227,6 +232,9 @@ class TrainerConfig:
             raise ConfigError("early_stopping_patience", "needs eval_steps or eval_minutes")
         if self.load_best_model_at_end and not self.evaluates:
             raise ConfigError("load_best_model_at_end", "needs eval_steps or eval_minutes")
+        if self.mtbf_hours is not None and self.save_steps != "auto":
+            found = f"save_steps={self.save_steps}"
+            raise ConfigError("mtbf_hours", 'needs save_steps="auto"', found=found)
         _refuse_unknown((name for name in self.allow if "." not in name), where="allow")
         self.max_seconds()
 
@@ -323,6 +331,8 @@ _POSITIVE = (
     "eval_batch_size",
     "save_steps",
     "save_minutes",
+    "max_lost_minutes",
+    "mtbf_hours",
     "save_total_limit",
     "keep_every_n_steps",
     "early_stopping_patience",

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from unbroken.checkpoint import Difference, ResumeReport
+from unbroken.goodput import SaveInterval
 
 _SHOWN = {
     "epoch": ".3g",
@@ -42,6 +43,8 @@ class Display:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._total = 0
+        self._saves: SaveInterval | None = None
+        self._told: SaveInterval | None = None
 
     def start(self, *, total: int, step: int) -> None:
         """Begin to show the way from `step` to `total` steps."""
@@ -78,10 +81,19 @@ class Display:
         elif done >= total:
             self.note(f"skipped {total} items of data to come back to the place: {seconds:.1f} s")
 
+    def saves(self, interval: SaveInterval, *, saved: bool) -> None:
+        """Show how often the run is saved by itself: in the bar; and, changed, after a save."""
+        self._saves = interval
+        if (saved or self._told is None) and interval.is_news(self._told):
+            self._told = interval
+            self.note(str(interval))
+
     def advance(self, step: int) -> None:
         """Show that `step` steps are completed."""
         if self._bar is not None and self._task is not None:
             text = f"step {step}/{self._total}"
+            if self._saves is not None and self._saves.steps is not None:
+                text += f", saves every {self._saves.steps}"
             self._bar.update(self._task, completed=step, description=text)
 
     def statistics(self, step: int, record: Mapping[str, Any]) -> None:

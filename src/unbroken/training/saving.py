@@ -49,10 +49,14 @@ def hear_of_saves(trainer: Trainer, *, wait: bool = False) -> None:
     """
     if wait:
         trainer.checkpointer.wait()
-    for path in trainer.checkpointer.committed():
+    committed = trainer.checkpointer.committed()
+    for path in committed:
         cost = trainer.checkpointer.cost
         trainer.pace.save_took(0.0 if cost is None else cost.durable)
         trainer.call("on_save", path)
+    cadence = trainer.checkpointer.cadence
+    if cadence is not None:
+        trainer.display.saves(cadence, saved=bool(committed))
 
 
 def stopped(trainer: Trainer, reason: str) -> TrainingStopped:
