@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 import torch
 
 from clocks import Jumping
+from scenarios import run_fresh
 from small_trainers import bits, small_trainer, steps_in
 from unbroken.checkpoint import Checkpointer, SaveCost
 from unbroken.checkpoint.save_timer import LeastLost
 from unbroken.errors import ConfigError, SaveError
 from unbroken.goodput import FailureRate, Rhythm, SaveInterval, UsualCost
 from unbroken.storage import MemoryStorage
+from unbroken.training import Callback
 
 HOUR = 3600.0
 QUICK = SaveCost(blocked=0.05, durable=0.05)
@@ -139,6 +144,25 @@ def test_a_start_after_an_error_knows_how_often_the_run_fails():
     with opened(storage, wall_clock=wall) as second:
         second.resume()
         assert second.cadence.failures == FailureRate(2 * HOUR, "observed", 1)
+
+
+class Kill(Callback):
+    def on_step_end(self, trainer):
+        if trainer.progress.step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_until_killed(folder: str) -> None:
+    small_trainer(Path(folder), save_steps="auto", trainer={"callbacks": [Kill()]}).train()
+
+
+def test_a_start_after_a_real_kill_knows_that_the_run_failed(tmp_path):
+    assert run_fresh(train_until_killed, str(tmp_path)) == -signal.SIGKILL
+    trainer = small_trainer(tmp_path, save_steps="auto", trainer={"callbacks": [Kill()]})
+    with trainer.checkpointer:
+        trainer.load_checkpoint()
+        assert trainer.checkpointer.cadence.failures.source == "observed"
+        assert trainer.checkpointer.cadence.failures.count == 1
 
 
 @pytest.mark.parametrize("end", [None, SystemExit(75)])
