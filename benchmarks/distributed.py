@@ -14,7 +14,9 @@ change it.
 Checkpoints: a model in FSDP2 with its optimizer is saved and loaded a few times, the first time
 not counted; a process's figure is the median. *blocked* is how long the call takes, *durable* how
 long it takes until all files are synced. Ours are hashed as they are written, and verified as
-they are loaded.
+they are loaded. They are made in each way of taking hold of the state: while the caller waits
+("stream"), copied at once ("sync"), or copied beside the training ("overlap"). With the last, the
+next step of the optimizer waits for the copy; there is none here.
 """
 
 from __future__ import annotations
@@ -163,7 +165,7 @@ def timed(action) -> float:
     return time.perf_counter() - began
 
 
-def our_checkpoints() -> dict[str, float]:
+def our_checkpoints(snapshot: str) -> dict[str, float]:
     import torch.distributed as dist
 
     from unbroken import Checkpointer
@@ -171,17 +173,28 @@ def our_checkpoints() -> dict[str, float]:
 
     model, optimizer = sharded_state()
     run, group = os.path.join(os.environ["BENCHMARK_FOLDER"], "run"), join()
-    with Checkpointer(run, model=model, optimizer=optimizer, group=group) as checkpointer:
+    blocked, durable = [], []
+    objects = {"model": model, "optimizer": optimizer}
+    with Checkpointer(run, group=group, snapshot=snapshot, **objects) as checkpointer:
         checkpointer.resume()
-        saves = [timed(lambda n=n: checkpointer.save(n)) for n in range(1, SAVES + 2)]
-    with Checkpointer(run, model=model, optimizer=optimizer, group=group) as checkpointer:
+        for number in range(1, SAVES + 2):
+            dist.barrier()
+            began = time.perf_counter()
+            checkpointer.save(number)
+            blocked.append(time.perf_counter() - began)
+            checkpointer.wait()
+            dist.barrier()
+            durable.append(time.perf_counter() - began)
+    found = {"blocked": median(blocked[1:]), "durable": median(durable[1:])}
+    if snapshot != "stream":
+        return found
+    with Checkpointer(run, group=group, **objects) as checkpointer:
         loads = [
             timed(lambda: checkpointer.load(SAVES + 1, ["model", "optimizer"]))
             for _ in range(SAVES + 1)
         ]
     dist.barrier()
-    durable = median(saves[1:])
-    return {"blocked": durable, "durable": durable, "load": median(loads[1:])}
+    return {**found, "load": median(loads[1:])}
 
 
 def dcp_state(model, optimizer) -> dict:
@@ -239,8 +252,11 @@ STEP_METHODS = {
 CHECKPOINT_METHODS = {
     "dcp.save": dcp_checkpoints,
     "dcp.async_save": dcp_async_checkpoints,
-    "unbroken": our_checkpoints,
+    "unbroken": lambda: our_checkpoints("stream"),
+    "unbroken, sync": lambda: our_checkpoints("sync"),
+    "unbroken, overlap": lambda: our_checkpoints("overlap"),
 }
+STOCK = {"steps": ("ddp",), "checkpoints": ("dcp.save", "dcp.async_save")}
 METHODS = {"steps": STEP_METHODS, "checkpoints": CHECKPOINT_METHODS}
 
 
@@ -285,7 +301,7 @@ def on_all_ranks(*arguments: str) -> dict[str, float]:
 
 
 def compare(what: str, rounds: int) -> dict[str, dict]:
-    """Return the seconds of each method in each round, and the ratios to the first method."""
+    """Return the seconds of each method in each round, and the ratios to the stock methods."""
     names = list(METHODS[what])
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for number in range(rounds):
@@ -293,18 +309,31 @@ def compare(what: str, rounds: int) -> dict[str, dict]:
         for name in names[first:] + names[:first]:
             rows[name].append(on_all_ranks(what, name))
             print(what, name, rows[name][-1], flush=True)
-    stock = rows[names[0]]
-    return {
+    found = {
         name: {
             figure: {
                 "seconds": median([row[figure] for row in own]),
-                f"speed_over_{names[0]}": spread([row[figure] for row in stock], own, figure),
+                **{
+                    f"speed_over_{stock}": spread([row[figure] for row in rows[stock]], own, figure)
+                    for stock in STOCK[what]
+                    if figure in rows[stock][0]
+                },
                 "all": [row[figure] for row in own],
             }
             for figure in own[0]
         }
         for name, own in rows.items()
     }
+    show(found)
+    return found
+
+
+def show(found: dict[str, dict]) -> None:
+    """Print the medians, and how many times as fast as the stock methods they are."""
+    for name, figures in found.items():
+        for figure, one in figures.items():
+            ratios = [f"{key}: {one[key]['median']:.2f}" for key in one if "speed_over_" in key]
+            print(f"{name:20} {figure:9} {one['seconds']:.3f} s", *ratios, sep="  ", flush=True)
 
 
 def spread(stock: list[float], own: list[dict[str, float]], figure: str) -> dict[str, float]:

@@ -45,7 +45,7 @@ def save(here):
     """Save a checkpoint of step 5 as a folder, with other facts, state or tensors if given."""
     now = itertools.count(BEGUN, 60.0)
 
-    def save(name, *, facts=FACTS, state=STATE, tensors=TENSORS):
+    def save(name, *, facts=FACTS, state=STATE, tensors=TENSORS, shards=()):
         storage = LocalStorage(here / f"made-{name}")
         with CheckpointWriter(storage, step=5, run_id="ab" * 16, clock=lambda: next(now)) as writer:
             writer.write_leaves(
@@ -54,6 +54,7 @@ def save(here):
                     for p, t in tensors.items()
                 ]
             )
+            writer.write_leaves(shards)
             writer.write_file("state.json", json.dumps(state).encode())
             writer.commit(facts)
         shutil.move(here / f"made-{name}" / "checkpoint-5", here / name)
@@ -92,6 +93,51 @@ def test_the_same_content_is_the_same(save, diff, unbroken):
         "the same: 4 tensors, 3 values, config, environment, settings"
         in unbroken("diff", "a", "b")[1]
     )
+
+
+def in_rows(*rows):
+    """Return model.a as two ranks hold it, a row each."""
+    return [
+        PlainLeaf(
+            "model.a", f"model.rank{rank}.safetensors", "a", "F32", (1, 2), floats(*row), 64,
+            (rank, 0), (2, 2),
+        )
+        for rank, row in enumerate(rows)
+    ]  # fmt: skip
+
+
+class TestShards:
+    """What two ranks hold of a tensor, beside the whole one."""
+
+    @pytest.fixture(autouse=True)
+    def sides(self, save):
+        rest = {path: tensor for path, tensor in TENSORS.items() if path != "model.a"}
+        save("whole")
+        save("same", tensors=rest, shards=in_rows((1.0, 2.0), (3.0, 4.0)))
+        save("other", tensors=rest, shards=in_rows((1.0, 2.0), (3.5, 4.0)))
+
+    def test_whether_they_differ_is_told_by_their_values_alone(self, unbroken):
+        status, output, _ = unbroken("diff", "whole", "same")
+        assert status == 1
+        assert "0 of 4 differ, 1 may: model 1 of 2" in output
+        assert "F32[2, 2]: whole in A, 2 shards in B" in output
+        assert "whether those that are cut in another way differ: --values" in output
+
+    def test_with_values_the_same_is_the_same(self, unbroken):
+        status, output, _ = unbroken("diff", "whole", "same", "--values")
+        assert status == 0
+        assert "the same: 4 tensors" in output
+
+    def test_with_values_the_difference_is_measured(self, unbroken):
+        status, output, _ = unbroken("diff", "whole", "other", "--values")
+        assert status == 1
+        assert "tensors: 1 of 4 differs: model 1 of 2" in output
+        assert "0.5" in output
+
+    def test_shards_of_which_one_differs_are_other_bytes(self, unbroken):
+        assert "F32[2, 2]: other bytes" in unbroken("diff", "same", "other")[1]
+        output = unbroken("diff", "same", "other", "--values")[1]
+        assert "0.5" in output
 
 
 def test_a_run_is_the_same_as_itself(unbroken, run):

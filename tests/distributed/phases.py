@@ -1,7 +1,8 @@
 """Runs in which any rank is killed at any phase of a save, or has no room for it.
 
 The phases are those of rank 0, which makes the staging folder and commits, whoever writes what
-in between. When rank 0 comes to the phase, it kills the victim, and goes on when it is dead.
+in between. When rank 0 comes to the phase, it kills the victim, and goes on when it is dead. With
+`snapshot="overlap"` that happens beside the training.
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ SECONDS = 20.0  # in which all must have ended; ranks would wait for each other 
 PHASES = ("before stage", "staged", "written", "before commit", "after commit")
 
 
+def terminate(pid: int) -> None:
+    """Ask a process to stop."""
+    os.kill(pid, signal.SIGTERM)
+
+
 def kill(pid: int) -> None:
     """Kill a process, and return when it is dead."""
     ending = os.pidfd_open(pid)
@@ -35,14 +41,14 @@ def kill(pid: int) -> None:
 class PhaseStorage(LocalStorage):
     """A disk that notices the phases of a save."""
 
-    def __init__(self, root: str, phase: str, victim: int) -> None:
+    def __init__(self, root: str, phase: str, victim: int, act=kill) -> None:
         super().__init__(root)
-        self.phase, self.victim, self.is_armed = phase, victim, False
+        self.phase, self.victim, self.act, self.is_armed = phase, victim, act, False
 
     def reach(self, phase: str) -> None:
         if self.is_armed and phase == self.phase:
             self.is_armed = False
-            kill(self.victim)
+            self.act(self.victim)
 
     def make_folder(self, path: str) -> None:
         super().make_folder(path)
@@ -73,14 +79,16 @@ class Arm(Callback):
             storage.reach("before stage")
 
 
-def train_until_killed(folder: str, phase: str, victim: int) -> None:
+def train_until_killed(
+    folder: str, phase: str, victim: int, snapshot: str = "stream", act=kill
+) -> None:
     """Train; rank 0 kills a rank, the others leave their errors in files."""
     group = join(timeout=600.0)
     pids = group.gather("pids", os.getpid())
     parts = {"group": group, "callbacks": [Arm()]}
     if group.rank == 0:
-        parts["storage"] = PhaseStorage(f"{folder}/run", phase, pids[victim])
-    _end_with_error(folder, parts)
+        parts["storage"] = PhaseStorage(f"{folder}/run", phase, pids[victim], act)
+    _end_with_error(folder, parts, snapshot)
 
 
 class Fill(Callback):
@@ -95,14 +103,15 @@ class Fill(Callback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
 
 
-def train_without_room(folder: str, rank: int) -> None:
+def train_without_room(folder: str, rank: int, snapshot: str) -> None:
     group = join(timeout=30.0)
-    _end_with_error(folder, {"group": group, "callbacks": [Fill(rank)]})
+    _end_with_error(folder, {"group": group, "callbacks": [Fill(rank)]}, snapshot)
 
 
-def _end_with_error(folder: str, parts: dict) -> None:
+def _end_with_error(folder: str, parts: dict, snapshot: str) -> None:
+    settings = {"logging_steps": 8, "snapshot": snapshot}
     try:
-        make_trainer(f"{folder}/run", {"logging_steps": 8}, **parts).train()
+        make_trainer(f"{folder}/run", settings, **parts).train()
     except UnbrokenError as error:
         told = f"{type(error).__name__}: {error}"
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)

@@ -89,7 +89,7 @@ def train_until_a_rank_is_gone(folder: str) -> None:
     """Kill rank 1 in the middle of a run; leave the error of rank 0 in a file."""
     model = build("fsdp")
     try:
-        make_trainer(folder, {}, (1, 4), model=model, group=join(timeout=3.0)).train()
+        make_trainer(folder, {}, (1, 4), model=model, group=join(timeout=600.0)).train()
     except RankError as error:
         Path(folder, "error").write_text(str(error))
     os._exit(0)

@@ -8,20 +8,29 @@ from itertools import product
 
 import pytest
 
-from distributed.phases import AT, BEFORE, PHASES, SECONDS, train_until_killed, train_without_room
+from distributed.phases import (
+    AT,
+    BEFORE,
+    PHASES,
+    SECONDS,
+    terminate,
+    train_until_killed,
+    train_without_room,
+)
 from distributed.ranks import run_ranks
 from distributed.training import STEPS, train
 from scenarios import outcome
 from unbroken.storage import LocalStorage
 from unbroken.store import Catalog
 
-FAILED = 3
+FAILED, STOPPED = 3, 75
 FEW_LINES = {"logging_steps": 8}
 CASES = [
-    (world_size, rank, phase)
+    (world_size, rank, phase, "stream")
     for world_size in (2, 4)
     for rank, phase in product(range(world_size), PHASES)
 ]
+BESIDE = [(2, rank, phase, "overlap") for rank, phase in product((0, 1), PHASES[1:])]
 
 
 def finished(folder, world_size) -> dict:
@@ -38,10 +47,10 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world_size", "rank", "phase"), CASES)
-def test_a_rank_killed_in_a_save(world_size, rank, phase, whole, tmp_path):
-    began = time.monotonic()
-    codes = run_ranks(train_until_killed, str(tmp_path), phase, rank, world_size=world_size)
+@pytest.mark.parametrize(("world_size", "rank", "phase", "snapshot"), CASES + BESIDE)
+def test_a_rank_killed_in_a_save(world_size, rank, phase, snapshot, whole, tmp_path):
+    began, case = time.monotonic(), (phase, rank, snapshot)
+    codes = run_ranks(train_until_killed, str(tmp_path), *case, world_size=world_size)
     assert time.monotonic() - began < SECONDS
     assert codes == [-signal.SIGKILL if one == rank else FAILED for one in range(world_size)]
     for other in set(range(world_size)) - {rank}:
@@ -55,9 +64,25 @@ def test_a_rank_killed_in_a_save(world_size, rank, phase, whole, tmp_path):
     assert finished(tmp_path, world_size) == whole[world_size]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_the_full_disk_of_one_rank_ends_all_and_costs_nothing_saved(rank, whole, tmp_path):
-    codes = run_ranks(train_without_room, str(tmp_path), rank)
+def test_a_rank_killed_while_a_save_goes_on_beside_the_training(whole, tmp_path):
+    test_a_rank_killed_in_a_save(2, 1, "written", "overlap", whole, tmp_path)
+
+
+@pytest.mark.parametrize("snapshot", ["sync", "overlap"])
+def test_one_rank_asked_to_stop_meanwhile_ends_all_after_one_more_save(snapshot, whole, tmp_path):
+    case = ("staged", 1, snapshot, terminate)
+    codes = run_ranks(train_until_killed, str(tmp_path), *case)
+    assert codes in ([STOPPED] * 2, [0] * 2)  # the last step may be over before it is asked
+    newest, rejected = Catalog(LocalStorage(tmp_path / "run")).newest_intact()
+    assert (newest.step >= AT, rejected) == (True, ())
+    assert finished(tmp_path, 2) == whole[2]
+
+
+@pytest.mark.parametrize(("rank", "snapshot"), [(0, "stream"), (1, "stream"), (1, "overlap")])
+def test_the_full_disk_of_one_rank_ends_all_and_costs_nothing_saved(
+    rank, snapshot, whole, tmp_path
+):
+    codes = run_ranks(train_without_room, str(tmp_path), rank, snapshot)
     assert codes == [FAILED] * 2
     own, other = ((tmp_path / f"error-{one}").read_text() for one in (rank, 1 - rank))
     assert own.startswith("SaveError: ")

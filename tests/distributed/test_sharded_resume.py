@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import signal
+from itertools import product
 
 import pytest
 
@@ -66,8 +67,11 @@ def test_in_another_layout_a_run_goes_on_and_is_called_equivalent(before, after,
     assert losses == pytest.approx([line["loss"] for line in expected], rel=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["ddp", "fsdp", "tp", "fsdp x tp"])
-@pytest.mark.parametrize("part", ["optimizer", "data"])
+LEFT_OUT = [*product(("ddp", "fsdp", "tp", "fsdp x tp"), ("optimizer", "data"))]
+LEFT_OUT += [("ddp x tp", "optimizer"), ("hsdp", "data")]
+
+
+@pytest.mark.parametrize(("layout", "part"), LEFT_OUT)
 def test_a_resume_that_leaves_a_part_out_ends_with_other_bits(layout, part, whole, tmp_path):
     """The negative control."""
     killed(layout, tmp_path / "run", "mid-epoch")

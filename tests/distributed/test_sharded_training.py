@@ -80,7 +80,7 @@ def test_the_lines_in_the_document_train(tmp_path):
     assert (tmp_path / "run" / "checkpoint-2").exists()
 
 
-def test_a_rank_that_is_gone_is_named(tmp_path):
+def test_a_rank_that_is_gone_is_named_long_before_time_is_up(tmp_path):
     run_ranks(train_until_a_rank_is_gone, str(tmp_path), world_size=2, never_end=[1])
     assert "rank 1" in (tmp_path / "error").read_text()
 
