@@ -106,8 +106,7 @@ class SaveInterval:
         """Return whether it is worth a line after what was told last."""
         if told is None or (told.cost is None) != (self.cost is None):
             return True
-        pairs = ((self.seconds, told.seconds), (self.steps, told.steps))
-        return any(_is_another(now, then) for now, then in pairs)
+        return _is_another(self.seconds, told.seconds)  # steps come and go with the machine's load
 
     def __str__(self) -> str:
         """Return it in one line."""
@@ -126,7 +125,5 @@ class SaveInterval:
         return {**asdict(self), "steps": self.steps, "text": str(self)}
 
 
-def _is_another(now: float | None, then: float | None) -> bool:
-    if now is None or then is None:
-        return now is not None
+def _is_another(now: float, then: float) -> bool:
     return not 0.8 * then <= now <= 1.25 * then
