@@ -142,8 +142,10 @@ class BackgroundSave:
     def _run(self) -> None:
         try:
             with self._saving:
+                # First of all: the optimizer's next step waits for it.
+                share = self._group.together("copy the rest", self._copy)
                 self._stage()
-                self._saving.store(self._group, self._copy, self._changes)
+                self._saving.store(self._group, share, self._changes)
         except GivenUpError as given_up:
             self._given_up = given_up
             paths = [path for own in given_up.edited.values() for path in own]

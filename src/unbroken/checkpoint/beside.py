@@ -76,7 +76,7 @@ class BesideTraining:
                 self._blind = saving.stage(self._group)
             share = share_of(self._blind)
             if self.mode == "stream":
-                saving.store(self._group, lambda: share)
+                saving.store(self._group, share)
                 self._note_streamed(step, began)
                 return
             snapshot = self._group.together("copy", lambda: self._taken(share, objects))

@@ -308,7 +308,10 @@ class Checkpointer:
         return self._timer.interval(self._beside.cost)
 
     def committed(self) -> list[str]:
-        """Return the folders of checkpoints durable since the last call; raises as `wait` does."""
+        """Return the folders of checkpoints durable since the last call; raises as `wait` does.
+
+        Every rank calls it, and all are told of a checkpoint at the same call.
+        """
         self._beside.poll()
         return [self.path(step) for step in self._beside.committed()]
 

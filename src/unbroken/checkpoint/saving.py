@@ -67,14 +67,14 @@ class Saving:
     def store(
         self,
         group: Group,
-        share: Callable[[], Share],
+        share: Share,
         edited: Callable[[], tuple[str, ...]] = tuple,
     ) -> None:
         """Store it; nothing is committed unless all have stored and nobody objects.
 
         Args:
             group: The ranks; each calls this.
-            share: Returns what this rank stores, when that cannot change any more.
+            share: What this rank stores.
             edited: Called when all have stored; returns the paths of tensors that were changed
                 before they were copied.
 
@@ -83,7 +83,7 @@ class Saving:
             GivenUpError: A rank had such tensors; nothing was committed.
             RankError: Another rank failed; nothing was committed.
         """
-        stored = group.together("save", lambda: self._store(share()))
+        stored = group.together("save", lambda: self._store(share))
         own: Json = [[file.to_json() for file in stored], [*edited()]]
         told: Any = group.gather("what is stored", own)
         if changed := {rank: tuple(paths) for rank, (_, paths) in enumerate(told) if paths}:
