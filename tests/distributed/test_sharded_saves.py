@@ -16,7 +16,8 @@ from unbroken.store import CheckpointReader, export_weights
 PHASES = ["begin a save", "who sees the staging folder", "save", "what is stored", "commit"]
 HEARD = "when to hear of a save"
 KILLS = [("stream", phase) for phase in PHASES]
-KILLS += [("overlap", phase) for phase in ("copy the rest", *PHASES, HEARD)] + [("sync", "what is stored")]
+KILLS += [("overlap", phase) for phase in ("copy the rest", *PHASES, HEARD)]
+KILLS += [("sync", "what is stored")]
 
 
 def found(folder: Path, rank: int = 0) -> dict:
