@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from distributed.sharded import build, checkpointer_in, digest, facts, train
 from unbroken.checkpoint import Checkpointer, Policy
 from unbroken.distributed import join
+from unbroken.distributed.sharding import local_part
 from unbroken.errors import CheckpointError, ConfigError, RankError, SaveError
 
 LAYOUT = "fsdp-2"
@@ -185,6 +186,20 @@ def save_after_an_evaluation(checkpointer, model, optimizer):
     gathered = not isinstance(model.norm.weight, DTensor)
     checkpointer.save(1)
     return [gathered, facts(model, optimizer)]
+
+
+def load_over_what_is_there(checkpointer, model, optimizer):
+    """Lose the moments, and load; tell where they lie before and after."""
+    moments = [state["exp_avg"] for state in optimizer.state.values()]
+    saved, places = facts(model, optimizer), [local_part(one).data_ptr() for one in moments]
+    checkpointer.save(1)
+    for one in moments:
+        local_part(one).zero_()
+    lost = facts(model, optimizer) != saved
+    checkpointer.load(1, ["model", "optimizer"])
+    now = [state["exp_avg"] for state in optimizer.state.values()]
+    kept = [local_part(one).data_ptr() for one in now] == places
+    return [lost, kept, facts(model, optimizer) == saved]
 
 
 def resume_without_the_embedding(checkpointer, model, optimizer):

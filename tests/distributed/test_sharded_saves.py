@@ -132,6 +132,11 @@ def test_parameters_that_a_forward_pass_gathered_are_saved_and_skipped_in_their_
     assert {n: loaded[n] for n in others} == {n: saved[n] for n in others}
 
 
+def test_the_state_of_a_sharded_optimizer_is_overwritten_where_it_is(tmp_path):
+    for found_by_rank in told_by_all(acts.load_over_what_is_there, tmp_path):
+        assert found_by_rank == [True, True, True]
+
+
 def test_shards_of_a_hugging_face_model_become_what_from_pretrained_reads(tmp_path):
     import transformers
 

@@ -76,8 +76,12 @@ def damage(folder, *paths):
                 file.write(bytes([byte ^ 1]))
 
 
+def read_all(reader, targets):
+    reader.read_boxes_into([(path, None, memoryview(b)) for path, b in targets.items()])
+
+
 def fill(folder, targets):
-    reader_of(folder).read_leaves_into([(path, memoryview(b)) for path, b in targets.items()])
+    read_all(reader_of(folder), targets)
 
 
 def test_all_tensors_come_back(folder, leaves):
@@ -100,7 +104,7 @@ def test_all_damage_is_listed_in_the_order_of_the_file(folder):
 
 def test_what_was_read_together_need_not_be_checked_again(folder, leaves):
     reader = reader_of(folder)
-    reader.read_leaves_into([(p, memoryview(b)) for p, b in buffers(leaves).items()])
+    read_all(reader, buffers(leaves))
     damage(folder, "t0")
     reader.check_rest()
     with pytest.raises(CorruptCheckpointError):

@@ -24,6 +24,7 @@ from unbroken.errors import (
 )
 from unbroken.storage import LocalStorage, MemoryStorage
 from unbroken.store import (
+    Box,
     CheckpointReader,
     CheckpointWriter,
     diff_checkpoints,
@@ -93,6 +94,19 @@ def test_any_part_comes_back_from_any_cut(drawn):
     values = numbers(shape)
     reader = saved(MemoryStorage(), cut_at(values, cuts))
     assert np.array_equal(part_of(reader, box), values[box])
+
+
+@given(cut_tensors())
+def test_parts_and_wholes_are_read_together(drawn):
+    shape, (cuts, _), box = drawn
+    values = numbers(shape)
+    reader = saved(MemoryStorage(), cut_at(values, cuts))
+    whole, part = np.zeros_like(values), np.zeros_like(values[box])
+    places = (None, Box(tuple(r.start for r in box), part.shape))
+    buffers = [memoryview(found.reshape(-1).view(np.uint8)) for found in (whole, part)]
+    reader.read_boxes_into([("model.w", *one) for one in zip(places, buffers, strict=True)])
+    assert np.array_equal(whole, values)
+    assert np.array_equal(part, values[box])
 
 
 @given(cut_tensors())

@@ -156,19 +156,8 @@ class CheckpointReader:
         with Desk(self._at) as desk:
             self._read_box(desk, path, None, buffer)
 
-    def read_leaves_into(self, wanted: Iterable[tuple[str, memoryview]], /) -> None:
-        """Read many tensors as `read_leaf_into` does, several at once.
-
-        Args:
-            wanted: Paths, each with the buffer for it.
-
-        Raises:
-            CorruptCheckpointError: Of several that are damaged, it names the first in the files.
-        """
-        self.read_boxes_into((path, None, buffer) for path, buffer in wanted)
-
     def read_boxes_into(self, wanted: Iterable[tuple[str, Box | None, memoryview]], /) -> None:
-        """Read many tensors, or parts as `read_box_into` does, several at once.
+        """Read many tensors, as `read_leaf_into` and `read_box_into` do, several at once.
 
         Args:
             wanted: Paths, each with the part that is wanted (None: all of it) and the buffer.
