@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import threading
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,12 @@ def told(folder: Path, act, *arguments, world_size: int = 2, code: int = 0) -> l
     return [json.loads(path.read_text()) for path in paths]
 
 
-@pytest.mark.parametrize("mode", BESIDE)
-@pytest.mark.parametrize("layout", [*LAYOUTS, "tp-2", "fsdp-2-tp-2"])
+AT_FULL_SPEED = [*product(LAYOUTS, BESIDE), ("tp-2", "overlap"), ("fsdp-2-tp-2", "overlap")]
+
+
+@pytest.mark.parametrize(("layout", "mode"), AT_FULL_SPEED)
 def test_a_checkpoint_holds_the_bytes_of_its_step_at_full_speed(layout, mode, tmp_path):
-    world_size = 4 if layout.endswith("tp-2") and layout != "tp-2" else 2
+    world_size = 4 if layout == "fsdp-2-tp-2" else 2
     for found in told(tmp_path, acts.save_at_full_speed, layout, mode, world_size=world_size):
         assert found["differing"] == {str(step): [] for step in range(3, 20, 3)}
         assert (found["copies beside"] > 6) == (mode == "overlap")
