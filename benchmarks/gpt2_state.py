@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from gpt2 import gpt2
 
 TOKENS = 128
+LOOK_EVERY = 0.05  # seconds
 
 
 def model_and_optimizer(*, quick: bool = False):
@@ -49,25 +51,41 @@ def digest_of(model, optimizer) -> str:
 class PeakMemory:
     """The memory above what it was at the start, at its highest: with that of child processes.
 
-    What these share with this process is counted once, the page cache not at all.
+    Of a child only its own memory counts, looked at now and then: what it shares with this process
+    is counted here. The page cache is not counted.
     """
 
     def __enter__(self):
         Path("/proc/self/clear_refs").write_text("5")
-        self._before = memory_of("self", "VmRSS") + self._of_children("VmRSS")
+        self._before = memory_of("self", "VmRSS") + of_children()
+        self._of_children, self._over = 0, threading.Event()
+        self._looking = threading.Thread(target=self._look)
+        self._looking.start()
         return self
 
-    def __exit__(self, *_) -> None:
-        self.nbytes = memory_of("self", "VmHWM") + self._of_children("VmHWM") - self._before
+    def _look(self) -> None:
+        while not self._over.wait(LOOK_EVERY):
+            self._of_children = max(self._of_children, of_children())
 
-    def _of_children(self, field: str) -> int:
-        lists = [task / "children" for task in Path("/proc/self/task").iterdir()]
+    def __exit__(self, *_) -> None:
+        self._over.set()
+        self._looking.join()
+        children = max(self._of_children, of_children())
+        self.nbytes = memory_of("self", "VmHWM") + children - self._before
+
+
+def of_children() -> int:
+    """Return the memory that child processes have for themselves."""
+    lists = [task / "children" for task in Path("/proc/self/task").iterdir()]
+    try:
         children = [child for one in lists for child in one.read_text().split()]
-        return sum(memory_of(one, field) - memory_of(one, "RssShmem") for one in children)
+        return sum(memory_of(child, "RssAnon") for child in children)
+    except (FileNotFoundError, ProcessLookupError):  # a thread or a child ended meanwhile
+        return 0
 
 
 def memory_of(process: str, field: str) -> int:
     for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) << 10
-    raise SystemExit(f"no {field}")
+    return 0  # of a process that has ended
