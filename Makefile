@@ -44,7 +44,8 @@ stock-trainers: $(READY)  # writes docs/stock-trainers.md; about five minutes
 	$(BIN)/python benchmarks/stock_trainers.py
 
 oldest: $(READY)  # the adapter's tests with the oldest versions that it fits; not in CI
-	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target .oldest transformers==5.3.0 accelerate==1.10.0
+	$(BIN)/python -m pip install --quiet --upgrade --target .oldest transformers==5.3.0
+	$(BIN)/python -m pip install --quiet --upgrade --target .oldest --no-deps accelerate==1.10.0
 	PYTHONPATH=$(CURDIR)/.oldest $(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not stock" tests/adapters
 
 clean:

@@ -36,6 +36,7 @@ def main() -> None:
         n_embd=128,
         bos_token_id=end,
         eos_token_id=end,
+        pad_token_id=tokenizer.pad_token_id,
     )
     trainer = Trainer(
         GPT2LMHeadModel(config),  # or GPT2LMHeadModel.from_pretrained("gpt2")
@@ -58,7 +59,7 @@ def main() -> None:
         processing_class=tokenizer,
         data_collator=default_data_collator,
     )
-    print(trainer.train().metrics["train_loss"])
+    print(f"mean loss of the whole run: {trainer.train().training_loss:.6f}")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def main() -> None:
     else:
         end = tokenizer.eos_token_id
         size = {"n_positions": 64, "n_layer": 4, "n_head": 8, "n_embd": 256}
-        ends = {"bos_token_id": end, "eos_token_id": end}
+        ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": tokenizer.pad_token_id}
         base = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **size, **ends))
     lora = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
     trainer = Trainer(
@@ -58,8 +58,9 @@ def main() -> None:
         processing_class=tokenizer,
         data_collator=default_data_collator,
     )
-    print(trainer.train().metrics["train_loss"])
-    for folder in sorted(Path(given.output_dir).glob("checkpoint-*")):
+    print(f"mean loss of the whole run: {trainer.train().training_loss:.6f}")
+    found = Path(given.output_dir).glob("checkpoint-*")
+    for folder in sorted(found, key=lambda path: int(path.name.split("-")[1])):
         written = [file.stat() for file in folder.iterdir()]
         own = sum(one.st_size for one in written if one.st_nlink == 1)
         print(folder.name, f"{own:,} bytes of its own of {sum(one.st_size for one in written):,}")

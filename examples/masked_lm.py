@@ -39,6 +39,8 @@ def main() -> None:
         intermediate_size=256,
         max_position_embeddings=64,
         pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
     blocks = [{"input_ids": one["input_ids"]} for one in blocks_of(tokenizer, length=64)]
     trainer = Trainer(
@@ -59,7 +61,7 @@ def main() -> None:
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15),
         processing_class=tokenizer,
     )
-    print(trainer.train().metrics["train_loss"])
+    print(f"mean loss of the whole run: {trainer.train().training_loss:.6f}")
 
 
 if __name__ == "__main__":

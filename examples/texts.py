@@ -15,6 +15,7 @@ def learned_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     learned.train([str(builtin_text())], vocab_size, special_tokens=words, show_progress=False)
     return PreTrainedTokenizerFast(
         tokenizer_object=learned._tokenizer,  # noqa: SLF001 (what transformers wraps)
+        bos_token=words[0],
         eos_token=words[0],
         pad_token=words[1],
         mask_token=words[2],

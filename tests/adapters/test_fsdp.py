@@ -38,6 +38,26 @@ def test_a_sharded_run_is_the_same_run_after_a_kill(place, run, uninterrupted):
     assert resumed.bits == uninterrupted(**CASE).bits
 
 
+OTHERS = {
+    "an adapter": {"lora": True},
+    "activation checkpointing": {"fsdp": {**FSDP, "activation_checkpointing": True}},
+    "weights on rank 0 alone": {"fsdp": {**FSDP, "cpu_ram_efficient_loading": True}},
+    "bf16 and accumulation": {
+        "args": {**CASE["args"], "bf16": True, "gradient_accumulation_steps": 2, "save_steps": 2}
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_sharded_run_is_the_same_run_with(name, run, uninterrupted):
+    case = {**CASE, **OTHERS[name]}
+    assert run(kill_at=5, on_rank=1, **case).status == -signal.SIGKILL
+    resumed = run(**case)
+    assert resumed.first_step == 5, resumed.text
+    assert resumed.bits == uninterrupted(**case).bits
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["random states", "place", "losses"])
 def test_a_sharded_run_is_another_run_without(part, run, uninterrupted):
