@@ -7,6 +7,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+OLDEST := .oldest/site-packages
 
 .PHONY: demo test check lint types layers fast sweep stock-trainers oldest clean
 
@@ -44,9 +45,9 @@ stock-trainers: $(READY)  # writes docs/stock-trainers.md; about five minutes
 	$(BIN)/python benchmarks/stock_trainers.py
 
 oldest: $(READY)  # the adapter's tests with the oldest versions that it fits; not in CI
-	$(BIN)/python -m pip install --quiet --upgrade --target .oldest transformers==5.3.0
-	$(BIN)/python -m pip install --quiet --upgrade --target .oldest --no-deps accelerate==1.10.0
-	PYTHONPATH=$(CURDIR)/.oldest $(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not stock" tests/adapters
+	$(BIN)/python -m pip install --quiet --upgrade --target $(OLDEST) transformers==5.3.0
+	$(BIN)/python -m pip install --quiet --upgrade --target $(OLDEST) --no-deps accelerate==1.10.0
+	PYTHONPATH=$(CURDIR)/$(OLDEST) $(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not stock" tests/adapters
 
 clean:
 	rm -rf $(VENV) .oldest .mypy_cache .ruff_cache .pytest_cache .hypothesis runs
