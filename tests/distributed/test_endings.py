@@ -25,6 +25,7 @@ from distributed.endings import (
     sum_three,
     sum_two,
     use_after_close,
+    vote,
 )
 
 FULL = "OSError: [Errno 28] No space left on device"
@@ -122,6 +123,11 @@ def test_a_rank_that_is_killed_is_named_by_all_others_at_once(tmp_path, rank):
     assert other["message"] == f"rank {rank}: has ended before gather loss"
 
 
+def test_a_vote_that_a_rank_did_not_live_to_see_is_called_one_of_all_ranks(tmp_path):
+    seen = endings(tmp_path, *placed(1, kill_itself, vote, 2), timeout=600.0)
+    assert seen[0]["message"] == "rank 1: has ended before any() of all ranks"
+
+
 def test_all_ranks_that_do_not_answer_are_named(tmp_path):
     seen = endings(tmp_path, gather, stop_itself, gather, stop_itself, timeout=SECONDS)
     assert only([seen[0], seen[2]])["ranks"] == [1, 3]
@@ -188,7 +194,7 @@ def test_sums_of_more_values_on_one_rank_are_refused(tmp_path):
 
 def test_a_group_that_was_left_answers_no_more(tmp_path):
     seen = only(endings(tmp_path, use_after_close, use_after_close))
-    assert seen["message"] == "group: any: this rank has left the group"
+    assert seen["message"] == "group: any() of all ranks: this rank has left the group"
 
 
 def test_a_rank_that_waits_can_be_interrupted(tmp_path):

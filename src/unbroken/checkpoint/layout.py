@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from unbroken.capture import FileOf, files_for, pretrained_files
+from unbroken.checkpoint.frozen import FROZEN, INDEX, frozen_apart
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,17 @@ class Layout:
 
     @classmethod
     def of(cls, objects: Mapping[str, object]) -> Layout:
-        """Return the usual layout: a file for each object, and what `from_pretrained` needs."""
-        model = objects.get("model")
-        own = model if isinstance(model, nn.Module) else None
-        return cls(files_for(objects), files=lambda: pretrained_files(own))
+        """Return the usual layout: a file for each object, and what `from_pretrained` needs.
+
+        What a model does not train has a file of its own, once it is worth one: it is written
+        once, and linked in each later checkpoint as long as it is the same.
+        """
+        model, usual = objects.get("model"), files_for(objects)
+        if not isinstance(model, nn.Module):
+            return cls(usual)
+        apart = frozen_apart(model, usual)
+        if apart is None:
+            return cls(usual, files=lambda: pretrained_files(model))
+        place, index = apart
+        files = {INDEX: index}
+        return cls(place, frozenset({FROZEN}), lambda: {**pretrained_files(model), **files})

@@ -140,14 +140,14 @@ class Ranks:
     def _ask(self, kind: str, what: str, value: Json) -> list[Json]:
         """Send a value under the name of the call and return those of all ranks, by rank."""
         message = _encoded(kind, what, value)
-        texts = self._in_touch(f"{kind} {what}".rstrip(), lambda: self._mailbox.exchange(message))
+        texts = self._in_touch(_call(kind, what), lambda: self._mailbox.exchange(message))
         messages = [json.loads(text) for text in texts]
         self._raise_failures(kind, what, messages)
         return [value for _, _, value in messages]
 
     def _tell(self, kind: str, what: str, value: Json) -> None:
         message = _encoded(kind, what, value)
-        self._in_touch(f"{kind} {what}", lambda: self._mailbox.post(message))
+        self._in_touch(_call(kind, what), lambda: self._mailbox.post(message))
 
     def _in_touch(self, call: str, talk: Callable[[], T]) -> T:
         if self._broken is not None:
@@ -174,7 +174,7 @@ class Ranks:
         elif left:
             error = RankError(
                 name_ranks(left),
-                f"has left before {kind} {what}".rstrip(),
+                f"has left before {_call(kind, what)}",
                 ranks=left,
                 hint="its own output says why it ended",
             )
@@ -222,6 +222,11 @@ class Ranks:
 
     def _store_holder(self) -> tuple[str, tuple[int, ...]]:
         return ("rank 0", (0,)) if self._store_on_rank_0 else ("the launcher", ())
+
+
+def _call(kind: str, what: str) -> str:
+    """Return how messages name a call."""
+    return f"{kind} {what}" if what else f"{kind}() of all ranks"
 
 
 def _encoded(kind: str, what: str, value: Json) -> bytes:

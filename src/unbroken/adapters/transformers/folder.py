@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from transformers.trainer_callback import ExportableState
 
 from unbroken.adapters.transformers.adapters_of_peft import peft_layout
-from unbroken.capture import files_for, pretrained_files
 from unbroken.checkpoint import Layout
 from unbroken.store.layout import is_file_name
 
@@ -39,9 +38,8 @@ class Folder:
         model = objects["model"]
         if hasattr(model, "peft_config"):
             return peft_layout(model, objects, self._files)
-        return Layout(
-            files_for(objects), files=lambda: {**pretrained_files(model), **self._files()}
-        )
+        usual = Layout.of(objects)
+        return dataclasses.replace(usual, files=lambda: {**usual.files(), **self._files()})
 
     def _files(self) -> dict[str, bytes]:
         if self._tokenizer is None:
