@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from dataclasses import asdict, dataclass
@@ -71,9 +72,11 @@ def make_plan(
     """
     if kept < 1:
         raise ConfigError("--keep", expected="at least 1", found=kept)
-    if step_seconds is not None and not step_seconds > 0:
+    if step_seconds is not None and not 0 < step_seconds < math.inf:
         raise ConfigError("--step-seconds", expected="more than 0", found=step_seconds)
     rhythm = cluster.rhythm()
+    if step_seconds is not None:  # a save comes after a step, not in the middle of one
+        rhythm = cluster.rhythm(max(1, round(rhythm.interval / step_seconds)) * step_seconds)
     if rhythm.goodput < 0.001:
         raise ConfigError(
             "unbroken plan",
@@ -137,7 +140,8 @@ def _facts(plan: Plan) -> dict[str, str]:
 
 def _print_other_intervals(console: Console, plan: Plan) -> None:
     best = plan.rhythm.interval
-    rhythms = [plan.cluster.rhythm(interval) for interval in sorted({best, *_HABITS})]
+    others = {plan.cluster.rhythm(interval) for interval in (best, *_HABITS)}
+    rhythms = sorted(others, key=lambda one: one.interval)
     rows = [
         [
             seconds_text(one.interval) + (" (best)" if one.interval == best else ""),

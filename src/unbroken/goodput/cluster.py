@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,7 +62,7 @@ class Cluster:
         starting: Seconds from a failure until the state is read: find it, replace, start.
 
     Raises:
-        ConfigError: A field is negative or 0.
+        ConfigError: A field is negative, endless or, where that makes no sense, 0.
 
     Example:
         >>> cluster = Cluster(gpus=16_384, parameters=405e9, bandwidth=2e12)
@@ -82,12 +83,15 @@ class Cluster:
     starting: float = 300.0
 
     def __post_init__(self) -> None:
-        for name in ("gpus", "parameters", "bandwidth", "parameter_bytes", "gpu_days"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(name, "must be positive", found=getattr(self, name))
+        if not self.bandwidth > 0:  # as much as one likes: saving then costs what `lost` says
+            raise ConfigError("bandwidth", "must be positive", found=self.bandwidth)
+        for name in ("gpus", "parameters", "parameter_bytes", "gpu_days"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(name, "must be positive and finite", found=getattr(self, name))
         for name in ("lost", "starting"):
-            if getattr(self, name) is not None and not getattr(self, name) >= 0:
-                raise ConfigError(name, "cannot be negative", found=getattr(self, name))
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
+                what = "must be a number of seconds, at least 0"
+                raise ConfigError(name, what, found=getattr(self, name))
 
     @property
     def state_bytes(self) -> float:
