@@ -1,10 +1,11 @@
-"""Bytes that each checkpoint writes: full fine-tuning, LoRA, and a frozen backbone.
+"""Bytes that each checkpoint writes: full fine-tuning, LoRA, a frozen backbone; and compressed.
 
     python benchmarks/size.py [--quick] [--methods METHOD ...]
 
 GPT-2 124M is trained for three steps, and a checkpoint is made after each. What is counted is
 what the file system has to take: a hard link to a file of an earlier checkpoint is no new bytes.
 LoRA: rank 8 on the attention, by PEFT. Frozen: all but the last block and the last norm.
+Of our own trainer, `seconds` is how long the last save took to be durable, beside the training.
 """
 
 from __future__ import annotations
@@ -40,19 +41,26 @@ def frozen(*, quick: bool):
 
 
 TRAININGS = {"full": full, "LoRA": lora, "frozen": frozen}
-METHODS = tuple(f"{name}, {training}" for training in TRAININGS for name in TRAINERS)
+COMPRESSED = "unbroken compressed"
+METHODS = (
+    *(f"{name}, {training}" for training in TRAININGS for name in TRAINERS),
+    f"{COMPRESSED}, full",
+)
 
 
 def measure(method: str, quick: bool) -> dict[str, float]:
     name, _, training = method.rpartition(", ")
-    trainer = module_of(name)
+    trainer = module_of("unbroken" if name == COMPRESSED else name)
     with tempfile.TemporaryDirectory(dir=os.environ.get("BENCHMARK_DIR")) as folder:
         run = Path(folder) / "run"
-        trainer.train(Work(run, lambda: TRAININGS[training](quick=quick), STEPS, save_steps=1))
+        model, compressed = (lambda: TRAININGS[training](quick=quick)), name == COMPRESSED
+        work = Work(run, model, STEPS, save_steps=1, compressed=compressed)
+        made = trainer.train(work)
         first, *later = bytes_written(trainer.checkpoints(run))
     if len(later) != STEPS - 1:
         raise SystemExit(f"{method}: {len(later) + 1} checkpoints in place of {STEPS}")
-    return {"first": first, "later": max(later), "later_over_first": max(later) / first}
+    seconds = {} if made is None else {"seconds": made.checkpointer.cost.durable}
+    return {"first": first, "later": max(later), "later_over_first": max(later) / first, **seconds}
 
 
 def bytes_written(checkpoints: list[Path]) -> list[int]:
@@ -69,12 +77,19 @@ def bytes_written(checkpoints: list[Path]) -> list[int]:
 
 
 def conclude(medians: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Return what of the first checkpoint each later one of ours writes again."""
-    return {
+    """Return what of the first checkpoint each later one of ours writes again, and compressing."""
+    plain, packed = (medians.get(f"{name}, full") for name in ("unbroken", COMPRESSED))
+    compressing = {} if plain is None or packed is None else ratios(packed, plain)
+    return compressing | {
         f"{method}: later over first": one["later_over_first"]
         for method, one in medians.items()
         if method.startswith("unbroken")
     }
+
+
+def ratios(packed: dict[str, float], plain: dict[str, float]) -> dict[str, float]:
+    names = {"later": "bytes", "seconds": "seconds until durable"}
+    return {f"compressed over plain: {names[key]}": packed[key] / plain[key] for key in names}
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from leaving_out import leave_out
-from unbroken.storage import LocalStorage
+from unbroken.storage import CompressedStorage, storage_at
 from unbroken.store import CheckpointReader
 from unbroken.testing import KillingStorage
 from unbroken.training import Callback, Silence, Trainer, TrainerConfig
@@ -155,7 +155,23 @@ class ArmedStorage(KillingStorage):
         self._kill_at = self.steps + steps
 
 
-def make_trainer(scenario: Scenario, folder: str, cut: Cut | None, save_steps: int) -> Trainer:
+class ArmedCompressedStorage(CompressedStorage):
+    """An armed storage in which every file of tensors is kept compressed."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(ArmedStorage(folder), least_bytes=1)
+
+    def arm(self, steps: int) -> None:
+        self._inner.arm(steps)
+
+
+def make_trainer(
+    scenario: Scenario,
+    folder: str,
+    cut: Cut | None,
+    save_steps: int,
+    armed: type[ArmedStorage | ArmedCompressedStorage] = ArmedStorage,
+) -> Trainer:
     config = TrainerConfig(
         output_dir=folder,
         batch_size=BATCH,
@@ -175,9 +191,9 @@ def make_trainer(scenario: Scenario, folder: str, cut: Cut | None, save_steps: i
         save_steps=save_steps,
     )
     callbacks: list[Callback] = []
-    storage = None
+    storage = armed(folder) if armed is ArmedCompressedStorage else None
     if cut is not None and cut.storage_step is not None:
-        storage = ArmedStorage(folder)
+        storage = armed(folder)
         callbacks = [KillInSave(cut.step, cut.storage_step)]
     elif cut is not None:
         callbacks = [KillInStep(cut.step)]
@@ -202,11 +218,12 @@ def train(
     save_steps: int,
     cut: Cut | None = None,
     left_out: str | None = None,
+    armed: type[ArmedStorage | ArmedCompressedStorage] = ArmedStorage,
 ) -> None:
     """Train in this process; `left_out` names a part of the state that a resume leaves out."""
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of the workers of a DataLoader
-    trainer = make_trainer(scenario, folder, cut, save_steps)
+    trainer = make_trainer(scenario, folder, cut, save_steps, armed)
     if left_out is not None:
         leave_out(trainer, left_out)
     trainer.train()
@@ -225,7 +242,7 @@ def outcome(folder: Path, step: int = STEPS) -> dict:
 
     Without the measured times alone.
     """
-    reader = CheckpointReader(LocalStorage(folder), f"checkpoint-{step}")
+    reader = CheckpointReader(storage_at(folder), f"checkpoint-{step}")
     tensors = {path: region.digest for path, region in reader.manifest.tensors.items()}
     state = json.loads(reader.read_file("state.json"))
     for measured in ("seconds", "logged_seconds"):

@@ -26,14 +26,17 @@ def make(work: Work) -> Trainer:
         save_steps=work.save_steps,
         save_total_limit=work.keep,
         save_at_start=False,
+        save_compressed=work.compressed,
         snapshot="overlap",
     )
     callbacks = [Steps(work)]
     return Trainer(work.model, config, work.data(), callbacks=callbacks, display=Silence())
 
 
-def train(work: Work) -> None:
-    make(work).train()
+def train(work: Work) -> Trainer:
+    trainer = make(work)
+    trainer.train()
+    return trainer
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -34,6 +34,7 @@ class Work:
         save_steps: Save every so many steps; None: never.
         keep: How many checkpoints stay; None: all.
         on_step: Called after each step with how many there were.
+        compressed: Keep tensors compressed; only our own trainer can.
     """
 
     folder: Path
@@ -42,6 +43,7 @@ class Work:
     save_steps: int | None
     keep: int | None = None
     on_step: Callable[[int], None] = lambda step: None
+    compressed: bool = False
 
     def data(self) -> Blocks:
         return Blocks()

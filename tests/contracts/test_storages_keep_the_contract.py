@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from unbroken.storage import FolderStorage, LocalStorage, MemoryStorage
+from unbroken.storage import (
+    CompressedStorage,
+    FolderStorage,
+    LocalStorage,
+    MemoryStorage,
+    PlainView,
+)
 from unbroken.testing import FaultyStorage, KillingStorage, SharedStorageContract, StorageContract
 
 
@@ -31,6 +37,24 @@ class TestFolderStorage(SharedStorageContract):
     def open_again(self, tmp_path):
         LocalStorage(tmp_path / "root" / "folder")
         return lambda: FolderStorage(LocalStorage(tmp_path / "root"), "folder")
+
+
+class TestCompressedStorage(SharedStorageContract):
+    @pytest.fixture
+    def open_again(self, tmp_path):
+        return lambda: CompressedStorage(LocalStorage(tmp_path / "root"), suffix="")
+
+
+class TestCompressedStorageInMemory(StorageContract):
+    @pytest.fixture
+    def storage(self):
+        return CompressedStorage(MemoryStorage(), suffix="", least_bytes=1)
+
+
+class TestPlainView(SharedStorageContract):
+    @pytest.fixture
+    def open_again(self, tmp_path):
+        return lambda: PlainView(LocalStorage(tmp_path / "root"))
 
 
 class TestFaultyStorage(StorageContract):

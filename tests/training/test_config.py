@@ -101,8 +101,8 @@ OWN = {
     "allow", "skip", "exact_resume", "branch", "batch_size", "micro_batch_size", "shuffle",
     "samples_per_epoch", "sgd_momentum", "device", "lanes",
     "logging_minutes", "log_data_digest", "eval_minutes", "eval_batch_size", "save_minutes",
-    "max_lost_minutes", "mtbf_hours", "save_at_start", "snapshot", "keep_every_n_steps",
-    "max_time", "early_stopping_patience", "early_stopping_threshold",
+    "max_lost_minutes", "mtbf_hours", "save_at_start", "save_compressed", "snapshot",
+    "keep_every_n_steps", "max_time", "early_stopping_patience", "early_stopping_threshold",
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from unbroken.checkpoint.selection import Selection
 from unbroken.errors import CheckpointNotFoundError
-from unbroken.storage import LocalStorage
+from unbroken.storage import storage_at
 from unbroken.store import CheckpointReader, Rejection, RunDirectory
 
 
@@ -82,4 +82,4 @@ class Candidates:
             if isinstance(candidate, Rejection) or candidate.manifest.facts.get("origin") == origin:
                 yield candidate
         self.origin = origin
-        yield CheckpointReader(LocalStorage(folder.parent), folder.name)
+        yield CheckpointReader(storage_at(folder.parent, create=False), folder.name)

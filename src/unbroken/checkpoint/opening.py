@@ -86,7 +86,8 @@ class RunPlace:
             what, lambda: None if group.rank else self._open_as_owner(selection, among_others)
         )
         place = group.share("the run directory", None if own is None else place_of(own))
-        return group.together(what, lambda: own or open_as_another(place, unseen=self._unseen))
+        given, unseen = self._directory, self._unseen
+        return group.together(what, lambda: own or open_as_another(place, given, unseen=unseen))
 
     def _open_as_owner(self, selection: Selection | None, among_others: bool) -> RunDirectory:
         directory, clock = self._directory, self._clock

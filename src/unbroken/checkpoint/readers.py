@@ -15,7 +15,7 @@ from unbroken.errors import (
     RankError,
     UnbrokenError,
 )
-from unbroken.storage import LocalStorage, Storage
+from unbroken.storage import Storage, storage_at
 from unbroken.store import (
     CheckpointReader,
     Json,
@@ -138,7 +138,7 @@ class EachForItself:
             return found, None
         here = self._run.storage
         is_here = said["place"] == here.describe()
-        storage = here if is_here else LocalStorage(said["place"], create=False)
+        storage = here if is_here else storage_at(said["place"], create=False)
         try:
             return CheckpointReader(storage, said["folder"]), None
         except (CheckpointNotFoundError, CorruptCheckpointError) as error:

@@ -9,7 +9,7 @@ from typing import Any
 
 from unbroken.distributed import ByteStream, Group
 from unbroken.errors import CheckpointNotFoundError, CorruptCheckpointError, RunDirectoryError
-from unbroken.storage import MemoryStorage, Storage
+from unbroken.storage import FolderStorage, MemoryStorage, Storage
 from unbroken.store import CheckpointReader, Json, Lineage, Manifest, RunDirectory
 from unbroken.store.boxes import Box
 from unbroken.store.digest import digest_of
@@ -40,8 +40,13 @@ def place_of(run: RunDirectory) -> Json:
     return {"place": run.storage.describe(), **identity}
 
 
-def open_as_another(said: Any, *, unseen: bool) -> RunDirectory:
+def open_as_another(said: Any, given: str | Storage, *, unseen: bool) -> RunDirectory:
     """Return the run directory of rank 0 for another rank: to look at, or only by its name.
+
+    Args:
+        said: What rank 0 says of it; see `place_of`.
+        given: The directory, or the parent of the branch, as this rank was given it.
+        unseen: Whether only rank 0 can see it.
 
     Raises:
         RunDirectoryError: It cannot be seen from here.
@@ -51,10 +56,17 @@ def open_as_another(said: Any, *, unseen: bool) -> RunDirectory:
         identity = RunIdentity(said["id"], said["created"], parent)
         return RunDirectory(UnseenStorage(said["place"]), identity, None)
     try:
-        return RunDirectory.open_readonly(said["place"])
+        return RunDirectory.open_readonly(_seen_from_here(said["place"], given))
     except RunDirectoryError as error:
         error.add_note('a folder that only rank 0 sees: load_from="rank0"')
         raise
+
+
+def _seen_from_here(place: str, given: str | Storage) -> str | Storage:
+    """Return rank 0's place in the storage that this rank was given, if that leads there."""
+    if isinstance(given, str) or not f"{place}/".startswith(f"{given.describe()}/"):
+        return place
+    return FolderStorage(given, place[len(given.describe()) + 1 :])
 
 
 class RelayedCheckpoint(ABC):

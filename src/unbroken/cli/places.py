@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unbroken.errors import CheckpointError, CheckpointNotFoundError, RunDirectoryError
-from unbroken.storage import LocalStorage, Storage
+from unbroken.storage import Storage, storage_at
 from unbroken.store import CheckpointReader, RunDirectory
 from unbroken.store.layout import MANIFEST_NAME, PINNED_NAME, RUN_NAME, step_of
 
@@ -37,7 +37,7 @@ class Place:
         """Where the checkpoint folders stand."""
         if self.run is not None:
             return self.run.storage
-        return LocalStorage(self.path.parent, create=False)
+        return storage_at(self.path.parent, create=False)
 
     def open(self, folder: str) -> CheckpointReader:
         """Open one of `folders`.

@@ -1,7 +1,10 @@
-"""Places that keep bytes: the local disk and memory, behind one narrow interface."""
+"""Places that keep bytes: the local disk and memory, compressed or not; one narrow interface."""
 
 from __future__ import annotations
 
+from unbroken.storage.compressed import CompressedStorage as CompressedStorage
+from unbroken.storage.compressed import PlainView as PlainView
+from unbroken.storage.compressed import storage_at as storage_at
 from unbroken.storage.folder import FolderStorage as FolderStorage
 from unbroken.storage.interface import Bytes as Bytes
 from unbroken.storage.interface import Lock as Lock
@@ -14,12 +17,15 @@ from unbroken.storage.memory import MemoryStorage as MemoryStorage
 
 __all__ = [
     "Bytes",
+    "CompressedStorage",
     "FolderStorage",
     "LocalStorage",
     "Lock",
     "MemoryStorage",
+    "PlainView",
     "ReadHandle",
     "Stat",
     "Storage",
     "WriteHandle",
+    "storage_at",
 ]

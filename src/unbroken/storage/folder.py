@@ -11,7 +11,7 @@ class FolderStorage:
 
     Args:
         inner: The other storage.
-        folder: A path in it. It need not exist, and is not made.
+        folder: A path in it; "" is all of it. It need not exist, and is not made.
 
     Example:
         >>> from unbroken.storage import MemoryStorage
@@ -27,6 +27,8 @@ class FolderStorage:
         self._folder = check_path(folder)
 
     def _below(self, path: str) -> str:
+        if not self._folder:
+            return check_path(path)
         return f"{self._folder}/{check_path(path)}" if path else self._folder
 
     def describe(self, path: str = "") -> str:

@@ -52,13 +52,14 @@ def move_durably(storage: Storage, source: str, target: str) -> None:
 
 def copy_file(storage: Storage, source: str, target: str, nbytes: int | None = None) -> None:
     """Copy a file, or its first `nbytes` bytes, durably; nothing of what was read is checked."""
-    with storage.open(source) as old, storage.create(target) as new:
+    with storage.open(source) as old:
         end = old.nbytes if nbytes is None else nbytes
-        for offset in range(0, end, _CHUNK_BYTES):
-            chunk = bytearray(min(_CHUNK_BYTES, end - offset))
-            old.read_into(offset, memoryview(chunk))
-            new.write(chunk)
-        new.sync()
+        with storage.create(target, end) as new:
+            for offset in range(0, end, _CHUNK_BYTES):
+                chunk = bytearray(min(_CHUNK_BYTES, end - offset))
+                old.read_into(offset, memoryview(chunk))
+                new.write(chunk)
+            new.sync()
     storage.sync_folder(target.rpartition("/")[0])
 
 

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from unbroken.errors import RunDirectoryError, UnbrokenError
-from unbroken.storage import LocalStorage, Lock, Storage
+from unbroken.storage import Lock, Storage, storage_at
 from unbroken.store.catalog import Catalog
 from unbroken.store.identity import RunIdentity, has_identity, read_identity, write_identity
 from unbroken.store.journal import Journal
@@ -201,7 +201,7 @@ class RunDirectory:
 
 def _storage_of(where: Place, *, create: bool) -> Storage:
     if isinstance(where, str | os.PathLike):
-        return LocalStorage(where, create=create)
+        return storage_at(where, create=create)
     return where
 
 

@@ -14,8 +14,9 @@ from unbroken.data import BatchSource, batch_source, derive_key
 from unbroken.distributed import Group, RankSums, join
 from unbroken.distributed.sharding import is_dtensor
 from unbroken.errors import ConfigError
-from unbroken.storage import Storage
+from unbroken.storage import CompressedStorage, LocalStorage, Storage
 from unbroken.store import Interval, KeepPolicy
+from unbroken.store.run_directory import as_directory_error
 from unbroken.training.ambient import Randomness, seed_ambient
 from unbroken.training.callback import with_state
 from unbroken.training.changes import IN_DATA, LENGTH, Examination
@@ -118,6 +119,21 @@ def make_source(
         rank=division.part,
         world_size=division.parts,
     )
+
+
+def place_of_run(config: TrainerConfig, storage: Storage | None, group: Group) -> str | Storage:
+    """Return where the run directory is.
+
+    Raises:
+        ConfigError: Checkpoints are to be compressed, but the library for it is not installed.
+        RunDirectoryError: They are, and the directory cannot be made.
+    """
+    if not config.save_compressed:
+        return config.output_dir if storage is None else storage
+    with as_directory_error(config.output_dir):
+        if storage is None:
+            storage = LocalStorage(config.output_dir, create=group.rank == 0)
+        return CompressedStorage(storage)
 
 
 def make_checkpointer(

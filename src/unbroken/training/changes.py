@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from unbroken.training.trainer import Trainer
 
 _CADENCE: Rule = ("harmless", "something happens at other steps; the training is the same")
+_STORING: Rule = ("harmless", "how checkpoints are stored; the training is the same")
 _NAMING: Rule = ("harmless", "where things are; the training is the same")
 _LOADING: Rule = ("harmless", "how data are read; the order and the samples are the same")
 _JUDGING: Rule = ("harmless", "when the run ends or which checkpoint is the best")
@@ -39,6 +40,7 @@ _RULED: tuple[tuple[Rule, str], ...] = (
     (_CADENCE, "logging_steps logging_minutes log_data_digest eval_steps eval_minutes"),
     (_CADENCE, "eval_batch_size save_steps save_minutes save_at_start save_total_limit"),
     (_CADENCE, "keep_every_n_steps max_time snapshot max_lost_minutes mtbf_hours"),
+    (_STORING, "save_compressed"),
     (_NAMING, "output_dir branch"),
     (_LOADING, "dataloader_num_workers dataloader_prefetch_factor dataloader_pin_memory"),
     (_METRIC, "metric_for_best_model greater_is_better"),

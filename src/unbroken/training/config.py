@@ -151,6 +151,9 @@ class TrainerConfig:
     snapshot: SnapshotMode = "stream"
     """How a save gets hold of the state: "stream" writes it while training waits, "sync" copies it
     and writes beside the training, "overlap" copies beside the training too; see `Checkpointer`."""
+    save_compressed: bool = False
+    """Keep tensors compressed, without loss, for storage that is slow or metered; needs
+    `unbroken[zstd]`. Other programs cannot read such files: see `unbroken export`."""
     save_at_start: bool = True
     """Save `checkpoint-0` before the first step, so that a run killed before its first
     regular checkpoint starts again from the same weights."""

@@ -31,6 +31,7 @@ from unbroken.training.assembly import (
     make_stepper,
     pick_device,
     pick_display,
+    place_of_run,
     prepared_for_forward,
     refuse_missing_evaluation_data,
     refuse_to_save,
@@ -168,7 +169,7 @@ class Trainer:
         self._log_timer = Timer(Cadence(config.logging_steps, config.logging_minutes), clock)
         self.eval_timer = Timer(Cadence(config.eval_steps, config.eval_minutes), clock)
         fingerprint = partial(run_fingerprint, self, train_dataset, collate_fn, loss_fn)
-        place = config.output_dir if storage is None else storage
+        place = place_of_run(config, storage, self.group)
         self.checkpointer = make_checkpointer(
             self, place, state or {}, settings, types, fingerprint, clock, wall_clock
         )

@@ -38,7 +38,7 @@ from unbroken.capture import capture_rng, restore_rng, unwrapped
 from unbroken.checkpoint import Checkpointer, Preemption, ResumeReport, Selection
 from unbroken.distributed import Alone, Group, join
 from unbroken.errors import CorruptCheckpointError
-from unbroken.storage import LocalStorage
+from unbroken.storage import storage_at
 from unbroken.store import CheckpointReader, KeepPolicy
 from unbroken.training.ranks import agreed_reason
 
@@ -130,7 +130,9 @@ class Run:
             return
         self._state = json.loads((self.folder / STATE_NAME).read_text(encoding="utf-8"))
         if not self.chosen.is_stock:
-            reader = CheckpointReader(LocalStorage(self.folder.parent), self.folder.name)
+            reader = CheckpointReader(
+                storage_at(self.folder.parent, create=False), self.folder.name
+            )
             self._stored = Stored.of(reader.step, reader.manifest.facts)
 
     # What follows is called by the host's loop, in this order.

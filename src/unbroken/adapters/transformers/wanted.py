@@ -10,7 +10,7 @@ from unbroken.adapters.transformers.stock_folder import is_stock, problem_of_sto
 from unbroken.checkpoint import Selection
 from unbroken.distributed import Group
 from unbroken.errors import CheckpointNotFoundError, CorruptCheckpointError
-from unbroken.storage import LocalStorage
+from unbroken.storage import storage_at
 from unbroken.store import CheckpointReader, Rejection, RunDirectory
 
 _STEPS = ("step", "best")
@@ -95,7 +95,7 @@ def _at_path(run: RunDirectory, path: Path) -> Chosen:
         expected = "the folder of a checkpoint"
         hint = '"latest" finds the newest intact one in output_dir'
         raise CheckpointNotFoundError(str(path), "is not there", expected=expected, hint=hint)
-    CheckpointReader(LocalStorage(folder.parent), folder.name).check_rest()
+    CheckpointReader(storage_at(folder.parent, create=False), folder.name).check_rest()
     return Chosen(folder, Selection("path", path=folder), is_named=True)
 
 
