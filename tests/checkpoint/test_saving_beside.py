@@ -135,8 +135,7 @@ def test_without_that_hook_the_copy_would_be_torn(tmp_path, monkeypatch):
     training.train_step()
     held = Held(monkeypatch)
     data = training.save()
-    for number in list(training.optimizer._optimizer_step_pre_hooks):
-        del training.optimizer._optimizer_step_pre_hooks[number]
+    training.checkpointer._beside._hook.remove()
     monkeypatch.setattr(snapshot.Snapshot, "edited", lambda _self: ())
     training.train_step()
     held.go.set()
@@ -161,6 +160,8 @@ def test_an_edit_is_found_and_the_next_step_is_saved_in_its_place(when, tmp_path
     training.checkpointer.wait()
     assert stored(storage_of(training), 2) == data
     assert [step for step, _ in training.checkpointer.run.catalog.folders()] == [2]
+    told = [one for one in training.checkpointer.run.history.records() if one["event"] != "started"]
+    assert [(one["event"], one["step"]) for one in told] == [("given up", 1), ("saved", 2)]
 
 
 def test_an_edit_that_no_later_save_makes_good_is_an_error(tmp_path):
@@ -264,14 +265,14 @@ def test_memory_is_used_again(tmp_path):
 FORGETS_TO_CLOSE = """
 import sys, torch
 from unbroken import Checkpointer
-model = torch.nn.Linear(512, 512)
-optimizer = torch.optim.AdamW(model.parameters())
-Checkpointer(sys.argv[1], snapshot="overlap", model=model, optimizer=optimizer).save(1)
+model = torch.nn.Sequential(*(torch.nn.Linear(size, 1031) for size in (1031, 517, 2050)))
+Checkpointer(sys.argv[1], snapshot=sys.argv[2], model=model).save(1)
 """
 
 
-def test_a_script_that_ends_without_closing_keeps_its_last_save(tmp_path):
-    subprocess.run([sys.executable, "-c", FORGETS_TO_CLOSE, str(tmp_path)], check=True)
+@pytest.mark.parametrize("mode", BESIDE)
+def test_a_script_that_ends_without_closing_keeps_its_last_save(mode, tmp_path):
+    subprocess.run([sys.executable, "-c", FORGETS_TO_CLOSE, str(tmp_path), mode], check=True)
     assert CheckpointReader(LocalStorage(tmp_path), "checkpoint-1").verify() == []
 
 

@@ -35,6 +35,7 @@ class Bytes:
     dtype: str = "U8"
     offsets: None = None
     global_shape: None = None
+    copied: None = None
 
     @property
     def shape(self):

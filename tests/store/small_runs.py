@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from unbroken.storage import Storage
 from unbroken.store import Catalog, CheckpointReader, CheckpointWriter, Manifest, RunDirectory
+from unbroken.store.leaf import Copied
 
 RUN_ID = "0123456789abcdef" * 2
 
@@ -25,6 +26,7 @@ class PlainLeaf:
     chunk_bytes: int = 64
     offsets: tuple[int, ...] | None = None
     global_shape: tuple[int, ...] | None = None
+    copied: Copied | None = None
 
     @property
     def nbytes(self) -> int:

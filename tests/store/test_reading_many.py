@@ -26,6 +26,7 @@ class Plain:
     dtype: str = "U8"
     offsets = None
     global_shape = None
+    copied = None
 
     @property
     def name(self):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from unbroken.capture.dtypes import SAFETENSORS_DTYPES, flat_bytes, raw
+from unbroken.store.leaf import Copied
 
 FileOf = Callable[[str], tuple[str, str]]
 """Gives for the path of a leaf the file that it goes into and its name there."""
@@ -31,6 +32,7 @@ class TensorLeaf:
         sharded: The tensor that several ranks hold, if this is what one of them has of it.
         offsets: Of a part of it that is not all of it, where it starts there, by dimension.
         global_shape: Of such a part, the shape of the whole.
+        copied: The copy that is stored, if there is one, whatever becomes of the live tensor.
     """
 
     path: str
@@ -42,6 +44,7 @@ class TensorLeaf:
     sharded: torch.Tensor | None = None
     offsets: tuple[int, ...] | None = None
     global_shape: tuple[int, ...] | None = None
+    copied: Copied | None = None
 
     @property
     def nbytes(self) -> int:
@@ -50,9 +53,20 @@ class TensorLeaf:
 
     def chunks(self) -> Iterator[memoryview]:
         """Yield the bytes in C order, at most 16 MiB at a time."""
+        if self.copied is not None:
+            end = self.copied.start + self.nbytes
+            for start in range(self.copied.start, end, _CHUNK):
+                yield self.copied.memory[start : min(start + _CHUNK, end)]
+            return
         flat = flat_bytes(raw(self.tensor).contiguous())
         for start in range(0, flat.numel(), _CHUNK):
             yield flat[start : start + _CHUNK].cpu().numpy().data
+
+    def over(self, copied: Copied) -> TensorLeaf:
+        """Return the leaf with a copy of its bytes."""
+        names = (self.path, self.file, self.name, self.dtype, self.shape)
+        part = (self.sharded, self.offsets, self.global_shape)
+        return TensorLeaf(*names, self.tensor, *part, copied)
 
 
 def stored_as(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-
-from torch.optim import Optimizer
 
 from unbroken.checkpoint.appointment import Appointment
 from unbroken.checkpoint.saving import GivenUpError, Saving
@@ -47,7 +45,6 @@ class BackgroundSave:
         snapshot: The memory of that share.
         group: The ranks that make it; no other thread uses this group.
         blind: Those of them that do not see where it is stored.
-        optimizers: Their next step waits for the copy.
 
     Attributes:
         step: As given.
@@ -65,7 +62,6 @@ class BackgroundSave:
         snapshot: Snapshot,
         group: Group,
         blind: tuple[int, ...],
-        optimizers: Iterable[Optimizer] = (),
     ) -> None:
         self.step = step
         self.edited: tuple[str, ...] = ()
@@ -73,12 +69,11 @@ class BackgroundSave:
         self._saving, self._share, self._snapshot = saving, share, snapshot
         self._group, self._blind = group, blind
         self._edited_here: tuple[str, ...] | None = None  # None: nobody looked yet
-        self._given_up: GivenUpError | None = None
+        self._edited_by_rank: Mapping[int, tuple[str, ...]] = {}
         self._error: BaseException | None = None
         self._appointment = Appointment()
         self._copied, self._approved = threading.Event(), threading.Event()
         self._stored = threading.Event()
-        self._hooks = [o.register_step_pre_hook(self._before_step) for o in optimizers]
         self._thread = threading.Thread(target=self._run, name="unbroken-save", daemon=True)
         self._began = time.perf_counter()
         self._thread.start()
@@ -90,15 +85,18 @@ class BackgroundSave:
         alone = self._group.world_size == 1
         return self._appointment.is_now() or (alone and bool(self._edited_here))
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it ended, well or not."""
+        return not self._thread.is_alive()
+
     def approve(self) -> None:
         """Wait for the copy, and let the save commit if nothing changed what was copied."""
         if self._edited_here is not None:
             return
         self._copied.wait()
-        self._snapshot.hold_back_device()
+        self._snapshot.hold_back_devices()
         self._edited_here = self._snapshot.edited()
-        for hook in self._hooks:
-            hook.remove()
         self._approved.set()
 
     def finish(self, *, hurried: bool = False) -> None:
@@ -125,19 +123,15 @@ class BackgroundSave:
 
     def edited_error(self) -> SaveError:
         """Return the error for those whom no later save consoles."""
-        edited = {} if self._given_up is None else self._given_up.edited
         where = f"checkpoint-{self.step}"
         if self._group.world_size > 1:
-            where = f"{where}: {name_ranks([*edited])}"
+            where = f"{where}: {name_ranks([*self._edited_by_rank])}"
         return SaveError(
             where,
             "was not made: tensors were changed while they were being copied",
             found=", ".join(self.edited[:3]),
             hint='save once more; with snapshot="sync" they may be changed as soon as save returns',
         )
-
-    def _before_step(self, *_: object) -> None:
-        self.approve()
 
     def _run(self) -> None:
         try:
@@ -147,7 +141,7 @@ class BackgroundSave:
                 self._stage()
                 self._saving.store(self._group, share, self._changes)
         except GivenUpError as given_up:
-            self._given_up = given_up
+            self._edited_by_rank = given_up.edited  # not the error: that holds the copy's memory
             paths = [path for own in given_up.edited.values() for path in own]
             self.edited = tuple(dict.fromkeys(paths))
         except BaseException as error:
@@ -172,7 +166,7 @@ class BackgroundSave:
             self._snapshot.copy_rest()
         finally:
             self._copied.set()
-        self._snapshot.wait_for_device()
+        self._snapshot.wait_for_devices()
         return replace(self._share, leaves=self._snapshot.leaves())
 
     def _changes(self) -> tuple[str, ...]:

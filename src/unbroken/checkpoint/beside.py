@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import atexit
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Literal, get_args
 
-from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from unbroken.checkpoint.background import BackgroundSave, SaveCost
 from unbroken.checkpoint.saving import Saving
 from unbroken.checkpoint.shares import Share
-from unbroken.checkpoint.snapshot import Snapshot, Staging, flattened, steady_tensors
+from unbroken.checkpoint.snapshot import Snapshot, Staging, steady_tensors
 from unbroken.distributed import Group
 from unbroken.errors import ConfigError
+from unbroken.store import Json
 
+_TOLD = 10  # paths of tensors in the history
 SnapshotMode = Literal["stream", "sync", "overlap"]
 """How a save gets hold of the state: see `Checkpointer`."""
 
@@ -28,6 +32,7 @@ class BesideTraining:
     Args:
         mode: With "stream", a save is over when it was started.
         group: The ranks; all make the same calls.
+        note: Tells the history of a save that was given up.
 
     Attributes:
         mode: As given.
@@ -38,17 +43,22 @@ class BesideTraining:
         ConfigError: There is no such mode.
     """
 
-    def __init__(self, mode: SnapshotMode, group: Group) -> None:
+    def __init__(
+        self, mode: SnapshotMode, group: Group, note: Callable[[Mapping[str, Json]], None]
+    ) -> None:
         if mode not in get_args(SnapshotMode):
             raise ConfigError("snapshot", expected=get_args(SnapshotMode), found=repr(mode))
         self.mode = mode
         self.again = False
         self.cost: SaveCost | None = None
         self._group = group
+        self._note = note
         self._channel: Group | None = None  # for the threads beside the training
         self._staging = Staging()
         self._blind: tuple[int, ...] | None = None  # ranks that do not see where is stored
         self._running: BackgroundSave | None = None
+        self._process = 0  # that it runs in
+        self._hook: RemovableHandle | None = None
         self._blocked = 0.0
         self._restless: set[str] = set()  # paths of tensors that do change between steps
         self._committed: list[int] = []
@@ -81,7 +91,7 @@ class BesideTraining:
                 return
             snapshot = self._group.together("copy", lambda: self._taken(share, objects))
             stack.pop_all()
-        self._go_on(step, saving, share, snapshot, objects)
+        self._go_on(step, saving, share, snapshot)
         self._blocked = time.perf_counter() - began
 
     def _taken(self, share: Share, objects: Mapping[str, object]) -> Snapshot:
@@ -90,25 +100,29 @@ class BesideTraining:
         steady = steady_tensors(objects, share.leaves, self._restless)
         return self._staging.take(share.leaves, steady)
 
-    def _go_on(
-        self,
-        step: int,
-        saving: Saving,
-        share: Share,
-        snapshot: Snapshot,
-        objects: Mapping[str, object],
-    ) -> None:
+    def _go_on(self, step: int, saving: Saving, share: Share, snapshot: Snapshot) -> None:
         """Let a thread make the checkpoint."""
         if self._channel is None:
             self._channel = self._group.apart()
             atexit.register(self._at_exit)
-        every = flattened(objects) if self.mode == "overlap" else ()
-        optimizers = [one for one in every if isinstance(one, Optimizer)]
-        group, blind = self._channel, self._blind or ()
-        self._running = BackgroundSave(step, saving, share, snapshot, group, blind, optimizers)
+        if self._hook is None and self.mode == "overlap":
+            # Any optimizer, also one that is not saved: fused ones do not count versions up.
+            self._hook = register_optimizer_step_pre_hook(self._before_step)
+        self._process = os.getpid()
+        self._running = BackgroundSave(
+            step, saving, share, snapshot, self._channel, self._blind or ()
+        )
         if self.mode == "sync":
             self._running.approve()
         self.again = False
+
+    def _current(self) -> BackgroundSave | None:
+        """Return the save that is running; in a forked process there is none."""
+        return self._running if self._process == os.getpid() else None
+
+    def _before_step(self, *_: object) -> None:
+        if self._running is not None and not self._running.is_over:  # it is, in a forked process
+            self._running.approve()
 
     def poll(self) -> None:
         """Hear whether the running save ended; called where no tensor is being changed.
@@ -117,7 +131,8 @@ class BesideTraining:
             SaveError: It failed; earlier checkpoints are as they were.
             RankError: It failed on another rank.
         """
-        if self._running is not None and self._running.is_heard_of():
+        running = self._current()
+        if running is not None and running.is_heard_of():
             self.settle()
 
     def settle(self, *, hurried: bool = False) -> None:
@@ -130,13 +145,19 @@ class BesideTraining:
             SaveError: It failed; earlier checkpoints are as they were.
             RankError: It failed on another rank.
         """
-        running, self._running = self._running, None
+        running = self._current()
         if running is None:
             return
-        running.finish(hurried=hurried)
+        try:
+            running.finish(hurried=hurried)
+        finally:
+            if running.is_over:  # an interrupt leaves it to the next who waits
+                self._running = None
         self.cost = SaveCost(self._blocked, self._blocked + running.seconds, running.computing)
         if running.edited:
             self._restless.update(running.edited)
+            edited = [*running.edited[:_TOLD]]
+            self._note({"event": "given up", "step": running.step, "edited": edited})
             self.again = True
         else:
             self._committed.append(running.step)
@@ -151,7 +172,7 @@ class BesideTraining:
             SaveError: It failed, or tensors were changed while they were copied.
             RankError: It failed on another rank.
         """
-        running = self._running
+        running = self._current()
         self.settle(hurried=hurried)
         if running is not None and running.edited:
             raise running.edited_error()
@@ -166,15 +187,28 @@ class BesideTraining:
         try:
             self.wait(hurried=hurried)
         finally:
-            self._staging = Staging()
-            channel, self._channel = self._channel, None
-            if channel is not None:
-                atexit.unregister(self._at_exit)
-                channel.close()
+            if self.is_idle:
+                self._give_back()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no save is running; one may be, where `close` was interrupted."""
+        return self._current() is None
+
+    def _give_back(self) -> None:
+        self._staging = Staging()
+        hook, self._hook = self._hook, None
+        if hook is not None:
+            hook.remove()
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            atexit.unregister(self._at_exit)
+            channel.close()
 
     def _at_exit(self) -> None:
         """Finish the last save of a script that ends without `close`."""
-        self.close(hurried=hasattr(sys, "last_value"))  # it ends with an error, maybe not on all
+        if self._process == os.getpid():  # a forked process inherits this call
+            self.close(hurried=hasattr(sys, "last_value"))  # an error, maybe not on all ranks
 
     def _note_streamed(self, step: int, began: float) -> None:
         seconds = time.perf_counter() - began

@@ -146,7 +146,7 @@ class Checkpointer:
         self.layout: Callable[[Mapping[str, object]], Layout] = Layout.of
         self.among_others = False
         self._line = Line()
-        self._beside = BesideTraining(snapshot, self.group)
+        self._beside = BesideTraining(snapshot, self.group, self.note_event)
         self._plan = Plan()
         self._types = tuple(types)
         self._wall_clock = wall_clock
@@ -352,7 +352,8 @@ class Checkpointer:
         try:
             self._beside.close(hurried=error is not None)
         finally:
-            self._place.close(error)
+            if self._beside.is_idle:  # else a later call ends it
+                self._place.close(error)
 
     def __enter__(self) -> Self:
         return self

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,13 +18,18 @@ from torch import nn
 from torch.optim import Optimizer
 
 from unbroken.capture import TensorLeaf, raw
+from unbroken.checkpoint.device_copies import DeviceCopies
 from unbroken.distributed.sharding import local_part
+from unbroken.storage.past_cache import aligned_buffer
 from unbroken.store import places_in_files
+from unbroken.store.digest import Digester, digest_of
+from unbroken.store.leaf import Copied
 
 _PAGE = 4096
 _SMALL = 1 << 20  # bytes that are copied sooner than PyTorch has begun
+_PIECE = 1 << 20  # copied, and then hashed while it is in the processor's cache
 _PLAIN = (torch.Tensor, nn.Parameter)
-Steady = Mapping[tuple[int, int], torch.Tensor]
+Steady = Mapping[tuple[int, int], Sequence[torch.Tensor]]
 """Tensors that only an optimizer's step is expected to change, by address and length."""
 
 
@@ -58,7 +63,7 @@ class Snapshot:
         places: Where in it each one lies, by path.
         late: Those that are not copied yet.
         watched: The live tensors behind these, and behind copies from a device that still run.
-        event: When copies from a device are complete.
+        device_copies: Copies from devices, which may still run.
     """
 
     def __init__(
@@ -68,38 +73,49 @@ class Snapshot:
         places: Mapping[str, int],
         late: list[TensorLeaf],
         watched: Sequence[Watched],
-        event: torch.cuda.Event | None,
+        device_copies: DeviceCopies,
     ) -> None:
         self._leaves = leaves
         self._memory = memory
         self._places = places
         self._late = late
         self._watched = watched
-        self._event = event
+        self._device_copies = device_copies
+        self._digests: dict[str, str] = {}
 
     def leaves(self) -> tuple[TensorLeaf, ...]:
-        """Return the leaves over the memory of the copy."""
-        return tuple(
-            replace(leaf, tensor=self._memory[self._places[leaf.path] :][: leaf.nbytes])
-            for leaf in self._leaves
-        )
+        """Return the leaves as they were copied, with their digests."""
+        memory = self._memory.numpy().data
+        return tuple(self._copied(leaf, memory) for leaf in self._leaves)
 
     def copy_rest(self) -> None:
-        """Copy what was not copied at once; called once, from any thread."""
-        start = self._memory.data_ptr()
+        """Copy what was not copied at once; called once, from any thread.
+
+        It is hashed while it is in the processor's cache: to read memory twice costs more.
+        """
+        address, memory = self._memory.data_ptr(), self._memory.numpy().data
         for leaf in self._late:
-            _move(leaf, start + self._places[leaf.path])
+            digester, place = Digester(), self._places[leaf.path]
+            for begin in range(0, leaf.nbytes, _PIECE):
+                count, start = min(_PIECE, leaf.nbytes - begin), place + begin
+                _move(leaf, begin, count, address + start)
+                digester.update(memory[start : start + count])
+            self._digests[leaf.path] = digester.digest()
         self._late = []
 
-    def wait_for_device(self) -> None:
-        """Wait for the copies from a device."""
-        if self._event is not None:
-            self._event.synchronize()
+    def _copied(self, leaf: TensorLeaf, memory: memoryview) -> TensorLeaf:
+        start, digest = self._places[leaf.path], self._digests.get(leaf.path)
+        if digest is None:
+            digest = digest_of(memory[start : start + leaf.nbytes])
+        return leaf.over(Copied(memory, start, digest))
 
-    def hold_back_device(self) -> None:
-        """Let what is launched on the current stream from now on wait for the copies."""
-        if self._event is not None:
-            torch.cuda.current_stream().wait_event(self._event)
+    def wait_for_devices(self) -> None:
+        """Wait for the copies from devices."""
+        self._device_copies.wait()
+
+    def hold_back_devices(self) -> None:
+        """Let what is launched on current streams from now on wait for the copies."""
+        self._device_copies.hold_back_for_all()
 
     def edited(self) -> tuple[str, ...]:
         """Return the paths of tensors that were changed since the snapshot began."""
@@ -111,7 +127,6 @@ class Staging:
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
-        self._stream: torch.cuda.Stream | None = None
         self._planned: tuple[list[Any], tuple[dict[str, int], int]] = ([], ({}, 0))
 
     def take(self, leaves: Sequence[TensorLeaf], steady: Steady | None = None) -> Snapshot:
@@ -126,25 +141,24 @@ class Staging:
         """
         places, nbytes = self._places(leaves)
         on_device = any(leaf.tensor.is_cuda for leaf in leaves)
-        memory = self._reserve(nbytes, pinned=on_device)
-        waiting: list[tuple[TensorLeaf, torch.Tensor]] = []
+        memory, copies = self._reserve(nbytes, pinned=on_device), DeviceCopies()
+        waiting: list[tuple[TensorLeaf, Sequence[torch.Tensor]]] = []
         for leaf in leaves:
             live = _live(leaf.tensor, steady or {})
-            if live is None:
-                self._copy(leaf, memory, places)
-            else:
+            if live:
                 waiting.append((leaf, live))
-        if self._stream is not None:  # on the device: what follows must not change these either
-            torch.cuda.current_stream().wait_stream(self._stream)
+            else:
+                _copy(leaf, memory, places, copies)
+        copies.hold_back()  # what a device does next must not change these either
         for leaf, _ in waiting:
             if leaf.tensor.is_cuda:
-                self._copy(leaf, memory, places)
-        event = self._end_of_copies()
-        if event is not None and steady is None:
-            event.synchronize()
+                _copy(leaf, memory, places, copies)
+        copies.end()
+        if steady is None:
+            copies.wait()
         late = [leaf for leaf, _ in waiting if not leaf.tensor.is_cuda]
-        watched = [Watched.now(leaf.path, live) for leaf, live in waiting]
-        return Snapshot(leaves, memory, places, late, watched, event)
+        watched = [Watched.now(leaf.path, one) for leaf, live in waiting for one in live]
+        return Snapshot(leaves, memory, places, late, watched, copies)
 
     def _places(self, leaves: Sequence[TensorLeaf]) -> tuple[dict[str, int], int]:
         """Return where leaves lie; the same as before if they are the same as before."""
@@ -153,49 +167,54 @@ class Staging:
             self._planned = (key, places_in_files(leaves, _PAGE))
         return self._planned[1]
 
-    def _copy(self, leaf: TensorLeaf, memory: torch.Tensor, places: Mapping[str, int]) -> None:
-        if leaf.nbytes <= _SMALL and leaf.tensor.is_cpu and leaf.tensor.is_contiguous():
-            _move(leaf, memory.data_ptr() + places[leaf.path])
-            return
-        source = raw(leaf.tensor)
-        target = memory[places[leaf.path] :][: leaf.nbytes].view(source.dtype).view(source.shape)
-        if not source.is_cuda:
-            target.copy_(source)
-            return
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(source.device)  # type: ignore[no-untyped-call]
-            self._stream.wait_stream(torch.cuda.current_stream(source.device))
-        with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
-        source.record_stream(self._stream)
-
-    def _end_of_copies(self) -> torch.cuda.Event | None:
-        stream, self._stream = self._stream, None
-        return None if stream is None else stream.record_event()
-
     def _reserve(self, nbytes: int, *, pinned: bool) -> torch.Tensor:
         """Return memory that starts at a page; the same as before if that is enough."""
         if len(self._memory) < nbytes or self._memory.is_pinned() != pinned:
             self._memory = torch.empty(0, dtype=torch.uint8)  # gives the old memory back first
-            fresh = torch.empty(nbytes + _PAGE, dtype=torch.uint8, pin_memory=pinned)
-            self._memory = fresh[-fresh.data_ptr() % _PAGE :]
+            self._memory = _pinned(nbytes) if pinned else _plain(nbytes)
         return self._memory
 
 
-def _move(leaf: TensorLeaf, address: int) -> None:
-    """Copy a contiguous leaf; other threads of Python go on meanwhile."""
-    ctypes.memmove(address, leaf.tensor.data_ptr(), leaf.nbytes)
+def _plain(nbytes: int) -> torch.Tensor:
+    """Return memory that forked processes do not get: sharing its pages would double them."""
+    if nbytes == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(aligned_buffer(nbytes, inherited=False), dtype=torch.uint8)
 
 
-def _live(tensor: torch.Tensor, steady: Steady) -> torch.Tensor | None:
-    """Return the steady tensor that has just this memory, in this order, if there is one."""
-    live = steady.get(_place(tensor))
-    return live if live is not None and tensor.is_contiguous() else None
+def _pinned(nbytes: int) -> torch.Tensor:
+    fresh = torch.empty(nbytes + _PAGE, dtype=torch.uint8, pin_memory=True)
+    return fresh[-fresh.data_ptr() % _PAGE :]
+
+
+def _copy(
+    leaf: TensorLeaf, memory: torch.Tensor, places: Mapping[str, int], copies: DeviceCopies
+) -> None:
+    if leaf.nbytes <= _SMALL and leaf.tensor.is_cpu and leaf.tensor.is_contiguous():
+        _move(leaf, 0, leaf.nbytes, memory.data_ptr() + places[leaf.path])
+        return
+    source = raw(leaf.tensor)
+    target = memory[places[leaf.path] :][: leaf.nbytes].view(source.dtype).view(source.shape)
+    if source.is_cuda:
+        copies.begin(source, target)
+    else:
+        target.copy_(source)
+
+
+def _move(leaf: TensorLeaf, begin: int, count: int, address: int) -> None:
+    """Copy bytes of a contiguous leaf; other threads of Python go on meanwhile."""
+    ctypes.memmove(address, leaf.tensor.data_ptr() + begin, count)
+
+
+def _live(tensor: torch.Tensor, steady: Steady) -> Sequence[torch.Tensor]:
+    """Return the steady tensors that have just this memory, in this order, if there are any."""
+    live = steady.get(_place(tensor), ())
+    return live if live and tensor.is_contiguous() else ()
 
 
 def steady_tensors(
     objects: Mapping[str, object], leaves: Sequence[TensorLeaf], restless: Collection[str]
-) -> dict[tuple[int, int], torch.Tensor]:
+) -> dict[tuple[int, int], list[torch.Tensor]]:
     """Return the parameters, and the optimizers' state: an optimizer's step alone changes them.
 
     Args:
@@ -203,8 +222,11 @@ def steady_tensors(
         leaves: What was captured of them.
         restless: The paths of leaves that something else does change.
     """
-    found = [tensor for value in flattened(objects) for tensor in _steady_in(value)]
-    steady = {_place(tensor): tensor for tensor in found if tensor.numel() > 1}
+    steady: dict[tuple[int, int], list[torch.Tensor]] = {}
+    for value in flattened(objects):
+        for tensor in _steady_in(value):
+            if tensor.numel() > 1:
+                steady.setdefault(_place(tensor), []).append(tensor)
     for leaf in leaves:
         if leaf.path in restless:
             steady.pop(_place(leaf.tensor), None)
@@ -237,5 +259,16 @@ def _steady_in(value: object) -> Iterator[torch.Tensor]:
     for one in tensors:
         if isinstance(one, torch.Tensor):
             here = local_part(one)
-            if type(here) in _PLAIN and not here.is_inference():
+            if type(here) in _PLAIN and not here.is_inference() and _is_watchable(here, one):
                 yield here
+
+
+def _is_watchable(here: torch.Tensor, tensor: torch.Tensor) -> bool:
+    """Tell whether a change is seen: not where other tensors lie on the same memory.
+
+    A change of a flat buffer, say, does not move the versions of parameters that lie on it.
+    """
+    if not (here.is_cpu or here.is_cuda):
+        return False
+    is_part = here is not tensor  # of a sharded tensor, whose memory may be longer
+    return is_part or here.untyped_storage().nbytes() == here.nbytes

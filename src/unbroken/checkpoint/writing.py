@@ -31,7 +31,7 @@ class Writing:
         told: What the history is told besides.
 
     Attributes:
-        made: The checkpoint, when it is there.
+        made: The checkpoint, when it is there and has files that do not change.
     """
 
     def __init__(
@@ -80,7 +80,8 @@ class Writing:
         for name, data in self._files.items():
             writer.write_file(name, data)
         manifest = writer.commit(self._facts)
-        self.made = CheckpointReader(run.storage, checkpoint_name(self._step))
+        if self._constant:  # else there is nothing to link, and reading takes time
+            self.made = CheckpointReader(run.storage, checkpoint_name(self._step))
         saved = {"event": "saved", "at": now_as_text(self._clock), "step": self._step}
         run.history.append({**saved, "digest": manifest.state_digest, **self._told})
         run.prune(self._keep, best_steps=(best,) if isinstance(best, int) else ())

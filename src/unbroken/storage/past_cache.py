@@ -9,6 +9,7 @@ The kernel takes only addresses, offsets and lengths that are multiples of a blo
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -21,7 +22,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from unbroken.storage.interface import Bytes
 
 BLOCK = 4096  # what every disk of today takes; a smaller one would do on most
+_MAX_CALL = 64 << 20  # bytes of one write: a process that is to end waits for it
 _WITHOUT_COPY = 1 << 20  # what is shorter is collected
+_HUGE = 2 << 20  # bytes of a huge page, or a multiple of it
 _DIRECT: int = getattr(os, "O_DIRECT", 0)  # macOS and others have none
 _REFUSED = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV}
 
@@ -40,9 +43,24 @@ def set_direct(fd: int, wanted: bool) -> bool:
     return wanted
 
 
-def aligned_buffer(nbytes: int) -> memoryview:
-    """Return zeroed memory that starts at a multiple of a page."""
-    return memoryview(mmap.mmap(-1, nbytes))
+def aligned_buffer(nbytes: int, *, inherited: bool = True) -> memoryview:
+    """Return zeroed memory for what goes to a device, or comes from it.
+
+    It starts at a multiple of a page, and is made of huge pages where the system has them: then
+    the kernel has five times less to do for a direct write.
+
+    Args:
+        nbytes: Its length; what nobody touches costs nothing.
+        inherited: Whether forked processes get it too. They would share its pages, and each page
+            that is written then is copied first.
+    """
+    memory = mmap.mmap(-1, nbytes + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for name, wanted in (("MADV_HUGEPAGE", True), ("MADV_DONTFORK", not inherited)):
+        if wanted and hasattr(mmap, name):
+            with contextlib.suppress(OSError):  # a system without them
+                memory.madvise(getattr(mmap, name))
+    whole = memoryview(memory)
+    return whole[-_address(whole) % _HUGE :][:nbytes]
 
 
 def copy_bytes(target: memoryview, source: memoryview) -> None:
@@ -155,7 +173,11 @@ class LongWrite:
     def _turn(self, filled: int | None = None) -> None:
         """Hand the current buffer to the device, and go on with the next."""
         filled = len(self._current) if filled is None else filled
-        self._running.append(self._writer.submit(self._put, self._current[:filled], self._start))
+        full = self._current[:filled]
+        try:
+            self._running.append(self._writer.submit(self._put, full, self._start))
+        except RuntimeError:  # the interpreter is being shut down, and starts no work elsewhere
+            self._put(full, self._start)
         self._buffers.rotate(-1)
         self._start, self._filled = self._start + filled, 0
         if len(self._running) == len(self._buffers):
@@ -168,7 +190,7 @@ class LongWrite:
     def _put(self, data: memoryview, offset: int) -> None:
         while len(data) > 0:
             try:
-                written = os.pwrite(self._fd, data, offset)
+                written = os.pwrite(self._fd, data[:_MAX_CALL], offset)
             except OSError as error:
                 if not (self._is_direct and error.errno in _REFUSED):
                     raise

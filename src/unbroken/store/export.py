@@ -60,6 +60,7 @@ class _Weight:
     file: str
     offsets: None = None
     global_shape: None = None
+    copied: None = None
 
     @property
     def path(self) -> str:

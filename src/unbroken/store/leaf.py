@@ -3,7 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A copy of the bytes of a leaf.
+
+    Attributes:
+        memory: Memory that holds the copies of several leaves, as they will lie in their file.
+        start: Where in it this one begins.
+        digest: The digest of its bytes.
+    """
+
+    memory: memoryview
+    start: int
+    digest: str
 
 
 class Leaf(Protocol):
@@ -21,6 +37,7 @@ class Leaf(Protocol):
         ...     data: bytes
         ...     offsets: tuple[int, ...] | None = None
         ...     global_shape: tuple[int, ...] | None = None
+        ...     copied: Copied | None = None
         ...     @property
         ...     def nbytes(self):
         ...         return len(self.data)
@@ -62,6 +79,11 @@ class Leaf(Protocol):
     @property
     def global_shape(self) -> tuple[int, ...] | None:
         """Of a shard, the shape of the tensor; else None."""
+        ...
+
+    @property
+    def copied(self) -> Copied | None:
+        """Where its bytes lie copied and hashed, if they do; else the store asks for `chunks`."""
         ...
 
     @property

@@ -16,7 +16,7 @@ from unbroken.store.reader import CheckpointReader
 from unbroken.store.safetensors import header_of, in_file_order
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_PIECE_BYTES = 4 << 20  # hashed and handed on while it is in the processor's cache
+_PIECE_BYTES = 1 << 20  # hashed and handed on while it is in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,13 @@ def write_plan(storage: Storage, folder: str, plan: Plan) -> FileEntry:
     nbytes = len(plan.header) + sum(leaf.nbytes for leaf in plan.leaves)
     with storage.create(f"{folder}/{plan.name}", nbytes) as file:
         file.write(plan.header)
-        regions = [Region(0, len(plan.header), digest_of(plan.header))]
-        end = len(plan.header)
-        for leaf in plan.leaves:
-            digest = _write_leaf(file, leaf)
-            regions.append(_region(end, digest, leaf))
-            end += leaf.nbytes
+        digests = _write_leaves(file, plan.leaves)
         file.sync()
+    regions = [Region(0, len(plan.header), digest_of(plan.header))]
+    end = len(plan.header)
+    for leaf, digest in zip(plan.leaves, digests, strict=True):
+        regions.append(_region(end, digest, leaf))
+        end += leaf.nbytes
     return FileEntry(plan.name, end, tuple(regions))
 
 
@@ -125,10 +125,31 @@ def _is_same(known: FileEntry, plan: Plan) -> bool:
 
 
 def _digest_of_leaf(leaf: Leaf) -> str:
+    if leaf.copied is not None:
+        return leaf.copied.digest
     digester = Digester()
     for chunk in leaf.chunks():
         digester.update(chunk)
     return digester.digest()
+
+
+def _write_leaves(file: WriteHandle, leaves: Iterable[Leaf]) -> list[str]:
+    """Write leaves, and return their digests; copies that adjoin are written at once."""
+    digests: list[str] = []
+    memory, start, end = memoryview(b""), 0, 0  # copies to be written
+    for leaf in leaves:
+        copied = leaf.copied
+        if copied is None or copied.memory is not memory or copied.start != end:
+            file.write(memory[start:end])
+            memory, start, end = memoryview(b""), 0, 0
+        if copied is None:
+            digests.append(_write_leaf(file, leaf))
+            continue
+        start = start if copied.memory is memory else copied.start
+        memory, end = copied.memory, copied.start + leaf.nbytes
+        digests.append(copied.digest)
+    file.write(memory[start:end])
+    return digests
 
 
 def _write_leaf(file: WriteHandle, leaf: Leaf) -> str:

@@ -1,0 +1,184 @@
+"""Saves with `snapshot="overlap"`, and all that may touch their tensors while they are copied."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.optimizer import _global_optimizer_pre_hooks as hooks
+
+from unbroken.capture import capture, encode
+from unbroken.checkpoint import Checkpointer, snapshot
+from unbroken.errors import SaveError
+from unbroken.store import CheckpointReader
+
+
+class Slowly:
+    """Copies of other threads wait until they are let go, or for a moment."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.go, self.seconds, real = threading.Event(), 0.002, ctypes.memmove
+
+        def copy(*where) -> None:
+            if threading.current_thread() is not threading.main_thread():
+                self.go.wait(self.seconds)
+            real(*where)
+
+        monkeypatch.setattr(snapshot.ctypes, "memmove", copy)
+
+
+@pytest.fixture(autouse=True)
+def slowly(monkeypatch):
+    return Slowly(monkeypatch)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+
+
+def bytes_of(objects) -> dict[str, bytes]:
+    leaves = encode(capture(objects)).leaves
+    return {leaf.path: b"".join(bytes(part) for part in leaf.chunks()) for leaf in leaves}
+
+
+def stored(checkpointer, step) -> dict[str, bytes]:
+    reader, found = CheckpointReader(checkpointer.run.storage, f"checkpoint-{step}"), {}
+    for path, entry in reader.manifest.tensors.items():
+        if not path.startswith("rng."):
+            found[path] = bytearray(entry.nbytes)
+            reader.read_leaf_into(path, memoryview(found[path]))
+    return {path: bytes(data) for path, data in found.items()}
+
+
+def backward(model) -> None:
+    model(torch.ones(2, 64)).square().mean().backward()
+
+
+def save_and(change, where, **objects) -> bool:
+    """Save, then change something; return whether the checkpoint was made, with the right bytes."""
+    with Checkpointer(where, snapshot="overlap", **objects) as checkpointer:
+        checkpointer.save(1)
+        wanted = bytes_of(objects)
+        change()
+        try:
+            checkpointer.wait()
+        except SaveError:  # no word of success, and no checkpoint
+            assert checkpointer.run.catalog.folders() == []
+            return False
+        assert stored(checkpointer, 1) == wanted
+        return True
+
+
+def test_a_fused_step_of_an_optimizer_that_is_not_saved_waits_for_the_copy(model, tmp_path):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)  # moves no version
+    backward(model)
+    assert save_and(optimizer.step, tmp_path, model=model)
+
+
+def test_without_waiting_such_a_step_would_tear_the_copy(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("unbroken.checkpoint.beside.BesideTraining._before_step", lambda *_: None)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    backward(model)
+    with pytest.raises(AssertionError):
+        save_and(optimizer.step, tmp_path, model=model)
+
+
+def test_an_optimizer_in_a_wrapper_may_be_saved(model, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    inner = torch.optim.AdamW(model.parameters(), fused=True)
+    wrapped = accelerate.Accelerator(cpu=True).prepare(inner)
+    backward(model)
+    wrapped.step()
+    assert save_and(wrapped.step, tmp_path, model=model, optimizer=wrapped)
+
+
+def test_other_hooks_of_the_optimizer_run_as_without_a_save(model, tmp_path):
+    optimizer, calls = torch.optim.AdamW(model.parameters()), []
+    with Checkpointer(tmp_path, snapshot="overlap", model=model, optimizer=optimizer) as saving:
+        saving.save(1)
+        optimizer.register_step_pre_hook(lambda *_: calls.append("own"))
+        optimizer.step()
+        optimizer.step()
+    assert calls == ["own", "own"]
+
+
+def test_hooks_are_gone_when_the_checkpointer_is_closed(model, tmp_path):
+    before = dict(hooks)
+    save_and(lambda: None, tmp_path, model=model)
+    assert dict(hooks) == before
+
+
+@pytest.mark.parametrize("edited", [0, 1])
+def test_an_edit_over_either_name_of_one_memory_is_found(edited, model, tmp_path):
+    model[1].weight = nn.Parameter(model[0].weight.data)  # the same memory, another version
+    with torch.no_grad():
+        assert not save_and(lambda: model[edited].weight.mul_(2), tmp_path, model=model)
+
+
+def test_an_edit_of_the_flat_buffer_under_the_parameters_harms_no_checkpoint(model, tmp_path):
+    flat = torch.cat([one.data.flatten() for one in model.parameters()])
+    parts = flat.split([one.numel() for one in model.parameters()])
+    for one, part in zip(model.parameters(), parts, strict=True):
+        one.data = part.view_as(one)
+    assert save_and(lambda: flat.mul_(2), tmp_path, model=model)
+
+
+@pytest.mark.parametrize("act", ["step", "close", "end"])
+def test_a_forked_process_does_not_wait_for_the_save_of_its_parent(act, model, slowly, tmp_path):
+    slowly.seconds = None  # until it is let go
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Checkpointer(tmp_path, snapshot="overlap", model=model, optimizer=optimizer) as saving:
+        acts = {"step": optimizer.step, "close": saving.close, "end": saving._beside._at_exit}
+        saving.save(1)
+        if not (child := os.fork()):
+            acts[act]()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        slowly.go.set()
+    assert CheckpointReader(saving.run.storage, "checkpoint-1").verify() == []
+
+
+def test_forked_processes_do_not_get_the_copy(model, tmp_path):
+    with Checkpointer(tmp_path, snapshot="overlap", model=model) as saving:
+        saving.save(1)
+        address = saving._beside._staging._memory.data_ptr()
+        if not (child := os.fork()):
+            os._exit(is_mapped(address))
+        assert is_mapped(address)
+        assert os.waitpid(child, 0)[1] == 0
+
+
+def is_mapped(address: int) -> bool:
+    with open("/proc/self/maps") as maps:
+        ranges = [line.split()[0].split("-") for line in maps]
+    return any(int(start, 16) <= address < int(end, 16) for start, end in ranges)
+
+
+WAITS = {"wait": Checkpointer.wait, "close": Checkpointer.close, "save": lambda one: one.save(2)}
+
+
+@pytest.mark.parametrize("wait", WAITS)
+def test_a_save_survives_an_interrupt_of_those_who_wait_for_it(wait, model, slowly, tmp_path):
+    slowly.seconds = None
+    saving = Checkpointer(tmp_path, snapshot="overlap", model=model)
+    with pytest.raises(KeyboardInterrupt):
+        save_and_be_interrupted(saving, WAITS[wait], slowly)
+    assert CheckpointReader(saving.run.storage, "checkpoint-1").verify() == []
+
+
+def save_and_be_interrupted(saving, wait, slowly) -> None:
+    def interrupt() -> None:
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        slowly.go.set()
+
+    with saving:
+        saving.save(1)
+        threading.Timer(0.2, interrupt).start()
+        wait(saving)
