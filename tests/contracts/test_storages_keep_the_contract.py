@@ -9,8 +9,8 @@ from unbroken.storage import (
     FolderStorage,
     LocalStorage,
     MemoryStorage,
-    PlainView,
 )
+from unbroken.storage.compressed import PlainView
 from unbroken.testing import FaultyStorage, KillingStorage, SharedStorageContract, StorageContract
 
 

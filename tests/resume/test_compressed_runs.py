@@ -14,7 +14,7 @@ from torch import nn
 
 from scenarios import CUTS, ArmedCompressedStorage, Scenario, outcome, run_fresh, train
 from small_trainers import bits, small_trainer
-from unbroken import Checkpointer, ConfigError
+from unbroken import Checkpointer, ConfigError, KeepPolicy
 from unbroken.cli.main import main
 from unbroken.storage import CompressedStorage, LocalStorage
 
@@ -104,6 +104,29 @@ def test_a_checkpoint_that_was_copied_elsewhere_is_whole(run, tmp_path, capsys):
     assert main(["verify", str(tmp_path / "copy")]) == 0
     model, report = trained(tmp_path / "new", resume_from_checkpoint=str(tmp_path / "copy"))
     assert (report.step, model) == (4, run[1])
+
+
+def test_a_branch_is_compressed_too(run, tmp_path):
+    shutil.copytree(run[0], tmp_path / "run")
+    model, report = trained(tmp_path / "run", branch="again", resume_from_checkpoint=2)
+    branch = tmp_path / "run" / "branches" / "again"
+    assert (report.step, model) == (2, run[1])
+    assert [is_compressed(branch / f"checkpoint-{step}") for step in (2, 4)] == [True, True]
+
+
+def test_what_is_not_trained_is_linked_and_old_checkpoints_are_removed(tmp_path):
+    model = nn.Sequential(nn.Linear(600, 600).requires_grad_(False), nn.Linear(600, 600))
+    storage = CompressedStorage(LocalStorage(tmp_path))
+    with Checkpointer(storage, model=model, keep=KeepPolicy(last=2)) as checkpointer:
+        for step in (1, 2, 3):
+            checkpointer.save(step)
+    frozen = [path.stat().st_ino for path in tmp_path.rglob("model-frozen.safetensors.planes")]
+    trained = [path.stat().st_ino for path in tmp_path.rglob("model-trained.safetensors.planes")]
+    assert [len(frozen), len(set(frozen)), len(set(trained))] == [2, 1, 2]
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-3",
+    ]
 
 
 # The command line

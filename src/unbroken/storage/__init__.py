@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from unbroken.storage.compressed import CompressedStorage as CompressedStorage
-from unbroken.storage.compressed import PlainView as PlainView
 from unbroken.storage.compressed import storage_at as storage_at
 from unbroken.storage.folder import FolderStorage as FolderStorage
 from unbroken.storage.interface import Bytes as Bytes
@@ -22,7 +21,6 @@ __all__ = [
     "LocalStorage",
     "Lock",
     "MemoryStorage",
-    "PlainView",
     "ReadHandle",
     "Stat",
     "Storage",
