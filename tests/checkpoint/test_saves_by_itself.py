@@ -62,6 +62,7 @@ def test_what_goes_on_beside_the_training_counts_as_lost():
 def test_the_first_save_of_a_process_does_not_count_once_there_is_another():
     assert after(SaveCost(20, 20)) == best(20, HOUR)
     assert after(SaveCost(20, 20), QUICK) == best(0.05, HOUR)
+    assert after(QUICK, SaveCost(2, 2)) == best(2, HOUR)
 
 
 def test_one_slow_save_among_many_does_not_count():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
 
+import pytest
 import torch
 from torch import nn
 
@@ -38,6 +40,28 @@ def extra_memory(folder: str, action: str) -> int:
     return peak() - before
 
 
+def extra_memory_beside(folder: str, mode: str) -> int:
+    """Return the bytes by which the peak grew in saves beside the training, the first is small."""
+    model = nn.Linear(4096, 4096)  # 64 MiB, and 128 MiB of moments from the first step on
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    checkpointer = Checkpointer(folder, snapshot=mode, model=model, optimizer=optimizer)
+    checkpointer.save(0)
+    model.weight.grad = torch.zeros(4096, 4096)
+    optimizer.step()
+    checkpointer.wait()
+    before = resident() - 64 * MIB  # without the first copy
+    for step in (1, 2):
+        checkpointer.save(step)
+        optimizer.step()
+    checkpointer.wait()
+    return peak() - before
+
+
+def resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
 def measured(folder, action: str) -> int:
     command = [sys.executable, __file__, str(folder), action]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -49,5 +73,14 @@ def test_saving_and_resuming_half_a_gigabyte_takes_at_most_64_mib_and_one_tensor
     assert measured(tmp_path, "resume") < 64 * MIB + TENSOR
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="nobody tells how much is resident")
+@pytest.mark.parametrize("mode", ["sync", "overlap"])
+def test_saving_beside_the_training_takes_one_copy_of_what_is_saved(mode, tmp_path):
+    found, state = measured(tmp_path, mode), 3 * 64 * MIB
+    assert found < state + 32 * MIB
+    assert found > 0.9 * state  # it is a copy, and is seen
+
+
 if __name__ == "__main__":
-    print(extra_memory(*sys.argv[1:]))
+    is_beside = sys.argv[2] in ("sync", "overlap")
+    print((extra_memory_beside if is_beside else extra_memory)(*sys.argv[1:]))
