@@ -21,6 +21,7 @@ from unbroken.capture.leaves import FileOf, TensorLeaf, file_of, stored_as
 from unbroken.capture.nodes import join
 from unbroken.capture.scalars import ENCODE, encode_dtype, encode_int, encode_numpy, is_text
 from unbroken.capture.sharded import Chunks, is_sharded, part_of
+from unbroken.capture.tensor_memo import Block, Known, TensorMemo, looks_of
 from unbroken.capture.tensors import check_tensor, describe_flags, describe_place, physical
 from unbroken.capture.text import MAX_DEPTH, TAG, Json
 from unbroken.capture.tree import Captured, is_namedtuple
@@ -58,7 +59,7 @@ class Encoded:
     leaves: tuple[TensorLeaf, ...]
 
 
-def encode(tree: Any, *, file_of: FileOf = file_of) -> Encoded:
+def encode(tree: Any, *, file_of: FileOf = file_of, memo: TensorMemo | None = None) -> Encoded:
     """Turn a state tree into typed JSON and leaves, so that `decode` returns the same tree.
 
     The same means: the same types, the same bits (NaN payloads, -0.0, every torch and NumPy
@@ -70,6 +71,7 @@ def encode(tree: Any, *, file_of: FileOf = file_of) -> Encoded:
             frozenset, of None, bool, int, float, complex, str, bytes, bytearray, enums, torch
             tensors, dtypes, devices, sizes, layouts, memory formats, NumPy arrays, scalars, dtypes.
         file_of: Gives for the path of a leaf its file and its name there.
+        memo: What an earlier call found out, which makes this one faster.
 
     Returns:
         The structure and the leaves.
@@ -81,7 +83,7 @@ def encode(tree: Any, *, file_of: FileOf = file_of) -> Encoded:
         >>> encode({"step": 3, "betas": (0.9, 0.95)}).structure
         {'step': 3, 'betas': {'$': 'tuple', 'items': [0.9, 0.95]}}
     """
-    encoder = _Encoder(file_of)
+    encoder = _Encoder(file_of, memo or TensorMemo())
     structure = encoder.value(tree, "")
     encoder.finish_tensors()
     return Encoded(structure, tuple(encoder.leaves))
@@ -90,14 +92,16 @@ def encode(tree: Any, *, file_of: FileOf = file_of) -> Encoded:
 class _Encoder:
     """Walks a tree once; tensors are collected, and placed when all of them are known."""
 
-    def __init__(self, file_of: FileOf) -> None:
+    def __init__(self, file_of: FileOf, memo: TensorMemo) -> None:
         self.leaves: list[TensorLeaf] = []
         self._file_of = file_of
+        self._memo = memo
         self._paths: set[str] = set()
         self._names: dict[tuple[str, str], str] = {}
         self._seen: dict[int, tuple[int, object]] = {}  # holds the objects, so that ids stay theirs
         self._open: list[int] = []
-        self._tensors: list[tuple[Seen, dict[str, Json]]] = []
+        self._tensors: list[tuple[str, torch.Tensor]] = []
+        self._nodes: list[dict[str, Json]] = []
         self._in_key = False
         self._chunks: Chunks = {}
 
@@ -224,19 +228,20 @@ class _Encoder:
         return node
 
     def _tensor(self, value: torch.Tensor, path: str) -> Json:
-        check_tensor(value, path)
         if self._in_key:
             raise CaptureError(path, "a tensor cannot be a key or stand in a set")
         if is_sharded(value):
             return self._sharded(value, path)
         if value.dtype in QUANTIZED:
             return self._quantized(value, path)
-        node: dict[str, Json] = {TAG: "tensor", **describe_flags(value)}
-        self._tensors.append((Seen.of(self._unique(path), physical(value)), node))
+        node: dict[str, Json] = {TAG: "tensor"}
+        self._tensors.append((self._unique(path), value))
+        self._nodes.append(node)
         return node
 
     def _sharded(self, value: DTensor, path: str) -> Json:
         """Describe the whole tensor, and store the part of it that is here."""
+        check_tensor(value, path)
         part = part_of(value, path, self._chunks)
         check_tensor(part.tensor, path)
         dtype, shape = stored_as(value.dtype, part.shape)
@@ -247,6 +252,7 @@ class _Encoder:
         return {TAG: "tensor", **describe_flags(value), "leaf": path, **layout}
 
     def _quantized(self, value: torch.Tensor, path: str) -> Json:
+        check_tensor(value, path)
         node: dict[str, Json] = {TAG: "quantized", "dtype": dtype_name(value.dtype)}
         scale: object
         zero: object
@@ -263,14 +269,33 @@ class _Encoder:
 
     def finish_tensors(self) -> None:
         """Decide which memory is stored, and complete the tensors' nodes."""
-        stored: set[str] = set()
-        placed = place([seen for seen, _ in self._tensors])
-        for (_, node), where in zip(self._tensors, placed, strict=True):
-            if where.leaf not in stored:
-                stored.add(where.leaf)
+        looks = looks_of(self._tensors)
+        known = self._memo.recall(looks)
+        if known is None:
+            self._place_tensors(looks)
+            return
+        for node, same in zip(self._nodes, known.nodes, strict=True):
+            node.update(same)
+        for block in known.blocks:
+            tensor = physical(self._tensors[block.number][1])
+            self._add(block.leaf, tensor, block.dtype, block.shape)
+
+    def _place_tensors(self, looks: list[Any]) -> None:
+        for path, tensor in self._tensors:
+            check_tensor(tensor, path)
+        seen = [Seen.of(path, physical(tensor)) for path, tensor in self._tensors]
+        numbers = {id(one.tensor): number for number, one in enumerate(seen)}
+        blocks: dict[str, Block] = {}
+        for (_, tensor), node, where in zip(self._tensors, self._nodes, place(seen), strict=True):
+            node |= {**describe_flags(tensor), **describe_place(where)}
+            if where.leaf not in blocks:
                 dtype, shape = stored_as(where.base.dtype, where.base.shape)
                 self._add(where.leaf, where.block, dtype, shape)
-            node.update(describe_place(where))
+                number = numbers.get(id(where.block), -1)  # -1: no tensor of the tree is all of it
+                blocks[where.leaf] = Block(where.leaf, dtype, shape, number)
+        alone = all(block.number >= 0 for block in blocks.values())
+        known = Known(looks, self._nodes, [*blocks.values()])
+        self._memo.known = known if alone else None
 
     def _leaf(self, path: str, tensor: torch.Tensor, dtype: str, shape: tuple[int, ...]) -> str:
         path = self._unique(path)

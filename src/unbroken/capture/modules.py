@@ -26,6 +26,8 @@ _WRAPPERS = {
 }
 """Torch's transparent wrappers by class name (importing them is slow), and what they wrap."""
 
+_Modules = Iterable[tuple[str, nn.Module]]
+
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """Return the module itself, without torch.compile, DDP and the like around it."""
@@ -59,7 +61,11 @@ def named_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.M
 
 def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield all parameters by their names in the bare model; tied ones under each name."""
-    for prefix, owner in named_modules(module):
+    return _parameters_of(named_modules(module))
+
+
+def _parameters_of(modules: _Modules) -> Iterator[tuple[str, nn.Parameter]]:
+    for prefix, owner in modules:
         for name, parameter in owner._parameters.items():  # noqa: SLF001 (no duplicates removed)
             if parameter is not None:
                 yield f"{prefix}.{name}" if prefix else name, parameter
@@ -67,7 +73,11 @@ def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def named_buffers(module: nn.Module, *, persistent: bool) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the persistent or the other buffers by their names in the bare model."""
-    for prefix, owner in named_modules(module):
+    return _buffers_of(named_modules(module), persistent=persistent)
+
+
+def _buffers_of(modules: _Modules, *, persistent: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    for prefix, owner in modules:
         others = owner._non_persistent_buffers_set  # noqa: SLF001 (torch has no public name)
         for name, buffer in owner._buffers.items():  # noqa: SLF001 (no duplicates removed)
             if buffer is not None and (name not in others) == persistent:
@@ -81,15 +91,16 @@ def class_name(module: nn.Module) -> str:
 
 def capture_module(module: nn.Module, path: str, _names: object) -> State:
     """Return all of a module's state: tensors, modes, `requires_grad`, extra state."""
-    state: dict[str, torch.Tensor] = dict(named_parameters(module))
-    state.update(_without_graph(named_buffers(module, persistent=True)))
-    for name, owner in named_modules(module):
+    modules = [*named_modules(module)]
+    state: dict[str, torch.Tensor] = dict(_parameters_of(modules))
+    state.update(_without_graph(_buffers_of(modules, persistent=True)))
+    for name, owner in modules:
         _check_saves_only_tensors(owner, f"{path}.{name}" if name else path)
-    extra = {name: owner.get_extra_state() for name, owner in _with_extra_state(module).items()}
+    extra = {name: owner.get_extra_state() for name, owner in _with_extra_state(modules).items()}
     refuse_sharded(extra, f"{path}:extra_state")
     facts = {
-        "buffers": _without_graph(named_buffers(module, persistent=False)),
-        "eval": [name for name, training in _modes(module).items() if not training],
+        "buffers": _without_graph(_buffers_of(modules, persistent=False)),
+        "eval": [name for name, training in _modes(modules).items() if not training],
         "extra_state": extra,
     }
     return state, facts
@@ -99,13 +110,13 @@ def _without_graph(buffers: Iterable[tuple[str, torch.Tensor]]) -> dict[str, tor
     return {name: b if b.grad_fn is None else b.detach() for name, b in buffers}
 
 
-def _modes(module: nn.Module) -> dict[str, bool]:
-    return {name: owner.training for name, owner in named_modules(module)}
+def _modes(modules: _Modules) -> dict[str, bool]:
+    return {name: owner.training for name, owner in modules}
 
 
-def _with_extra_state(module: nn.Module) -> dict[str, nn.Module]:
+def _with_extra_state(modules: _Modules) -> dict[str, nn.Module]:
     plain = nn.Module.get_extra_state
-    return {n: owner for n, owner in named_modules(module) if type(owner).get_extra_state != plain}
+    return {n: owner for n, owner in modules if type(owner).get_extra_state != plain}
 
 
 def _check_saves_only_tensors(owner: nn.Module, path: str) -> None:
@@ -139,7 +150,7 @@ def check_module(
     gone = [name for name in stored.facts.get("eval", ()) if name not in known]
     yield from (Mismatch(f"{path}.{name}", "no such module is here") for name in gone)
     extra = stored.facts.get("extra_state", {})
-    yield from _check_names(_with_extra_state(module), extra, path, "extra state")
+    yield from _check_names(_with_extra_state(named_modules(module)), extra, path, "extra state")
 
 
 def _all_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -233,7 +244,7 @@ def restore_module(module: nn.Module, stored: Captured, _names: object, later: F
     in_eval = set(stored.facts.get("eval", ()))
     for name, owner in named_modules(module):
         owner.training = name not in in_eval
-    with_extra_state = _with_extra_state(module)
+    with_extra_state = _with_extra_state(named_modules(module))
     if with_extra_state:
         later.finish()
     for name, owner in with_extra_state.items():

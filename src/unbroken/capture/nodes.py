@@ -21,7 +21,8 @@ def malformed(path: str, what: str, found: object = None) -> CorruptCheckpointEr
 def join(path: str, key: object) -> str:
     """Return the path of what stands under `key`."""
     if isinstance(key, str):
-        part = key.encode("utf-8", "backslashreplace").decode()[:200]
+        plain = key if key.isascii() else key.encode("utf-8", "backslashreplace").decode()
+        part = plain[:200]
     elif key is None or type(key) in (bool, float) or (type(key) is int and abs(key) < 2**63):
         part = repr(key)
     else:

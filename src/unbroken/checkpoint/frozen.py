@@ -29,7 +29,8 @@ def frozen_apart(model: nn.Module, usual: FileOf) -> tuple[FileOf, bytes] | None
         None where little is frozen, or all, or where several ranks hold the model together.
     """
     model = unwrapped(model)
-    if any(map(is_sharded, model.parameters())):
+    trained = [parameter.requires_grad for parameter in model.parameters()]
+    if all(trained) or any(map(is_sharded, model.parameters())):
         return None
     stored = dict(_stored(model))
     frozen = {
@@ -38,8 +39,7 @@ def frozen_apart(model: nn.Module, usual: FileOf) -> tuple[FileOf, bytes] | None
         if isinstance(tensor, nn.Parameter) and not tensor.requires_grad
     }
     nbytes = sum(stored[name].nbytes for name in frozen)
-    trains = any(parameter.requires_grad for parameter in model.parameters())
-    if nbytes < _WORTH_A_FILE or not trains:
+    if nbytes < _WORTH_A_FILE or not any(trained):
         return None
 
     def file_of(path: str) -> tuple[str, str]:

@@ -24,6 +24,7 @@ from unbroken.capture import (
     is_sharded,
     structure_to_bytes,
 )
+from unbroken.capture.tensor_memo import TensorMemo
 from unbroken.distributed import Group, divide, name_ranks
 from unbroken.errors import ConfigError, RankError
 
@@ -44,9 +45,14 @@ class Share:
 
 
 class Plan:
-    """Who stores what. Ranks divide it anew only when one of them has something else to store."""
+    """Who stores what. Ranks divide it anew only when one of them has something else to store.
+
+    Attributes:
+        memo: What is known of the tensors.
+    """
 
     def __init__(self) -> None:
+        self.memo = TensorMemo()
         self._offered: list[Any] | None = None
         self._mine: frozenset[str] = frozenset()
 
@@ -97,13 +103,14 @@ def share_of(
         RankError: The ranks have other objects, or optimizers with other state.
     """
     if group.world_size == 1:
-        encoded = encode(dict(tree), file_of=file_of)
+        encoded = encode(dict(tree), file_of=file_of, memo=plan.memo)
         return Share(encoded.leaves, {STATE_FILE: structure_to_bytes(encoded.structure)})
     private = _private_names(group, tree, of_each_rank)
     common = {name: value for name, value in tree.items() if name not in private}
     own = {name: tree[name] for name in tree if name in private}
     encoded = group.together(
-        "capture the state", lambda: encode({**common, **own}, file_of=file_of)
+        "capture the state",
+        lambda: encode({**common, **own}, file_of=file_of, memo=plan.memo),
     )
     if blind:
         _refuse_what_only_others_have(encoded, own, blind)
