@@ -95,6 +95,13 @@ def test_before_a_limit_is_reached_the_next_step_and_the_save_are_counted_in():
     assert asked.index(True) + 1 == 9  # 540 s, and 50 s to save: one step more were too many
 
 
+def test_under_a_limit_the_slowest_of_the_last_saves_counts():
+    found = timer(Clock(), mean=1e9, most=600.0)
+    for durable in (5, 50, 10, 10, 10):
+        interval = found.interval(SaveCost(1, durable))
+    assert interval.seconds == 550
+
+
 def date(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat()
 
@@ -211,6 +218,10 @@ BAD = {
     "another word": {"save_steps": "often"},
     "no minutes": {"max_lost_minutes": 0},
     "no number of hours": {"mtbf_hours": float("nan")},
+    "endless hours": {"mtbf_hours": float("inf")},
+    "a limit that is none": {"max_lost_minutes": float("inf")},
+    "half a step": {"save_steps": 2.5},
+    "yes": {"save_steps": True},
     "hours without auto": {"save_steps": 5, "mtbf_hours": 3},
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Mapping
 from statistics import median_low
@@ -45,11 +46,11 @@ class SaveTimer:
         group: Group,
         clock: Clock,
     ) -> None:
-        if isinstance(steps, str) and steps != "auto":
-            raise ConfigError("save_steps", expected='a number or "auto"', found=repr(steps))
+        if not (steps is None or steps == "auto" or type(steps) is int):  # True is an int, too
+            raise ConfigError("save_steps", expected='a whole number or "auto"', found=repr(steps))
         for name, value in (("max_lost_minutes", max_lost_minutes), ("mtbf_hours", mtbf_hours)):
-            if value is not None and not value > 0:
-                raise ConfigError(name, "must be positive", found=value)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(name, "must be positive and finite", found=value)
         if mtbf_hours is not None and steps != "auto":
             raise ConfigError("mtbf_hours", 'needs save_steps="auto"', found=f"save_steps={steps}")
         self._fixed = Timer(Cadence(None if steps == "auto" else steps, minutes), clock)
@@ -184,7 +185,8 @@ class LeastLost:
         if not costs:
             return None
         lost = median_low(cost.blocked + cost.computing for cost in costs)
-        return UsualCost(lost, median_low(cost.durable for cost in costs))
+        durable = [cost.durable for cost in costs]  # under a limit, which is a promise: the slowest
+        return UsualCost(lost, median_low(durable) if self._most is None else max(durable))
 
     def _steps_changed(self) -> bool:
         """Return whether steps take another time than the interval was computed with."""
