@@ -56,6 +56,18 @@ def save(result: Result) -> list[Panel]:
     ]
 
 
+def device(result: Result) -> list[Panel]:
+    medians = result["medians"]
+    rates = {"pinned copy of 1 GiB": median_of(medians, "bare")}
+    rates |= {f"{name}: snapshot": {"bare": one["copy"]} for name, one in medians.items()}
+    about = "transformer of 1 B parameters, AdamW, on a CUDA device"
+    return [
+        Panel("Training time lost per checkpoint, seconds", sums(medians, ["lost"]), about),
+        Panel("A step, seconds", sums(medians, ["step"])),
+        Panel("From the device, per second", sums(rates, ["bare"], nbytes)),
+    ]
+
+
 def median_of(medians: Mapping[str, Mapping[str, float]], key: str) -> dict[str, float]:
     values = sorted(one[key] for one in medians.values())
     return {key: values[len(values) // 2]}
@@ -216,6 +228,7 @@ def stock_trainers(result: Result) -> list[Panel]:
 DRAWINGS: dict[str, Callable[[Result], list[Panel]]] = {
     one.__name__: one
     for one in (
+        device,
         save,
         load,
         resume,

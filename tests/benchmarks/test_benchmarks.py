@@ -13,7 +13,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))
-QUICK = ("save", "load", "resume", "size", "goodput")
+QUICK = ("device", "save", "load", "resume", "size", "goodput")
 
 
 @pytest.fixture

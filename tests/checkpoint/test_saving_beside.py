@@ -22,14 +22,18 @@ from unbroken.training import Callback
 
 BESIDE = ["sync", "overlap"]
 MODES = ["stream", *BESIDE]
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+DEVICES = ["cpu", pytest.param("cuda", marks=CUDA)]
 
 
 class Training:
     """A small training of a model with statistics in its layers and an average of its weights."""
 
-    def __init__(self, where, mode, **more) -> None:
+    def __init__(self, where, mode, device="cpu", **more) -> None:
         torch.manual_seed(3)
-        self.model = nn.Sequential(nn.Linear(8, 64), nn.BatchNorm1d(64), nn.Linear(64, 4))
+        self.device = device
+        layers = (nn.Linear(8, 64), nn.BatchNorm1d(64), nn.Linear(64, 4))
+        self.model = nn.Sequential(*layers).to(device)
         self.ema = AveragedModel(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
         self.objects = {"model": self.model, "ema": self.ema, "optimizer": self.optimizer}
@@ -39,7 +43,8 @@ class Training:
 
     def forward(self) -> None:
         draw = torch.Generator().manual_seed(self.step)
-        self.model(torch.randn(16, 8, generator=draw)).square().mean().backward()
+        inputs = torch.randn(16, 8, generator=draw).to(self.device)
+        self.model(inputs).square().mean().backward()
 
     def train_step(self) -> None:
         self.forward()
@@ -77,9 +82,10 @@ def storage_of(training):
     return training.checkpointer.run.storage
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("mode", MODES)
-def test_a_checkpoint_holds_the_bytes_of_its_step_while_training_goes_on(mode, tmp_path):
-    training, wanted = Training(tmp_path, mode), {}
+def test_a_checkpoint_holds_the_bytes_of_its_step_while_training_goes_on(mode, device, tmp_path):
+    training, wanted = Training(tmp_path, mode, device), {}
     for _ in range(20):
         training.train_step()
         if training.step % 3 == 0:
