@@ -12,6 +12,7 @@ from torch import nn
 
 from unbroken.capture import capture, encode
 from unbroken.checkpoint import Checkpointer, snapshot
+from unbroken.cli.main import main
 from unbroken.errors import SaveError
 from unbroken.store import CheckpointReader
 
@@ -193,6 +194,15 @@ def test_a_save_that_ctrl_c_finds_waiting_is_still_finished(waiting, tmp_path, m
         assert again.resume("must").step == 1
         run.checkpointer = again
         assert run.stored() == data
+
+
+def test_a_save_that_was_given_up_is_told_with_the_tensors_that_changed(tmp_path, capsys):
+    with (run := Run(tmp_path)).checkpointer:
+        run.save(1)
+        run.model[1].bias.detach().mul_(2)
+        run.save(2)
+    assert main(["show", str(tmp_path), "--history"]) == 0
+    assert "gave up step 1: changed while copied: model.1.bias" in capsys.readouterr().out
 
 
 def test_what_a_save_takes_of_the_processor_beside_the_training_is_counted(tmp_path):

@@ -176,6 +176,9 @@ def _print_history(console: Console, records: Iterable[Mapping[str, Any]]) -> No
         elif event == "branched":
             parent = record.get("parent") or {}
             console.print(f"branched from run {parent.get('id')} at step {parent.get('step')}")
+        elif event == "given up":
+            edited = ", ".join(map(str, record.get("edited") or []))
+            console.print(f"   gave up step {record.get('step')}: changed while copied: {edited}")
         elif event == "failed":
             console.print(f"   failed: {record.get('by')}")
         elif event == "stopped":
