@@ -21,11 +21,11 @@ from unbroken.capture.leaves import FileOf, TensorLeaf, file_of, stored_as
 from unbroken.capture.nodes import join
 from unbroken.capture.scalars import ENCODE, encode_dtype, encode_int, encode_numpy, is_text
 from unbroken.capture.sharded import Chunks, is_sharded, part_of
-from unbroken.capture.tensor_memo import Block, Known, TensorMemo, looks_of
+from unbroken.capture.tensor_memo import Block, Known, Look, TensorMemo, looks_of
 from unbroken.capture.tensors import check_tensor, describe_flags, describe_place, physical
 from unbroken.capture.text import MAX_DEPTH, TAG, Json
 from unbroken.capture.tree import Captured, is_namedtuple
-from unbroken.capture.views import Seen, place
+from unbroken.capture.views import Placed, Seen, place
 from unbroken.errors import CaptureError
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class _Encoder:
 
     def __init__(self, file_of: FileOf, memo: TensorMemo) -> None:
         self.leaves: list[TensorLeaf] = []
-        self._file_of = file_of
+        self._file_of, self._files = file_of, memo.files(file_of)
         self._memo = memo
         self._paths: set[str] = set()
         self._names: dict[tuple[str, str], str] = {}
@@ -270,7 +270,7 @@ class _Encoder:
     def finish_tensors(self) -> None:
         """Decide which memory is stored, and complete the tensors' nodes."""
         looks = looks_of(self._tensors)
-        known = self._memo.recall(looks)
+        known = self._memo.known = self._known(looks)
         if known is None:
             self._place_tensors(looks)
             return
@@ -280,22 +280,44 @@ class _Encoder:
             tensor = physical(self._tensors[block.number][1])
             self._add(block.leaf, tensor, block.dtype, block.shape)
 
-    def _place_tensors(self, looks: list[Any]) -> None:
-        for path, tensor in self._tensors:
-            check_tensor(tensor, path)
-        seen = [Seen.of(path, physical(tensor)) for path, tensor in self._tensors]
+    def _known(self, looks: list[Look]) -> Known | None:
+        """Return what is known of the tensors, or None: then all have to be placed anew."""
+        known = self._memo.known
+        changed = None if known is None else known.changed(looks)
+        if known is None or not changed:
+            return known if changed == [] else None
+        seen = {number: self._look_at(*self._tensors[number]) for number in changed}
+        places = {number: place([one])[0] for number, one in seen.items()}
+        if any(where.block is not seen[number].tensor for number, where in places.items()):
+            return None
+        nodes = {n: self._describe(n, where) for n, where in places.items()}
+        spans = {number: one.span for number, one in seen.items()}
+        blocks = {number: _block(where, number) for number, where in places.items()}
+        return known.with_these(looks, nodes, spans, blocks)
+
+    def _place_tensors(self, looks: list[Look]) -> None:
+        seen = [self._look_at(path, tensor) for path, tensor in self._tensors]
         numbers = {id(one.tensor): number for number, one in enumerate(seen)}
+        places = place(seen)
         blocks: dict[str, Block] = {}
-        for (_, tensor), node, where in zip(self._tensors, self._nodes, place(seen), strict=True):
-            node |= {**describe_flags(tensor), **describe_place(where)}
-            if where.leaf not in blocks:
-                dtype, shape = stored_as(where.base.dtype, where.base.shape)
-                self._add(where.leaf, where.block, dtype, shape)
-                number = numbers.get(id(where.block), -1)  # -1: no tensor of the tree is all of it
-                blocks[where.leaf] = Block(where.leaf, dtype, shape, number)
-        alone = all(block.number >= 0 for block in blocks.values())
-        known = Known(looks, self._nodes, [*blocks.values()])
-        self._memo.known = known if alone else None
+        for number, (node, where) in enumerate(zip(self._nodes, places, strict=True)):
+            node |= self._describe(number, where)
+            if where.leaf not in blocks:  # -1: no tensor of the tree is all of it
+                block = _block(where, numbers.get(id(where.block), -1))
+                blocks[where.leaf] = block
+                self._add(where.leaf, where.block, block.dtype, block.shape)
+        if all(block.number >= 0 for block in blocks.values()):
+            count = Counter(where.leaf for where in places)
+            alone = frozenset(n for n, where in enumerate(places) if count[where.leaf] == 1)
+            spans = [one.span for one in seen]
+            self._memo.known = Known(looks, self._nodes, spans, [*blocks.values()], alone)
+
+    def _look_at(self, path: str, tensor: torch.Tensor) -> Seen:
+        check_tensor(tensor, path)
+        return Seen.of(path, physical(tensor))
+
+    def _describe(self, number: int, where: Placed) -> dict[str, Json]:
+        return {**describe_flags(self._tensors[number][1]), **describe_place(where)}
 
     def _leaf(self, path: str, tensor: torch.Tensor, dtype: str, shape: tuple[int, ...]) -> str:
         path = self._unique(path)
@@ -312,7 +334,10 @@ class _Encoder:
         offsets: tuple[int, ...] | None = None,
         global_shape: tuple[int, ...] | None = None,
     ) -> None:
-        file, name = self._file_of(path)
+        place = self._files.get(path)
+        if place is None:
+            place = self._files[path] = self._file_of(path)
+        file, name = place
         other = self._names.setdefault((file, name), path)
         if other != path:
             raise CaptureError(path, f"has the place of {other}", found=f"{name} in {file}")
@@ -328,6 +353,11 @@ class _Encoder:
             candidate = f"{path}~{count}"
         self._paths.add(candidate)
         return candidate
+
+
+def _block(where: Placed, number: int) -> Block:
+    dtype, shape = stored_as(where.base.dtype, where.base.shape)
+    return Block(where.leaf, dtype, shape, number)
 
 
 def type_name(kind: type) -> str:

@@ -49,7 +49,7 @@ class TensorLeaf:
     @property
     def nbytes(self) -> int:
         """Number of bytes."""
-        return self.tensor.numel() * self.tensor.element_size()
+        return self.tensor.nbytes
 
     def chunks(self) -> Iterator[memoryview]:
         """Yield the bytes in C order, at most 16 MiB at a time."""
@@ -96,20 +96,26 @@ def file_layout(own_files: Mapping[str, str]) -> FileOf:
         >>> file_of("ema:buffers.module.mask")
         ('buffers.safetensors', 'ema:buffers.module.mask')
     """
+    return _FileLayout({**own_files})
 
-    def file_of(path: str) -> tuple[str, str]:
+
+@dataclass(frozen=True)
+class _FileLayout:
+    """The rule; equal ones give every leaf the same file."""
+
+    own_files: Mapping[str, str]
+
+    def __call__(self, path: str) -> tuple[str, str]:
         head, _, name = path.partition(".")
         owner, _, fact = head.partition(":")
         if fact == "buffers":
             return "buffers.safetensors", path
         if owner == "gradients":
             return "gradients.safetensors", path
-        if owner not in own_files:
+        if owner not in self.own_files:
             return _OTHER_FILE, path
         plain = name != "" and not fact and name != "__metadata__"
-        return (own_files[owner], name) if plain else (_OTHER_FILE, path)
-
-    return file_of
+        return (self.own_files[owner], name) if plain else (_OTHER_FILE, path)
 
 
 def own_file(name: str) -> str | None:

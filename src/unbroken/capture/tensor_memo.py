@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from unbroken.capture.leaves import FileOf
 from unbroken.capture.text import Json
 
+_FEW = 16  # tensors that may look otherwise: random generators give new ones each time
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -34,19 +36,73 @@ class Block:
     number: int
 
 
+Look = tuple[str, tuple[Any, ...]]
+"""A tensor's path, and all else of it that its node and its place depend on."""
+
+Span = tuple[str, int, int]
+"""Where a tensor lies: its device, its first address, and that after its last byte."""
+
+
 @dataclass(frozen=True)
 class Known:
     """What is known of tensors with these looks.
 
     Args:
-        looks: The path and the look of each.
+        looks: The look of each.
         nodes: What the structure says of each.
+        spans: Where each lies.
         blocks: What is stored of them all.
+        alone: The numbers of those that share memory with no other.
     """
 
-    looks: Sequence[tuple[str, tuple[Any, ...]]]
+    looks: Sequence[Look]
     nodes: Sequence[Mapping[str, Json]]
+    spans: Sequence[Span]
     blocks: Sequence[Block]
+    alone: frozenset[int]
+
+    def changed(self, looks: Sequence[Look]) -> list[int] | None:
+        """Return which tensors look otherwise; None where all have to be looked at again."""
+        if len(looks) != len(self.looks):
+            return None
+        pairs = zip(self.looks, looks, strict=True)
+        numbers = [number for number, (one, other) in enumerate(pairs) if one != other]
+        same = all(self.looks[n][0] == looks[n][0] and n in self.alone for n in numbers)
+        return numbers if same and len(numbers) <= _FEW else None
+
+    def with_these(
+        self,
+        looks: Sequence[Look],
+        nodes: Mapping[int, Mapping[str, Json]],
+        spans: Mapping[int, Span],
+        blocks: Mapping[int, Block],
+    ) -> Known | None:
+        """Return the same with some tensors anew; None if one of these is not alone any more.
+
+        Args:
+            looks: Of all tensors.
+            nodes: Of those that have changed, by number.
+            spans: Of those that have changed.
+            blocks: Of those that have changed.
+        """
+        everywhere = [spans.get(number, span) for number, span in enumerate(self.spans)]
+        if any(_meets_another(everywhere, number) for number in spans):
+            return None
+        return Known(
+            looks,
+            [nodes.get(number, node) for number, node in enumerate(self.nodes)],
+            everywhere,
+            [blocks.get(block.number, block) for block in self.blocks],
+            self.alone,
+        )
+
+
+def _meets_another(spans: Sequence[Span], number: int) -> bool:
+    device, start, end = spans[number]
+    return any(
+        start < its_end and its_start < end and device == its_device and other != number
+        for other, (its_device, its_start, its_end) in enumerate(spans)
+    )
 
 
 class TensorMemo:
@@ -54,15 +110,18 @@ class TensorMemo:
 
     def __init__(self) -> None:
         self.known: Known | None = None
+        self._rule: FileOf | None = None
+        self._files: dict[str, tuple[str, str]] = {}
 
-    def recall(self, looks: Sequence[tuple[str, tuple[Any, ...]]]) -> Known | None:
-        """Return what is known of tensors that look so, in this order."""
-        known = self.known
-        return known if known is not None and known.looks == looks else None
+    def files(self, rule: FileOf) -> dict[str, tuple[str, str]]:
+        """Return what this rule, or one that is equal to it, gave for the paths of leaves."""
+        if rule != self._rule:
+            self._rule, self._files = rule, {}
+        return self._files
 
 
-def looks_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[tuple[str, tuple[Any, ...]]]:
-    """Return, with their paths, all of tensors that their nodes and places depend on."""
+def looks_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[Look]:
+    """Return how tensors at these paths look."""
     return [(path, _look(tensor)) for path, tensor in tensors]
 
 

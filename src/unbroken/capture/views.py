@@ -86,6 +86,11 @@ class Seen:
         device = "cpu" if tensor.is_cpu else str(tensor.device)
         return cls(path, tensor, layout, device, start, start + extent)
 
+    @property
+    def span(self) -> tuple[str, int, int]:
+        """Where it lies."""
+        return self.device, self.start, self.end
+
 
 @dataclass(frozen=True)
 class Placed:

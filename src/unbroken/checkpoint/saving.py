@@ -107,10 +107,11 @@ class Saving:
             return False
 
     def _store(self, share: Share) -> Sequence[FileEntry]:
+        files = {name: content() for name, content in share.files.items()}
         if self._writer is None:
-            return store_leaves(self._storage, str(self._folder), share.leaves, share.files)
+            return store_leaves(self._storage, str(self._folder), share.leaves, files)
         self._writer.write_leaves(share.leaves)
-        for name, data in share.files.items():
+        for name, data in files.items():
             self._writer.write_file(name, data)
         return ()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -37,11 +38,11 @@ class Share:
 
     Args:
         leaves: The tensors, or parts of tensors.
-        files: The files without tensors, by name.
+        files: The files without tensors, by name: each makes its content, later.
     """
 
     leaves: tuple[TensorLeaf, ...]
-    files: Mapping[str, bytes]
+    files: Mapping[str, Callable[[], bytes]]
 
 
 class Plan:
@@ -104,7 +105,7 @@ def share_of(
     """
     if group.world_size == 1:
         encoded = encode(dict(tree), file_of=file_of, memo=plan.memo)
-        return Share(encoded.leaves, {STATE_FILE: structure_to_bytes(encoded.structure)})
+        return Share(encoded.leaves, {STATE_FILE: partial(structure_to_bytes, encoded.structure)})
     private = _private_names(group, tree, of_each_rank)
     common = {name: value for name, value in tree.items() if name not in private}
     own = {name: tree[name] for name in tree if name in private}
@@ -118,11 +119,11 @@ def share_of(
     _agree_on_copies(group, encoded)
     mine = _planned(group, encoded, common, plan, divided=not blind)
     if group.rank == 0:
-        return Share(mine, {STATE_FILE: structure_to_bytes(encoded.structure)})
+        return Share(mine, {STATE_FILE: partial(structure_to_bytes, encoded.structure)})
     if not own:
         return Share(mine, {})
     apart = encode({own_key(group.rank): own}, file_of=_in_file_of_rank(file_of, group.rank))
-    files = {own_state_file(group.rank): structure_to_bytes(apart.structure)}
+    files = {own_state_file(group.rank): partial(structure_to_bytes, apart.structure)}
     return Share((*mine, *apart.leaves), files)
 
 

@@ -234,7 +234,7 @@ def steady_tensors(
 
 
 def _place(tensor: torch.Tensor) -> tuple[int, int]:
-    return (tensor.data_ptr(), tensor.numel() * tensor.element_size())
+    return (tensor.data_ptr(), tensor.nbytes)
 
 
 def flattened(value: object) -> Iterator[object]:
