@@ -8,7 +8,9 @@ is one of step 10 or of step 100,000. Before each start it is dropped from the p
 model, a direct read of a checkpoint of ours, and one training step. Phases, in seconds of their
 own: *python* starts, *imports* (of torch, the model and the trainer), *model* (it is made),
 *resume* (the rest until the first forward pass begins), *step* (the first one). *total* is their
-sum; *computing* is the processor's time in it, of all threads.
+sum; *computing* is the processor's time in it, of all threads. *unbroken, late* is ours with a
+function that imports the model's library, too, in the phase *model*: meanwhile the checkpoint is
+read.
 """
 
 from __future__ import annotations
@@ -34,7 +36,12 @@ from trainers import TRAINERS, Work, module_of  # noqa: E402
 
 DEPTHS = (10, 100_000)
 FLOOR = "floor"
-METHODS = (FLOOR, *(f"{name}, {depth}" for name in TRAINERS for depth in DEPTHS))
+LATE = ", late"
+METHODS = (
+    FLOOR,
+    *(f"{name}, {depth}" for name in TRAINERS for depth in DEPTHS),
+    f"unbroken{LATE}, {DEPTHS[1]}",
+)
 
 
 def mark(name: str) -> None:
@@ -54,7 +61,7 @@ def prepare(place: Path, method: str, quick: bool) -> dict[str, float]:
     name, _, depth = method.rpartition(", ")
     work = work_in(place, method, int(depth), quick=quick)
     work.folder.mkdir(parents=True)
-    module_of(name).deepen(work, int(depth))
+    module_of(name.removesuffix(LATE)).deepen(work, int(depth))
     return {}
 
 
@@ -63,9 +70,11 @@ def start(place: Path, method: str, quick: bool) -> dict[str, float]:
     if method == FLOOR:
         return start_floor(place, quick)
     name, _, depth = method.rpartition(", ")
-    trainer = module_of(name)
+    trainer = module_of(name.removesuffix(LATE))
     from torch.nn.modules.module import register_module_forward_pre_hook
-    from transformers import GPT2LMHeadModel  # noqa: F401 (else the first model imports it)
+
+    if not name.endswith(LATE):
+        from transformers import GPT2LMHeadModel  # noqa: F401 (else the first model imports it)
 
     mark("imports")
     register_module_forward_pre_hook(lambda *_: mark("resume"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -49,6 +51,7 @@ class Maker:
         self.kind, self.devices = kind, []
 
     def __call__(self) -> nn.Module:
+        self.collects = gc.isenabled()
         torch.manual_seed(5)
         self.devices.append(torch.empty(0).device.type)
         return self.kind()
@@ -80,6 +83,15 @@ def test_first_weights_are_drawn_only_where_no_checkpoint_brings_them(tmp_path, 
     run(tmp_path, first)
     run(tmp_path, again)
     assert (first.devices, again.devices) == (["cpu"], devices)
+
+
+@pytest.mark.parametrize("kind", [Tied, LooksAtItsWeights])
+def test_garbage_is_not_looked_for_only_while_there_are_no_weights(tmp_path, kind):
+    run(tmp_path, make := Maker(kind))
+    assert make.collects
+    run(tmp_path, make)
+    assert make.collects is (kind is LooksAtItsWeights)
+    assert gc.isenabled()
 
 
 def test_what_is_tied_stays_tied(tmp_path):

@@ -1,6 +1,7 @@
 """Live objects <-> state tree <-> typed JSON and leaves. No pickle, no loss of a bit."""
 
 from unbroken.capture.decode import decode as decode
+from unbroken.capture.dtypes import byte_view as byte_view
 from unbroken.capture.dtypes import raw as raw
 from unbroken.capture.encode import Encoded as Encoded
 from unbroken.capture.encode import encode as encode
@@ -48,6 +49,7 @@ __all__ = [
     "Skip",
     "StoredTensor",
     "TensorLeaf",
+    "byte_view",
     "capture",
     "capture_gradients",
     "capture_rng",

@@ -255,6 +255,9 @@ class StoredTensor:
         return plain and whole and tensor.device.type == "cpu" and tensor.is_contiguous()
 
     def _fill(self, tensor: torch.Tensor, later: Filling | None, part: Box | None = None) -> None:
+        hand_over = getattr(self.source, "hand_over", None)  # of bytes that were read before
+        if part is None and hand_over is not None and hand_over(self.path, tensor):
+            return
         if later is None:
             _read(self.source, self.path, byte_view(tensor), part)
         else:

@@ -29,6 +29,8 @@ from unbroken.checkpoint.preemption import EXIT_STOPPED as EXIT_STOPPED
 from unbroken.checkpoint.preemption import Preemption as Preemption
 from unbroken.checkpoint.preemption import TrainingStopped as TrainingStopped
 from unbroken.checkpoint.readers import LoadFrom as LoadFrom
+from unbroken.checkpoint.reading_ahead import ReadAhead as ReadAhead
+from unbroken.checkpoint.reading_ahead import read_ahead as read_ahead
 from unbroken.checkpoint.report import ResumeReport as ResumeReport
 from unbroken.checkpoint.selection import ResumeFrom as ResumeFrom
 from unbroken.checkpoint.selection import Selection as Selection
@@ -48,6 +50,7 @@ __all__ = [
     "LoadFrom",
     "Policy",
     "Preemption",
+    "ReadAhead",
     "ResumeFrom",
     "ResumeReport",
     "Rule",
@@ -67,5 +70,6 @@ __all__ = [
     "gravest_first",
     "overall",
     "ratio",
+    "read_ahead",
     "unchanged",
 ]

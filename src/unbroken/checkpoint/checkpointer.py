@@ -19,6 +19,7 @@ from unbroken.checkpoint.layout import Layout
 from unbroken.checkpoint.line import Line
 from unbroken.checkpoint.opening import RunPlace, reader_of
 from unbroken.checkpoint.readers import LoadFrom
+from unbroken.checkpoint.reading_ahead import ReadAhead
 from unbroken.checkpoint.report import ResumeReport
 from unbroken.checkpoint.resuming import Resumption
 from unbroken.checkpoint.save_timer import SaveSteps, SaveTimer
@@ -92,6 +93,7 @@ class Checkpointer:
         layout: Returns for the objects how the folder of a checkpoint looks; may be set.
         among_others: Whether a run may begin in a directory that holds other things, which stay;
             to be set before the first use.
+        ahead: What is being read of the checkpoint that `resume` is going to choose; may be set.
 
     Example:
         >>> import tempfile, torch
@@ -145,6 +147,7 @@ class Checkpointer:
         self._place = RunPlace(self.group, directory, branch, clock=wall_clock, unseen=unseen)
         self.layout: Callable[[Mapping[str, object]], Layout] = Layout.of
         self.among_others = False
+        self.ahead: ReadAhead | None = None
         self._line = Line()
         self._beside = BesideTraining(snapshot, self.group, self.note_event)
         self._plan = Plan()
@@ -192,7 +195,8 @@ class Checkpointer:
         comparison.note_what_is_here()
         agree_on_versions(self.group)
         selection = self._place.begin_branch(Selection.parse(which))
-        resumption = self._resumption(self.objects, comparison, notes=self._place.notes)
+        more = {"notes": self._place.notes, "ahead": self.ahead}
+        resumption = self._resumption(self.objects, comparison, **more)
         report = resumption.start(selection)
         self._line.resumed(resumption, reader_of(self.run, report))
         self.values, self.best_step = resumption.values, resumption.best_step

@@ -21,6 +21,7 @@ from unbroken.checkpoint.comparison import Comparison
 from unbroken.checkpoint.differences import Difference
 from unbroken.checkpoint.own_state import begin_anew, own_state
 from unbroken.checkpoint.readers import LoadFrom, Source, readers_for
+from unbroken.checkpoint.reading_ahead import ReadAhead
 from unbroken.checkpoint.report import ResumeReport
 from unbroken.checkpoint.selection import Selection
 from unbroken.checkpoint.shares import STATE_FILE
@@ -46,6 +47,7 @@ class Resumption:
         group: The ranks that resume together: rank 0 chooses, all load, all must succeed.
         load_from: Which of them read the checkpoint.
         of_each_rank: Names of what each rank gets back its own of; None: of all that was stored so.
+        ahead: What was read of the checkpoint before.
         clock: Seconds since 1970.
 
     Attributes:
@@ -66,13 +68,15 @@ class Resumption:
         group: Group,
         load_from: LoadFrom = "all",
         of_each_rank: Collection[str] | None = None,
+        ahead: ReadAhead | None = None,
         clock: Callable[[], float],
     ) -> None:
         self.values: Any = None
         self.best_step: int | None = None
         self._run = run
         self._group = group
-        self._candidates = Candidates(run)
+        self._candidates = Candidates(run.catalog, run.storage)
+        self._ahead = ahead
         self._readers = readers_for(run, group, load_from)
         self._of_each_rank = of_each_rank
         self._load_from = load_from
@@ -202,7 +206,8 @@ class Resumption:
     def _decoded(self, reader: Source, name: str) -> dict[str, Any]:
         structure = structure_from_bytes(reader.read_file(name), name)
         types = (*self._types, *types_in(capture(self._objects)))
-        tree = decode(structure, reader, types=types, lazy=True)
+        source = reader if self._ahead is None else self._ahead.of(reader)
+        tree = decode(structure, source, types=types, lazy=True)
         if not isinstance(tree, dict):
             raise CorruptCheckpointError(
                 reader.folder, name, expected="objects by name", found=type(tree).__name__

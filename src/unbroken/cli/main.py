@@ -6,9 +6,10 @@ Nothing heavy is imported before it is known to be needed: `ls`, `show`, `verify
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from unbroken.errors import UnbrokenError
 
@@ -57,9 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(given: list[str]) -> int:
     if given[:1] == ["train"]:
-        from unbroken.cli.train import train
-
-        return train(given[1:])
+        return _train()(given[1:])
     if given == ["--version"]:
         from unbroken import __version__
 
@@ -68,6 +67,18 @@ def _run(given: list[str]) -> int:
     from unbroken.cli.parsing import parse_command
 
     return parse_command(given).run()
+
+
+def _train() -> Callable[[Sequence[str]], int]:
+    """Import PyTorch; the garbage collector would look at all of it again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        from unbroken.cli.train import train
+    finally:
+        if was_on:
+            gc.enable()
+    return train
 
 
 def _failure(given: Sequence[str], status: int) -> int:

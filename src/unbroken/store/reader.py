@@ -98,12 +98,19 @@ class CheckpointReader:
         self._files = {file.name: file for file in self.manifest.files}
         self._verified: set[tuple[str, int]] = set()  # (file, number of the region)
         self._others: Regions = frozenset()  # what other readers verify
+        self._is_stopped = False
         self._check_sizes()
 
     @property
     def step(self) -> int:
         """How many optimizer steps were completed."""
         return self.manifest.step
+
+    @property
+    def nbytes_verified(self) -> int:
+        """How many bytes have matched the manifest so far."""
+        done = self._verified.copy()  # other threads may go on
+        return sum(self._files[name].regions[number].nbytes for name, number in done)
 
     def look(self) -> tuple[Stat | None, ...]:
         """Return what the storage says of the manifest and each file, without reading them.
@@ -119,6 +126,14 @@ class CheckpointReader:
         They are given out as they are read.
         """
         self._others = regions
+
+    def trust(self, other: CheckpointReader) -> None:
+        """Count as verified what another reader of these very files verifies."""
+        self._verified = other._verified
+
+    def stop(self) -> None:
+        """Let the reading that other threads are at, and all later one, end in an error."""
+        self._is_stopped = True
 
     def read_file(self, name: str) -> bytes:
         """Return a whole file whose digest matched.
@@ -353,6 +368,8 @@ class CheckpointReader:
         handle = desk.handle(file.name)
         digester = None if (file.name, number) in self._others else Digester()
         for start in range(0, region.nbytes, _CHUNK_BYTES):
+            if self._is_stopped:
+                raise self._at.corrupt(where, "is read no longer")
             stop = min(start + _CHUNK_BYTES, region.nbytes)
             piece = desk.scratch(stop - start) if target is None else target[start:stop]
             with self._at.reading(where):

@@ -70,7 +70,8 @@ class Trainer:
     Args:
         model: Any module, in DistributedDataParallel or not; a Hugging Face model returns its own
             loss. It is moved to the device. Or a function that makes it: where a checkpoint is
-            there, a model is then made without drawing first weights, as far as it allows that.
+            there, a model is then made without drawing first weights, as far as it allows that,
+            and the checkpoint is read meanwhile.
         config: All settings.
         train_dataset: A map-style data set; or an iterable of micro-batches, resumed through
             its `state_dict`, or else by counting and skipping.
@@ -129,11 +130,13 @@ class Trainer:
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.group = joined(config) if group is None else group
-        self._construction = Construction(model, config or TrainerConfig(), storage)
+        config = config or TrainerConfig()
+        self.device = pick_device(config.device, self.group)
+        in_place = self.device.type == "cpu" and self.group.world_size == 1
+        self._construction = Construction(model, config, storage, reads_ahead=in_place)
         model = without_ddp(self._construction.model, self.group)
         self.division = Division.of(model, self.group)
-        self.config = config = for_ranks(config or TrainerConfig(), self.division)
-        self.device = pick_device(config.device, self.group)
+        self.config = config = for_ranks(config, self.division)
         self._construction.make_room(self.device)
         self.model = model = model.to(self.device)
         self.eval_dataset = eval_dataset
@@ -173,6 +176,7 @@ class Trainer:
         self.checkpointer = make_checkpointer(
             self, place, state or {}, settings, types, fingerprint, clock, wall_clock
         )
+        self.checkpointer.ahead = self._construction.ahead
 
     @property
     def _batches(self) -> BatchSource:
