@@ -67,7 +67,7 @@ def hold_commit_until(step: int) -> None:
                 raise OSError(5, "training stands still", target)
             super().rename(source, target)
 
-    run_directory.LocalStorage = Holding
+    run_directory.storage_at = Holding
 
 
 def kill_when_rotated() -> None:
@@ -95,4 +95,4 @@ def kill_at_storage_step(step: int) -> None:
         def __init__(self, root: str, *, create: bool = True) -> None:
             super().__init__(root, kill_at=step)
 
-    run_directory.LocalStorage = Killing
+    run_directory.storage_at = Killing

@@ -82,9 +82,11 @@ def test_a_fused_step_of_an_optimizer_that_is_not_saved_waits_for_the_copy(model
     assert save_and(optimizer.step, tmp_path, model=model)
 
 
-def test_without_waiting_such_a_step_would_tear_the_copy(model, tmp_path, monkeypatch):
+def test_without_waiting_such_a_step_would_tear_the_copy(model, slowly, tmp_path, monkeypatch):
     monkeypatch.setattr("unbroken.checkpoint.beside.BesideTraining._before_step", lambda *_: None)
+    slowly.seconds = None  # until it is let go
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    optimizer.register_step_post_hook(lambda *_: slowly.go.set())
     backward(model)
     with pytest.raises(AssertionError):
         save_and(optimizer.step, tmp_path, model=model)
