@@ -8,7 +8,7 @@ is the same on all ranks, and for each rank where it is not.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -243,7 +243,7 @@ def _planned(
     mine = plan.mine(group, [*of_rank_0, *shared])
     files = {leaf.file for leaf in shared}
     return tuple(
-        replace(leaf, file=file_of_rank(leaf.file, group.rank)) if leaf.file in files else leaf
+        leaf._replace(file=file_of_rank(leaf.file, group.rank)) if leaf.file in files else leaf
         for leaf in encoded.leaves
         if leaf.path in mine and (leaf.offsets is None or leaf.nbytes)
     )

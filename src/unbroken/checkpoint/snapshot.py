@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -33,19 +32,13 @@ Steady = Mapping[tuple[int, int], Sequence[torch.Tensor]]
 """Tensors that only an optimizer's step is expected to change, by address and length."""
 
 
-@dataclass(frozen=True)
-class Watched:
+class Watched(NamedTuple):
     """A tensor that must stay as it is until it was copied."""
 
     path: str
     tensor: torch.Tensor
     version: int
     address: int
-
-    @classmethod
-    def now(cls, path: str, tensor: torch.Tensor) -> Watched:
-        """Watch a tensor from now on."""
-        return cls(path, tensor, tensor._version, tensor.data_ptr())  # noqa: SLF001 (as below)
 
     @property
     def is_as_it_was(self) -> bool:
@@ -107,7 +100,7 @@ class Snapshot:
         start, digest = self._places[leaf.path], self._digests.get(leaf.path)
         if digest is None:
             digest = digest_of(memory[start : start + leaf.nbytes])
-        return leaf.over(Copied(memory, start, digest))
+        return leaf._replace(copied=Copied(memory, start, digest))
 
     def wait_for_devices(self) -> None:
         """Wait for the copies from devices."""
@@ -157,7 +150,11 @@ class Staging:
         if steady is None:
             copies.wait()
         late = [leaf for leaf, _ in waiting if not leaf.tensor.is_cuda]
-        watched = [Watched.now(leaf.path, one) for leaf, live in waiting for one in live]
+        watched = [
+            Watched(leaf.path, one, one._version, one.data_ptr())  # noqa: SLF001 (as above)
+            for leaf, live in waiting
+            for one in live
+        ]
         return Snapshot(leaves, memory, places, late, watched, copies)
 
     def _places(self, leaves: Sequence[TensorLeaf]) -> tuple[dict[str, int], int]:

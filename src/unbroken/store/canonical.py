@@ -43,8 +43,17 @@ def to_canonical(value: Json, where: str = "value") -> bytes:
         >>> to_canonical({"step": 10, "facts": (1.5, None)})
         b'{"facts":[1.5,null],"step":10}'
     """
-    plain = _plain(value, (where,), MAX_DEPTH)
-    return json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    return spelled(plain(value, where))
+
+
+def plain(value: Json, where: str) -> object:
+    """Return a JSON value in plain lists and dicts; raises as `to_canonical` does."""
+    return _plain(value, (where,), MAX_DEPTH)
+
+
+def spelled(value: object) -> bytes:
+    """Return the one spelling of a value that is known to be plain: nothing of it is checked."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 _Place: TypeAlias = "tuple[str | int | _Place, ...]"
@@ -63,18 +72,18 @@ def _plain(value: object, place: _Place, depth: int) -> object:
         for key in value:
             if not isinstance(key, str):
                 raise CaptureError(
-                    _spelled(place), "has a key that is not a string", found=repr(key)
+                    _place_name(place), "has a key that is not a string", found=repr(key)
                 )
         return {key: _plain(item, (place, key), depth - 1) for key, item in value.items()}
-    raise CaptureError(_spelled(place), "cannot be written as JSON", found=repr(value)[:100])
+    raise CaptureError(_place_name(place), "cannot be written as JSON", found=repr(value)[:100])
 
 
-def _spelled(place: _Place) -> str:
+def _place_name(place: _Place) -> str:
     """Return "facts.loss[0]" for a place; needed for messages alone."""
     if len(place) == 1:
         return str(place[0])
     outer, key = place
-    held_by = _spelled(outer) if isinstance(outer, tuple) else str(outer)
+    held_by = _place_name(outer) if isinstance(outer, tuple) else str(outer)
     return f"{held_by}[{key}]" if isinstance(key, int) else f"{held_by}.{key}"
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from unbroken.errors import CorruptCheckpointError, NewerFormatError
-from unbroken.store.canonical import Json, MalformedError, from_strict, to_canonical
+from unbroken.store.canonical import Json, MalformedError, from_strict, plain, spelled
 from unbroken.store.digest import digest_of
 from unbroken.store.fields import Fields
 from unbroken.store.layout import MAX_STEP
@@ -77,7 +77,7 @@ class Manifest:
             for file in self.files
             if not file.has_tensors
         }
-        return digest_of(to_canonical({"files": others, "tensors": tensors}))
+        return digest_of(spelled({"files": others, "tensors": tensors}))
 
     @property
     def nbytes(self) -> int:
@@ -90,7 +90,8 @@ class Manifest:
 
     @cached_property
     def _bytes(self) -> bytes:
-        body = to_canonical(self._to_json(), "manifest")
+        facts = plain(self.facts, "manifest.facts")  # of all else it is known what it is
+        body = spelled({**self._to_json(), "facts": facts})
         return b"".join((_OPENING, digest_of(body).encode(), _MIDDLE, body, _CLOSING))
 
     @staticmethod
@@ -121,7 +122,6 @@ class Manifest:
         files: list[Json] = [file.to_json() for file in self.files]
         return {
             "created": self.created,
-            "facts": self.facts,
             "files": files,
             "format": FORMAT,
             "run_id": self.run_id,
