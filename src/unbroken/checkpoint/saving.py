@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 from unbroken.checkpoint.shares import Share
-from unbroken.distributed import Group
+from unbroken.distributed import Group, name_ranks
+from unbroken.errors import RankError, SaveError
 from unbroken.storage import Storage
 from unbroken.store import CheckpointWriter, FileEntry, Json, store_leaves
 
@@ -83,12 +84,17 @@ class Saving:
             GivenUpError: A rank had such tensors; nothing was committed.
             RankError: Another rank failed; nothing was committed.
         """
-        stored = group.together("save", lambda: self._store(share))
-        own: Json = [[file.to_json() for file in stored], [*edited()]]
+        homeless: list[SaveError] = []
+        stored = group.together("save", lambda: self._store_at_home(share, homeless))
+        own: Json = [[file.to_json() for file in stored], [*edited()], bool(homeless)]
         told: Any = group.gather("what is stored", own)
-        if changed := {rank: tuple(paths) for rank, (_, paths) in enumerate(told) if paths}:
+        if homeless:
+            raise homeless[0]
+        if ranks := [rank for rank, (*_, lost) in enumerate(told) if lost]:
+            raise RankError(name_ranks(ranks), "lost the staging folder", ranks=tuple(ranks))
+        if changed := {rank: tuple(paths) for rank, (_, paths, _) in enumerate(told) if paths}:
             raise GivenUpError(changed)
-        group.together("commit", lambda: self._commit_files([files for files, _ in told]))
+        group.together("commit", lambda: self._commit_files([files for files, *_ in told]))
 
     def __enter__(self) -> Self:
         return self
@@ -105,6 +111,16 @@ class Saving:
             return self._storage.stat(str(self._folder)) is not None
         except OSError:
             return False
+
+    def _store_at_home(self, share: Share, homeless: list[SaveError]) -> Sequence[FileEntry]:
+        """Store; where rank 0 has removed the folder meanwhile, its own error says why."""
+        try:
+            return self._store(share)
+        except SaveError as error:
+            if self._writer is not None or self._sees():
+                raise
+            homeless.append(error)
+            return ()
 
     def _store(self, share: Share) -> Sequence[FileEntry]:
         files = {name: content() for name, content in share.files.items()}
