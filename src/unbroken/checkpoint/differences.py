@@ -10,14 +10,14 @@ from unbroken.errors import DifferenceError
 
 _LIMIT = 60
 
-Verdict = Literal["same", "harmless", "equivalent", "changed", "refused"]
+Verdict = Literal["same", "harmless", "equivalent", "not covered", "changed", "refused"]
 """What a setting means for the bits of a run: see `Difference`."""
 
-Word = Literal["exact", "equivalent", "changed"]
-"""What a whole resume is."""
+Word = Literal["exact", "equivalent", "not covered", "changed"]
+"""What a whole resume is; "not covered" where something was found that nobody can answer for."""
 
 ExactResume = Literal["prefer", "require"]
-"""Whether a start that is only equivalent passes with a line, or is refused."""
+"""Whether a start that is equivalent or not covered passes with a line, or is refused."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,10 @@ class Difference:
         now: The value of this start.
         effect: What follows from it, in plain words.
         verdict: "harmless": the bits of the training stay; "equivalent": the same training,
-            rounded in another order; "changed": another training, which passes if it is named;
-            "refused": it cannot be; "same": nothing changed (in tables that show all).
+            rounded in another order; "not covered": something that training depends on was
+            neither saved nor derived nor compared, and `effect` says what; "changed": another
+            training, which passes if it is named; "refused": it cannot be; "same": nothing
+            changed (in tables that show all).
 
     Example:
         >>> print(Difference("learning_rate", 3e-4, 1e-4, "other updates", "changed"))
@@ -46,6 +48,8 @@ class Difference:
 
     def __str__(self) -> str:
         """Return the difference in one line."""
+        if self.verdict == "not covered" and self.stored is None and self.now is None:
+            return f"{self.path}: not covered: {self.effect}"
         stored, now = self.values()
         return f"{self.path}: stored {stored}, now {now}: {self.verdict}: {self.effect}"
 
@@ -113,14 +117,18 @@ def overall(differences: Iterable[Difference]) -> Word:
     Example:
         >>> overall([]), overall([Difference("seed", 1, 2, "another order", "changed")])
         ('exact', 'changed')
+        >>> overall([Difference("ema", None, None, "was not given", "not covered")])
+        'not covered'
     """
     verdicts = {difference.verdict for difference in differences}
     if verdicts & {"changed", "refused"}:
         return "changed"
+    if "not covered" in verdicts:
+        return "not covered"
     return "equivalent" if "equivalent" in verdicts else "exact"
 
 
-_GRAVITY = ("refused", "changed", "equivalent", "harmless", "same")
+_GRAVITY = ("refused", "changed", "not covered", "equivalent", "harmless", "same")
 
 
 def _difference(name: str, stored: Any, now: Any, rules: Mapping[str, Rule]) -> Difference:
@@ -143,14 +151,15 @@ def refuse_unnamed(
         where: What was to be resumed, for the message.
         differences: What was found.
         allowed: The names that the caller gave.
-        exact_resume: "require": "equivalent" differences must be named too.
+        exact_resume: "require": "equivalent" and "not covered" must be named too.
 
     Raises:
         DifferenceError: With the stored value, the value now, and how to go on.
     """
     found = gravest_first(differences)
     refused = [d for d in found if d.verdict == "refused"]
-    needs_name = {"changed", "equivalent"} if exact_resume == "require" else {"changed"}
+    inexact = {"changed", "equivalent", "not covered"}
+    needs_name = inexact if exact_resume == "require" else {"changed"}
     unnamed = [d for d in found if d.verdict in needs_name and not is_named(d.path, allowed)]
     if not refused and not unnamed:
         return
@@ -172,6 +181,8 @@ def is_named(path: str, names: Collection[str]) -> bool:
 
 
 def _sentence(difference: Difference) -> str:
+    if difference.stored is None and difference.now is None:
+        return f"{difference.path}: {difference.verdict}: {difference.effect}"
     stored, now = difference.values()
     return f"{difference.path}: stored {stored}, now {now}: {difference.effect}"
 

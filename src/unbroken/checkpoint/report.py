@@ -33,7 +33,7 @@ class ResumeReport:
 
     @property
     def verdict(self) -> Word:
-        """The one word for this start: "exact", "equivalent" or "changed"."""
+        """The one word for this start: "exact", "equivalent", "not covered" or "changed"."""
         return overall(self.differences)
 
     @property
@@ -62,8 +62,9 @@ class ResumeReport:
             >>> ResumeReport(step=8, checkpoint="runs/a/checkpoint-8").heading()
             ['resuming from runs/a/checkpoint-8 (step 8): exact']
         """
+        word = "not known to be exact" if self.verdict == "not covered" else self.verdict
         head = (
-            f"resuming from {self.checkpoint} (step {self.step}): {self.verdict}"
+            f"resuming from {self.checkpoint} (step {self.step}): {word}"
             if self.resumed
             else f"no checkpoint yet: starting at step {self.step}"
         )
