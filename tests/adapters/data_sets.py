@@ -42,6 +42,17 @@ class Augmented(Text):
         return {"input_ids": row, "labels": row}
 
 
+class Noisy(Text):
+    """Replaces bytes at random, from a generator of its own that nobody can key."""
+
+    noise = random.Random(7)
+
+    def __getitem__(self, index: int) -> dict:
+        row = self.rows[index].clone()
+        row[:] = torch.tensor([self.noise.randrange(256) for _ in range(BLOCK)])
+        return {"input_ids": row, "labels": row}
+
+
 class Ragged(Text):
     def __getitem__(self, index: int) -> dict:
         row = self.rows[index][: 4 + (index * 7) % 12]

@@ -24,6 +24,7 @@ from adapters.data_sets import (
     BLOCK,
     SAMPLES,
     Augmented,
+    Noisy,
     OwnSampler,
     Ragged,
     Stream,
@@ -78,7 +79,7 @@ def reorder(block: torch.nn.Module) -> None:
 
 
 def data_of(order: dict) -> Any:
-    kinds = {"augmented": Augmented, "ragged": Ragged}
+    kinds = {"augmented": Augmented, "noisy": Noisy, "ragged": Ragged}
     make = kinds.get(order.get("data", ""), Text)
     rows = make(order["cache"], order.get("samples", SAMPLES), order.get("changed_data", False))
     if order.get("data", "").startswith("stream"):

@@ -34,6 +34,14 @@ def test_a_window_of_several_batches_is_at_its_place_too(run, uninterrupted):
     assert len(resumed.read) == 28 + 11 * 48 + 44
 
 
+def test_data_that_draw_from_a_generator_of_their_own_are_never_called_exact(run):
+    assert "data.repeatable: not covered" in run(data="noisy", kill_at=8).text
+    report = run(data="noisy").report
+    assert report[0].endswith("not known to be exact")
+    assert sum("data.repeatable: not covered: record 0 is not the same" in x for x in report) == 1
+    assert "DifferenceError" in run(data="noisy", exact_resume="require").text
+
+
 @pytest.mark.slow
 @pytest.mark.stock
 def test_the_hosts_own_reads_it_all_again(run):

@@ -10,8 +10,9 @@ from torch import nn
 
 from scenarios import metrics
 from small_trainers import PAIRS, bits, small_model, small_trainer
+from unbroken.checkpoint.fingerprints import OWN_GENERATOR
 from unbroken.data import GlobalOrder
-from unbroken.errors import DataError, DifferenceError
+from unbroken.errors import DifferenceError
 from unbroken.training import Callback, TrainerConfig
 
 
@@ -200,14 +201,37 @@ class OwnGenerator(Indices):
         return x + torch.randn(6, generator=self.noise), y
 
 
-def test_a_data_set_with_a_generator_of_its_own_is_told_or_refused(tmp_path):
-    with pytest.raises(DataError, match="not the same twice"):
-        small_trainer(tmp_path, dataset=OwnGenerator(), exact_resume="require").train()
-    lines = []
-    trainer = small_trainer(tmp_path, dataset=OwnGenerator())
-    trainer.display.note = lines.append
+def test_a_data_set_with_a_generator_of_its_own_is_not_covered_or_refused(tmp_path):
+    def start(folder, **settings):
+        settings = {"lr_scheduler_type": "constant", **settings}
+        return small_trainer(folder, dataset=OwnGenerator(), **settings)
+
+    lines, strict = [], {"exact_resume": "require"}
+    trainer = start(tmp_path, max_steps=2)
+    trainer.checkpointer.note = lines.append
     trainer.train()
-    assert any("a generator of its own" in line for line in lines)
+    assert [line for line in lines if "a generator of its own" in line] == [
+        f"data.repeatable: not covered: {OWN_GENERATOR}"
+    ]
+    with pytest.raises(DifferenceError, match=r"data\.repeatable: not covered: .*not the same"):
+        start(tmp_path, **strict).train()
+    with pytest.raises(DifferenceError, match=r"data\.repeatable: not covered"):
+        start(tmp_path / "fresh", **strict).train()
+    report = start(tmp_path).train().resume_report
+    assert (report.step, report.verdict) == (2, "not covered")
+    assert report.lines()[0].endswith("(step 2): not known to be exact")
+    assert report.lines()[1] == f"data.repeatable: not covered: {OWN_GENERATOR}"
+    named = start(tmp_path, allow=("data.repeatable",), max_steps=8, **strict)
+    assert named.train().progress.step == 8
+
+
+def test_evaluation_data_with_a_generator_of_their_own_matter_where_they_steer(tmp_path):
+    data = {"trainer": {"eval_dataset": OwnGenerator()}, "eval_steps": 2}
+    for schedule, verdict in (("constant", "exact"), ("reduce_lr_on_plateau", "not covered")):
+        settings = {**data, "lr_scheduler_type": schedule}
+        small_trainer(tmp_path / schedule, max_steps=2, **settings).train()
+        again = small_trainer(tmp_path / schedule, max_steps=4, **settings)
+        assert again.train().resume_report.verdict == verdict
 
 
 def test_arguments_from_a_file_with_one_value_changed_are_used_and_told(tmp_path):

@@ -94,6 +94,7 @@ class Checkpointer:
         among_others: Whether a run may begin in a directory that holds other things, which stay;
             to be set before the first use.
         ahead: What is being read of the checkpoint that `resume` is going to choose; may be set.
+        note: Called with each line that is told after the start; may be set. None: nothing is told.
 
     Example:
         >>> import tempfile, torch
@@ -148,6 +149,8 @@ class Checkpointer:
         self.layout: Callable[[Mapping[str, object]], Layout] = Layout.of
         self.among_others = False
         self.ahead: ReadAhead | None = None
+        self.note: Callable[[str], None] | None = None
+        self._known: set[str] = set()  # paths of what is not covered, and was told
         self._line = Line()
         self._beside = BesideTraining(snapshot, self.group, self.note_event)
         self._plan = Plan()
@@ -202,6 +205,9 @@ class Checkpointer:
         self.values, self.best_step = resumption.values, resumption.best_step
         self._timer.begin(report.step, self.run.history.records())
         self._place.has_started = True
+        self._known = {one.path for one in report.differences}
+        if comparison.is_strict:
+            self.group.together("look for what is not covered", self._tell_uncovered)
         return report
 
     def adopt(self, step: int, values: Any = None, *, facts: Mapping[str, Any], came: str) -> str:
@@ -280,6 +286,7 @@ class Checkpointer:
         own = () if self._load_from == "rank0" else self._of_each_rank
         if group.world_size > 1 and own is not None and "rng" not in own:
             group.agree("the random generators at a save", rng_digest())
+        group.together("look for what is not covered", self._tell_uncovered)
         tree = group.together("capture the state", lambda: capture(self.objects))
         tree |= {"values": values, "rng": capture_rng()}
         layout, told = self.layout(self.objects), {**self._facts(run), **(facts or {})}
@@ -291,6 +298,19 @@ class Checkpointer:
         self._line.has_begun = True
         self._timer.done(step)
         return self.path(step)
+
+    def _tell_uncovered(self) -> None:
+        """Tell, once, of what a resume will not be exact for; raise where that is not accepted."""
+        found = self.comparison.uncovered()
+        news = tuple(one for one in found if one.path not in self._known)
+        self.comparison.refuse(self.run.storage.describe(), news)
+        self._known |= {one.path for one in news}
+        for one in news:
+            self._tell(str(one))
+
+    def _tell(self, line: str) -> None:
+        if self.note is not None and self.group.rank == 0:
+            self.note(line)
 
     def wait(self) -> None:
         """Wait until every checkpoint that was saved is durable.

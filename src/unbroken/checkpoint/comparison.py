@@ -26,7 +26,12 @@ from unbroken.checkpoint.differences import (
 )
 from unbroken.checkpoint.elsewhere import environment_differences
 from unbroken.checkpoint.environment import environment_facts
-from unbroken.checkpoint.fingerprints import fingerprint_differences, flat, rule_of
+from unbroken.checkpoint.fingerprints import (
+    fingerprint_differences,
+    flat,
+    rule_of,
+    uncovered_facts,
+)
 from unbroken.checkpoint.taking_effect import NOT_LOADED, take_effect, untrained_names
 from unbroken.fingerprint import (
     Plain,
@@ -187,6 +192,17 @@ class Comparison:
             for name, facts in groups.items()
             if name not in ("code", "version")
         }
+
+    def uncovered(self) -> tuple[Difference, ...]:
+        """Return what this start knows that no checkpoint of it can hold, nor any start compare."""
+        facts = self._untold(self.facts["fingerprint"])
+        facts.pop("eval_data", None)  # `examine` tells whether anything depends on it
+        return uncovered_facts(facts)
+
+    @property
+    def is_strict(self) -> bool:
+        """Whether nothing is accepted that is less than exact."""
+        return self._policy.exact_resume == "require"
 
     def refuse(self, where: str, differences: tuple[Difference, ...]) -> None:
         """Raise DifferenceError for what is not accepted."""

@@ -39,6 +39,11 @@ RULES: tuple[tuple[str, Rule], ...] = (
 )
 """What a difference means: the first pattern that fits the path counts."""
 
+_REPEATABLE = ".repeatable"
+OWN_GENERATOR = (
+    "record 0 is not the same twice under the same key: it draws from a generator of its own, "
+    "which no checkpoint holds; draw from random, numpy.random or torch, which are keyed"
+)
 _OF_CODE = (".name", ".source", ".class")
 _TOLD_OTHERWISE = {
     *("records", "repeatable", "fingerprint", "length", "source", "loader"),
@@ -76,7 +81,27 @@ def fingerprint_differences(
     ]
     if same_software:
         found += _came_or_went(before, after)
-    return (*_told_once(found, before, after), *unread)
+    own = [_unrepeatable(path) for path in after if _is_unrepeatable(path, before, after)]
+    return (*_told_once(found, before, after), *own, *unread)
+
+
+def _is_unrepeatable(path: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    return path.endswith(_REPEATABLE) and False in (before.get(path), after[path])
+
+
+def _unrepeatable(path: str) -> Difference:
+    return Difference(path, None, None, OWN_GENERATOR, "not covered")
+
+
+def uncovered_facts(now: Mapping[str, Any]) -> tuple[Difference, ...]:
+    """Return what a fingerprint says of itself that no checkpoint can hold.
+
+    Example:
+        >>> [d.path for d in uncovered_facts({"data": {"repeatable": False}})]
+        ['data.repeatable']
+    """
+    facts = flat(now)
+    return tuple(_unrepeatable(path) for path in facts if _is_unrepeatable(path, {}, facts))
 
 
 def _came_or_went(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Difference]:
@@ -193,8 +218,8 @@ def rule_of(path: str) -> Rule:
 
 
 def _differs(path: str, stored: Any, now: Any) -> bool:
-    if path == "data.repeatable":
-        return False
+    if path.endswith(_REPEATABLE):
+        return False  # told by itself, whatever it was before
     if path == "data.records" and isinstance(stored, list) and isinstance(now, list):
         return any(before != after for before, after in zip(stored, now, strict=False))
     return bool(stored != now)
@@ -206,10 +231,13 @@ def _told_once(
     """Leave out what only says again, less well, what another difference says."""
     paths = {difference.path for difference in found}
     paths -= _alike(found)
-    unclear = before.get("data.repeatable") is False or after.get("data.repeatable") is False
-    if unclear or "data.length" in paths:
-        paths.discard("data.records")  # cannot be compared, or other records by necessity
-    same_records = "data.records" in before and "data.records" in after and not unclear
+    unclear = {
+        path.removesuffix(_REPEATABLE) for path in after if _is_unrepeatable(path, before, after)
+    }
+    paths -= {f"{group}.records" for group in unclear}  # cannot be compared
+    if "data.length" in paths:
+        paths.discard("data.records")  # other records by necessity
+    same_records = "data.records" in before and "data.records" in after and "data" not in unclear
     kept = [difference for difference in found if difference.path in paths]
     if same_records and "data.records" not in paths and "data.length" not in paths:
         return [_softened(difference) for difference in kept]

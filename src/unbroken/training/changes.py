@@ -136,7 +136,7 @@ class Examination:
             now["micro_batch_size"] = stored.get("micro_batch_size")  # goes on with that size
         compared = compare(_comparable(stored), _comparable(now), self._rules())
         differences = gravest_first(self._by_both(one, stored, now) for one in compared)
-        others = tuple(self._judged(difference, stored) for difference in found)
+        others = tuple(self._judged(one, stored) for one in found if not self._is_idle(one))
         same = unchanged(_comparable(stored), _comparable(now))
         length: tuple[Difference, ...] = ()
         if stored and self._trainer.has_own_schedule:
@@ -166,10 +166,18 @@ class Examination:
             rules["learning_rate"] = _NOT_USED
         return rules
 
+    @property
+    def _evaluations_steer(self) -> bool:
+        return self._trainer.config.lr_scheduler_type == "reduce_lr_on_plateau"
+
+    def _is_idle(self, difference: Difference) -> bool:
+        """Return whether nobody can answer for what nothing depends on."""
+        evaluates = difference.path.startswith("eval_data.")
+        return evaluates and difference.verdict == "not covered" and not self._evaluations_steer
+
     def _judged(self, difference: Difference, stored: Mapping[str, Any]) -> Difference:
         """Evaluation data matter where they steer the learning rate."""
-        steers = self._trainer.config.lr_scheduler_type == "reduce_lr_on_plateau"
-        if difference.path.startswith("eval_data.") and not steers:
+        if difference.path.startswith("eval_data.") and not self._evaluations_steer:
             return replace(difference, verdict="harmless", effect="other evaluations")
         return self._judged_by_lanes(difference, stored)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -11,7 +10,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from unbroken.checkpoint import Difference, ResumeReport, ratio
-from unbroken.errors import DataError
 from unbroken.fingerprint import (
     begin_data_facts,
     callable_facts,
@@ -54,19 +52,7 @@ def run_fingerprint(
     if trainer.group.rank > 0 and gives_own_batches(trainer.source, trainer.group):
         return groups
     read = None if dataset is None else begin_data_facts(dataset, collate_fn)
-    return {**groups, "data": {} if read is None else partial(_repeatable, trainer, read)}
-
-
-def _repeatable(trainer: Trainer, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return the facts of the data; tell of records that are not the same twice.
-
-    Raises:
-        DataError: If there are any and `exact_resume` is "require".
-    """
-    data = read()
-    if data.get("repeatable") is False:
-        _tell_of_own_generator(trainer)
-    return data
+    return {**groups, "data": {} if read is None else read}
 
 
 def _of_own_objects(trainer: Trainer) -> dict[str, Any]:
@@ -77,17 +63,6 @@ def _of_own_objects(trainer: Trainer) -> dict[str, Any]:
         for name, one in trainer.checkpointer.objects.items()
         if is_users_own(type(one)) and not isinstance(one, told)
     }
-
-
-def _tell_of_own_generator(trainer: Trainer) -> None:
-    what = "sample 0 was not the same twice, read under the same key"
-    hint = (
-        "it draws from a generator of its own; draw from random, numpy.random or torch, which are "
-        "keyed, so that a resumed run sees the same samples"
-    )
-    if trainer.config.exact_resume == "require":
-        raise DataError("train_dataset", what, hint=hint)
-    trainer.display.note(f"train_dataset: {what}: {hint}")
 
 
 def go_on(trainer: Trainer, report: ResumeReport) -> None:

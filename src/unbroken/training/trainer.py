@@ -177,6 +177,7 @@ class Trainer:
             self, place, state or {}, settings, types, fingerprint, clock, wall_clock
         )
         self.checkpointer.ahead = self._construction.ahead
+        self.checkpointer.note = self.display.note
 
     @property
     def _batches(self) -> BatchSource:

@@ -121,6 +121,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         wanted = next((one for one in said if one is not None), self.args.resume_from_checkpoint)
         with Run(self, _as_path(wanted)) as run:
             self._run = run
+            run.checkpointer.note = _log.warning
             self.add_callback(run.follower)
             skips, self.args.ignore_data_skip = self.args.ignore_data_skip, False  # known by now
             try:
