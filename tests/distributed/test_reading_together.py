@@ -17,6 +17,7 @@ from distributed.views import (
     folders,
     measure_resume,
     resume_there,
+    resume_with_another_shape_on_rank_1,
     starts,
     train_there,
 )
@@ -192,3 +193,13 @@ def test_a_rank_with_another_version_of_a_package_is_named(versions, code, copy,
     assert run_ranks(train_there, {}, of_rank=places) == [code] * 2
     for text in [] if code == 0 else errors_of(places):
         assert 'rank 1: versions.packages.timm: expected "1.0" (rank 0), found "2.0"' in text
+
+
+@pytest.mark.parametrize("load_from", ["all", "rank0"])
+def test_what_one_rank_refuses_has_changed_nothing_on_any(load_from, tmp_path):
+    codes = run_ranks(resume_with_another_shape_on_rank_1, str(tmp_path), load_from)
+    told = [json.loads((tmp_path / f"told-{rank}").read_text()) for rank in range(2)]
+    assert codes == [0, 0]
+    assert [one["error"] for one in told] == ["RankError", "StateMismatchError"]
+    assert [one["changed"] for one in told] == [False, False]
+    assert (tmp_path / "run" / "checkpoint-2").exists()

@@ -175,3 +175,28 @@ def measure_resume(folder: str, holds_all: bool) -> None:
     assert len(kept) == (PIECES if holds_all else 0)
     group.close()
     os._exit(0)
+
+
+def resume_with_another_shape_on_rank_1(folder: str, load_from: str) -> None:
+    """Save and resume; then with a model that does not fit on rank 1. Tell what rank 0 then has."""
+    group = join()
+    seed_ambient(3)
+
+    def checkpointer(width: int) -> Checkpointer:
+        model = nn.Linear(width, 1)
+        return Checkpointer(f"{folder}/run", group=group, load_from=load_from, model=model)
+
+    with checkpointer(2) as first:
+        nn.init.ones_(first.objects["model"].weight)
+        first.save(1)
+        first.save(2)
+    with checkpointer(2 + group.rank) as second:
+        error = None
+        try:
+            second.resume(1)
+        except UnbrokenError as caught:
+            error = type(caught).__name__
+        weight = second.objects["model"].weight
+        told = {"error": error, "changed": bool((weight == 1).all())}
+    (Path(folder) / f"told-{group.rank}").write_text(json.dumps(told))
+    group.close()

@@ -19,11 +19,13 @@ from unbroken.capture.names import ParameterNames as ParameterNames
 from unbroken.capture.objects import capture as capture
 from unbroken.capture.objects import check as check
 from unbroken.capture.objects import files_for as files_for
+from unbroken.capture.objects import fill as fill
 from unbroken.capture.objects import restore as restore
 from unbroken.capture.partial import Skip as Skip
 from unbroken.capture.partial import keep_skipped as keep_skipped
 from unbroken.capture.pretrained import pretrained_files as pretrained_files
 from unbroken.capture.rng import capture_rng as capture_rng
+from unbroken.capture.rng import check_rng as check_rng
 from unbroken.capture.rng import restore_rng as restore_rng
 from unbroken.capture.sharded import class_of as class_of
 from unbroken.capture.sharded import how_cut as how_cut
@@ -54,6 +56,7 @@ __all__ = [
     "capture_gradients",
     "capture_rng",
     "check",
+    "check_rng",
     "class_of",
     "decode",
     "distance",
@@ -61,6 +64,7 @@ __all__ = [
     "file_layout",
     "file_of",
     "files_for",
+    "fill",
     "how_cut",
     "is_sharded",
     "keep_skipped",

@@ -19,9 +19,9 @@ from unbroken.capture.leaves import FileOf, file_layout, own_file
 from unbroken.capture.mismatch import Mismatch, raise_all
 from unbroken.capture.names import ParameterNames
 from unbroken.capture.sharded import refuse_sharded, settle
-from unbroken.capture.stored import Filling, load_tensors
-from unbroken.capture.tree import Captured, State
-from unbroken.errors import CaptureError
+from unbroken.capture.stored import Filling, StoredTensor, home, load_tensors
+from unbroken.capture.tree import Captured, State, children
+from unbroken.errors import CaptureError, StateMismatchError
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,38 @@ def _capture_stateful(value: Stateful, path: str, _names: object) -> State:
     state = value.state_dict()
     refuse_sharded(state, path)
     return state, {}
+
+
+def _check_stateful(
+    value: Stateful, stored: Captured, path: str, _names: object
+) -> Iterator[Mismatch]:
+    """Let an object that can look at a state before it takes one raise what it finds wrong."""
+    look = getattr(value, "check_state_dict", None)
+    homeless = list(_homeless(stored.state, path))
+    if callable(look) and not homeless:
+        look(load_tensors(stored.state))
+    return iter(())
+
+
+def _homeless(tree: Any, path: str) -> Iterator[Mismatch]:
+    """Yield tensors that will be put on a device of a kind that is not here."""
+    for tensor in _stored_in(tree):
+        try:
+            home(tensor)
+        except StateMismatchError as error:
+            yield Mismatch(path, error.what, error.expected, error.found)
+            return
+
+
+def _stored_in(tree: Any) -> Iterator[StoredTensor]:
+    todo, seen = [tree], set[int]()
+    while todo:
+        value = todo.pop()
+        if isinstance(value, StoredTensor):
+            yield value
+        elif id(value) not in seen:
+            seen.add(id(value))
+            todo.extend(children(value))
 
 
 def _restore_stateful(value: Stateful, stored: Captured, *_: object) -> None:
@@ -139,7 +171,7 @@ KINDS = (
         _accept,
         generators.restore_python,
     ),
-    Kind("stateful", Stateful, _capture_stateful, _accept, _restore_stateful),
+    Kind("stateful", Stateful, _capture_stateful, _check_stateful, _restore_stateful),
 )
 """The kinds of objects, the first that fits counts."""
 
@@ -211,6 +243,11 @@ def restore(objects: Mapping[str, object], tree: Mapping[str, Any]) -> None:
         CorruptCheckpointError: The bytes of a tensor are damaged; some objects were changed.
     """
     check(objects, tree)
+    fill(objects, tree)
+
+
+def fill(objects: Mapping[str, object], tree: Mapping[str, Any]) -> None:
+    """Do what `restore` does, of a tree that was checked."""
     names = ParameterNames(objects)
     found = list(_pairs(objects, tree))
     found.sort(key=lambda pair: isinstance(pair[0], Optimizer))  # their learning rates come last
@@ -305,6 +342,24 @@ def _check(live: Any, stored: Any, path: str, names: ParameterNames) -> Iterator
         yield Mismatch(path, "is of another class", stored.class_name, now)
         return
     yield from kind.check(live, stored, path, names)
+    yield from _homeless(_put_at_home(stored), path)
+
+
+def _put_at_home(stored: Captured) -> Any:
+    """Return what of a state does not go where its object or its parameter is."""
+    facts = stored.facts
+    if stored.kind == "module":
+        return facts.get("extra_state")
+    if stored.kind == "tensor":
+        return None
+    if stored.kind != "optimizer":
+        return stored
+    devices = facts.get("devices", {})
+    apart = [
+        [tensor for tensor in _stored_in(own) if tensor.device != devices.get(name, "cpu")]
+        for name, own in stored.state["state"].items()
+    ]
+    return [apart, facts.get("shared"), facts.get("more")]
 
 
 def _class_name(stored: object) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from unbroken.capture.generators import python_getstate, python_state
 from unbroken.capture.stored import load_tensors
-from unbroken.errors import StateMismatchError
+from unbroken.errors import CorruptCheckpointError, StateMismatchError
 
 _BIT_GENERATORS: Mapping[str, Callable[[], np.random.BitGenerator]] = {
     "MT19937": np.random.MT19937,
@@ -65,9 +65,8 @@ def restore_rng(tree: Mapping[str, Any], *, allow_missing_devices: bool = False)
             generator; nothing was changed.
     """
     state = load_tensors(tree, "cpu")
+    check_rng(state, allow_missing_devices=allow_missing_devices)
     cuda, mps = state["cuda"] or [], state["mps"]
-    if not allow_missing_devices:
-        _check_devices(len(cuda), has_mps=mps is not None)
     _set_numpy(state["numpy"])
     random.setstate(python_getstate(state["python"]))
     torch.set_rng_state(state["torch"])
@@ -75,6 +74,39 @@ def restore_rng(tree: Mapping[str, Any], *, allow_missing_devices: bool = False)
         torch.cuda.set_rng_state(device_state, index)
     if mps is not None and torch.backends.mps.is_available():
         torch.mps.set_rng_state(mps)
+
+
+def check_rng(tree: Mapping[str, Any], *, allow_missing_devices: bool = False) -> None:
+    """Raise unless `restore_rng` can set all generators; none of them is moved.
+
+    Args:
+        tree: What `capture_rng` returned, its tensors loaded.
+        allow_missing_devices: As `restore_rng` takes it.
+
+    Raises:
+        CorruptCheckpointError: Something in it is no state of a generator.
+        StateMismatchError: As `restore_rng`.
+    """
+    try:
+        cuda, kind = tree["cuda"] or [], tree["numpy"]["bit_generator"]
+        is_known = kind in _BIT_GENERATORS
+        if is_known:
+            np.random.RandomState(_BIT_GENERATORS[kind]()).set_state(dict(tree["numpy"]))
+        random.Random().setstate(python_getstate(tree["python"]))  # noqa: S311 (draws nothing)
+        torch.Generator().set_state(tree["torch"])
+        devices, has_mps = len(cuda), tree["mps"] is not None
+    except _MALFORMED as error:
+        what = "is not the state of the random generators"
+        raise CorruptCheckpointError("rng", what, found=str(error)) from error
+    if not is_known and kind != np.random.get_state(legacy=False)["bit_generator"]:
+        what = "is of a kind of generator that is unknown here"
+        raise StateMismatchError("rng.numpy", what, expected=kind)
+    if not allow_missing_devices:
+        _check_devices(devices, has_mps=has_mps)
+
+
+_MALFORMED = (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError)
+"""What the generators say of a state that is none; torch's has no class of its own."""
 
 
 def _check_devices(cuda: int, *, has_mps: bool) -> None:
@@ -95,9 +127,5 @@ def _set_numpy(state: Mapping[str, Any]) -> None:
     """Set NumPy's legacy generator, of whatever kind it was."""
     kind = state["bit_generator"]
     if kind != np.random.get_state(legacy=False)["bit_generator"]:
-        if kind not in _BIT_GENERATORS:
-            raise StateMismatchError(
-                "rng.numpy", "is of a kind of generator that is unknown here", expected=kind
-            )
         np.random.set_bit_generator(_BIT_GENERATORS[kind]())  # type: ignore[attr-defined]
     np.random.set_state(dict(state))

@@ -43,6 +43,15 @@ def open_branch(
     return run, tuple(told)
 
 
+def beginning_of(parent: RunDirectory, name: str, selection: Selection) -> int | None:
+    """Return the step in which a branch would begin that is not there yet; None: it is there.
+
+    Raises:
+        UnbrokenError: As `open_branch`.
+    """
+    return None if has_branch(parent, name) else _beginning(parent, name, selection)[0]
+
+
 def _beginning(
     parent: RunDirectory, name: str, selection: Selection | None
 ) -> tuple[int | None, tuple[Rejection, ...]]:

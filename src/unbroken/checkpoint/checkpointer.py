@@ -189,26 +189,37 @@ class Checkpointer:
         Raises:
             CheckpointNotFoundError: If the checkpoint asked for does not exist, or if there
                 are checkpoints but not one is intact.
-            CorruptCheckpointError: If the one checkpoint asked for is damaged.
-            DifferenceError: If the training changed and the change is not named.
-            StateMismatchError: If the checkpoint does not fit the objects; none was changed.
+            CorruptCheckpointError: If the one checkpoint asked for is damaged. Its tensors are
+                verified while they are loaded: some objects may have got theirs, and cannot
+                be saved or begin a run before a resume has succeeded.
+            DifferenceError: If the training changed and the change is not named; neither an
+                object nor the run directory was changed, on any rank.
+            StateMismatchError: If the checkpoint does not fit the objects; likewise.
         """
         self.wait()
         comparison = self.comparison
         comparison.note_what_is_here()
         agree_on_versions(self.group)
-        selection = self._place.begin_branch(Selection.parse(which))
-        more = {"notes": self._place.notes, "ahead": self.ahead}
+        selection = self._place.begin_branch(Selection.parse(which), self._refuse_beginning)
+        more: dict[str, Any] = {"notes": self._place.notes, "ahead": self.ahead}
+        more["is_torn"] = self._line.is_torn
         resumption = self._resumption(self.objects, comparison, **more)
-        report = resumption.start(selection)
+        try:
+            report = resumption.start(selection)
+        finally:
+            self._line.is_torn = resumption.is_torn
         self._line.resumed(resumption, reader_of(self.run, report))
         self.values, self.best_step = resumption.values, resumption.best_step
-        self._timer.begin(report.step, self.run.history.records())
+        self._timer.begin(report.step, self.run.history.records(past_damage=True))
         self._place.has_started = True
         self._known = {one.path for one in report.differences}
         if comparison.is_strict:
             self.group.together("look for what is not covered", self._tell_uncovered)
         return report
+
+    def _refuse_beginning(self, left: RunDirectory, step: int) -> None:
+        more = {"ahead": self.ahead, "is_torn": self._line.is_torn}
+        self._resumption(self.objects, self.comparison, run=left, **more).refuse_beginning(step)
 
     def adopt(self, step: int, values: Any = None, *, facts: Mapping[str, Any], came: str) -> str:
         """Begin the run in a state that the objects already have, brought from elsewhere.
@@ -246,11 +257,16 @@ class Checkpointer:
         self._resumption({name: self.objects[name] for name in names}).load_only(step)
 
     def _resumption(
-        self, objects: Mapping[str, object], comparison: Comparison | None = None, **more: Any
+        self,
+        objects: Mapping[str, object],
+        comparison: Comparison | None = None,
+        run: RunDirectory | None = None,
+        **more: Any,
     ) -> Resumption:
         more |= {"load_from": self._load_from, "of_each_rank": self._of_each_rank}
         more["clock"] = self._wall_clock
-        return Resumption(self.run, objects, self._types, comparison, group=self.group, **more)
+        where = self.run if run is None else run
+        return Resumption(where, objects, self._types, comparison, group=self.group, **more)
 
     def save_if_due(self, step: int, values: Any = None) -> str | None:
         """Save if the cadence says so; return the folder of the checkpoint, or None."""

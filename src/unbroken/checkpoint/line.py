@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from unbroken.checkpoint.layout import Layout
 from unbroken.checkpoint.writing import Writing
-from unbroken.errors import ConfigError
+from unbroken.errors import ConfigError, StateMismatchError
 from unbroken.store import CheckpointReader, Json, KeepPolicy, RunDirectory
 
 if TYPE_CHECKING:
@@ -21,10 +21,12 @@ class Line:
         has_begun: Whether what is to be saved comes from the checkpoints that are there.
         origin: The checkpoint elsewhere that the run began in.
         skipped: What was not loaded then.
+        is_torn: Whether a resume that failed has left the objects with parts of a checkpoint.
     """
 
     def __init__(self) -> None:
         self.has_begun = False
+        self.is_torn = False
         self.origin: str | None = None
         self.skipped: tuple[str, ...] = ()
         self._last: Callable[[], CheckpointReader | None] = lambda: None
@@ -40,7 +42,9 @@ class Line:
 
         Raises:
             ConfigError: It would.
+            StateMismatchError: What is to be saved is no whole state.
         """
+        refuse_torn(run, is_torn=self.is_torn)
         found = () if self.has_begun else run.catalog.folders()
         if found:
             raise ConfigError(
@@ -70,3 +74,17 @@ class Line:
         made = Writing(run, step, layout, facts, keep, like=last, clock=clock, told=told)
         self._last = lambda: made.made
         return made
+
+
+def refuse_torn(run: RunDirectory, *, is_torn: bool) -> None:
+    """Raise where a line of checkpoints would begin in objects with parts of an old one.
+
+    Raises:
+        StateMismatchError: They hold such parts.
+    """
+    if is_torn:
+        raise StateMismatchError(
+            run.storage.describe(),
+            "the objects hold parts of a checkpoint that turned out to be damaged",
+            hint="build them anew, or start the process again",
+        )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
-from unbroken.checkpoint.branching import open_branch
+from unbroken.checkpoint.branching import beginning_of, open_branch
 from unbroken.checkpoint.relay import UnseenStorage, open_as_another, place_of
 from unbroken.checkpoint.report import ResumeReport
 from unbroken.checkpoint.selection import Selection
@@ -16,6 +17,9 @@ from unbroken.storage import Storage
 from unbroken.store import CheckpointReader, RunDirectory
 from unbroken.store.layout import checkpoint_name
 from unbroken.store.run_directory import now_as_text
+
+RefuseBeginning = Callable[[RunDirectory, int], None]
+"""Raises if a branch that begins in the state of a step would be refused."""
 
 
 class RunPlace:
@@ -59,13 +63,36 @@ class RunPlace:
             self._run = self._open(None, among_others=among_others)
         return self._run
 
-    def begin_branch(self, selection: Selection) -> Selection:
-        """Open the branch anew, which begins in `selection`; return which of its own it means."""
+    def begin_branch(self, selection: Selection, refuse: RefuseBeginning) -> Selection:
+        """Open the branch anew, which begins in `selection`; return which of its own it means.
+
+        Args:
+            selection: What is asked for.
+            refuse: Raises if the state of a step of this run cannot be gone on from. A branch that
+                would be refused is not made.
+        """
         if self._branch is None:
             return selection
         self.close(None)
+        self._refuse_beginning(self._branch, selection, refuse)
         self._run = self._open(selection, among_others=False)
         return Selection("auto")
+
+    def _refuse_beginning(self, branch: str, selection: Selection, refuse: RefuseBeginning) -> None:
+        group, what, given = self._group, "open the run directory", self._directory
+        left = group.together(
+            what, lambda: None if group.rank else RunDirectory.open_readonly(given)
+        )
+        step: Any = group.together(
+            what, lambda: None if left is None else beginning_of(left, branch, selection)
+        )
+        step = group.share("where the branch begins", step)
+        if step is None:
+            return
+        place = group.share("the run directory", None if left is None else place_of(left))
+        unseen = self._unseen
+        seen = group.together(what, lambda: left or open_as_another(place, given, unseen=unseen))
+        refuse(seen, step)
 
     def close(self, error: BaseException | None) -> None:
         """Release the run directory, and tell the history if a start ends in an error."""

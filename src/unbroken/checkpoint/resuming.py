@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from unbroken.capture import (
     capture,
     check,
+    check_rng,
     decode,
+    fill,
     load_tensors,
-    restore,
     restore_rng,
     structure_from_bytes,
     types_in,
@@ -19,6 +21,7 @@ from unbroken.capture import (
 from unbroken.checkpoint.candidates import Candidates
 from unbroken.checkpoint.comparison import Comparison
 from unbroken.checkpoint.differences import Difference
+from unbroken.checkpoint.line import refuse_torn
 from unbroken.checkpoint.own_state import begin_anew, own_state
 from unbroken.checkpoint.readers import LoadFrom, Source, readers_for
 from unbroken.checkpoint.reading_ahead import ReadAhead
@@ -31,8 +34,18 @@ from unbroken.errors import (
     CorruptCheckpointError,
     RunDirectoryError,
 )
-from unbroken.store import Json, Rejection, RunDirectory
-from unbroken.store.run_directory import now_as_text
+from unbroken.store import Rejection, RunDirectory
+from unbroken.store.run_directory import as_directory_error, now_as_text
+
+
+@dataclass(frozen=True)
+class _Examined:
+    """A checkpoint of which all was checked but the bytes of what is filled in place."""
+
+    reader: Source
+    tree: Mapping[str, Any]
+    rng: Mapping[str, Any]
+    values: Any
 
 
 class Resumption:
@@ -48,6 +61,7 @@ class Resumption:
         load_from: Which of them read the checkpoint.
         of_each_rank: Names of what each rank gets back its own of; None: of all that was stored so.
         ahead: What was read of the checkpoint before.
+        is_torn: Whether an attempt before has left the objects with parts of a checkpoint.
         clock: Seconds since 1970.
 
     Attributes:
@@ -55,6 +69,7 @@ class Resumption:
         best_step: The best step that it knew, or None.
         origin: The folder outside the run directory from which this run began, or None.
         skipped: Patterns of what this run did not load when it began.
+        is_torn: Whether the objects hold parts of a checkpoint, and no whole one.
     """
 
     def __init__(
@@ -69,9 +84,12 @@ class Resumption:
         load_from: LoadFrom = "all",
         of_each_rank: Collection[str] | None = None,
         ahead: ReadAhead | None = None,
+        is_torn: bool = False,
         clock: Callable[[], float],
     ) -> None:
         self.values: Any = None
+        self.is_torn = is_torn
+        self._examined: _Examined | None = None
         self.best_step: int | None = None
         self._run = run
         self._group = group
@@ -82,6 +100,7 @@ class Resumption:
         self._load_from = load_from
         self._clock = clock
         self._begins_anew = False
+        self._is_beginning = False
         self._notes = notes
         self._objects = objects
         self._types = types
@@ -99,7 +118,9 @@ class Resumption:
             if isinstance(candidate, Rejection):
                 rejected.append(candidate)
                 continue
-            damage = self._readers.load(partial(self._load, candidate))
+            damage = self._readers.load(partial(self._examine, candidate))
+            if damage is None:  # on every rank: only now does one of them change something
+                damage = self._readers.load(self._fill)
             if damage is None:
                 reader = candidate
                 break
@@ -107,6 +128,8 @@ class Resumption:
                 raise damage
             rejected.append(Rejection(candidate.folder, candidate.step, str(damage)))
         self._refuse_nothing_found(selection, reader, rejected)
+        if reader is None:
+            refuse_torn(self._run, is_torn=self.is_torn)
         return self._begun_together(selection, reader, tuple(rejected))
 
     def _chosen_together(self, selection: Selection) -> Iterator[Source | Rejection]:
@@ -126,10 +149,12 @@ class Resumption:
     ) -> ResumeReport:
         """Let rank 0 clear the way; every rank has its own differences."""
         group = self._group
-        report = group.together(
-            "begin",
-            lambda: self._clear_the_way(selection, reader, rejected) if group.rank == 0 else None,
-        )
+
+        def begin() -> ResumeReport | None:
+            with as_directory_error(self._run.storage):
+                return self._clear_the_way(selection, reader, rejected)
+
+        report = group.together("begin", begin if group.rank == 0 else lambda: None)
         if report is not None:
             return report
         checkpoint = None if reader is None else reader.storage.describe(reader.folder)
@@ -137,6 +162,19 @@ class Resumption:
         return ResumeReport(
             step, checkpoint, rejected, differences=self._differences, same=self._same
         )
+
+    def refuse_beginning(self, step: int) -> None:
+        """Raise if a branch that begins in the checkpoint of `step` would not be gone on with."""
+        self._is_beginning = True
+        found = self._group.together(
+            "choose a checkpoint",
+            lambda: None if self._group.rank else self._candidates.at_step(step),
+        )
+        source = self._readers.open(found, whole=False)
+        if source is not None and not isinstance(source, Rejection):
+            damage = self._readers.load(partial(self._examine, source))
+            if damage is not None:
+                raise damage
 
     def load_only(self, step: int) -> None:
         """Fill these objects alone from the checkpoint of `step`."""
@@ -148,28 +186,50 @@ class Resumption:
         if source is None or isinstance(source, Rejection):
             where = self._run.storage.describe()
             raise CheckpointNotFoundError(where, source.reason if source else "no checkpoint")
-        damage = self._readers.load(partial(self._fill, source))
+        own: dict[str, Any] = {}
+
+        def look() -> None:
+            tree = self._tree(source)
+            own.update({name: tree[name] for name in self._objects})
+            check(self._objects, own)
+
+        damage = self._readers.load(look)
+        damage = damage or self._readers.load(lambda: fill(self._objects, own))
         if damage is not None:
             raise damage
 
-    def _fill(self, source: Source) -> None:
-        tree = self._tree(source)
-        restore(self._objects, {name: tree[name] for name in self._objects})
+    def _examine(self, reader: Source) -> None:
+        """Read and check all that can be, and change nothing."""
+        self._check_journals()
+        tree = self._tree(reader)
+        rng, values = load_tensors(tree.pop("rng"), "cpu"), load_tensors(tree.pop("values"))
+        tree = self._compared(reader, tree)
+        check(self._objects, tree)
+        check_rng(rng)
+        _metrics_bytes(reader)
+        self._examined = _Examined(reader, tree, rng, values)
 
-    def _load(self, reader: Source) -> None:
-        """Fill the objects, after all that can be checked was; the random generators last."""
-        tree = self._compared(reader, self._tree(reader))
-        rng, values = tree.pop("rng"), tree.pop("values")
-        restore(self._objects, tree)
-        self.values = load_tensors(values)
+    def _check_journals(self) -> None:
+        if self._group.rank == 0 and not self._run.is_readonly:
+            self._run.metrics.check()
+            self._run.history.check()
+
+    def _fill(self) -> None:
+        """Fill the objects with what was examined; the random generators last."""
+        found = self._examined
+        if found is None:
+            raise RuntimeError("nothing was examined")
+        self.is_torn = True
+        fill(self._objects, found.tree)
         if self._comparison is not None:
             self._comparison.take_effect(self._differences)
-        rng = load_tensors(rng)
-        restore_rng(rng)
+        restore_rng(found.rng)
         if self._begins_anew:
-            begin_anew(rng, self._group.rank)
-        reader.check_rest()
-        self._remember(reader.manifest.facts)
+            begin_anew(found.rng, self._group.rank)
+        found.reader.check_rest()
+        self.is_torn = False
+        self.values = found.values
+        self._remember(found.reader.manifest.facts)
 
     def _compared(self, reader: Source, tree: dict[str, Any]) -> dict[str, Any]:
         """Return what is to be loaded; raise if it does not fit or is not accepted."""
@@ -180,6 +240,7 @@ class Resumption:
         found = tuple(row for row in rows if row.verdict != "same")
         is_here = reader.storage is self._run.storage
         own = is_here and reader.manifest.run_id == self._run.run_id  # not its parent's
+        own = own and not self._is_beginning
         patterns = comparison.patterns(facts, own=own)
         tree, skipped = comparison.partial(tree, patterns, found)
         model = {name: self._objects[name] for name in ("model",) if name in self._objects}
@@ -243,6 +304,7 @@ class Resumption:
         self, selection: Selection, reader: Source | None, rejected: tuple[Rejection, ...]
     ) -> ResumeReport:
         """Set aside what belongs to another future, cut the metrics, and tell the history."""
+        self._check_journals()
         own = reader is not None and reader.storage is self._run.storage
         step = 0 if reader is None else reader.step
         moved = tuple(
@@ -250,7 +312,7 @@ class Resumption:
             for later, folder in self._run.catalog.folders()
             if not (own and later <= step)
         )
-        known = reader.manifest.facts.get("metrics_bytes") if reader is not None and own else 0
+        known = _metrics_bytes(reader) if reader is not None and own else 0
         notes = self._cut_metrics(known, keep_copy=selection.kind != "auto")
         report = ResumeReport(
             step=step,
@@ -266,11 +328,9 @@ class Resumption:
         self._run.history.append({**started, **report.to_json()})
         return report
 
-    def _cut_metrics(self, nbytes: Json, *, keep_copy: bool) -> tuple[str, ...]:
+    def _cut_metrics(self, nbytes: int, *, keep_copy: bool) -> tuple[str, ...]:
         """Cut metrics.jsonl back to what it was at the checkpoint."""
         metrics = self._run.metrics
-        if not isinstance(nbytes, int):
-            raise CorruptCheckpointError("manifest.json", "facts.metrics_bytes", found=nbytes)
         if metrics.nbytes < nbytes:
             raise RunDirectoryError(
                 self._run.storage.describe("metrics.jsonl"),
@@ -285,3 +345,12 @@ class Resumption:
         copy = self._run.set_aside_metrics() if keep_copy else None
         metrics.cut(nbytes)
         return () if copy is None else (f"set aside: the old metrics.jsonl is now {copy}",)
+
+
+def _metrics_bytes(reader: Source) -> int:
+    """Return how long metrics.jsonl was when a checkpoint was saved."""
+    found = reader.manifest.facts.get("metrics_bytes")
+    if type(found) is not int or found < 0:
+        where = f"{reader.folder}: manifest.json"
+        raise CorruptCheckpointError(where, "facts.metrics_bytes", expected="bytes", found=found)
+    return found

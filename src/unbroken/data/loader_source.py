@@ -129,11 +129,15 @@ class LoaderSource:
             DataError: It was saved with another loader, seed or cut of the global batch, or by
                 loaders on another number of ranks.
         """
+        self.check_state_dict(state)
         state = self._of_this_rank(state)
-        require_same_facts(state, self._facts(), self._may_change)
         self._running.close()
         names = ("samples", "epoch", "taken", "pending", "loader_state")
         self.position = Position(**{name: state[name] for name in names})
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise what `load_state_dict` would raise, and change nothing."""
+        require_same_facts(self._of_this_rank(state), self._facts(), self._may_change)
 
     def _of_this_rank(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
         if self._grouping.samples or state.get("gives_samples"):

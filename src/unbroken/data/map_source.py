@@ -158,24 +158,25 @@ class MapSource:
         Raises:
             DataError: The order of the data would not be that of the saved run.
         """
-        require_same_facts(state, self._facts(), self._may_change)
+        self.check_state_dict(state)
         self._running.close()
         self.position = Position(samples=state["samples"])
         self._steps_from = state.get("steps_from", 0)
         if state["global_batch_size"] != self.shape.global_batch_size:
-            self._begin_other_steps(state["global_batch_size"])
+            self._steps_from = self.position.samples  # from here on they are of another size
 
-    def _begin_other_steps(self, size: int) -> None:
-        """Count steps from here on: they are of another size than those before."""
-        if (self.position.samples - self._steps_from) % size:
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise what `load_state_dict` would raise, and change nothing."""
+        require_same_facts(state, self._facts(), self._may_change)
+        size, now = state["global_batch_size"], self.shape.global_batch_size
+        if size != now and (state["samples"] - state.get("steps_from", 0)) % size:
             raise DataError(
                 "data.global_batch_size",
                 "cannot be changed in the middle of a step",
                 expected=size,
-                found=self.shape.global_batch_size,
+                found=now,
                 hint="Resume from a checkpoint between two steps.",
             )
-        self._steps_from = self.position.samples
 
     def close(self) -> None:
         """Stop reading and shut the workers down; the position stays."""

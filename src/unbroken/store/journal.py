@@ -50,8 +50,11 @@ class Journal:
         found = self._storage.stat(self._path)
         return 0 if found is None else self._last_end(found.nbytes)
 
-    def records(self) -> Iterator[dict[str, Json]]:
+    def records(self, *, past_damage: bool = False) -> Iterator[dict[str, Json]]:
         """Yield all whole records, the oldest first.
+
+        Args:
+            past_damage: Leave damaged lines out.
 
         Raises:
             RunDirectoryError: A line is damaged although later ones are whole.
@@ -60,12 +63,27 @@ class Journal:
         for end, record in self._lines():
             if record is None:
                 broken_at = end if broken_at is None else broken_at
-            elif broken_at is not None:
+            elif broken_at is not None and not past_damage:
                 what = f"the line that ends at byte {broken_at} is damaged"
                 hint = "repair or remove that line; no checkpoint depends on it"
                 raise RunDirectoryError(self._storage.describe(self._path), what, hint=hint)
             else:
                 yield record
+
+    def check(self) -> None:
+        """Raise if no record could be appended, as far as that can be told; nothing is changed.
+
+        Raises:
+            RunDirectoryError: Something else stands in its place, or it cannot be written.
+        """
+        try:
+            if self._storage.stat(self._path) is not None:
+                self._storage.open(self._path).close()  # it is a file
+                self._storage.append(self._path, b"")
+        except OSError as error:
+            where, hint = self._storage.describe(self._path), "move it away, or repair it"
+            what = "cannot be used"
+            raise RunDirectoryError(where, what, found=error.strerror, hint=hint) from error
 
     def append(self, record: Mapping[str, object]) -> None:
         """Add a record; it survives a kill at once, and a power cut after `sync`.
