@@ -82,3 +82,31 @@ def test_ours_removes_none_before_another_is_whole(rank, step, run, uninterrupte
     resumed = run(**LIMITED)
     assert resumed.first_step in (1, 5, 9)
     assert resumed.bits == uninterrupted(**LIMITED).bits
+
+
+THREE = {
+    **RANKS,
+    "ranks": 3,
+    "args": {"num_train_epochs": 2, "save_steps": 3, "ddp_find_unused_parameters": False},
+}
+
+
+@pytest.mark.slow
+def test_three_ranks_add_gradients_after_a_kill_in_the_order_in_which_they_did(run, uninterrupted):
+    whole = uninterrupted(**THREE)
+    assert run(kill_at=5, on_rank=2, **THREE).status == -signal.SIGKILL
+    resumed = run(**THREE)
+    assert (resumed.first_step, resumed.bits) == (4, whole.bits), resumed.text
+    assert "ddp." not in resumed.text
+    assert whole.bits == uninterrupted(trainer="stock", **THREE).bits
+
+
+@pytest.mark.slow
+@pytest.mark.stock
+def test_three_ranks_of_the_hosts_own_add_in_another_order_and_so_do_ours_from_its_checkpoint(
+    run, uninterrupted
+):
+    run(trainer="stock", kill_at=5, on_rank=2, **THREE)
+    ours = run(**THREE)
+    assert "ddp.model.order: stored not known" in ours.text
+    assert ours.digest != uninterrupted(**THREE).digest

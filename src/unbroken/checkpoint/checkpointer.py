@@ -14,6 +14,8 @@ from unbroken.checkpoint.agreeing import agree_on_versions
 from unbroken.checkpoint.background import SaveCost
 from unbroken.checkpoint.beside import BesideTraining, SnapshotMode
 from unbroken.checkpoint.comparison import Comparison, Examine, Policy
+from unbroken.checkpoint.ddp_buckets import DdpBuckets
+from unbroken.checkpoint.differences import Difference
 from unbroken.checkpoint.generators import rng_digest
 from unbroken.checkpoint.layout import Layout
 from unbroken.checkpoint.line import Line
@@ -156,6 +158,7 @@ class Checkpointer:
         self._plan = Plan()
         self._types = tuple(types)
         self._wall_clock = wall_clock
+        self._buckets = DdpBuckets(objects, self.group, self._tell_of)
         self.comparison = Comparison(
             objects,
             settings=settings,
@@ -163,6 +166,7 @@ class Checkpointer:
             policy=policy,
             examine=examine,
             told=told,
+            buckets=self._buckets,
         )
         fixed, by_itself = (save_steps, save_minutes), (max_lost_minutes, mtbf_hours)
         self._timer = SaveTimer(*fixed, *by_itself, group=self.group, clock=clock)
@@ -209,6 +213,7 @@ class Checkpointer:
         finally:
             self._line.is_torn = resumption.is_torn
         self._line.resumed(resumption, reader_of(self.run, report))
+        self._buckets.bring_back(resumption.facts)
         self.values, self.best_step = resumption.values, resumption.best_step
         self._timer.begin(report.step, self.run.history.records(past_damage=True))
         self._place.has_started = True
@@ -317,7 +322,9 @@ class Checkpointer:
 
     def _tell_uncovered(self) -> None:
         """Tell, once, of what a resume will not be exact for; raise where that is not accepted."""
-        found = self.comparison.uncovered()
+        self._tell_of(self.comparison.uncovered())
+
+    def _tell_of(self, found: tuple[Difference, ...]) -> None:
         news = tuple(one for one in found if one.path not in self._known)
         self.comparison.refuse(self.run.storage.describe(), news)
         self._known |= {one.path for one in news}
@@ -369,6 +376,7 @@ class Checkpointer:
             "best_step": self.best_step,
             **self._line.facts(),
             **self.comparison.facts,
+            **self._buckets.facts(),
         }
 
     def log(self, record: Mapping[str, Any]) -> None:
@@ -389,6 +397,7 @@ class Checkpointer:
         self._close(None)
 
     def _close(self, error: BaseException | None) -> None:
+        self._buckets.close()
         try:
             self._beside.close(hurried=error is not None)
         finally:

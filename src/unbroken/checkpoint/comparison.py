@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from unbroken.capture import Skip, how_cut, keep_skipped
 from unbroken.checkpoint.as_built import AsBuilt, named_objects
 from unbroken.checkpoint.code import code_differences, code_facts
+from unbroken.checkpoint.ddp_buckets import DdpBuckets
 from unbroken.checkpoint.differences import (
     Difference,
     ExactResume,
@@ -93,6 +94,7 @@ class Comparison:
         policy: Which differences are accepted.
         examine: May add differences or take some away.
         told: Names of objects that settings make, and so tell enough of.
+        buckets: How `DistributedDataParallel` adds gradients; None: it is not looked at.
     """
 
     def __init__(
@@ -104,8 +106,10 @@ class Comparison:
         policy: Policy | None = None,
         examine: Examine | None = None,
         told: Collection[str] = (),
+        buckets: DdpBuckets | None = None,
     ) -> None:
         self._told = set(told)
+        self._buckets = buckets
         self._objects = objects
         self._settings = _plain_settings(settings or {})
         self._more = more
@@ -166,10 +170,15 @@ class Comparison:
             *(difference for difference in others if difference.path not in told),
             *code_differences(_group(before, "code")),
             *environment_differences(_group(stored, "environment"), self.facts["environment"]),
+            *self.of_buckets(stored),
         )
         if self._examine is not None:
             found = self._examine(stored, found)
         return gravest_first(_unrefused(found, self._policy))
+
+    def of_buckets(self, stored: Mapping[str, Any]) -> tuple[Difference, ...]:
+        """Return why the ranks will not add gradients in the order of a checkpoint."""
+        return () if self._buckets is None else self._buckets.differences(stored)
 
     def _of_fingerprints(
         self, before: Mapping[str, Any], now: Mapping[str, Any], *, same_software: bool
@@ -197,7 +206,8 @@ class Comparison:
         """Return what this start knows that no checkpoint of it can hold, nor any start compare."""
         facts = self._untold(self.facts["fingerprint"])
         facts.pop("eval_data", None)  # `examine` tells whether anything depends on it
-        return uncovered_facts(facts)
+        hooks = () if self._buckets is None else self._buckets.uncovered()
+        return (*uncovered_facts(facts), *hooks)
 
     @property
     def is_strict(self) -> bool:

@@ -67,6 +67,7 @@ class Resumption:
     Attributes:
         values: The plain values of the resumed checkpoint, or None.
         best_step: The best step that it knew, or None.
+        facts: What else the resumed checkpoint was made with.
         origin: The folder outside the run directory from which this run began, or None.
         skipped: Patterns of what this run did not load when it began.
         is_torn: Whether the objects hold parts of a checkpoint, and no whole one.
@@ -104,6 +105,7 @@ class Resumption:
         self._notes = notes
         self._objects = objects
         self._types = types
+        self.facts: Mapping[str, Any] = {}
         self.origin: str | None = None
         self.skipped: tuple[str, ...] = ()
         self._comparison = comparison
@@ -276,6 +278,7 @@ class Resumption:
         return tree
 
     def _remember(self, facts: Mapping[str, Any]) -> None:
+        self.facts = facts
         self.best_step = facts.get("best_step")
         self.origin = self._candidates.origin or facts.get("origin")
         self.skipped = tuple(dict.fromkeys([*(facts.get("skip") or ()), *self.skipped]))

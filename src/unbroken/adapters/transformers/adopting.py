@@ -66,4 +66,6 @@ def _differences(run: Run, folder: Path, stored: Stored, loader: Any) -> tuple[D
         if was != now:
             effect = "sums run in another order, and dropout draws otherwise"
             found = (*found, Difference("world_size", was, now, effect, "equivalent"))
+        else:
+            found = (*found, *run.checkpointer.comparison.of_buckets({}))
     return compared(run, facts, found)
