@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 import signal
+import warnings
+from importlib.util import find_spec
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Sampler, WeightedRandomSampler
 
 from scenarios import outcome, run_fresh
-from small_trainers import PAIRS, small_trainer
+from small_trainers import PAIRS, bits, small_trainer, steps_in
 from unbroken.errors import DataError
 from unbroken.training import Callback
 
@@ -51,12 +54,21 @@ def shuffled(workers: int) -> DataLoader:
     )
 
 
+def of_torchdata() -> DataLoader:
+    """A loader with a state, of which the order of its sampler is no part."""
+    warnings.filterwarnings("ignore", ".*set_vital.*")
+    kind = importlib.import_module("torchdata.stateful_dataloader").StatefulDataLoader
+    sampler = WeightedRandomSampler(torch.arange(1.0, 41.0), 40)
+    return kind(PAIRS, batch_size=4, sampler=sampler)
+
+
 LOADERS = {
     "a shuffling DataLoader": lambda: shuffled(0),
     "a shuffling DataLoader with workers": lambda: shuffled(2),
     "an iterable data set": Stream,
     "a loader of an iterable data set": lambda: DataLoader(Stream(), batch_size=4),
     "a loader with a state": Stateful,
+    **({} if find_spec("torchdata") is None else {"torchdata's loader": of_torchdata}),
 }
 
 
@@ -111,3 +123,72 @@ def test_a_foreign_loader_that_starts_over_would_be_noticed(name, tmp_path):
 def test_a_generator_is_refused_because_it_cannot_be_started_again(tmp_path):
     with pytest.raises(DataError, match="cannot be"):
         small_trainer(tmp_path, dataset=(pair for pair in PAIRS))
+
+
+class OwnOrder(IterableDataset):
+    """A stream in the order of a generator in the object."""
+
+    def __init__(self) -> None:
+        self.rng = random.Random(3)
+
+    def __iter__(self):
+        yield from self.rng.sample(PAIRS, 40)
+
+
+class LossWeighted(Sampler):
+    def __init__(self) -> None:
+        self.losses = torch.ones(40)
+
+    def __len__(self) -> int:
+        return 40
+
+    def __iter__(self):
+        return iter(torch.multinomial(self.losses, 40).tolist())
+
+
+class Weigh(Callback):
+    """Gives the samples other weights after each step, as a loss would."""
+
+    def __init__(self, sampler: LossWeighted) -> None:
+        self.sampler = sampler
+
+    def on_step_end(self, trainer) -> None:
+        self.sampler.losses[trainer.progress.step] += 0.1
+
+
+def by_loss(folder, **settings):
+    sampler = LossWeighted()
+    loader = DataLoader(PAIRS, batch_size=8, sampler=sampler)
+    more = {"callbacks": [Weigh(sampler)], "state": {"losses": sampler.losses}}
+    return small_trainer(folder, dataset=loader, trainer=more, **settings)
+
+
+def of_own_order(folder, **settings):
+    return small_trainer(folder, dataset=OwnOrder(), **settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "epoch", "name"), [(of_own_order, 1, "rng"), (by_loss, 0, r"sampler\.losses")]
+)
+def test_data_that_reading_again_does_not_bring_back_are_refused_before_the_first_step(
+    make, epoch, name, tmp_path
+):
+    constant = {"lr_scheduler_type": "constant"}
+    step = 5 * epoch + 2
+    make(tmp_path, max_steps=step, **constant).train()
+    with pytest.raises(DataError, match=f"epoch {epoch} was drawn from another state of {name}"):
+        make(tmp_path, max_steps=step + 2, **constant).train()
+    assert max(steps_in(tmp_path)) == step
+    make(tmp_path, max_steps=step + 2, **constant, allow=["data"]).train()
+    assert max(steps_in(tmp_path)) == step + 2
+
+
+@pytest.mark.parametrize(("make", "step"), [(of_own_order, 3), (by_loss, 5)])
+def test_data_that_reading_again_does_bring_back_go_on(make, step, tmp_path):
+    constant = {"lr_scheduler_type": "constant"}
+    make(tmp_path / "cut", max_steps=step, **constant).train()
+    cut, whole = (make(tmp_path / n, max_steps=9, **constant) for n in ("cut", "whole"))
+    report = cut.train().resume_report
+    whole.train()
+    assert (report.step, report.verdict) == (step, "exact")
+    assert bits(cut.model) == bits(whole.model)

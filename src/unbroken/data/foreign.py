@@ -11,6 +11,7 @@ import torch
 from unbroken.data.asking import has
 from unbroken.data.keys import derive_key
 from unbroken.data.randomness import KeyedRandom
+from unbroken.data.seen import drawn_from
 from unbroken.data.workers import leave_signals_of
 from unbroken.errors import DataError
 
@@ -74,6 +75,10 @@ class ForeignLoader:
             "num_workers": getattr(self.loader, "num_workers", None),
         }
         return {name: fact for name, fact in facts.items() if isinstance(fact, int | None)}
+
+    def drawn_from(self) -> dict[str, str]:
+        """Return digests of the generators and weights that the loader holds now."""
+        return drawn_from(self.loader)
 
     def state(self) -> Any:
         """Return the loader's own state, a copy."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from unbroken.data.keys import derive_key
 from unbroken.data.randomness import KeyedRandom
 from unbroken.data.reading import Grouping, Reader
 from unbroken.data.sampler import BatchShape
+from unbroken.data.seen import Seen, weights_of
 from unbroken.data.source import MicroBatch, OnePass, Position, require_same_facts
 from unbroken.data.workers import shut_down
 from unbroken.errors import DataError
@@ -23,6 +25,31 @@ OnSkip = Callable[[int, int, float], None]
 
 _log = logging.getLogger("unbroken.data")
 _SECONDS_BETWEEN_REPORTS = 1.0
+_OWN_STATE = (
+    "Its state_dict does not bring it back to the place that it was taken at: give its data set, "
+    "or a loader without state_dict, whose epoch is read again."
+)
+_OTHERWISE = (
+    "Draw from random, numpy.random or torch, which are keyed, and take what an order depends on "
+    "once an epoch; or give the loader state_dict and load_state_dict that hold all of it."
+)
+_OR_ALLOW = (
+    'To go on with what it gives now: allow=["data"] (of a Checkpointer: '
+    'policy=Policy(allow=["data"])).'
+)
+
+
+@dataclass(frozen=True)
+class _Left:
+    """A pass that was left off, and where."""
+
+    reader: Reader | None = None
+    place: Position | None = None
+
+    def end(self) -> None:
+        """Let its workers end."""
+        if self.reader is not None:
+            shut_down(self.reader.batches)
 
 
 class LoaderSource:
@@ -63,6 +90,9 @@ class LoaderSource:
         self._running = OnePass()
         self.places: list[dict[str, Any]] = []
         self.first_items: list[Any] = []
+        self._before: dict[str, Any] = {}
+        self._weights: Mapping[str, str] = {}
+        self._left: _Left | None = None
 
     @property
     def gives_samples(self) -> bool:
@@ -87,9 +117,18 @@ class LoaderSource:
         return None
 
     def from_(self, position: Position | None = None) -> Iterator[MicroBatch]:
-        """Return the micro-batches from a position on, endless."""
+        """Return the micro-batches from a position on, endless.
+
+        A pass that stands there already goes on, with nothing to be read again.
+        """
         self.first_items = []
-        return self._running.begin(self._read(self.position if position is None else position))
+        start = self.position if position is None else position
+        self._left = _Left()
+        self._running.close()
+        left, self._left = self._left, None
+        if left.place is not start:
+            left.end()
+        return self._running.begin(self._read(start, left.reader if left.place is start else None))
 
     def used(self, micro: MicroBatch) -> None:
         """Take note that a micro-batch has been used."""
@@ -120,6 +159,7 @@ class LoaderSource:
             "taken": place.taken,
             "pending": place.pending,
             "loader_state": place.loader_state,
+            "trail": {**place.trail, "weights": weights_of(self._loader.loader)},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -130,10 +170,18 @@ class LoaderSource:
                 loaders on another number of ranks.
         """
         self.check_state_dict(state)
-        state = self._of_this_rank(state)
+        state, facts = self._of_this_rank(state), self._facts()
         self._running.close()
         names = ("samples", "epoch", "taken", "pending", "loader_state")
-        self.position = Position(**{name: state[name] for name in names})
+        is_same = "trail" not in self._may_change and all(state.get(n) == facts[n] for n in facts)
+        trail = state.get("trail", {}) if is_same else {}
+        self._weights = trail.get("weights") or {}
+        self.position = Position(**{name: state[name] for name in names}, trail=trail)
+
+    def expect_other_batches(self) -> None:
+        """Go on from the place as it is, though what is read up to it is not what was used."""
+        self._weights = {}
+        self.position = replace(self.position, trail={})
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raise what `load_state_dict` would raise, and change nothing."""
@@ -159,17 +207,39 @@ class LoaderSource:
         """Stop reading; the position stays."""
         self._running.close()
 
-    def _read(self, place: Position) -> Generator[MicroBatch, None, None]:
-        with KeyedRandom() as rng:
-            reader = self._resume(place, rng)
+    def _read(self, place: Position, reader: Reader | None) -> Generator[MicroBatch, None, None]:
+        if reader is None:
+            with KeyedRandom() as rng:
+                reader = self._resume(place, rng)
+            self._refuse_other_weights()
         try:
             while True:
                 with KeyedRandom() as rng:  # closed before each yield: the trainer draws too
+                    self._before = self._beginning(reader, place)
                     micro = self._next(reader, place, rng)
                 place = micro.after
                 yield micro
         finally:
-            shut_down(reader.batches)
+            left = _Left(reader, place)
+            if self._left is None:
+                left.end()
+            else:
+                self._left = left
+
+    def _refuse_other_weights(self) -> None:
+        """Raise if a sampler's weights, which training changes, are not those that were saved."""
+        weights, self._weights = self._weights, {}
+        now = weights_of(self._loader.loader) if weights else {}
+        for name, digest in weights.items():
+            if now.get(name, digest) != digest:
+                hint = f"Save it with the run, by a name of its own. {_OR_ALLOW}"
+                raise DataError(
+                    f"{type(self._loader.loader).__name__}.{name}",
+                    "is not what it was when the checkpoint was saved",
+                    expected=f"digest {digest}",
+                    found=f"digest {now[name]}",
+                    hint=hint,
+                )
 
     def _next(self, reader: Reader, place: Position, rng: KeyedRandom) -> MicroBatch:
         if self._grouping.samples:
@@ -209,7 +279,11 @@ class LoaderSource:
             taken=reader.taken,
             pending=(place.pending + 1) % self.shape.accumulation,
             loader_state=self._loader_state(),
+            trail=self._trail(reader),
         )
+
+    def _trail(self, reader: Reader) -> dict[str, Any]:
+        return {"digest": reader.seen.text(), "before": self._before}
 
     def _facts(self) -> dict[str, Any]:
         facts: dict[str, Any] = {
@@ -233,6 +307,21 @@ class LoaderSource:
         """What must be stored to come back to the place where the loader stands now."""
         raise NotImplementedError
 
+    def _beginning(self, reader: Reader, place: Position) -> dict[str, Any]:
+        """What is to be known of the place before a micro-batch."""
+        raise NotImplementedError
+
+    def _refuse_another(
+        self, batches: str, expected: object, found: object, hint: str = _OTHERWISE
+    ) -> None:
+        raise DataError(
+            type(self._loader.loader).__name__,
+            f"{batches}: what is read again is not what the run was trained on",
+            expected=f"digest {expected}",
+            found=f"digest {found}",
+            hint=f"{hint} {_OR_ALLOW}",
+        )
+
 
 class StatefulSource(LoaderSource):
     """A loader that has `state_dict` and `load_state_dict`, used through them.
@@ -245,11 +334,34 @@ class StatefulSource(LoaderSource):
     kind: ClassVar[str] = "stateful"
 
     def _resume(self, place: Position, rng: KeyedRandom) -> Reader:
-        batches = self._loader.begin(place.epoch, rng, place.loader_state)
-        return Reader(self._loader, batches, place.epoch, place.taken)
+        before = place.trail.get("before") or {}
+        if place.trail.get("digest") is None or not before:
+            return self._at(place.epoch, place.taken, place.loader_state, rng)
+        reader = self._at(**before, rng=rng)
+        size = self.shape.micro_batch_size if self._grouping.samples else 1
+        reader.take(size, self._grouping, rng)
+        found = (reader.epoch, reader.taken, reader.seen.text())
+        if found != (place.epoch, place.taken, place.trail["digest"]):
+            batch = f"item {place.taken - 1} of epoch {place.epoch}, from its own state"
+            self._refuse_another(batch, place.trail["digest"], found[2], _OWN_STATE)
+        return reader
+
+    def _at(self, epoch: int, taken: int, loader_state: Any, rng: KeyedRandom) -> Reader:
+        return Reader(self._loader, self._loader.begin(epoch, rng, loader_state), epoch, taken)
 
     def _loader_state(self) -> Any:
         return self._loader.state()
+
+    def _beginning(self, reader: Reader, place: Position) -> dict[str, Any]:
+        """One batch is read again from here, where it is this rank's alone."""
+        reader.seen = Seen()
+        if self._grouping.samples and self.shape.world_size > 1:
+            return {}
+        return {
+            "epoch": place.epoch,
+            "taken": place.taken,
+            "loader_state": place.loader_state,
+        }
 
 
 class CountedSource(LoaderSource):
@@ -298,10 +410,10 @@ class CountedSource(LoaderSource):
     def _resume(self, place: Position, rng: KeyedRandom) -> Reader:
         reader = Reader(self._loader, self._loader.begin(place.epoch, rng), place.epoch, taken=0)
         if place.taken:
-            self._skip(reader, place.taken, rng)
+            self._skip(reader, place.taken, place.trail, rng)
         return reader
 
-    def _skip(self, reader: Reader, count: int, rng: KeyedRandom) -> None:
+    def _skip(self, reader: Reader, count: int, trail: Mapping[str, Any], rng: KeyedRandom) -> None:
         name = type(self._loader.loader).__name__
         _log.warning(
             "%s: reading and skipping %d items of epoch %d to come back to its place, because %s",
@@ -312,14 +424,14 @@ class CountedSource(LoaderSource):
         )
         start = reported = self._clock()
         while reader.taken < count:
-            if self._loader.next(reader.batches, reader.epoch, reader.taken, rng) is END:
+            if reader.read(rng) is END:
                 raise DataError(
                     name,
                     f"epoch {reader.epoch} is shorter than when it was saved",
                     expected=f"at least {count} items",
                     found=reader.taken,
                 )
-            reader.taken += 1
+            self._hold_against(reader, trail, count)
             now = self._clock()
             if now - reported >= _SECONDS_BETWEEN_REPORTS and reader.taken < count:
                 reported = now
@@ -327,12 +439,45 @@ class CountedSource(LoaderSource):
         self._report(count, count, self._clock() - start)
         _log.warning("skipped %d items in %.1f s", count, self._clock() - start)
 
+    def _hold_against(self, reader: Reader, trail: Mapping[str, Any], count: int) -> None:
+        """Raise if what is read again is not what was read; as early as it shows."""
+        before, epoch = trail.get("before") or {}, f"epoch {reader.epoch}"
+        drawn_from = trail.get("drawn_from") or {}
+        now = {name: reader.drawn_from.get(name, digest) for name, digest in drawn_from.items()}
+        changed = [name for name, digest in drawn_from.items() if now[name] != digest]
+        if changed and count == self._loader.length and self._are_weights(changed):
+            return  # the epoch is over: the next one is drawn from the weights as they are now
+        if changed:
+            name = changed[0]
+            what = f"{epoch} was drawn from another state of {name}"
+            self._refuse_another(what, drawn_from[name], now[name])
+        places = {count: trail.get("digest")}
+        if before.get("epoch") == reader.epoch:
+            places[before["taken"]] = before["digest"]
+        digest, found = places.get(reader.taken), reader.seen.text()
+        if digest is not None and digest != found:
+            first = before["taken"] if reader.taken == count and len(places) > 1 else 0
+            items = (
+                f"item {first}" if first == count - 1 else f"items {first} to {reader.taken - 1}"
+            )
+            self._refuse_another(f"{items} of {epoch}", digest, found)
+
+    def _are_weights(self, names: Iterable[str]) -> bool:
+        weights = weights_of(self._loader.loader)
+        return all(name in weights for name in names)
+
     def _report(self, done: int, total: int, seconds: float) -> None:
         if self.on_skip is not None:
             self.on_skip(done, total, seconds)
 
     def _loader_state(self) -> None:
         return None
+
+    def _beginning(self, reader: Reader, place: Position) -> dict[str, Any]:
+        return {"epoch": reader.epoch, "taken": reader.taken, "digest": reader.seen.text()}
+
+    def _trail(self, reader: Reader) -> dict[str, Any]:
+        return {**super()._trail(reader), "drawn_from": dict(reader.drawn_from)}
 
 
 def _samples_in(batch: Any, otherwise: int) -> int:

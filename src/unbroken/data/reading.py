@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch.utils.data import default_collate
 
 from unbroken.data.foreign import END, ForeignLoader
 from unbroken.data.randomness import KeyedRandom
+from unbroken.data.seen import Seen
 from unbroken.errors import DataError
 
 
@@ -32,19 +33,40 @@ class Grouping:
 
 @dataclass
 class Reader:
-    """A place in the endless chain of epochs of a loader."""
+    """A place in the endless chain of epochs of a loader.
+
+    Attributes:
+        loader: What is read.
+        batches: The rest of the epoch.
+        epoch: The epoch.
+        taken: Items taken in it.
+        seen: The digest of those taken since the epoch began, or since it was set anew.
+        drawn_from: What the loader held when the first item of this epoch had come.
+    """
 
     loader: ForeignLoader
     batches: Iterator[Any]
     epoch: int
     taken: int
+    seen: Seen = field(default_factory=Seen)
+    drawn_from: Mapping[str, str] = field(default_factory=dict)
+
+    def read(self, rng: KeyedRandom) -> Any:
+        """Return the next item of this epoch, or END."""
+        item = self.loader.next(self.batches, self.epoch, self.taken, rng)
+        if item is not END:
+            self.seen.add(item)
+            if self.taken == 0:
+                self.drawn_from = self.loader.drawn_from()
+            self.taken += 1
+        return item
 
     def take(self, count: int, grouping: Grouping, rng: KeyedRandom) -> tuple[list[Any], int]:
         """The next `count` items, and the epoch of the first one."""
         items: list[Any] = []
         epoch = self.epoch
         while len(items) < count:
-            item = self.loader.next(self.batches, self.epoch, self.taken, rng)
+            item = self.read(rng)
             if item is END:
                 if grouping.drop_last:
                     items.clear()
@@ -53,7 +75,6 @@ class Reader:
             if not items:
                 epoch = self.epoch
             items.append(item)
-            self.taken += 1
         return items, epoch
 
     def _next_epoch(self, least: int, rng: KeyedRandom) -> None:
@@ -65,5 +86,5 @@ class Reader:
                 found=self.taken,
                 hint="An iterable must give its items again each time it is iterated.",
             )
-        self.epoch, self.taken = self.epoch + 1, 0
+        self.epoch, self.taken, self.seen = self.epoch + 1, 0, Seen()
         self.batches = self.loader.begin(self.epoch, rng)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,6 +23,7 @@ class Position:
         taken: Batches (samples, for an iterable of samples) taken from the loader in this pass.
         pending: Micro-batches used since the last whole optimizer step.
         loader_state: The loader's own state, where it has one.
+        trail: What was read up to there, for a loader that comes there again to be held against.
     """
 
     samples: int = 0
@@ -30,6 +31,7 @@ class Position:
     taken: int = 0
     pending: int = 0
     loader_state: Any = None
+    trail: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -85,12 +85,14 @@ def rightly_dealt(
         DataError: All ranks were given the same batches; or samples that should be the same on
             all ranks are not.
     """
-    source, is_first = trainer.source, trainer.group.world_size > 1
-    for window in windows:
-        if is_first and isinstance(source, LoaderSource):
-            _refuse_wrong_dealing(trainer.division, source, window)
-        is_first = False
+    source, group, batches = trainer.source, trainer.group, iter(windows)
+    if group.world_size > 1 and isinstance(source, LoaderSource):
+        window = group.together("read the first batches", lambda: next(batches, None))
+        if window is None:
+            return
+        _refuse_wrong_dealing(trainer.division, source, window)
         yield window
+    yield from batches
 
 
 def _refuse_wrong_dealing(

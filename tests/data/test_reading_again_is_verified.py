@@ -1,0 +1,305 @@
+"""What is read again up to a place is held against what was read before the kill."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset, Sampler, WeightedRandomSampler
+
+from data.data_sets import bytes_of, read, source_of
+from unbroken.data import batch_source
+from unbroken.data.seen import Seen
+from unbroken.errors import DataError
+
+N = 20  # five batches of four
+
+
+class Lines(IterableDataset):
+    """A stream over a file, in the order of a generator in the object."""
+
+    def __init__(self, path, rng) -> None:
+        self.path, self.rng = path, rng
+
+    def __iter__(self):
+        lines = self.path.read_text().split()
+        self.rng.shuffle(lines)
+        yield from (torch.tensor([float(line)]) for line in lines)
+
+
+class ShuffleBuffer(Lines):
+    def __iter__(self):
+        buffer = []
+        for line in self.path.read_text().split():
+            buffer.append(line)
+            if len(buffer) > 4:
+                yield torch.tensor([float(buffer.pop(self.rng.randrange(4)))])
+        yield from (torch.tensor([float(line)]) for line in buffer)
+
+
+class Counting(Sampler):
+    """Shuffles by a count of its own passes."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+
+    def __len__(self) -> int:
+        return N
+
+    def __iter__(self):
+        order = [*range(N)]
+        random.Random(self.passes).shuffle(order)
+        self.passes += 1
+        return iter(order)
+
+
+class LossWeighted(Counting):
+    """Its weights are what training makes of them."""
+
+    def __init__(self) -> None:
+        self.losses = torch.ones(N)
+
+    def __iter__(self):
+        return iter(torch.multinomial(self.losses, N).tolist())
+
+
+def numbered(sampler) -> DataLoader:
+    return DataLoader(torch.arange(float(N)).unsqueeze(1), batch_size=4, sampler=sampler)
+
+
+def closure():
+    rng = random.Random(5)
+
+    def batches():
+        for number in rng.sample(range(N), 5):
+            yield torch.full((4, 1), float(number))
+
+    return batches
+
+
+RNG = np.random.default_rng(6)
+
+
+def by_a_global():
+    for number in RNG.permutation(5):
+        yield torch.full((4, 1), float(number))
+
+
+def fresh_global():
+    RNG.bit_generator.state = np.random.default_rng(6).bit_generator.state
+    return by_a_global
+
+
+OF_THEIR_OWN = {
+    "random.Random": lambda path: Lines(path, random.Random(1)),
+    "numpy's Generator": lambda path: Lines(path, np.random.default_rng(1)),
+    "numpy's RandomState": lambda path: Lines(path, np.random.RandomState(1)),
+    "in a loader": lambda path: DataLoader(Lines(path, random.Random(1)), batch_size=4),
+    "a shuffle buffer": lambda path: ShuffleBuffer(path, random.Random(1)),
+    "a closure": lambda path: closure(),
+    "a global": lambda path: fresh_global(),
+    "a sampler that counts its passes": lambda path: numbered(Counting()),
+}
+
+
+@pytest.fixture
+def lines(tmp_path):
+    path = tmp_path / "numbers.txt"
+    path.write_text("\n".join(map(str, range(N))))
+    return path
+
+
+def place_after(data, used: int) -> dict:
+    source = source_of(data)
+    read(source, used)
+    return source.state_dict()
+
+
+@pytest.mark.parametrize("name", OF_THEIR_OWN)
+def test_data_of_their_own_generator_are_exact_in_the_first_epoch_and_refused_in_later_ones(
+    name, lines
+):
+    make = OF_THEIR_OWN[name]
+    whole = bytes_of(read(source_of(make(lines)), 9))
+    state = place_after(make(lines), 3)
+    again = source_of(make(lines))
+    again.load_state_dict(state)
+    assert whole.endswith(bytes_of(read(again, 6)))
+    state = place_after(make(lines), 8)
+    later = source_of(make(lines))
+    later.load_state_dict(state)
+    with pytest.raises(DataError, match=r"epoch 1.*expected digest \w{16}, found digest \w{16}"):
+        next(later.from_())
+
+
+def test_the_generator_that_differs_is_named(lines):
+    again = source_of(OF_THEIR_OWN["in a loader"](lines))
+    again.load_state_dict(place_after(OF_THEIR_OWN["in a loader"](lines), 8))
+    with pytest.raises(DataError, match=r"another state of dataset\.rng") as caught:
+        next(again.from_())
+    assert "which are keyed" in caught.value.hint
+    assert 'allow=["data"]' in caught.value.hint
+
+
+@pytest.mark.parametrize("change", [1e-6, 5.0], ids=["hardly", "much"])
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (LossWeighted, "losses"),
+        (lambda: WeightedRandomSampler(torch.ones(N, dtype=torch.float64), N), "weights"),
+    ],
+)
+def test_an_order_is_not_drawn_anew_from_weights_that_training_has_changed(make, name, change):
+    """As a sampler whose weights are saved with the run and restored in mid-epoch."""
+    sampler = make()
+    weights = getattr(sampler, name)
+    source = source_of(numbered(sampler))
+    read(source, 2)
+    weights[:10] += change
+    again = source_of(numbered(make()))
+    again.load_state_dict(source.state_dict())
+    getattr(again._loader.loader.sampler, name).copy_(weights)
+    with pytest.raises(
+        DataError, match=rf"epoch 0 was drawn from another state of sampler\.{name}"
+    ):
+        next(again.from_())
+
+
+def trained(sampler: LossWeighted) -> tuple[dict, bytes]:
+    """Change weights when an epoch is over; return that place, and what follows."""
+    source = source_of(numbered(sampler))
+    read(source, 5)
+    sampler.losses[:10] += 5.0
+    return source.state_dict(), bytes_of(read(source, 4))
+
+
+def test_weights_that_are_saved_and_change_between_epochs_are_no_fault():
+    sampler, again = LossWeighted(), LossWeighted()
+    place, after = trained(sampler)
+    again.losses.copy_(sampler.losses)
+    resumed = source_of(numbered(again))
+    resumed.load_state_dict(place)
+    assert bytes_of(read(resumed, 4)) == after
+
+
+def test_weights_that_training_changes_and_nobody_saves_are_refused():
+    resumed = source_of(numbered(LossWeighted()))
+    resumed.load_state_dict(trained(LossWeighted())[0])
+    with pytest.raises(
+        DataError, match=r"DataLoader\.sampler\.losses: is not what it was"
+    ) as caught:
+        next(resumed.from_())
+    assert "Save it with the run" in caught.value.hint
+
+
+def test_a_pass_that_is_left_off_between_two_batches_goes_on_there(caplog, lines):
+    """As a loop does that asks for the batches of each epoch anew."""
+    whole = bytes_of(read(source_of(Lines(lines, random.Random(1))), 9))
+    source = source_of(Lines(lines, random.Random(1)))
+    assert b"".join(bytes_of(read_on(source, 3)) for _ in range(3)) == whole
+    assert "skipping" not in caplog.text
+
+
+def read_on(source, count: int) -> list:
+    batches = source.from_()
+    taken = [next(batches) for _ in range(count)]
+    source.used(taken[-1])
+    return taken
+
+
+def test_a_pass_that_was_read_further_than_used_is_read_again(caplog):
+    source = source_of(numbered(None))
+    batches = source.from_()
+    used, ahead = next(batches), next(batches)
+    source.used(used)
+    assert torch.equal(next(source.from_()).data, ahead.data)
+    assert "skipping 1 items" in caplog.text
+
+
+@pytest.mark.parametrize(("line", "items"), [(0, "0 to 3"), (7, "4 to 7"), (9, None)])
+def test_a_file_that_changed_is_refused_where_it_was_read(line, items, lines):
+    class InOrder(Lines):
+        def __iter__(self):
+            for text in self.path.read_text().split():
+                yield torch.tensor([float(text)])
+
+    state = place_after(InOrder(lines, None), 2)
+    numbers = [*map(str, range(N))]
+    numbers[line] = "99"
+    lines.write_text("\n".join(numbers))
+    again = source_of(InOrder(lines, None))
+    again.load_state_dict(state)
+    if items is None:
+        assert next(again.from_()).data[1] == 99
+        return
+    with pytest.raises(DataError, match=f"items {items} of epoch 0: what is read again is not"):
+        next(again.from_())
+
+
+def test_a_named_change_goes_on_with_what_the_data_give_now(lines):
+    state = place_after(Lines(lines, random.Random(1)), 8)
+    options = {"seed": 42, "global_batch_size": 8, "micro_batch_size": 4}
+    named = batch_source(Lines(lines, random.Random(1)), may_change=["trail"], **options)
+    told = batch_source(Lines(lines, random.Random(1)), **options)
+    for source in (named, told):
+        source.load_state_dict(state)
+    told.expect_other_batches()
+    assert bytes_of(read(named, 2)) == bytes_of(read(told, 2))
+
+
+def test_a_place_that_an_older_version_saved_is_no_difference(lines):
+    state = place_after(Lines(lines, random.Random(1)), 8)
+    del state["trail"]
+    again = source_of(Lines(lines, random.Random(1)))
+    again.load_state_dict(state)
+    assert len(read(again, 2)) == 2
+
+
+@dataclass
+class Pair:
+    x: torch.Tensor
+    y: dict
+
+
+class Slotted:
+    __slots__ = ("x",)
+
+    def __init__(self, x) -> None:
+        self.x = x
+
+
+BATCHES = {
+    "a tensor": lambda x: x,
+    "a dict of lists": lambda x: {"ids": [x, x + 1], "name": "a"},
+    "a dataclass": lambda x: Pair(torch.ones(2), {"y": x}),
+    "an object with slots": lambda x: Slotted(x),
+    "an array": lambda x: x.numpy(),
+    "half precision": lambda x: x.bfloat16(),
+    "a view": lambda x: x.repeat(4, 1).t(),
+    "sparse": lambda x: torch.diag(x).to_sparse(),
+    "complex": lambda x: torch.complex(x, x).conj(),
+    "a large one": lambda x: x.repeat(40_000).reshape(100, -1),
+    "a large view": lambda x: x.repeat(40_000).reshape(-1, 100).t(),
+    "numbers": lambda x: {"n": x.tolist(), "text": "a"},
+}
+
+
+def digest(batch) -> str | None:
+    seen = Seen()
+    seen.add(batch)
+    return seen.text()
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+def test_batches_of_any_kind_are_told_apart(kind):
+    make, one = BATCHES[kind], torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert digest(make(one)) == digest(make(one.clone()))
+    assert digest(make(one)) != digest(make(one + 1)) is not None
+
+
+def test_a_batch_with_nothing_to_compare_has_no_digest():
+    assert digest(object()) is None
+    assert digest([]) is None
