@@ -56,6 +56,15 @@ def test_a_sample_misses_what_lies_between_its_blocks():
     assert FULL.of(changed) != FULL.of(torch.zeros(SAMPLE_FROM))
 
 
+@pytest.mark.parametrize("place", [0, (1 << 20) - 1, 1 << 20, (2 << 20) + 5, (3 << 20) - 1])
+@pytest.mark.parametrize("of", [lambda t: t, torch.Tensor.t], ids=["in one piece", "transposed"])
+def test_of_a_long_tensor_every_byte_changes_the_digest(of, place):
+    tensor = torch.zeros(3 << 20, dtype=torch.uint8)
+    before = FULL.of(of(tensor.view(3, -1)))
+    tensor[place] = 1
+    assert FULL.of(of(tensor.view(3, -1))) != before
+
+
 def test_a_missing_gradient_is_not_one_of_zeros():
     assert FULL.of_all([None]) != FULL.of_all([torch.zeros(2)])
 

@@ -75,6 +75,20 @@ def test_it_continues_from_its_state_inside_an_accumulation_window(uninterrupted
     assert bytes_of(head) + bytes_of(read(again, 18)) == uninterrupted
 
 
+def test_steps_of_another_size_are_counted_from_where_they_began_at_every_later_start():
+    first = source_of(range(N), size=8)
+    read(first, 2)
+    states, size = [first.state_dict()], 12
+    for _ in range(3):
+        source = source_of(range(N), size=size, may_change=["global_batch_size"])
+        source.load_state_dict(states[-1])
+        assert source.left_in_step() == 3
+        read(source, 3)
+        states.append(source.state_dict())
+    assert [state["samples"] for state in states] == [8, 20, 32, 44]
+    assert [state["steps_from"] for state in states] == [0, 8, 8, 8]
+
+
 def test_a_window_begun_on_one_rank_is_finished_on_two(uninterrupted):
     assert reading(stop=24) + reading(start=24, world=2) == uninterrupted
 

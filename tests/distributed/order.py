@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from unbroken.distributed import Group, join
+from unbroken.distributed import Group, RankSums, join
 from unbroken.training import Callback, Silence, Trainer, TrainerConfig
 
 SAMPLES, BATCH, STEPS = 44, 16, 8
@@ -112,3 +112,14 @@ def used_by_all(folder: Path, world_size: int) -> dict[int, list[int]]:
     files = [(folder / f"used-{rank}").read_text().splitlines() for rank in range(world_size)]
     steps = [dict(map(json.loads, lines)) for lines in files]
     return {step: [one for rank in steps for one in rank[step]] for step in steps[0]}
+
+
+def sum_over_ranks(folder: str, parts: list[float]) -> None:
+    """Sum each rank's number over all ranks, at many places; write down the distinct sums."""
+    group = join(timeout=30.0)
+    sums = RankSums(group)
+    for numel in (group.world_size, 1000):
+        sums.begin(torch.full((sums.padded(numel),), parts[group.rank]))
+    found = sorted({value.hex() for one in sums.finish() for value in one.tolist()})
+    Path(folder, str(group.rank)).write_text(" ".join(found))
+    group.close()

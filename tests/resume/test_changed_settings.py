@@ -7,11 +7,12 @@ import shutil
 
 import pytest
 import torch
+from torch import nn
 
 from scenarios import metrics
 from small_trainers import PAIRS, bits, small_model, small_trainer
 from unbroken.errors import DifferenceError
-from unbroken.training import TrainerConfig
+from unbroken.training import Trainer, TrainerConfig
 from unbroken.training.changes import RULES
 
 CHANGES = {
@@ -175,3 +176,87 @@ def test_no_path_is_in_the_table_twice_and_none_of_the_same_is_a_difference(run)
     paths = [row.path for row in trainer.resume_report.table]
     assert len({*paths}) == len(paths)
     assert "same" not in {row.verdict for row in trainer.resume_report.differences}
+
+
+OTHER = {
+    "harmless": {
+        "logging_steps": 3, "logging_minutes": 5.0, "log_data_digest": True, "eval_steps": 3,
+        "eval_minutes": 5.0, "eval_batch_size": 4, "save_steps": 3, "save_minutes": 5.0,
+        "save_at_start": False, "save_total_limit": 3, "keep_every_n_steps": 3, "max_time": 3600.0,
+        "snapshot": "sync", "max_lost_minutes": 5.0, "mtbf_hours": 5.0, "save_compressed": True,
+        "output_dir": "another", "branch": "another", "dataloader_num_workers": 1,
+        "dataloader_prefetch_factor": 3, "dataloader_pin_memory": True, "max_steps": 9,
+        "metric_for_best_model": "eval_other", "greater_is_better": True,
+        "load_best_model_at_end": True, "early_stopping_patience": 3,
+        "early_stopping_threshold": 0.5, "num_train_epochs": 9.0,
+    },
+    "equivalent": {
+        "micro_batch_size": 4, "lanes": 2, "torch_compile": True, "gradient_checkpointing": True,
+        "device": "cpu", "full_determinism": False,
+    },
+    "changed": {
+        "weight_decay": 0.5, "adam_beta1": 0.5, "adam_beta2": 0.5, "adam_epsilon": 0.5,
+        "sgd_momentum": 0.5, "learning_rate": 0.5, "lr_scheduler_type": "cosine",
+        "lr_scheduler_kwargs": {"power": 2.0}, "warmup_steps": 3, "max_grad_norm": 0.5,
+        "bf16": True, "fp16": True, "shuffle": False, "data_seed": 5, "samples_per_epoch": 24,
+        "dataloader_drop_last": True, "batch_size": 4, "seed": 5,
+    },
+    "refused": {"optim": "sgd"},
+}  # fmt: skip
+NEEDS = {
+    "lr_scheduler_kwargs": {"lr_scheduler_type": "polynomial"},
+    "mtbf_hours": {"save_steps": "auto"},
+    "load_best_model_at_end": {"eval_steps": 2},
+    "early_stopping_patience": {"eval_steps": 2},
+    "batch_size": {"micro_batch_size": 4},
+}
+EACH_SETTING = [(verdict, *item) for verdict, items in OTHER.items() for item in items.items()]
+
+
+class Checkpointing(nn.Sequential):
+    """A model that can compute its activations again."""
+
+    def gradient_checkpointing_enable(self, **options):
+        pass
+
+
+def of_all_settings(folder, **settings) -> Trainer:
+    torch.manual_seed(5)
+    model = Checkpointing(nn.Linear(6, 8), nn.Dropout(0.2), nn.Linear(8, 4))
+    settings = {"max_steps": 4, "samples_per_epoch": 36, **settings}
+    parts = {"eval_dataset": PAIRS}
+    return small_trainer(folder, model=model, trainer=parts, **settings)
+
+
+@pytest.fixture(scope="module")
+def of_default_settings(tmp_path_factory):
+    """A folder with a run for each group of settings that others need."""
+    folder = tmp_path_factory.mktemp("default")
+    for name, needs in {"plain": {}, **NEEDS}.items():
+        of_all_settings(folder / name, **needs).train()
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of torch.compile
+@pytest.mark.parametrize(("verdict", "name", "value"), EACH_SETTING, ids=str)
+def test_a_change_of_any_one_setting_is_told_with_what_it_means(
+    verdict, name, value, of_default_settings, tmp_path
+):
+    begun = of_default_settings / (name if name in NEEDS else "plain")
+    run = shutil.copytree(begun, tmp_path / "run")
+    settings = {} if name == "output_dir" else {**NEEDS.get(name, {}), name: value}
+    try:
+        report = of_all_settings(run, **settings).load_checkpoint(4 if name == "branch" else "must")
+        found = report.differences
+    except DifferenceError as error:
+        found = error.differences
+    found = {one.path: one.verdict for one in found if not one.path.startswith("environment.")}
+    assert found.pop(name) == verdict
+    assert set(found) <= {"output_dir", "schedule"}, "only what was changed is told"
+
+
+def test_all_settings_are_changed_in_turn():
+    of_the_start = {"allow", "skip", "exact_resume", "resume_from_checkpoint"}
+    of_the_start |= {"load_from", "ddp_timeout"}
+    names = {name for _, name, _ in EACH_SETTING}
+    assert names == set(TrainerConfig().to_dict()) - of_the_start

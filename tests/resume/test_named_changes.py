@@ -81,6 +81,19 @@ def test_another_batch_size_goes_on_with_the_next_sample(tmp_path):
     assert first.read + second.read == order
 
 
+@pytest.mark.parametrize("first", [3, 5])
+def test_after_a_change_of_the_batch_size_the_run_resumes_again_and_again(first, tmp_path):
+    """Steps of the new size are counted from where it changed, at each later start, too."""
+    read = []
+    settings = {"batch_size": 8, "micro_batch_size": 4}
+    for steps in (first, first + 1, first + 2, first + 4):
+        data = Indices()
+        small_trainer(tmp_path, dataset=data, max_steps=steps, save_steps=1, **settings).train()
+        read += data.read
+        settings = {"batch_size": 12, "micro_batch_size": 4, "allow": ["batch_size"]}
+    assert read == GlobalOrder(40, seed=42).samples(0, first * 8 + 4 * 12).tolist()
+
+
 def test_epochs_are_counted_in_samples_when_the_batch_size_changed(tmp_path):
     small_trainer(tmp_path, max_steps=3).train()
     settings = {"max_steps": -1, "num_train_epochs": 1, "batch_size": 4, "allow": ["batch_size"]}

@@ -9,6 +9,7 @@ import time
 OWN_TO_A_START = frozenset({
     "training", "gradient_checkpointing", "name_or_path", "_name_or_path", "architectures",
     "transformers_version", "torch_dtype", "dtype", "device", "warnings_issued",
+    "_is_torch_compile", "_compiled_call_impl",
 })  # fmt: skip
 """Attributes that may be others at each start, or that the environment tells."""
 
