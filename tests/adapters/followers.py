@@ -82,12 +82,14 @@ class Seen(transformers.TrainerCallback):
     def __init__(self, looks: bool = False) -> None:
         self.rates: dict[int, float] = {}
         self.looks, self.states = looks, {}
+        self.begun_at_epoch: float | None = None
 
     def look(self, step: int, model: torch.nn.Module, optimizer: Any) -> None:
         if self.looks:
             self.states[step] = [digest_of(model), digest_of_moments(model, optimizer)]
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **more):
+        self.begun_at_epoch = state.epoch
         self.look(state.global_step, model, optimizer)
 
     def on_save(self, args, state, control, model=None, optimizer=None, **more):

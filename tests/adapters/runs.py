@@ -50,6 +50,8 @@ from adapters.harm import (
     sabotage,
 )
 
+OPTIONS = ("betas", "eps", "weight_decay")
+
 
 def model_of(order: dict) -> GPT2LMHeadModel:
     torch.manual_seed(order.get("model_seed", 0))
@@ -205,6 +207,8 @@ def train(order: dict) -> None:
         "counters": counters,
         "rates": seen.rates,
         "states": seen.states,
+        "begun_at_epoch": seen.begun_at_epoch,
+        "options": {k: trainer.optimizer.param_groups[0].get(k) for k in OPTIONS},
         "flos": trainer.state.total_flos,
         "best": trainer.state.best_model_checkpoint
         and Path(trainer.state.best_model_checkpoint).name,

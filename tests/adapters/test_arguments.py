@@ -53,6 +53,22 @@ def test_never_begins_anew_and_sets_the_old_ones_aside(run):
     assert (run.folder / "run/set-aside/checkpoint-10.1/manifest.json").exists()
 
 
+def test_callbacks_find_the_run_at_the_epoch_where_it_was(run):
+    killed(run)
+    assert run().begun_at_epoch == pytest.approx(10 / 12)
+
+
+OPTIONS = {"adam_beta1": 0.5, "adam_beta2": 0.75, "adam_epsilon": 0.25, "weight_decay": 0.125}
+
+
+def test_ours_trains_with_every_option_of_the_optimizer_that_is_allowed(run):
+    killed(run)
+    assert all(refused(run(args=OPTIONS), name) for name in OPTIONS)
+    resumed = run(args={**OPTIONS, "max_steps": 12}, allow=[*OPTIONS])
+    assert resumed.first_step == 11
+    assert resumed.options == {"betas": [0.5, 0.75], "eps": 0.25, "weight_decay": 0.125}
+
+
 @pytest.mark.stock
 def test_the_hosts_own_ignores_another_learning_rate(run, uninterrupted):
     killed(run, "stock")

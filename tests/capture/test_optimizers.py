@@ -142,6 +142,24 @@ def test_groups_are_found_by_their_parameters():
     assert [(g["lr"], g["weight_decay"]) for g in groups] == [(0.25, 0.0), (0.5, 0.1)]
 
 
+def options(optimizer):
+    return [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+
+
+def test_every_option_of_a_group_comes_back_and_not_the_learning_rate_alone():
+    source, target = trained(optim.AdamW), trained(optim.AdamW, seed=1)
+    group = source["optimizer"].param_groups[0]
+    changed = {"lr": 0.5, "betas": (0.5, 0.6), "eps": 0.25, "weight_decay": 0.125}
+    changed |= {"amsgrad": True, "maximize": True, "foreach": False, "initial_lr": 0.75}
+    group.update(changed, layer=3, note="the head", scale=torch.tensor(2.0))
+    assert set(changed) <= set(group)
+    before = options(target["optimizer"])
+    carry(source, target)
+    assert account(options(target["optimizer"])) == account(options(source["optimizer"]))
+    for name, value in changed.items():
+        assert before[0].get(name) != value == target["optimizer"].param_groups[0][name], name
+
+
 def test_fp32_moments_of_bf16_parameters_stay_fp32():
     source = trained(optim.SGD, dtype=torch.bfloat16)
     for parameter in source["model"].parameters():

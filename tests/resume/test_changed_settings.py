@@ -19,6 +19,8 @@ CHANGES = {
     "learning_rate": 0.02,
     "weight_decay": 0.5,
     "adam_beta1": 0.5,
+    "adam_beta2": 0.5,
+    "adam_epsilon": 0.5,
     "lr_scheduler_type": "constant",
     "warmup_steps": 9,
     "max_grad_norm": 0.01,
@@ -51,7 +53,10 @@ def test_a_change_of_the_training_is_refused_with_both_values(name, run):
 
 @pytest.mark.parametrize(
     "name",
-    ["learning_rate", "weight_decay", "adam_beta1", "lr_scheduler_type", "max_grad_norm", "bf16"],
+    [
+        *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+        *("lr_scheduler_type", "max_grad_norm", "bf16"),
+    ],
 )
 def test_a_named_change_takes_effect(name, run, tmp_path_factory):
     same = tmp_path_factory.mktemp("same")
