@@ -315,6 +315,7 @@ class Checkpointer:
         writing = self._line.next(run, step, layout, told, self.keep, self._wall_clock, news)
         share = partial(share_of, group, tree, layout.file_of, own, self._plan)
         saving = Saving(run.storage, partial(self._begin, writing), writing.commit)
+        share = partial(share, of_rank_0=self._buckets.buffers_of_rank_0())
         self._beside.save(step, saving, share, self.objects, began)
         self._line.has_begun = True
         self._timer.done(step)

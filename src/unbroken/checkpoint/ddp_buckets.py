@@ -98,16 +98,29 @@ class DdpBuckets:
             for hook in _hooks(ddp, with_state=True)
         )
 
+    def buffers_of_rank_0(self) -> set[tuple[int, int]]:
+        """Return where buffers lie that every forward pass takes from rank 0, and copies of them.
+
+        An average of a model in DDP copies its buffers on each rank, too.
+        """
+        if not any(ddp.broadcast_buffers for ddp in self._modules().values()):
+            return set()
+        modules = [one for _, one in named_objects(self._objects) if isinstance(one, nn.Module)]
+        return {(b.data_ptr(), b.nbytes) for one in modules for b in one.buffers()}
+
     def bring_back(self, stored: Mapping[str, Any]) -> None:
         """Lay buckets out as they were, now or when a module is built; all ranks call this.
 
         Args:
             stored: The facts of the checkpoint that was resumed.
         """
+        if _ranks() == 1:
+            return
         entries = stored.get(FACT)
         self._waiting = dict(entries) if isinstance(entries, Mapping) else {}
+        self._look()
         self._bring_back(self._modules())
-        if any(entry["ranks"] > _TWO for entry in self._waiting.values()) and not self._hook:
+        if self._hook is None:
             self._hook = register_module_module_registration_hook(_announcing(ref(self)))
 
     def _bring_back(self, modules: Mapping[str, Ddp]) -> None:
@@ -121,9 +134,13 @@ class DdpBuckets:
             if order is not None:
                 self._orders[modules[name]] = order
 
+    def is_built(self, ddp: Ddp) -> bool:
+        """Take note of a module; return whether its first forward pass is to be told."""
+        self._known.add(ddp)
+        return any(entry["ranks"] > _TWO for entry in self._waiting.values())
+
     def are_used(self) -> None:
         """Bring back the buckets of what was built after the resume; all ranks call this."""
-        self._look()
         modules = self._modules()
         told = [
             self._differing(n, self._waiting[n], d)
@@ -132,8 +149,6 @@ class DdpBuckets:
         ]
         self._tell((*(one for differing in told for one in differing), *self.uncovered()))
         self._bring_back(modules)
-        if not self._waiting:
-            self.close()
 
     def close(self) -> None:
         """Look out for modules no longer."""
@@ -158,7 +173,7 @@ class DdpBuckets:
     def _modules(self) -> dict[str, Ddp]:
         """Return those that train the objects, under the names of the objects."""
         wrappers: dict[int, list[Ddp]] = {}
-        for ddp in self._known:
+        for ddp in [one for one in self._known if hasattr(one, "_comm_hooks")]:  # whole ones
             for parameter in ddp.module.parameters():
                 wrappers.setdefault(id(parameter), []).append(ddp)
         found: dict[str, Ddp] = {}
@@ -244,11 +259,14 @@ class DdpBuckets:
 
 
 def _announcing(buckets: ref[DdpBuckets]) -> Callable[[nn.Module, str, nn.Module | None], None]:
-    """Return a hook that tells of each module that is built, at its first forward pass."""
+    """Return a hook that tells of each module that is built, and of its first forward pass."""
     handles: list[RemovableHandle] = []
 
     def is_registered(parent: nn.Module, name: str, _: nn.Module | None) -> None:
-        if isinstance(parent, Ddp) and name == "module":
+        there = buckets()
+        if there is None or not isinstance(parent, Ddp) or name != "module":
+            return
+        if there.is_built(parent):
             handles.append(parent.register_forward_pre_hook(is_called))
 
     def is_called(ddp: nn.Module, _: object) -> None:

@@ -26,10 +26,13 @@ from unbroken.capture import (
     structure_to_bytes,
 )
 from unbroken.capture.tensor_memo import TensorMemo
+from unbroken.checkpoint.replicas import agree_on_replicas
 from unbroken.distributed import Group, divide, name_ranks
 from unbroken.errors import ConfigError, RankError
 
 STATE_FILE = "state.json"
+Place = tuple[int, int]
+"""Where a tensor lies: its address, and its length in bytes."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,12 @@ class Plan:
 
     Attributes:
         memo: What is known of the tensors.
+        saves: How many there were on several ranks.
     """
 
     def __init__(self) -> None:
         self.memo = TensorMemo()
+        self.saves = 0
         self._offered: list[Any] | None = None
         self._mine: frozenset[str] = frozenset()
 
@@ -87,6 +92,8 @@ def share_of(
     of_each_rank: Collection[str] | None,
     plan: Plan,
     blind: Sequence[int] = (),
+    *,
+    of_rank_0: Collection[Place] = (),
 ) -> Share:
     """Return what this rank stores of a state tree; all ranks call this.
 
@@ -97,11 +104,12 @@ def share_of(
         of_each_rank: The names of which each rank stores its own; None: whatever differs.
         plan: How the save before was divided.
         blind: Ranks that do not see where to store; with one of them, rank 0 stores all.
+        of_rank_0: Buffers that other ranks get from rank 0: what they have meanwhile is nothing.
 
     Raises:
         CaptureError: A value cannot be stored.
         ConfigError: A blind rank has something that rank 0 has not.
-        RankError: The ranks have other objects, or optimizers with other state.
+        RankError: The ranks have other objects, or another state of what is stored once.
     """
     if group.world_size == 1:
         encoded = encode(dict(tree), file_of=file_of, memo=plan.memo)
@@ -115,8 +123,13 @@ def share_of(
     )
     if blind:
         _refuse_what_only_others_have(encoded, own, blind)
-    _agree_on_structure(group, encoded, [n for n, value in common.items() if _is_common(value)])
+    if of_each_rank:
+        _agree_on_the_rest(group, common)
+    together = [name for name, value in common.items() if _is_common(value)]
+    _agree_on_structure(group, encoded, together)
     _agree_on_copies(group, encoded)
+    agree_on_replicas(group, _replicas(encoded, together, of_rank_0), plan.saves)
+    plan.saves += 1
     mine = _planned(group, encoded, common, plan, divided=not blind)
     if group.rank == 0:
         return Share(mine, {STATE_FILE: partial(structure_to_bytes, encoded.structure)})
@@ -186,6 +199,17 @@ def _refuse_what_only_others_have(
         )
 
 
+def _agree_on_the_rest(group: Group, common: Mapping[str, Any]) -> None:
+    """Raise unless schedules and the like are the same, where each rank's own are named."""
+    names = [n for n, value in common.items() if not (n in ("rng", "values") or _is_common(value))]
+    own = group.together("capture the state", lambda: {n: state_digest(common[n]) for n in names})
+    try:
+        group.agree("what of_each_rank does not name", own)
+    except RankError as error:
+        error.add_note("of_each_rank names what is each rank's own; None: whatever differs")
+        raise
+
+
 def _agree_on_structure(group: Group, encoded: Encoded, common: Iterable[str]) -> None:
     """Raise unless all ranks have the same parameters, state and options of optimizers, ..."""
     structure: Any = encoded.structure
@@ -201,17 +225,33 @@ def _agree_on_structure(group: Group, encoded: Encoded, common: Iterable[str]) -
 
 
 def _agree_on_copies(group: Group, encoded: Encoded) -> None:
-    """Raise unless what sharded modules hold whole is the same on all ranks: buffers, ...
-
-    Where no tensor is sharded, DDP keeps the ranks alike: those of rank 0 count.
-    """
-    cut = {_owner(leaf.path) for leaf in encoded.leaves if leaf.sharded is not None}
+    """Raise unless what sharded modules hold whole is the same on all ranks: buffers, ..."""
+    cut = _cut(encoded)
     found = {
         leaf.path: _add(xxhash.xxh3_128(), leaf).hexdigest()
         for leaf in encoded.leaves
         if leaf.sharded is None and _owner(leaf.path) in cut
     }
     group.agree("the tensors that each rank holds whole", found)
+
+
+def _replicas(
+    encoded: Encoded, together: Collection[str], of_rank_0: Collection[Place]
+) -> list[TensorLeaf]:
+    """Return the tensors of which each rank has one, and that are stored once."""
+    owners = {*together} - _cut(encoded)
+    return [
+        leaf
+        for leaf in encoded.leaves
+        if _owner(leaf.path) in owners
+        and leaf.nbytes
+        and (leaf.tensor.data_ptr(), leaf.nbytes) not in of_rank_0
+    ]
+
+
+def _cut(encoded: Encoded) -> set[str]:
+    """Return the names of objects with sharded tensors."""
+    return {_owner(leaf.path) for leaf in encoded.leaves if leaf.sharded is not None}
 
 
 def _owner(path: str) -> str:
