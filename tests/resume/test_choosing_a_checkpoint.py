@@ -161,12 +161,6 @@ def test_a_second_process_is_kept_out_while_the_first_works(run):
     first.checkpointer.close()
 
 
-def test_metrics_that_were_cut_short_are_an_error_and_not_a_gap(run):
-    (run / "metrics.jsonl").write_text("")
-    with pytest.raises(RunDirectoryError, match="shorter than when the checkpoint was saved"):
-        small_trainer(run).train()
-
-
 def test_a_directory_of_something_else_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("words")
     with pytest.raises(RunDirectoryError, match="expected"):

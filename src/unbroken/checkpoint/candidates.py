@@ -2,30 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from unbroken.checkpoint.selection import Selection
-from unbroken.errors import CheckpointNotFoundError
+from unbroken.errors import CheckpointError, CheckpointNotFoundError
 from unbroken.storage import Storage, storage_at
-from unbroken.store import Catalog, CheckpointReader, Rejection
+from unbroken.store import Catalog, CheckpointReader, Journal, Json, Rejection
+from unbroken.store.checkpoint_folder import CheckpointFolder
+
+Origin = Mapping[str, Json]
+"""Facts of the checkpoint of another run in which this one began; empty: in none."""
+
+_ORIGIN = ("origin", "origin_given", "origin_state")
 
 
 class Candidates:
-    """The checkpoints of a run, and those that a path names.
+    """The checkpoints of a run, those that a path names, and those that were copied here.
 
     Args:
         catalog: What the run has.
         storage: The run directory.
+        history: What happened to the run; None: nobody knows.
+        state_at: Returns what tells the checkpoint in a folder from all others; None: nothing does.
 
     Attributes:
-        origin: The folder outside of it that a selection named, or None.
+        origin: Of the checkpoint that was yielded last, if it is not the run's own.
     """
 
-    def __init__(self, catalog: Catalog, storage: Storage) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        storage: Storage,
+        history: Journal | None = None,
+        state_at: Callable[[Path], str | None] | None = None,
+    ) -> None:
         self._catalog = catalog
         self._storage = storage
-        self.origin: str | None = None
+        self._history = history
+        self._state_at = state_of if state_at is None else state_at
+        self.origin: Origin = {}
+
+    def resolved(self, selection: Selection) -> Selection:
+        """Return what a selection means for this run.
+
+        The path of a checkpoint of another run says where a run begins. One that began there goes
+        on from its own newest: else the same command, given again and again, would never end.
+        """
+        if selection.kind == "path" and selection.path is not None and self._began_in(selection):
+            return replace(selection, kind="begun")
+        return selection
 
     def of(self, selection: Selection) -> Iterator[CheckpointReader | Rejection]:
         """Yield what may be resumed, opened; or why it cannot be.
@@ -33,14 +63,21 @@ class Candidates:
         Raises:
             CheckpointNotFoundError: The selection names a checkpoint that is not there.
         """
-        if selection.kind in ("auto", "must"):
-            yield from self._catalog.newest_first()
+        if selection.kind in ("auto", "must", "begun"):
+            yield from self.newest_first()
         elif selection.kind == "step" and selection.step is not None:
             yield self.at_step(selection.step)
         elif selection.kind == "best":
             yield self.at_step(self._best_step())
         elif selection.kind == "path" and selection.path is not None:
-            yield from self._at_path(selection.path)
+            yield self._at_path(selection.path)
+
+    def newest_first(self) -> Iterator[CheckpointReader | Rejection]:
+        """Yield the run's own checkpoints; where it has none yet, those that were copied here."""
+        for found in self._catalog.newest_first():
+            self.origin = {}
+            copied = self._copied(found) if isinstance(found, Rejection) else None
+            yield found if copied is None else copied
 
     def at_step(self, step: int) -> CheckpointReader:
         """Return the checkpoint of a step.
@@ -48,15 +85,82 @@ class Candidates:
         Raises:
             CheckpointNotFoundError: There is none.
         """
-        folders = self._catalog.folders()
-        if step not in dict(folders):
+        folders = dict(self._catalog.folders())
+        if step not in folders:
             raise CheckpointNotFoundError(
                 self._storage.describe(),
                 "no such checkpoint",
-                expected=f"one of the steps {[known for known, _ in folders]}",
+                expected=f"one of the steps {[*folders]}",
                 found=step,
             )
-        return self._catalog.open(step)
+        self.origin = {}
+        copied = self._copied(Rejection(folders[step], step, ""))
+        return self._catalog.open(step) if copied is None else copied
+
+    def _copied(self, found: Rejection) -> CheckpointReader | None:
+        """Return a checkpoint of another run that somebody has put here for this one to begin in.
+
+        A run that has checkpoints of its own goes on from them alone.
+        """
+        try:
+            reader = CheckpointReader(self._storage, found.folder)
+        except CheckpointError:
+            return None
+        if self._catalog.is_own(reader) or self._has_own:
+            return None
+        self.origin = self._origin_at(Path(self._storage.describe(found.folder)))
+        return reader
+
+    @property
+    def _has_own(self) -> bool:
+        """Return whether a checkpoint here is the run's own, or was before it was damaged."""
+        facts, damaged = self._newest
+        saved = ("saved", "adopted")
+        return facts is not None or (
+            damaged and any(one.get("event") in saved for one in self._told())
+        )
+
+    @cached_property
+    def _newest(self) -> tuple[Mapping[str, Json] | None, bool]:
+        """The facts of the newest own checkpoint that can be opened; whether one cannot be."""
+        damaged = False
+        for _, folder in reversed(self._catalog.folders()):
+            try:
+                reader = CheckpointReader(self._storage, folder)
+            except CheckpointError:
+                damaged = True
+                continue
+            if self._catalog.is_own(reader):
+                return reader.manifest.facts, damaged
+        return None, damaged
+
+    def _told(self) -> Iterator[Mapping[str, Any]]:
+        return iter(()) if self._history is None else self._history.records(past_damage=True)
+
+    def _began_in(self, selection: Selection) -> bool:
+        """Return whether the run began in the checkpoint at a path, and has been saved since."""
+        if selection.path is None or not self._has_own or self._is_here(selection.path):
+            return False
+        facts, _ = self._newest
+        names = {os.path.abspath(selection.path), str(selection.path.resolve())}
+        if facts is not None:
+            known = {facts.get("origin"), facts.get("origin_given")}
+            state = facts.get("origin_state")
+            return bool(names & known) or (
+                isinstance(state, str) and state == self._state_at(selection.path.resolve())
+            )
+        starts = [one for one in self._told() if one.get("event") in ("started", "adopted")]
+        return bool(starts) and starts[-1].get("from", starts[-1].get("checkpoint")) in names
+
+    def _is_here(self, path: Path) -> bool:
+        """Return whether a path is that of one of the run's own checkpoints."""
+        folder = path.resolve()
+        if folder.parent != Path(self._storage.describe()).resolve():
+            return False
+        try:
+            return self._catalog.is_own(CheckpointReader(self._storage, folder.name))
+        except CheckpointError:
+            return False
 
     def _best_step(self) -> int:
         step = self._catalog.best_step()
@@ -66,22 +170,50 @@ class Candidates:
             )
         return step
 
-    def _at_path(self, path: Path) -> Iterator[CheckpointReader | Rejection]:
-        """Yield the checkpoint at `path`; but a run that already began there goes on instead."""
+    def _at_path(self, path: Path) -> CheckpointReader:
+        """Return the checkpoint at `path`."""
         folder = path.resolve()
+        self.origin = {}
         if folder.parent == Path(self._storage.describe()).resolve():
-            yield CheckpointReader(self._storage, folder.name)
-            return
-        if not (folder / "manifest.json").exists():
+            reader = CheckpointReader(self._storage, folder.name)
+            if self._catalog.is_own(reader):
+                return reader
+        elif (folder / "manifest.json").exists():
+            reader = CheckpointReader(storage_at(folder.parent, create=False), folder.name)
+        else:
             raise CheckpointNotFoundError(
                 str(path),
                 "is no checkpoint",
                 expected="a folder with a manifest.json",
                 hint="of a run directory, name one of its checkpoints",
             )
-        origin = str(folder)
-        for candidate in self._catalog.newest_first():
-            if isinstance(candidate, Rejection) or candidate.manifest.facts.get("origin") == origin:
-                yield candidate
-        self.origin = origin
-        yield CheckpointReader(storage_at(folder.parent, create=False), folder.name)
+        self.origin = self._origin_at(path)
+        return reader
+
+    def _origin_at(self, path: Path) -> Origin:
+        return origin_of(path, self._state_at(path.resolve()))
+
+
+def origin_of(path: Path, state: str | None) -> Origin:
+    """Return the facts of a checkpoint of another run in which one begins.
+
+    Args:
+        path: As it was given.
+        state: What tells it from all others.
+    """
+    given = os.path.abspath(path)
+    return {"origin": str(path.resolve()), "origin_given": given, "origin_state": state}
+
+
+def origin_in(facts: Mapping[str, Json]) -> Origin:
+    """Return where the run began that made a checkpoint with these facts."""
+    return {name: facts[name] for name in _ORIGIN if name in facts}
+
+
+def state_of(folder: Path) -> str | None:
+    """Return what tells a checkpoint of ours from all others, wherever it lies."""
+    try:
+        storage = storage_at(folder.parent, create=False)
+        return CheckpointFolder(storage, folder.name).read_manifest().state_digest
+    except (CheckpointError, OSError):
+        return None

@@ -13,6 +13,7 @@ from unbroken.capture import capture, capture_rng
 from unbroken.checkpoint.agreeing import agree_on_versions
 from unbroken.checkpoint.background import SaveCost
 from unbroken.checkpoint.beside import BesideTraining, SnapshotMode
+from unbroken.checkpoint.candidates import Origin
 from unbroken.checkpoint.comparison import Comparison, Examine, Policy
 from unbroken.checkpoint.ddp_buckets import DdpBuckets
 from unbroken.checkpoint.differences import Difference
@@ -176,7 +177,7 @@ class Checkpointer:
         """The run directory, opened and locked by the first use."""
         return self._place.run(among_others=self.among_others)
 
-    def resume(self, which: ResumeFrom = "auto") -> ResumeReport:
+    def resume(self, which: ResumeFrom | Selection = "auto") -> ResumeReport:
         """Put a saved state into the objects, or leave them as they are for a fresh start.
 
         Checkpoints of a later step than the one resumed are set aside by name: they can never
@@ -204,10 +205,14 @@ class Checkpointer:
         comparison = self.comparison
         comparison.note_what_is_here()
         agree_on_versions(self.group)
-        selection = self._place.begin_branch(Selection.parse(which), self._refuse_beginning)
+        selection = Selection.parse(which)
+        if selection.path is not None and self._place.holds(selection.path):
+            self.among_others = True  # a checkpoint that was copied there under another name
+        selection = self._place.begin_branch(selection, self._refuse_beginning)
+        run = self.run  # opened by now, which the notes tell of
         more: dict[str, Any] = {"notes": self._place.notes, "ahead": self.ahead}
         more["is_torn"] = self._line.is_torn
-        resumption = self._resumption(self.objects, comparison, **more)
+        resumption = self._resumption(self.objects, comparison, run, **more)
         try:
             report = resumption.start(selection)
         finally:
@@ -226,7 +231,9 @@ class Checkpointer:
         more = {"ahead": self.ahead, "is_torn": self._line.is_torn}
         self._resumption(self.objects, self.comparison, run=left, **more).refuse_beginning(step)
 
-    def adopt(self, step: int, values: Any = None, *, facts: Mapping[str, Any], came: str) -> str:
+    def adopt(
+        self, step: int, values: Any = None, *, facts: Mapping[str, Any], came: str, origin: Origin
+    ) -> str:
         """Begin the run in a state that the objects already have, brought from elsewhere.
 
         It is saved as checkpoint `step`; until that stands, nothing that was there is touched.
@@ -237,11 +244,12 @@ class Checkpointer:
             values: As `save` takes them.
             facts: As `save` takes them.
             came: Where the state is from, for the history.
+            origin: The same, as the run keeps it.
 
         Returns:
             The folder of the checkpoint.
         """
-        self._line.has_begun, self._line.origin = True, came
+        self._line.has_begun, self._line.origin = True, origin
         self.comparison.note_what_is_here()
         path = self.save(step, values, facts=facts)
         self.wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from unbroken.checkpoint.candidates import Origin
 from unbroken.checkpoint.layout import Layout
 from unbroken.checkpoint.writing import Writing
 from unbroken.errors import ConfigError, StateMismatchError
@@ -19,7 +20,7 @@ class Line:
 
     Attributes:
         has_begun: Whether what is to be saved comes from the checkpoints that are there.
-        origin: The checkpoint elsewhere that the run began in.
+        origin: Facts of the checkpoint of another run that this one began in.
         skipped: What was not loaded then.
         is_torn: Whether a resume that failed has left the objects with parts of a checkpoint.
     """
@@ -27,7 +28,7 @@ class Line:
     def __init__(self) -> None:
         self.has_begun = False
         self.is_torn = False
-        self.origin: str | None = None
+        self.origin: Origin = {}
         self.skipped: tuple[str, ...] = ()
         self._last: Callable[[], CheckpointReader | None] = lambda: None
 
@@ -57,7 +58,7 @@ class Line:
 
     def facts(self) -> dict[str, Json]:
         """Return what the manifest of a checkpoint tells of the line."""
-        return {"origin": self.origin, "skip": list(self.skipped)}
+        return {"origin": None, **self.origin, "skip": list(self.skipped)}
 
     def next(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from unbroken.checkpoint.branching import beginning_of, open_branch
@@ -56,6 +57,17 @@ class RunPlace:
         self._clock = clock
         self._unseen = unseen
         self._run: RunDirectory | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the run directory has been opened."""
+        return self._run is not None
+
+    def holds(self, path: Path) -> bool:
+        """Return whether a path is that of something in the run directory."""
+        given = self._directory
+        where = given if isinstance(given, str) else given.describe()
+        return path.resolve().parent == Path(where).resolve()
 
     def run(self, *, among_others: bool) -> RunDirectory:
         """Return the run directory; it may hold files that are not the run's if so said."""
@@ -119,8 +131,11 @@ class RunPlace:
     def _open_as_owner(self, selection: Selection | None, among_others: bool) -> RunDirectory:
         directory, clock = self._directory, self._clock
         if self._branch is None:
-            return RunDirectory.open(directory, clock=clock, among_others=among_others)
-        run, self.notes = open_branch(directory, self._branch, selection, clock=clock)
+            run = RunDirectory.open(directory, clock=clock, among_others=among_others)
+            self.notes = run.notes
+            return run
+        run, notes = open_branch(directory, self._branch, selection, clock=clock)
+        self.notes = (*notes, *run.notes)
         return run
 
 

@@ -137,7 +137,8 @@ def read_ahead(
         objects: Names of the objects whose tensors are read.
     """
     with suppress(UnbrokenError, OSError):
-        for candidate in Candidates(Catalog(storage), storage).of(selection):
+        candidates = Candidates(Catalog(storage), storage)
+        for candidate in candidates.of(candidates.resolved(selection)):
             if isinstance(candidate, CheckpointReader):
                 return ReadAhead(candidate, objects)
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from unbroken.capture import (
     structure_from_bytes,
     types_in,
 )
-from unbroken.checkpoint.candidates import Candidates
+from unbroken.checkpoint.candidates import Candidates, Origin, origin_in
 from unbroken.checkpoint.comparison import Comparison
 from unbroken.checkpoint.differences import Difference
 from unbroken.checkpoint.line import refuse_torn
@@ -30,11 +30,12 @@ from unbroken.checkpoint.selection import Selection
 from unbroken.checkpoint.shares import STATE_FILE
 from unbroken.distributed import Group
 from unbroken.errors import (
+    CheckpointError,
     CheckpointNotFoundError,
     CorruptCheckpointError,
-    RunDirectoryError,
 )
-from unbroken.store import Rejection, RunDirectory
+from unbroken.store import CheckpointReader, Json, Rejection, RunDirectory
+from unbroken.store.lineage import belongs_to
 from unbroken.store.run_directory import as_directory_error, now_as_text
 
 
@@ -68,7 +69,7 @@ class Resumption:
         values: The plain values of the resumed checkpoint, or None.
         best_step: The best step that it knew, or None.
         facts: What else the resumed checkpoint was made with.
-        origin: The folder outside the run directory from which this run began, or None.
+        origin: Facts of the checkpoint of another run in which this run began.
         skipped: Patterns of what this run did not load when it began.
         is_torn: Whether the objects hold parts of a checkpoint, and no whole one.
     """
@@ -94,7 +95,7 @@ class Resumption:
         self.best_step: int | None = None
         self._run = run
         self._group = group
-        self._candidates = Candidates(run.catalog, run.storage)
+        self._candidates = Candidates(run.catalog, run.storage, run.history)
         self._ahead = ahead
         self._readers = readers_for(run, group, load_from)
         self._of_each_rank = of_each_rank
@@ -106,7 +107,7 @@ class Resumption:
         self._objects = objects
         self._types = types
         self.facts: Mapping[str, Any] = {}
-        self.origin: str | None = None
+        self.origin: Origin = {}
         self.skipped: tuple[str, ...] = ()
         self._comparison = comparison
         self._differences: tuple[Difference, ...] = ()
@@ -114,6 +115,7 @@ class Resumption:
 
     def start(self, selection: Selection) -> ResumeReport:
         """Resume what `selection` asks for, or make ready for a fresh start."""
+        selection = self._resolved(selection)
         rejected: list[Rejection] = []
         reader = None
         for candidate in self._chosen_together(selection):
@@ -133,6 +135,17 @@ class Resumption:
         if reader is None:
             refuse_torn(self._run, is_torn=self.is_torn)
         return self._begun_together(selection, reader, tuple(rejected))
+
+    def _resolved(self, selection: Selection) -> Selection:
+        """Return what a selection means for this run, as rank 0 sees it."""
+        if selection.kind != "path":
+            return selection
+        group, what = self._group, "what is to be resumed"
+        own = group.together(
+            what, lambda: None if group.rank else self._candidates.resolved(selection)
+        )
+        kind = group.share(what, None if own is None else own.kind)
+        return replace(selection, kind="begun") if kind == "begun" else selection
 
     def _chosen_together(self, selection: Selection) -> Iterator[Source | Rejection]:
         """Yield what rank 0 chooses, as every rank reads it."""
@@ -208,7 +221,8 @@ class Resumption:
         tree = self._compared(reader, tree)
         check(self._objects, tree)
         check_rng(rng)
-        _metrics_bytes(reader)
+        if self._is_own(reader):
+            _metrics_bytes(reader)
         self._examined = _Examined(reader, tree, rng, values)
 
     def _check_journals(self) -> None:
@@ -280,7 +294,7 @@ class Resumption:
     def _remember(self, facts: Mapping[str, Any]) -> None:
         self.facts = facts
         self.best_step = facts.get("best_step")
-        self.origin = self._candidates.origin or facts.get("origin")
+        self.origin = self._candidates.origin or origin_in(facts)
         self.skipped = tuple(dict.fromkeys([*(facts.get("skip") or ()), *self.skipped]))
 
     def _refuse_nothing_found(
@@ -308,15 +322,17 @@ class Resumption:
     ) -> ResumeReport:
         """Set aside what belongs to another future, cut the metrics, and tell the history."""
         self._check_journals()
-        own = reader is not None and reader.storage is self._run.storage
+        own = reader is not None and self._is_own(reader)
         step = 0 if reader is None else reader.step
         moved = tuple(
             (folder, self._run.catalog.set_aside(later, f"a run from step {step} began"))
             for later, folder in self._run.catalog.folders()
-            if not (own and later <= step)
+            if self._goes(later, folder, reader, own=own)
         )
         known = _metrics_bytes(reader) if reader is not None and own else 0
-        notes = self._cut_metrics(known, keep_copy=selection.kind != "auto")
+        follows = own and selection.kind in ("auto", "begun")
+        notes = self._cut_metrics(known, step, keep_copy=not follows)
+        notes = (*_notes_on(selection, reader, self._run, own=own), *notes)
         report = ResumeReport(
             step=step,
             checkpoint=None if reader is None else reader.storage.describe(reader.folder),
@@ -331,23 +347,47 @@ class Resumption:
         self._run.history.append({**started, **report.to_json()})
         return report
 
-    def _cut_metrics(self, nbytes: int, *, keep_copy: bool) -> tuple[str, ...]:
+    def _is_own(self, reader: Source) -> bool:
+        """Return whether the run wrote a checkpoint, or took it over as a branch."""
+        run, manifest = self._run, reader.manifest
+        return reader.storage is run.storage and belongs_to(manifest, run.run_id, run.parent)
+
+    def _goes(self, step: int, folder: str, reader: Source | None, *, own: bool) -> bool:
+        """Return whether a checkpoint is of another future than what comes after `reader`."""
+        if reader is None or reader.storage is not self._run.storage:
+            return True
+        if own:
+            return step > reader.step
+        if folder == reader.folder:
+            return False
+        try:  # this run begins in a checkpoint that was copied here; older copies stay beside it
+            found = CheckpointReader(self._run.storage, folder)
+        except CheckpointError:
+            return True
+        return self._run.catalog.is_own(found) or step > reader.step
+
+    def _cut_metrics(self, nbytes: int, step: int, *, keep_copy: bool) -> tuple[str, ...]:
         """Cut metrics.jsonl back to what it was at the checkpoint."""
         metrics = self._run.metrics
-        if metrics.nbytes < nbytes:
-            raise RunDirectoryError(
-                self._run.storage.describe("metrics.jsonl"),
-                "is shorter than when the checkpoint was saved",
-                expected=f"at least {nbytes} bytes",
-                found=f"{metrics.nbytes} bytes",
-                hint="bring the file back from a backup, or resume by the path of a copy of the "
-                "checkpoint in a new run directory",
-            )
+        told: tuple[str, ...] = ()
+        if not metrics.ends_at(nbytes):  # somebody has shortened, edited or removed it
+            was = f"{nbytes} bytes then, {metrics.nbytes} now"
+            what = f"metrics.jsonl is not what it was when the checkpoint was saved ({was})"
+            told = (f"{what}: the run goes on with the lines that are left",)
+            nbytes, keep_copy = metrics.end_before(lambda line: _is_after(step, line)), True
         if metrics.nbytes == nbytes:
-            return ()
+            return told
         copy = self._run.set_aside_metrics() if keep_copy else None
         metrics.cut(nbytes)
-        return () if copy is None else (f"set aside: the old metrics.jsonl is now {copy}",)
+        if copy is None:
+            return told
+        return (*told, f"set aside: the old metrics.jsonl is now {copy}")
+
+
+def _is_after(step: int, line: Mapping[str, Json]) -> bool:
+    """Return whether a line of metrics is of a later step."""
+    found = line.get("step")
+    return isinstance(found, int | float) and found > step
 
 
 def _metrics_bytes(reader: Source) -> int:
@@ -357,3 +397,14 @@ def _metrics_bytes(reader: Source) -> int:
         where = f"{reader.folder}: manifest.json"
         raise CorruptCheckpointError(where, "facts.metrics_bytes", expected="bytes", found=found)
     return found
+
+
+def _notes_on(
+    selection: Selection, reader: Source | None, run: RunDirectory, *, own: bool
+) -> tuple[str, ...]:
+    """Say where a run began, where that is not what the selection says by itself."""
+    if selection.kind == "begun":
+        return (f"this run began in {selection.path}: it goes on from its own newest checkpoint",)
+    if reader is None or own or reader.storage is not run.storage:
+        return ()
+    return (f"{reader.folder} is of run {reader.manifest.run_id}: this run begins in it",)

@@ -31,17 +31,18 @@ class Selection:
     Attributes:
         kind: "auto": the newest intact one, or a fresh start when there is none;
             "must": the newest intact one, or an error; "never": a fresh start;
-            "best": the one with the best metric; "step": `step`; "path": `path`.
+            "best": the one with the best metric; "step": `step`; "path": `path`;
+            "begun": the newest intact one of a run that began in `path`.
         step: The step asked for, with kind "step".
-        path: The checkpoint folder asked for, with kind "path".
+        path: The checkpoint folder asked for, with kind "path" and "begun".
     """
 
-    kind: Literal["auto", "must", "never", "best", "step", "path"]
+    kind: Literal["auto", "must", "never", "best", "step", "path", "begun"]
     step: int | None = None
     path: Path | None = None
 
     @classmethod
-    def parse(cls, value: ResumeFrom) -> Selection:
+    def parse(cls, value: ResumeFrom | Selection) -> Selection:
         """Read what the user gave.
 
         Args:
@@ -55,6 +56,8 @@ class Selection:
             >>> Selection.parse("latest").kind, Selection.parse(1200).step
             ('must', 1200)
         """
+        if isinstance(value, Selection):
+            return value
         if value is None:
             return cls("auto")
         if isinstance(value, bool):

@@ -20,7 +20,13 @@ from unbroken.errors import (
 )
 from unbroken.storage import FolderStorage, Storage
 from unbroken.store.checkpoint_folder import CheckpointFolder
-from unbroken.store.identity import RunIdentity, has_identity, read_identity, write_identity
+from unbroken.store.identity import (
+    RunIdentity,
+    has_identity,
+    random_id,
+    read_identity,
+    write_identity,
+)
 from unbroken.store.journal import Journal
 from unbroken.store.layout import (
     BRANCHES,
@@ -42,7 +48,6 @@ from unbroken.store.run_directory import (
     as_directory_error,
     describe_owner,
     now_as_text,
-    random_id,
 )
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
@@ -262,12 +267,9 @@ def _copy_metrics(parent: RunDirectory, begin: CheckpointReader, target: str) ->
     if not isinstance(nbytes, int) or nbytes == 0:
         return
     try:
-        copy_file(parent.storage, METRICS_NAME, target, nbytes)
-    except (FileNotFoundError, EOFError):
+        copy_file(parent.storage, METRICS_NAME, target, min(nbytes, parent.metrics.nbytes))
+    except (FileNotFoundError, EOFError):  # lost, or rewound just now
         _refuse_if_gone(begin)
-        where = parent.storage.describe(METRICS_NAME)
-        what = "is shorter than when the checkpoint was saved"
-        raise RunDirectoryError(where, what, expected=f"{nbytes} bytes") from None
     # A run that is rewound sets its checkpoints aside before it cuts the metrics: if this one
     # is still there, the lines were its own.
     _refuse_if_gone(begin)

@@ -97,6 +97,12 @@ class Catalog:
             raise CheckpointNotFoundError(where, "there is no such checkpoint")
         return self._open(step, folder)
 
+    def is_own(self, reader: CheckpointReader) -> bool:
+        """Return whether a checkpoint is the run's own: it wrote it, or took it over."""
+        if self._run_id is None:
+            return True
+        return belongs_to(reader.manifest, self._run_id, self._parent)
+
     def newest_first(self) -> Iterator[CheckpointReader | Rejection]:
         """Yield all checkpoints from the newest on, opened, or else why they cannot be.
 
@@ -190,8 +196,7 @@ class Catalog:
         if reader.step != step:
             what = "holds another step than its name says"
             raise CorruptCheckpointError(where, what, expected=step, found=reader.step)
-        manifest = reader.manifest
-        if self._run_id is not None and not belongs_to(manifest, self._run_id, self._parent):
-            what, found = "belongs to another run", manifest.run_id
+        if not self.is_own(reader):
+            what, found = "belongs to another run", reader.manifest.run_id
             raise CorruptCheckpointError(where, what, expected=self._run_id, found=found)
         return reader

@@ -1,15 +1,23 @@
-"""run.json: which run a directory belongs to, and in which version of the format."""
+"""run.json: which run a directory belongs to, and in which version of the format.
+
+Each manifest names the run, too: where run.json was lost or damaged, they tell.
+"""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
-from unbroken.errors import RunDirectoryError
+from unbroken.errors import CheckpointError, RunDirectoryError
 from unbroken.storage import Storage
 from unbroken.store.canonical import Json, MalformedError, from_strict, to_canonical
+from unbroken.store.catalog import Catalog
+from unbroken.store.checkpoint_folder import CheckpointFolder
 from unbroken.store.fields import Fields
-from unbroken.store.layout import NEW_RUN_NAME, RUN_NAME
+from unbroken.store.journal import Journal
+from unbroken.store.layout import HISTORY_NAME, METRICS_NAME, NEW_RUN_NAME, RUN_NAME, SET_ASIDE
 from unbroken.store.lineage import Lineage
+from unbroken.store.removal import ensure_folder, free_name, move_durably
 
 _FORMAT = "unbroken run"
 _VERSION_OF_PLAIN_RUNS = 1
@@ -52,20 +60,83 @@ def write_identity(storage: Storage, identity: RunIdentity) -> None:
     storage.sync_folder("")
 
 
-def read_identity(storage: Storage) -> RunIdentity:
-    """Return what run.json says.
+def find_identity(storage: Storage) -> tuple[RunIdentity | None, str | None]:
+    """Return which run a directory belongs to, if to any; and what is wrong with its run.json.
 
     Raises:
-        RunDirectoryError: It is damaged, of another program, or of a newer version.
+        RunDirectoryError: run.json is damaged and nothing else tells, or is of another program or
+            a newer version.
     """
     where = storage.describe(RUN_NAME)
+    if not has_identity(storage):
+        rebuilt = _told_by_checkpoints(storage)
+        return rebuilt, None if rebuilt is None else "is missing"
     try:
-        return _parse(_read(storage), where)
+        return _parse(_read(storage), where), None
     except MalformedError as error:
+        rebuilt = _told_by_checkpoints(storage)
+        if rebuilt is not None:
+            return rebuilt, error.what
         hint = "another program's directory? choose another one; damaged? restore this file"
         raise RunDirectoryError(
             where, error.what, expected=error.expected, found=error.found, hint=hint
         ) from None
+
+
+def read_identity(storage: Storage) -> RunIdentity:
+    """Return which run a directory belongs to.
+
+    Raises:
+        RunDirectoryError: As `find_identity`; or it belongs to none.
+    """
+    identity, _ = find_identity(storage)
+    if identity is None:
+        hint = "give a directory that holds a run.json"
+        raise RunDirectoryError(storage.describe(), "is not a run's directory", hint=hint)
+    return identity
+
+
+def replace_identity(storage: Storage, identity: RunIdentity) -> None:
+    """Write run.json anew, durably; what stands there is set aside."""
+    if has_identity(storage):
+        ensure_folder(storage, SET_ASIDE)
+        move_durably(storage, RUN_NAME, free_name(storage, SET_ASIDE, RUN_NAME))
+    write_identity(storage, identity)
+
+
+def _told_by_checkpoints(storage: Storage) -> RunIdentity | None:
+    """Return the identity that the manifests tell, in a directory where a run has been at work.
+
+    Checkpoints alone do not make one: somebody may have copied them here.
+    """
+    if storage.stat(HISTORY_NAME) is None and storage.stat(METRICS_NAME) is None:
+        return None
+    for _, folder in reversed(Catalog(storage).folders()):
+        try:
+            found = CheckpointFolder(storage, folder).read_manifest()
+        except CheckpointError:
+            continue
+        parent = _parent_told(storage)
+        is_taken_over = parent is not None and parent.run_id == found.run_id
+        run_id = random_id() if is_taken_over else found.run_id
+        return RunIdentity(run_id, found.created, parent)
+    return None
+
+
+def _parent_told(storage: Storage) -> Lineage | None:
+    """Return where the history says that a branch comes from."""
+    for event in Journal(storage, HISTORY_NAME).records(past_damage=True):
+        if event.get("event") == "branched":
+            try:
+                return Lineage.from_json(event.get("parent"))
+            except MalformedError:
+                return None
+    return None
+
+
+def random_id() -> str:
+    """Return the identity of a new run: 32 hexadecimal digits, drawn at random."""
+    return os.urandom(16).hex()
 
 
 def _read(storage: Storage) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 
 from unbroken.errors import RunDirectoryError, SaveError
@@ -123,6 +123,19 @@ class Journal:
         except OSError as error:
             raise self._save_error(error) from error
 
+    def ends_at(self, nbytes: int) -> bool:
+        """Return whether `cut` may cut there: a whole record ends after so many bytes."""
+        return 0 <= nbytes <= self.nbytes and self._last_end(nbytes) == nbytes
+
+    def end_before(self, follows: Callable[[Mapping[str, Json]], bool]) -> int:
+        """Return where the first record begins for which `follows` holds, or where all end."""
+        before = 0
+        for end, record in self._lines():
+            if record is not None and follows(record):
+                return before
+            before = end if record is not None else before
+        return before
+
     def cut(self, nbytes: int) -> None:
         """Durably forget everything after the first `nbytes` bytes, which end a record.
 
@@ -133,9 +146,8 @@ class Journal:
             RunDirectoryError: No record ends there.
             SaveError: The storage fails.
         """
-        whole = self.nbytes
-        if not 0 <= nbytes <= whole or self._last_end(nbytes) != nbytes:
-            where, found = self._storage.describe(self._path), f"{whole} bytes of records"
+        if not self.ends_at(nbytes):
+            where, found = self._storage.describe(self._path), f"{self.nbytes} bytes of records"
             expected = f"a record that ends at byte {nbytes}"
             raise RunDirectoryError(where, "cannot be cut", expected=expected, found=found)
         try:

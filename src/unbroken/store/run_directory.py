@@ -13,14 +13,23 @@ from typing import Self
 from unbroken.errors import RunDirectoryError, UnbrokenError
 from unbroken.storage import Lock, Storage, storage_at
 from unbroken.store.catalog import Catalog
-from unbroken.store.identity import RunIdentity, has_identity, read_identity, write_identity
+from unbroken.store.identity import (
+    RunIdentity,
+    find_identity,
+    random_id,
+    read_identity,
+    replace_identity,
+    write_identity,
+)
 from unbroken.store.journal import Journal
 from unbroken.store.layout import (
     HISTORY_NAME,
     LOCK_NAME,
+    MANIFEST_NAME,
     METRICS_NAME,
     NEW_RUN_NAME,
     SET_ASIDE,
+    step_of,
 )
 from unbroken.store.removal import copy_file, ensure_folder, free_name, sweep
 from unbroken.store.retention import KeepPolicy, Pruned, prune
@@ -39,11 +48,6 @@ def now_as_text(clock: Callable[[], float]) -> str:
     return datetime.fromtimestamp(clock(), UTC).isoformat(timespec="milliseconds")
 
 
-def random_id() -> str:
-    """Return the identity of a new run: 32 hexadecimal digits, drawn at random."""
-    return os.urandom(16).hex()
-
-
 class RunDirectory:
     """The directory of one run: its identity, its checkpoints, its journals, its lock.
 
@@ -60,6 +64,7 @@ class RunDirectory:
         verified: The checkpoints that this process has read whole.
         previous_owner: Who held the lock before and ended without giving it back; None: nobody.
         left_over: What stands in our own folders but is not ours, and was not swept.
+        notes: What was repaired when it was opened, for people.
 
     Example:
         >>> from unbroken.storage import MemoryStorage
@@ -74,6 +79,7 @@ class RunDirectory:
         identity: RunIdentity,
         lock: Lock | None,
         left_over: tuple[str, ...] = (),
+        notes: tuple[str, ...] = (),
     ) -> None:
         self.storage = storage
         self.run_id = identity.id
@@ -85,6 +91,7 @@ class RunDirectory:
         self.verified = VerifiedCache()
         self.previous_owner = None if lock is None else lock.previous_owner
         self.left_over = left_over
+        self.notes = notes
         self._lock = lock
 
     @classmethod
@@ -121,8 +128,8 @@ class RunDirectory:
                 _refuse_foreign(storage)
             lock = storage.lock(LOCK_NAME, owner or describe_owner(clock))
             try:
-                identity = _identity_of(storage, clock, new_id, among_others=among_others)
-                return cls(storage, identity, lock, tuple(sweep(storage)))
+                identity, notes = _identity_of(storage, clock, new_id, among_others=among_others)
+                return cls(storage, identity, lock, tuple(sweep(storage)), notes)
             except BaseException:
                 with suppress(OSError):
                     lock.release()
@@ -140,9 +147,6 @@ class RunDirectory:
         """
         with as_directory_error(where):
             storage = _storage_of(where, create=False)
-            if not has_identity(storage):
-                hint = "give a directory that holds a run.json"
-                raise RunDirectoryError(storage.describe(), "is not a run's directory", hint=hint)
             return cls(storage, read_identity(storage), None)
 
     @property
@@ -207,18 +211,41 @@ def _storage_of(where: Place, *, create: bool) -> Storage:
 
 def _refuse_foreign(storage: Storage) -> None:
     """Refuse a directory with something in it that no run left there."""
-    if has_identity(storage):
-        read_identity(storage)
+    identity, _ = find_identity(storage)
+    if identity is not None:
         return
-    foreign = [name for name in storage.list("") if name not in _OWN_BEGINNINGS | _TOLERATED]
+    ours = _OWN_BEGINNINGS | _TOLERATED
+    foreign = [
+        name for name in storage.list("") if name not in ours and not _is_copy(storage, name)
+    ]
     if foreign:
         raise RunDirectoryError(
             storage.describe(),
             "holds something else",
             expected="a run.json, or an empty directory",
             found=", ".join(foreign[:3]) + (", ..." if foreign[3:] else ""),
-            hint="choose another directory for the run",
+            hint=_hint_on(storage, foreign),
         )
+
+
+def _is_copy(storage: Storage, name: str) -> bool:
+    """Return whether a checkpoint stands under its own name where no run has begun yet."""
+    return step_of(name) is not None and storage.stat(f"{name}/{MANIFEST_NAME}") is not None
+
+
+def _hint_on(storage: Storage, foreign: list[str]) -> str:
+    for name in foreign:
+        if storage.stat(f"{name}/{MANIFEST_NAME}") is not None:
+            return (
+                f"{name} looks like a checkpoint: to begin a run in it, give its path as "
+                "resume_from_checkpoint, or call it checkpoint-<its step>; or choose another directory"
+            )
+        if step_of(name) is not None:
+            return (
+                f"{name} is no checkpoint of unbroken; those of transformers' own Trainer go on in "
+                "unbroken.adapters.transformers.Trainer; or choose another directory"
+            )
+    return "choose another directory for the run"
 
 
 def _identity_of(
@@ -227,13 +254,18 @@ def _identity_of(
     new_id: Callable[[], str],
     *,
     among_others: bool,
-) -> RunIdentity:
+) -> tuple[RunIdentity, tuple[str, ...]]:
     """Return the run's identity; under the lock, so that two starts cannot both give one."""
-    if not has_identity(storage):
+    identity, problem = find_identity(storage)
+    if identity is not None and problem is not None:
+        replace_identity(storage, identity)
+        told = f"run.json {problem}: made anew from what the checkpoints say (run {identity.id})"
+        return identity, (told,)
+    if identity is None:
         if not among_others:
             _refuse_foreign(storage)
         write_identity(storage, RunIdentity(new_id(), now_as_text(clock)))
-    return read_identity(storage)
+    return read_identity(storage), ()
 
 
 def describe_owner(clock: Callable[[], float]) -> str:

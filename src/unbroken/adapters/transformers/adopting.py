@@ -11,8 +11,10 @@ from unbroken.adapters.transformers.loading import unknown_order
 from unbroken.adapters.transformers.losses import no_losses
 from unbroken.adapters.transformers.reaching import Stored
 from unbroken.adapters.transformers.stock import facts_of_stock, load_stock
+from unbroken.adapters.transformers.wanted import state_of_any
 from unbroken.capture import capture_rng, how_cut
 from unbroken.checkpoint import Difference, ResumeReport
+from unbroken.checkpoint.candidates import origin_of
 from unbroken.errors import StateMismatchError
 
 if TYPE_CHECKING:
@@ -52,7 +54,8 @@ def adopt(run: Run, folder: Path, stored: Stored, loader: Any) -> tuple[ResumeRe
         stored.step, checkpoint, run.chosen.rejected, differences=differences, notes=(_NOTE,)
     )
     take_effect(run, differences)
-    checkpointer.adopt(stored.step, values, facts=run_facts(run), came=checkpoint)
+    origin = origin_of(folder, state_of_any(folder))
+    checkpointer.adopt(stored.step, values, facts=run_facts(run), came=checkpoint, origin=origin)
     return report, values
 
 

@@ -35,7 +35,7 @@ from unbroken.adapters.transformers.reaching import Cut, Numbers, Reach, Stored,
 from unbroken.adapters.transformers.stock_place import place_of_stock
 from unbroken.adapters.transformers.wanted import choose_together
 from unbroken.capture import capture_rng, restore_rng, unwrapped
-from unbroken.checkpoint import Checkpointer, Preemption, ResumeReport, Selection
+from unbroken.checkpoint import Checkpointer, Difference, Preemption, ResumeReport, Selection
 from unbroken.distributed import Alone, Group, join
 from unbroken.errors import CorruptCheckpointError
 from unbroken.storage import storage_at
@@ -76,6 +76,7 @@ class Run:
         self.group: Group = join() if trainer.args.world_size > 1 else Alone()
         self._loader: Any = None
         self._stored: Stored | None = None
+        self._facts: Mapping[str, Any] | None = None
         self._reach: Reach | None = None
         self._rng: dict[str, Any] | None = None
         self._adopted: dict[str, Any] | None = None
@@ -92,7 +93,7 @@ class Run:
             keep=KeepPolicy(last=args.save_total_limit),
             policy=policy_of(trainer, is_named=Selection.parse(wanted).kind in _NAMES),
             fingerprint=lambda: run_fingerprint(trainer),
-            examine=lambda stored, found: compared(self, stored, found),
+            examine=self._examine,
             told=[name for name, by_arguments in made.items() if by_arguments],
             group=self.group,
             snapshot=trainer.start.snapshot,
@@ -128,12 +129,21 @@ class Run:
     def _read_place(self) -> None:
         if self.folder is None:
             return
-        self._state = json.loads((self.folder / STATE_NAME).read_text(encoding="utf-8"))
-        if not self.chosen.is_stock:
-            reader = CheckpointReader(
-                storage_at(self.folder.parent, create=False), self.folder.name
-            )
-            self._stored = Stored.of(reader.step, reader.manifest.facts)
+        if self.chosen.is_stock:
+            self._state = json.loads((self.folder / STATE_NAME).read_text(encoding="utf-8"))
+            return
+        reader = CheckpointReader(storage_at(self.folder.parent, create=False), self.folder.name)
+        self._state = json.loads(reader.read_file(STATE_NAME))
+        self._facts = reader.manifest.facts
+        self._stored = Stored.of(reader.step, self._facts)
+
+    def _examine(
+        self, facts: Mapping[str, Any], found: tuple[Difference, ...]
+    ) -> tuple[Difference, ...]:
+        if self._facts is not None and facts != self._facts:
+            what = "is another checkpoint than the one whose place was read"
+            raise CorruptCheckpointError("resume", what)
+        return compared(self, facts, found)
 
     # What follows is called by the host's loop, in this order.
 
@@ -211,15 +221,7 @@ class Run:
         if self.chosen.is_stock and self.folder is not None and self._stored is not None:
             self.report, self._adopted = adopt(self, self.folder, self._stored, self._loader)
             return
-        selection = self.chosen.selection
-        wanted: Any = {"auto": "auto", "must": True, "never": False, "best": "best"}.get(
-            selection.kind, selection.step if selection.path is None else selection.path
-        )
-        self.report = self.checkpointer.resume(wanted)
-        if self._stored is not None and self.report.step != self._stored.step:
-            what = "another checkpoint was loaded than the one whose place was read"
-            found, expected = self.report.step, self._stored.step
-            raise CorruptCheckpointError("resume", what, expected=expected, found=found)
+        self.report = self.checkpointer.resume(self.chosen.selection)
         take_effect(self, self.report.differences)
 
     def _objects(self) -> dict[str, Any]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from unbroken.adapters.transformers.stock_folder import is_stock, problem_of_stock
+from unbroken.adapters.transformers.stock_folder import STATE, is_stock, problem_of_stock
 from unbroken.checkpoint import Selection
+from unbroken.checkpoint.candidates import Candidates, state_of
 from unbroken.distributed import Group
 from unbroken.errors import CheckpointNotFoundError, CorruptCheckpointError
 from unbroken.storage import storage_at
 from unbroken.store import CheckpointReader, Rejection, RunDirectory
+from unbroken.store.digest import digest_of
 
 _STEPS = ("step", "best")
 
@@ -48,13 +50,26 @@ def choose(run: RunDirectory, wanted: Any) -> Chosen:
         CorruptCheckpointError: The one that was named is damaged.
     """
     selection = Selection.parse(wanted)
+    candidates = Candidates(run.catalog, run.storage, run.history, state_of_any)
     if selection.kind == "never":
         return Chosen(None, selection)
-    if selection.kind == "path" and selection.path is not None:
-        return _at_path(run, selection.path)
+    if selection.path is not None:
+        selection = Selection("path", path=_folder_at(run, selection.path))
+        begun = candidates.resolved(selection)
+        if begun.kind != "begun":
+            return _at_path(begun)
+        return replace(_newest(run, candidates, begun), is_named=True)
     if selection.kind in _STEPS:
-        return _at_step(run, selection)
-    return _newest(run, selection)
+        return _at_step(run, candidates, selection)
+    return _newest(run, candidates, selection)
+
+
+def state_of_any(folder: Path) -> str | None:
+    """Return what tells a checkpoint from all others, wherever it lies, the host's own too."""
+    try:
+        return state_of(folder) or f"stock {digest_of((folder / STATE).read_bytes())}"
+    except OSError:
+        return None
 
 
 def choose_together(group: Group, run: RunDirectory, wanted: Any) -> Chosen:
@@ -83,9 +98,13 @@ def _from_json(said: Any) -> Chosen:
     return Chosen(folder, selection, is_stock=said["is_stock"])
 
 
-def _at_path(run: RunDirectory, path: Path) -> Chosen:
+def _folder_at(run: RunDirectory, path: Path) -> Path:
     inside = Path(run.storage.describe()) / path
-    folder = path if path.exists() or not inside.exists() else inside
+    return path if path.exists() or not inside.exists() else inside
+
+
+def _at_path(selection: Selection) -> Chosen:
+    folder = selection.path or Path()
     if is_stock(folder):
         problem = problem_of_stock(folder)
         if problem is not None:
@@ -94,25 +113,23 @@ def _at_path(run: RunDirectory, path: Path) -> Chosen:
     if not folder.is_dir():
         expected = "the folder of a checkpoint"
         hint = '"latest" finds the newest intact one in output_dir'
-        raise CheckpointNotFoundError(str(path), "is not there", expected=expected, hint=hint)
+        raise CheckpointNotFoundError(str(folder), "is not there", expected=expected, hint=hint)
     CheckpointReader(storage_at(folder.parent, create=False), folder.name).check_rest()
-    return Chosen(folder, Selection("path", path=folder), is_named=True)
+    return Chosen(folder, selection, is_named=True)
 
 
-def _at_step(run: RunDirectory, selection: Selection) -> Chosen:
-    step = run.catalog.best_step() if selection.kind == "best" else selection.step
-    if step is None:
-        what = "no checkpoint knows which one is the best"
-        raise CheckpointNotFoundError(run.storage.describe(), what)
-    reader = run.catalog.open(step)
-    reader.check_rest()
-    folder = Path(run.storage.describe(reader.folder))
-    return Chosen(folder, selection, is_named=selection.kind == "step")
+def _at_step(run: RunDirectory, candidates: Candidates, selection: Selection) -> Chosen:
+    for reader in candidates.of(selection):
+        if isinstance(reader, CheckpointReader):
+            reader.check_rest()
+            folder = Path(run.storage.describe(reader.folder))
+            return Chosen(folder, selection, is_named=selection.kind == "step")
+    raise CheckpointNotFoundError(run.storage.describe(), "no such checkpoint")
 
 
-def _newest(run: RunDirectory, selection: Selection) -> Chosen:
+def _newest(run: RunDirectory, candidates: Candidates, selection: Selection) -> Chosen:
     rejected: list[Rejection] = []
-    for found in run.catalog.newest_first():
+    for found in candidates.newest_first():
         folder = Path(run.storage.describe(found.folder))
         if isinstance(found, CheckpointReader):
             problem = _problem_of(found)
