@@ -238,7 +238,8 @@ def _hint_on(storage: Storage, foreign: list[str]) -> str:
         if storage.stat(f"{name}/{MANIFEST_NAME}") is not None:
             return (
                 f"{name} looks like a checkpoint: to begin a run in it, give its path as "
-                "resume_from_checkpoint, or call it checkpoint-<its step>; or choose another directory"
+                "resume_from_checkpoint, or call it checkpoint-<its step>; "
+                "or choose another directory"
             )
         if step_of(name) is not None:
             return (
