@@ -232,7 +232,7 @@ class Checkpointer:
         self._resumption(self.objects, self.comparison, run=left, **more).refuse_beginning(step)
 
     def adopt(
-        self, step: int, values: Any = None, *, facts: Mapping[str, Any], came: str, origin: Origin
+        self, step: int, values: Any = None, *, facts: Mapping[str, Any], came: str | Origin
     ) -> str:
         """Begin the run in a state that the objects already have, brought from elsewhere.
 
@@ -243,12 +243,13 @@ class Checkpointer:
             step: Completed optimizer steps of the state.
             values: As `save` takes them.
             facts: As `save` takes them.
-            came: Where the state is from, for the history.
-            origin: The same, as the run keeps it.
+            came: Where the state is from, for the history; `origin_of` a checkpoint, by which
+                the run knows where it began.
 
         Returns:
             The folder of the checkpoint.
         """
+        origin = {"origin": came} if isinstance(came, str) else came
         self._line.has_begun, self._line.origin = True, origin
         self.comparison.note_what_is_here()
         path = self.save(step, values, facts=facts)
@@ -257,7 +258,7 @@ class Checkpointer:
             catalog = self.run.catalog
             for later in [found for found, _ in catalog.folders() if found > step]:
                 catalog.set_aside(later, f"a run from step {step} began")
-        self.note_event({"event": "adopted", "step": step, "from": came})
+        self.note_event({"event": "adopted", "step": step, "from": origin["origin"]})
         return path
 
     def load(self, step: int, names: Iterable[str]) -> None:

@@ -54,8 +54,8 @@ def adopt(run: Run, folder: Path, stored: Stored, loader: Any) -> tuple[ResumeRe
         stored.step, checkpoint, run.chosen.rejected, differences=differences, notes=(_NOTE,)
     )
     take_effect(run, differences)
-    origin = origin_of(folder, state_of_any(folder))
-    checkpointer.adopt(stored.step, values, facts=run_facts(run), came=checkpoint, origin=origin)
+    came = origin_of(folder, state_of_any(folder))
+    checkpointer.adopt(stored.step, values, facts=run_facts(run), came=came)
     return report, values
 
 
