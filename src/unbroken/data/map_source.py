@@ -15,7 +15,7 @@ from unbroken.data.keyed_dataset import KeyedDataset
 from unbroken.data.order import GlobalOrder
 from unbroken.data.sampler import BatchShape, MicroBatchSampler
 from unbroken.data.source import MicroBatch, OnePass, Position, require_same_facts
-from unbroken.data.workers import leave_signals_to_the_parent, shut_down
+from unbroken.data.workers import leaving_signals, shut_down
 from unbroken.errors import ConfigError, DataError
 
 
@@ -49,7 +49,7 @@ class Loading:
             "pin_memory": pin_memory,
             "prefetch_factor": self.prefetch_factor,
             "multiprocessing_context": self.multiprocessing_context,
-            "worker_init_fn": leave_signals_to_the_parent,
+            "worker_init_fn": leaving_signals(),
         }
 
 

@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
+import multiprocessing.util  # its call at exit must be registered before ours: the last goes first
+import os
+import select
 import signal
-from collections.abc import Callable, Iterator
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
+from multiprocessing import context, reduction
+from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any
 
 from torch.utils.data import DataLoader
 
+_PID_BYTES = 4
+_PATIENCE = 0.5  # seconds in which a worker that is told to end may finish what it reads
 
-def leave_signals_to_the_parent(worker: int, then: Callable[[int], None] | None = None) -> None:
-    """Let a worker live on when its whole process group is asked to stop.
 
-    Slurm, systemd and a terminal signal every process of a job. A worker that obeyed would take
-    the batches away that the trainer needs to reach its next step edge, where it saves. The
-    second SIGTERM is obeyed: it is what torch sends to a worker that does not end.
+def leaving_signals(then: Callable[[int], None] | None = None) -> Callable[[int], None]:
+    """Return a `worker_init_fn` that lets workers live on when their process group is to stop.
+
+    Slurm, systemd and a terminal signal every process of a job, some more than once. A worker
+    that obeyed would take the batches away that the trainer needs to reach its next step edge,
+    where it saves. So a worker ends when torch says so, and when the process that made it ends
+    or is dead: Python, which at its exit sends workers SIGTERM and waits, would wait for ever.
 
     Args:
-        worker: The number of the worker, as torch gives it.
         then: A `worker_init_fn` to call besides.
     """
-    signal.signal(signal.SIGTERM, _obey_the_next)
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    if then is not None:
-        then(worker)
-
-
-def _obey_the_next(number: int, frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_DFL)
+    _roll_of_this_process()
+    return partial(_leave_signals, tie=_Tie(), then=then)
 
 
 def leave_signals_of(loader: Any) -> None:
@@ -38,15 +44,16 @@ def leave_signals_of(loader: Any) -> None:
     if not isinstance(loader, DataLoader) or loader.num_workers == 0:
         return
     own = loader.worker_init_fn
-    if not isinstance(own, partial) or own.func is not leave_signals_to_the_parent:
-        loader.worker_init_fn = partial(leave_signals_to_the_parent, then=own)
+    if not isinstance(own, partial) or own.func is not _leave_signals:
+        loader.worker_init_fn = leaving_signals(own)
 
 
 def shut_down(batches: Iterator[Any]) -> None:
     """End the workers behind a torch `DataLoader`'s iterator now; do nothing to others.
 
     Torch does it when the iterator is collected. After an error in a worker the iterator stands
-    in a reference cycle, and its end then takes 5 seconds for each worker (torch 2.13).
+    in a reference cycle, and its end then takes 5 seconds for each worker (torch 2.13), as it
+    does where workers are reading something that takes long: these are killed.
 
     Args:
         batches: What `iter(loader)` gave.
@@ -55,5 +62,151 @@ def shut_down(batches: Iterator[Any]) -> None:
         >>> shut_down(iter([1, 2]))
     """
     end_workers = getattr(batches, "_shutdown_workers", None)
-    if end_workers is not None:
+    if end_workers is None or sys.is_finalizing():  # at the exit, the roll has ended them
+        return
+    if threading.current_thread() is not threading.main_thread():
         end_workers()
+        return
+    late = threading.Timer(_PATIENCE, _kill, [[*getattr(batches, "_workers", ())]])
+    late.daemon = True
+    with _no_news_of_children():
+        late.start()
+        try:
+            end_workers()
+        finally:
+            late.cancel()
+
+
+def _leave_signals(worker: int, *, tie: _Tie, then: Callable[[int], None] | None = None) -> None:
+    signal.signal(signal.SIGTERM, _obey_torch)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    tie.bind()
+    if then is not None:
+        then(worker)
+
+
+def _obey_torch(number: int, frame: FrameType | None) -> None:
+    """End a worker only if torch has told it before: then the signal is torch's own."""
+    while frame is not None and frame.f_code.co_name != "_worker_loop":
+        frame = frame.f_back
+    told = None if frame is None else frame.f_locals.get("done_event")
+    # Not told.is_set(): it takes a lock, which the interrupted code may hold.
+    flag = getattr(told, "_flag", None)
+    if flag is not None and flag.get_value():
+        os._exit(0)
+
+
+class _Roll:
+    """The workers of this process that leave signals to it, and their tie to its life.
+
+    It is a pipe. Each worker writes its process id into it, so that this process knows at its
+    exit whom to end: other children may need longer, and are no concern of ours. Only this
+    process has the end that reads, so that workers learn at once when it is gone.
+    """
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self._read, self.write = os.pipe()
+        os.set_blocking(self._read, False)
+        os.set_blocking(self.write, False)
+        self._entered: set[int] = set()
+        atexit.register(self.end_workers)
+
+    def read(self) -> None:
+        """Read who has entered, before the pipe is full."""
+        with suppress(BlockingIOError):
+            while entered := os.read(self._read, 1024 * _PID_BYTES):
+                self._entered.update(memoryview(entered).cast("i"))
+
+    def end_workers(self) -> None:
+        """End the workers that still live, at the exit of this process."""
+        if self.process != os.getpid():  # a forked process inherits this call
+            return
+        self.read()
+        workers = [one for one in multiprocessing.active_children() if one.pid in self._entered]
+        with _no_news_of_children():
+            _kill(workers)
+            for worker in workers:
+                worker.join(_PATIENCE)
+
+    def leave_to_parent(self) -> None:
+        """Close the end that reads, in a process that has just been forked."""
+        os.close(self._read)
+
+
+_roll: _Roll | None = None
+
+
+def _roll_of_this_process() -> _Roll:
+    global _roll
+    if _roll is None or _roll.process != os.getpid():
+        _roll = _Roll()
+    return _roll
+
+
+def _before_fork() -> None:
+    if _roll is not None:  # a process that was forked itself needs one of its own
+        _roll_of_this_process().read()
+
+
+def _after_fork() -> None:
+    if _roll is not None:
+        _roll.leave_to_parent()
+
+
+os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
+
+
+class _Tie:
+    """What a worker needs to enter the roll of the process that makes it."""
+
+    def __init__(self, write: Any = None) -> None:
+        self._write: int | None = None if write is None else write.detach()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Take the pipe along to a worker that is not forked, but spawned."""
+        if context.get_spawning_popen() is None:
+            return _Tie, ()
+        roll = _roll_of_this_process()
+        roll.read()
+        return _Tie, (reduction.DupFd(roll.write),)
+
+    def bind(self) -> None:
+        """Let this process, a worker, end with the one that made it."""
+        write = self._write
+        if write is None and _roll is not None:
+            write = _roll.write
+        if write is None:
+            return
+        with suppress(BlockingIOError, BrokenPipeError):
+            os.write(write, os.getpid().to_bytes(_PID_BYTES, sys.byteorder))
+        threading.Thread(target=_end_with, args=(write,), name="unbroken-tie", daemon=True).start()
+
+
+def _end_with(write: int) -> None:
+    """End this process when nobody reads the pipe any more.
+
+    torch's own worker looks for its parent only between two batches, and never where it waits
+    for room in a queue that nobody reads any more.
+    """
+    gone = select.poll()
+    gone.register(write, 0)  # an error is told unasked
+    gone.poll()
+    os._exit(0)
+
+
+def _kill(workers: Iterable[BaseProcess]) -> None:
+    for worker in workers:
+        worker.kill()
+
+
+@contextmanager
+def _no_news_of_children() -> Iterator[None]:
+    """Keep torch's handler from raising an error for a worker that is killed on purpose."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if before is not None:  # else it was not set from Python, and cannot be named again
+            signal.signal(signal.SIGCHLD, before)

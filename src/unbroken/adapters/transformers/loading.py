@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
@@ -21,7 +20,7 @@ from unbroken.adapters.transformers.batches import Beginning, IndexBatches, Reco
 from unbroken.adapters.transformers.passes import KeyedPasses
 from unbroken.adapters.transformers.place import Place
 from unbroken.checkpoint import Difference
-from unbroken.data.workers import leave_signals_to_the_parent
+from unbroken.data.workers import leaving_signals
 from unbroken.errors import ConfigError
 
 _OPTIONS = (
@@ -64,7 +63,7 @@ def keyed_loader(base: Any, *, seed: int, rank: int, world_size: int, ahead: int
             found=type(base).__name__,
         )
     options = {name: getattr(base, name) for name in _OPTIONS if hasattr(base, name)}
-    leave = partial(leave_signals_to_the_parent, then=base.worker_init_fn)
+    leave = leaving_signals(base.worker_init_fn) if options["num_workers"] else None
     source: Any
     if is_stream:
         shared = dispatches and world_size > 1
@@ -86,7 +85,7 @@ def keyed_loader(base: Any, *, seed: int, rank: int, world_size: int, ahead: int
         _drop_last=base._drop_last,  # noqa: SLF001 (the host's own, handed on)
         _non_blocking=base._non_blocking,  # noqa: SLF001
         collate_fn=_as_it_is,
-        worker_init_fn=leave if options["num_workers"] else None,
+        worker_init_fn=leave,
         **options,
     )
 
@@ -144,7 +143,7 @@ def _dispatched(base: Any, source: KeyedPasses, options: dict[str, Any], leave: 
         _non_blocking=base._non_blocking,  # noqa: SLF001
         slice_fn=base.slice_fn,
         collate_fn=_as_it_is,
-        worker_init_fn=leave if options["num_workers"] else None,
+        worker_init_fn=leave,
         **options,
     )
 

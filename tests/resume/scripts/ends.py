@@ -1,0 +1,135 @@
+"""A user's script that ends in the way, and reads in the way, that its arguments say."""
+
+import os
+import signal
+import sys
+import threading
+
+import torch
+
+out, way, end, workers, context = (
+    sys.argv[1],
+    sys.argv[2],
+    sys.argv[3],
+    int(sys.argv[4]),
+    sys.argv[5],
+)
+HANGS = end.startswith("hangs")
+
+
+class Samples(torch.utils.data.Dataset):
+    read = 0
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        self.read += 1
+        if HANGS and self.read > 8:  # in a worker: its third batch
+            threading.Event().wait()
+        return {"x": torch.ones(4) * index, "y": torch.ones(4)}
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 4)
+
+    def forward(self, x, y):
+        return {"loss": (self.layer(x) - y).square().mean()}
+
+
+def after_step(step):
+    if step != 3:
+        return
+    if "error" in end:
+        raise RuntimeError("a mistake of the user")
+    if "exit" in end:
+        sys.exit(7)
+    if "SIGKILL" in end:
+        os.kill(os.getpid(), signal.SIGKILL)
+    for name in end.split():
+        if name.startswith("SIG"):  # as Slurm and a terminal do it: to all processes
+            os.killpg(0, getattr(signal, name))
+
+
+def own_trainer():
+    from unbroken import Trainer, TrainerConfig
+    from unbroken.training import Callback
+
+    class Ending(Callback):
+        def on_step_end(self, trainer):
+            after_step(trainer.progress.step)
+
+    sizes = {"batch_size": 4, "max_steps": 6, "dataloader_num_workers": workers}
+    config = TrainerConfig(output_dir=out, save_steps=2, **sizes)
+    Trainer(Model(), config, Samples(), callbacks=[Ending()]).train()
+
+
+def drop_in():
+    import transformers
+
+    from unbroken.adapters.transformers import Trainer
+
+    class Ending(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **others):
+            after_step(state.global_step)
+
+    arguments = transformers.TrainingArguments(
+        out,
+        max_steps=6,
+        save_steps=2,
+        per_device_train_batch_size=4,
+        dataloader_num_workers=workers,
+        dataloader_persistent_workers="persistent" in way,
+        remove_unused_columns=False,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    global trainer
+    trainer = Trainer(Model(), arguments, train_dataset=Samples(), callbacks=[Ending()])
+    trainer.train()
+
+
+def own_loop():
+    from unbroken import Checkpointer, batch_source
+
+    global batches, checkpointer
+    model = Model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    samples = Samples()
+    if "loader" in way:
+        options = {"num_workers": workers, "multiprocessing_context": context if workers else None}
+        samples = torch.utils.data.DataLoader(samples, batch_size=4, **options)
+        data = batch_source(samples, seed=0, global_batch_size=4)
+    else:
+        data = batch_source(samples, seed=0, global_batch_size=4, num_workers=workers)
+    parts = {"model": model, "optimizer": optimizer, "data": data}
+    checkpointer = Checkpointer(out, save_steps=2, snapshot="sync", **parts)
+    if "with" in way:
+        with checkpointer:
+            train(checkpointer, **parts)
+    else:
+        train(checkpointer, **parts)
+
+
+def train(checkpointer, model, optimizer, data):
+    global batches
+    step = checkpointer.resume().step
+    batches = data.from_()
+    for batch in batches:
+        if step == 6:
+            break
+        model(**batch.data)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        data.used(batch)
+        step += 1
+        checkpointer.save_if_due(step)
+        after_step(step)
+
+
+if __name__ == "__main__":
+    {"trainer": own_trainer, "drop-in": drop_in, "loop": own_loop}[way.split()[0]]()
+    print("came to its end")
