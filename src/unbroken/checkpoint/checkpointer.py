@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, get_args
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from unbroken.capture import capture, capture_rng
 from unbroken.checkpoint.agreeing import agree_on_versions
@@ -17,6 +23,7 @@ from unbroken.checkpoint.candidates import Origin
 from unbroken.checkpoint.comparison import Comparison, Examine, Policy
 from unbroken.checkpoint.ddp_buckets import DdpBuckets
 from unbroken.checkpoint.differences import Difference
+from unbroken.checkpoint.found_schedules import FoundSchedules
 from unbroken.checkpoint.generators import rng_digest
 from unbroken.checkpoint.layout import Layout
 from unbroken.checkpoint.line import Line
@@ -98,6 +105,8 @@ class Checkpointer:
             to be set before the first use.
         ahead: What is being read of the checkpoint that `resume` is going to choose; may be set.
         note: Called with each line that is told after the start; may be set. None: nothing is told.
+        gives_all: Whether the objects are all that training depends on, so that nothing else is
+            looked for; to be set before the first use.
 
     Example:
         >>> import tempfile, torch
@@ -153,6 +162,9 @@ class Checkpointer:
         self.among_others = False
         self.ahead: ReadAhead | None = None
         self.note: Callable[[str], None] | None = None
+        self.gives_all = False
+        self._found = FoundSchedules(self.objects)
+        self._step_hook: RemovableHandle | None = None
         self._known: set[str] = set()  # paths of what is not covered, and was told
         self._line = Line()
         self._beside = BesideTraining(snapshot, self.group, self.note_event)
@@ -202,7 +214,8 @@ class Checkpointer:
             StateMismatchError: If the checkpoint does not fit the objects; likewise.
         """
         self.wait()
-        comparison = self.comparison
+        self._found.forget()
+        comparison, lines = self.comparison, self._look()
         comparison.note_what_is_here()
         agree_on_versions(self.group)
         selection = Selection.parse(which)
@@ -210,8 +223,8 @@ class Checkpointer:
             self.among_others = True  # a checkpoint that was copied there under another name
         selection = self._place.begin_branch(selection, self._refuse_beginning)
         run = self.run  # opened by now, which the notes tell of
-        more: dict[str, Any] = {"notes": self._place.notes, "ahead": self.ahead}
-        more["is_torn"] = self._line.is_torn
+        more: dict[str, Any] = {"notes": (*self._place.notes, *lines), "ahead": self.ahead}
+        more |= {"is_torn": self._line.is_torn, "found": self._found}
         resumption = self._resumption(self.objects, comparison, run, **more)
         try:
             report = resumption.start(selection)
@@ -222,13 +235,14 @@ class Checkpointer:
         self.values, self.best_step = resumption.values, resumption.best_step
         self._timer.begin(report.step, self.run.history.records(past_damage=True))
         self._place.has_started = True
+        self._found.has_resumed()
         self._known = {one.path for one in report.differences}
         if comparison.is_strict:
             self.group.together("look for what is not covered", self._tell_uncovered)
         return report
 
     def _refuse_beginning(self, left: RunDirectory, step: int) -> None:
-        more = {"ahead": self.ahead, "is_torn": self._line.is_torn}
+        more = {"ahead": self.ahead, "is_torn": self._line.is_torn, "found": self._found}
         self._resumption(self.objects, self.comparison, run=left, **more).refuse_beginning(step)
 
     def adopt(
@@ -313,6 +327,8 @@ class Checkpointer:
         began = time.perf_counter()
         self._beside.settle()  # one at a time; what an earlier save failed at is raised here
         group, run = self.group, self.run
+        for line in self._look():
+            self._tell(line)
         own = () if self._load_from == "rank0" else self._of_each_rank
         if group.world_size > 1 and own is not None and "rng" not in own:
             group.agree("the random generators at a save", rng_digest())
@@ -329,6 +345,19 @@ class Checkpointer:
         self._line.has_begun = True
         self._timer.done(step)
         return self.path(step)
+
+    def _look(self) -> list[str]:
+        """Look for what steers the objects and was not given; from now on, at each first step."""
+        if self.gives_all or self._found.looked_just_now():
+            return []
+        if self._step_hook is None:
+            hook = partial(_before_step, weakref.WeakMethod(self._before_step))
+            self._step_hook = register_optimizer_step_pre_hook(hook)
+        return self._found.look()
+
+    def _before_step(self, optimizer: Optimizer) -> None:
+        for line in self._found.before_step(optimizer):
+            self._tell(line)
 
     def _tell_uncovered(self) -> None:
         """Tell, once, of what a resume will not be exact for; raise where that is not accepted."""
@@ -387,6 +416,7 @@ class Checkpointer:
             **self._line.facts(),
             **self.comparison.facts,
             **self._buckets.facts(),
+            **({"found": self._found.facts()} if self._found.found else {}),
         }
 
     def log(self, record: Mapping[str, Any]) -> None:
@@ -412,7 +442,13 @@ class Checkpointer:
             self._beside.close(hurried=error is not None)
         finally:
             if self._beside.is_idle:  # else a later call ends it
+                self._look_no_longer()
                 self._place.close(error)
+
+    def _look_no_longer(self) -> None:
+        hook, self._step_hook = self._step_hook, None
+        if hook is not None:
+            hook.remove()
 
     def __enter__(self) -> Self:
         return self
@@ -429,3 +465,11 @@ class Checkpointer:
             if error is None:
                 raise
             error.add_note(f"and a save failed: {failure}")
+
+
+def _before_step(
+    call: weakref.WeakMethod[Callable[[Optimizer], None]], optimizer: Optimizer, *_: object
+) -> None:
+    """Call back before a step, if the one who asked for that is still there."""
+    if not torch.compiler.is_compiling() and (found := call()) is not None:
+        found(optimizer)

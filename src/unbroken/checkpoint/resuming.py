@@ -20,7 +20,8 @@ from unbroken.capture import (
 )
 from unbroken.checkpoint.candidates import Candidates, Origin, origin_in
 from unbroken.checkpoint.comparison import Comparison
-from unbroken.checkpoint.differences import Difference
+from unbroken.checkpoint.differences import Difference, gravest_first
+from unbroken.checkpoint.found_schedules import FoundSchedules
 from unbroken.checkpoint.line import refuse_torn
 from unbroken.checkpoint.own_state import begin_anew, own_state
 from unbroken.checkpoint.readers import LoadFrom, Source, readers_for
@@ -44,6 +45,7 @@ class _Examined:
     """A checkpoint of which all was checked but the bytes of what is filled in place."""
 
     reader: Source
+    objects: Mapping[str, object]
     tree: Mapping[str, Any]
     rng: Mapping[str, Any]
     values: Any
@@ -57,6 +59,7 @@ class Resumption:
         objects: The live objects, by name.
         types: Classes of namedtuples and enums inside the state.
         comparison: What this start is; None: whatever the checkpoint was made with is fine.
+        found: Schedules among the objects that were not given.
         notes: What else the report says.
         group: The ranks that resume together: rank 0 chooses, all load, all must succeed.
         load_from: Which of them read the checkpoint.
@@ -81,6 +84,7 @@ class Resumption:
         types: tuple[type, ...],
         comparison: Comparison | None = None,
         *,
+        found: FoundSchedules | None = None,
         notes: tuple[str, ...] = (),
         group: Group,
         load_from: LoadFrom = "all",
@@ -110,6 +114,7 @@ class Resumption:
         self.origin: Origin = {}
         self.skipped: tuple[str, ...] = ()
         self._comparison = comparison
+        self._found = found
         self._differences: tuple[Difference, ...] = ()
         self._same: tuple[Difference, ...] = ()
 
@@ -218,12 +223,13 @@ class Resumption:
         self._check_journals()
         tree = self._tree(reader)
         rng, values = load_tensors(tree.pop("rng"), "cpu"), load_tensors(tree.pop("values"))
-        tree = self._compared(reader, tree)
-        check(self._objects, tree)
+        tree, objects, differences = self._fitting(reader, tree)
+        tree = self._compared(reader, tree, differences)
+        check(objects, tree)
         check_rng(rng)
         if self._is_own(reader):
             _metrics_bytes(reader)
-        self._examined = _Examined(reader, tree, rng, values)
+        self._examined = _Examined(reader, objects, tree, rng, values)
 
     def _check_journals(self) -> None:
         if self._group.rank == 0 and not self._run.is_readonly:
@@ -236,7 +242,7 @@ class Resumption:
         if found is None:
             raise RuntimeError("nothing was examined")
         self.is_torn = True
-        fill(self._objects, found.tree)
+        fill(found.objects, found.tree)
         if self._comparison is not None:
             self._comparison.take_effect(self._differences)
         restore_rng(found.rng)
@@ -247,13 +253,27 @@ class Resumption:
         self.values = found.values
         self._remember(found.reader.manifest.facts)
 
-    def _compared(self, reader: Source, tree: dict[str, Any]) -> dict[str, Any]:
+    def _fitting(
+        self, reader: Source, tree: dict[str, Any]
+    ) -> tuple[dict[str, Any], Mapping[str, object], tuple[Difference, ...]]:
+        """Return what is stored and here, now that schedules were found that were not given."""
+        if self._found is None:
+            return tree, self._objects, ()
+        known = reader.manifest.facts.get("found")
+        return self._found.fit(tree, known if isinstance(known, Mapping) else {})
+
+    def _compared(
+        self, reader: Source, tree: dict[str, Any], more: tuple[Difference, ...]
+    ) -> dict[str, Any]:
         """Return what is to be loaded; raise if it does not fit or is not accepted."""
         comparison, facts = self._comparison, reader.manifest.facts
         if comparison is None:
             return tree
         rows = comparison.rows(facts)
         found = tuple(row for row in rows if row.verdict != "same")
+        rows = rows[len(found) :]
+        told = {row.path for row in found}
+        found = gravest_first((*found, *(one for one in more if one.path not in told)))
         is_here = reader.storage is self._run.storage
         own = is_here and reader.manifest.run_id == self._run.run_id  # not its parent's
         own = own and not self._is_beginning
@@ -263,7 +283,7 @@ class Resumption:
         check(model, {name: tree[name] for name in model if name in tree})  # names both shapes
         comparison.refuse(f"checkpoint of step {reader.step}", found)
         self._differences = (*skipped, *found)
-        self._same = rows[len(found) :]
+        self._same = rows
         self.skipped = patterns
         return tree
 

@@ -178,6 +178,7 @@ class Trainer:
         )
         self.checkpointer.ahead = self._construction.ahead
         self.checkpointer.note = self.display.note
+        self.checkpointer.gives_all = True
 
     @property
     def _batches(self) -> BatchSource:

@@ -100,6 +100,7 @@ class Run:
         )
         self.checkpointer.layout = Folder(trainer).layout
         self.checkpointer.among_others = True
+        self.checkpointer.gives_all = True
 
     def _cut(self, length: int | None) -> Cut:
         args = self.trainer.args

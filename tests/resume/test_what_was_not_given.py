@@ -1,0 +1,262 @@
+"""What steers a hand-written loop and was not given is found: saved, told, or refused."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from scenarios import run_fresh
+from unbroken.errors import UnbrokenError
+
+SAVED, KILLED, END = 4, 6, 12
+LOOP = """
+import os, signal, sys, torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim import lr_scheduler as schedules
+from unbroken import Checkpointer, Policy, batch_source
+
+FOLDER, STOP = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(1)
+torch.manual_seed(3)
+model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.1), nn.Linear(8, 1))
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+samples = [torch.randn(6, generator=torch.Generator().manual_seed(i)) for i in range(40)]
+data = batch_source(samples, seed=0, global_batch_size=4)
+given = {"model": model, "optimizer": optimizer, "data": data}
+
+{setup}
+with Checkpointer(FOLDER, save_steps=4, **given) as checkpointer:
+    report = checkpointer.resume()
+    step = report.step
+    {resumed}
+    for batch in data.from_():
+        if step == 12:
+            break
+        x = batch.data
+        {before}
+        loss = model(x).square().mean()
+        {backward}
+        {step}
+        optimizer.zero_grad()
+        data.used(batch)
+        step += 1
+        if step == STOP:
+            os.kill(os.getpid(), signal.SIGKILL)
+        values = None
+        {after}
+        checkpointer.save_if_due(step, values)
+"""
+PARTS = {
+    "setup": "",
+    "resumed": "",
+    "before": "",
+    "backward": "loss.backward()",
+    "step": "optimizer.step()",
+    "after": "",
+}
+IS = {"scheduler": "schedules.CosineAnnealingLR(optimizer, T_max=12)"}
+
+
+def script(**parts: str) -> str:
+    """Return the loop with some of its parts; each part is one or more lines."""
+    text = LOOP
+    for name, part in {**PARTS, **parts}.items():
+        place = "{" + name + "}"
+        line = next(line for line in text.splitlines() if place in line)
+        indent = line[: len(line) - len(line.lstrip())]
+        text = text.replace(line, "\n".join(indent + one for one in part.strip().splitlines()))
+    return text
+
+
+def start(path: str, folder: str, stop: int) -> None:
+    """Run a script as its user would; write what came out beside it."""
+    sys.argv = [path, folder, str(stop)]
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            names = runpy.run_path(path, run_name="__main__")
+    except UnbrokenError as error:
+        notes = getattr(error, "__notes__", [])
+        found = {"error": type(error).__name__, "message": "\n".join([str(error), *notes])}
+    else:
+        bits = b"".join(p.detach().numpy().tobytes() for p in names["model"].parameters())
+        report = names["report"]
+        found = {
+            "bits": hashlib.sha256(bits).hexdigest(),
+            "rate": names["optimizer"].param_groups[0]["lr"],
+            "verdict": report.verdict,
+            "began": report.step,
+            "lines": report.lines(),
+        }
+    Path(path).with_suffix(".json").write_text(json.dumps({**found, "out": printed.getvalue()}))
+
+
+class Loop:
+    """A script that is started again and again in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def run(self, text: str, *, stop: int = -1, out: str = "run") -> dict:
+        path = self.folder / "train.py"
+        path.write_text(text)
+        status = run_fresh(start, str(path), str(self.folder / out), stop)
+        assert status == (-signal.SIGKILL if stop > 0 else 0)
+        return {} if stop > 0 else json.loads(path.with_suffix(".json").read_text())
+
+    def killed_and_resumed(self, text: str, again: str | None = None) -> dict:
+        self.run(text, stop=KILLED)
+        return self.run(text if again is None else again)
+
+
+@pytest.fixture
+def loop(tmp_path):
+    return Loop(tmp_path)
+
+
+SCHEDULES = {
+    "CosineAnnealingLR": "schedules.CosineAnnealingLR(optimizer, T_max=12)",
+    "ReduceLROnPlateau": "schedules.ReduceLROnPlateau(optimizer, patience=1, factor=0.5)",
+    "SequentialLR": "schedules.SequentialLR(optimizer, [schedules.LinearLR(optimizer, 0.1, "
+    "total_iters=3), schedules.CosineAnnealingLR(optimizer, 9)], [3])",
+    "ChainedScheduler": "schedules.ChainedScheduler([schedules.LinearLR(optimizer, 0.1, "
+    "total_iters=5), schedules.ExponentialLR(optimizer, 0.9)])",
+    "SWALR": "torch.optim.swa_utils.SWALR(optimizer, swa_lr=0.05, anneal_epochs=6)",
+    "OneCycleLR": "schedules.OneCycleLR(optimizer, max_lr=0.1, total_steps=20)",
+    "Own": "Own(optimizer)",
+}
+OWN = """
+class Own:
+    def __init__(self, optimizer):
+        self.optimizer, self.n = optimizer, 0
+    def step(self):
+        self.n += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.01 / (1 + self.n)
+    def state_dict(self):
+        return {"n": self.n}
+    def load_state_dict(self, state):
+        self.n = state["n"]
+"""
+
+
+def scheduled(make: str, **parts: str) -> str:
+    takes = "loss.item()" if "Plateau" in make else ""
+    setup = f"{OWN if 'Own' in make else ''}\nscheduler = {make}"
+    return script(**{"setup": setup, "step": f"optimizer.step()\nscheduler.step({takes})", **parts})
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_a_schedule_that_was_not_given_is_saved_and_restored(kind, loop):
+    text = scheduled(SCHEDULES[kind])
+    whole, resumed = loop.run(text, out="whole"), loop.killed_and_resumed(text)
+    assert (resumed["began"], resumed["verdict"]) == (SAVED, "exact")
+    assert (resumed["bits"], resumed["rate"]) == (whole["bits"], whole["rate"])
+    line = f"scheduler ({kind}) was found on the optimizer: it is saved and restored with it"
+    assert resumed["lines"].count(line) == whole["lines"].count(line) == 1
+
+
+def test_a_schedule_that_no_frame_shows_is_found_too(loop):
+    hidden = "step_it = (lambda one: one.step)(schedules.CosineAnnealingLR(optimizer, T_max=12))"
+    text = script(setup=hidden, step="optimizer.step()\nstep_it()")
+    resumed = loop.killed_and_resumed(text)
+    assert resumed["bits"] == loop.run(text, out="whole")["bits"]
+
+
+def test_one_of_two_optimizers_and_a_warmup_beside_a_given_schedule_are_found(loop):
+    setup = """
+other = torch.optim.SGD([model[2].bias], lr=0.1)
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p is not model[2].bias], lr=0.01)
+scheduler = schedules.CosineAnnealingLR(optimizer, T_max=12)
+warmup = schedules.LinearLR(optimizer, 0.1, total_iters=6)
+second = schedules.StepLR(other, step_size=2)
+given |= {"optimizer": optimizer, "other": other, "scheduler": scheduler}
+"""
+    steps = "optimizer.step()\nother.step()\nscheduler.step()\nwarmup.step()\nsecond.step()"
+    text = script(setup=setup, step=steps + "\nother.zero_grad()")
+    resumed = loop.killed_and_resumed(text)
+    assert resumed["bits"] == loop.run(text, out="whole")["bits"]
+    assert [line.partition(":")[0] for line in resumed["lines"][2:]] == [
+        "scheduler_2 (LinearLR) was found on the optimizer",
+        "other_scheduler (StepLR) was found on the optimizer 'other'",
+    ]
+
+
+LATE = "scheduler = schedules.CosineAnnealingLR(optimizer, T_max=12{})"
+REBUILT = {
+    "before the resume, and stepped there": scheduled(
+        SCHEDULES["CosineAnnealingLR"], resumed="for _ in range(step):\n    scheduler.step()"
+    ),
+    "after the resume": scheduled(
+        SCHEDULES["CosineAnnealingLR"],
+        setup="",
+        resumed=LATE.format(", last_epoch=step - 1"),
+    ),
+    "through the values": scheduled(
+        SCHEDULES["CosineAnnealingLR"],
+        resumed="if step:\n    scheduler.load_state_dict(checkpointer.values)",
+        after="values = scheduler.state_dict()",
+    ),
+    "stepped before the optimizer": scheduled(
+        SCHEDULES["CosineAnnealingLR"],
+        setup="import warnings\nwarnings.simplefilter('ignore')\nscheduler = "
+        + SCHEDULES["CosineAnnealingLR"],
+        step="scheduler.step()\noptimizer.step()",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", REBUILT)
+def test_a_schedule_that_is_rebuilt_rightly_is_no_fault(how, loop):
+    whole, resumed = loop.run(REBUILT[how], out="whole"), loop.killed_and_resumed(REBUILT[how])
+    assert (resumed["bits"], resumed["rate"]) == (whole["bits"], whole["rate"])
+    assert resumed["verdict"] == "exact"
+
+
+ELSEWHERE = {
+    "built after the resume, at its beginning": {"setup": "", "resumed": LATE.format("")},
+    "built after the resume, with another length": {
+        "setup": "",
+        "resumed": LATE.format(", last_epoch=step - 1").replace("12", "12 + step"),
+    },
+    "stepped to another place": {"resumed": "for _ in range(2 * step):\n    scheduler.step()"},
+    "gone": {"setup": "", "step": "optimizer.step()"},
+}
+
+
+@pytest.mark.parametrize("how", ELSEWHERE)
+def test_a_schedule_that_stands_elsewhere_at_the_first_step_is_refused(how, loop):
+    text = scheduled(SCHEDULES["CosineAnnealingLR"])
+    again = scheduled(SCHEDULES["CosineAnnealingLR"], **ELSEWHERE[how])
+    refused = loop.killed_and_resumed(text, again)
+    assert refused["error"] == "StateMismatchError"
+    assert "at the first step" in refused["message"] or "after resume()" in refused["message"]
+    assert loop.run(text)["bits"] == loop.run(text, out="whole")["bits"]  # nothing was lost
+
+
+def test_a_schedule_may_be_given_later_or_no_longer(loop):
+    found = scheduled(SCHEDULES["CosineAnnealingLR"])
+    whole = loop.run(found, out="whole")
+    setup = f"scheduler = {SCHEDULES['CosineAnnealingLR']}\ngiven['scheduler'] = scheduler"
+    given = scheduled(SCHEDULES["CosineAnnealingLR"], setup=setup)
+    loop.run(found, stop=KILLED)
+    loop.run(given, stop=KILLED + SAVED)
+    resumed = loop.run(found)
+    assert (resumed["began"], resumed["bits"]) == (2 * SAVED, whole["bits"])
+
+
+def test_another_length_of_a_found_schedule_is_a_change_that_is_named(loop):
+    refused = loop.killed_and_resumed(
+        scheduled(SCHEDULES["CosineAnnealingLR"]),
+        scheduled(SCHEDULES["CosineAnnealingLR"].replace("12", "24")),
+    )
+    assert "scheduler.T_max: stored 12, now 24" in refused["message"]
