@@ -23,7 +23,26 @@ kept as a note (PEP 678) so that a traceback shows it. The facts are attributes.
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar
+
+# What a terminal obeys or turns around, and what no encoding has: control characters but tab and
+# newline, marks of direction, separators of lines, and halves of pairs (undecodable bytes).
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    r"""Return a text that is safe to show, whoever wrote it: what a terminal would obey is escaped.
+
+    The escapes are those of JSON, so that a JSON document stays the same document.
+
+    Example:
+        >>> printable("a\x1b[2J name\udcff")
+        'a\\u001b[2J name\\udcff'
+    """
+    return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 class UnbrokenError(Exception):
@@ -63,7 +82,7 @@ class UnbrokenError(Exception):
         self.message = _sentence(where, what, expected, found)
         super().__init__(self.message)
         if hint is not None:
-            self.add_note(hint)
+            self.add_note(printable(hint))
 
     def __str__(self) -> str:
         """Return *where: what: expected X, found Y*, without the hint."""
@@ -76,7 +95,7 @@ def _sentence(where: str, what: str, expected: object, found: object) -> str:
         values.append(f"expected {expected}")
     if found is not None:
         values.append(f"found {found}")
-    return ": ".join(part for part in (where, what, ", ".join(values)) if part)
+    return printable(": ".join(part for part in (where, what, ", ".join(values)) if part))
 
 
 class ConfigError(UnbrokenError, ValueError):

@@ -57,7 +57,7 @@ def print_check(question: Question, *, as_json: bool) -> int:
         print_json(_answer_json(answer))
     else:
         console = make_console()
-        answer = prove(question, lambda line: console.print(Text(line)))
+        answer = prove(question, lambda line: console.print(line))
         _print_answer(console, answer)
     return answer.verdict.status.exit_code
 
@@ -66,16 +66,16 @@ def _print_answer(console: Console, answer: Answer) -> None:
     console.print()
     is_one = len(answer.kills) < 2
     for after, verdict in answer.kills if not is_one else ():
-        console.print(Text(f"Killed after step {after}"))
+        console.print(f"Killed after step {after}")
         _print_verdict(console, verdict)
     if is_one:
         _print_verdict(console, answer.verdict)
     else:
         status = answer.verdict.status
-        console.print(Text(f"In all: {status.value.upper()}", style=_STYLES[status]))
+        console.print(f"In all: {status.value.upper()}", style=_STYLES[status])
     if answer.overhead is not None:
         seconds = f"{answer.seconds:.0f} s in all"
-        console.print(Text(f"The recorder took {answer.overhead:.1%} of a step; {seconds}."))
+        console.print(f"The recorder took {answer.overhead:.1%} of a step; {seconds}.")
 
 
 def _print_verdict(console: Console, verdict: Verdict) -> None:
@@ -95,7 +95,7 @@ def _print_verdict(console: Console, verdict: Verdict) -> None:
 
 
 def _indented(line: str) -> Padding:
-    return Padding(Text(line), (0, 0, 0, 2), expand=False)
+    return Padding(line, (0, 0, 0, 2), expand=False)
 
 
 def _answer_json(answer: Answer) -> dict[str, Any]:

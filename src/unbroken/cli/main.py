@@ -7,11 +7,12 @@ Nothing heavy is imported before it is known to be needed: `ls`, `show`, `verify
 from __future__ import annotations
 
 import gc
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
 
-from unbroken.errors import UnbrokenError
+from unbroken.errors import UnbrokenError, printable
 
 _FAILED = 1
 _TROUBLE_OF_DIFF = 2  # as of diff(1), whose 1 says that the two differ
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         5
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    _write_what_cannot_be_encoded_as_escapes()
     try:
         status = _run(given)
         sys.stdout.flush()
@@ -51,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
     except OSError as error:  # what the disk says: no permission, no room
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        sys.stderr.write(printable(f"{type(error).__name__}: {error}\n"))
         return _failure(given, _FAILED)
     return status
 
@@ -88,5 +90,12 @@ def _failure(given: Sequence[str], status: int) -> int:
 def _print_error(error: UnbrokenError) -> None:
     lines = [f"{type(error).__name__}: {error}"]
     if error.hint is not None:
-        lines += [f"  {line}" for line in error.hint.splitlines()]
-    sys.stderr.write("\n".join(lines) + "\n")
+        lines += [f"  {line}" for line in error.hint.split("\n")]
+    sys.stderr.write(printable("\n".join(lines)) + "\n")
+
+
+def _write_what_cannot_be_encoded_as_escapes() -> None:
+    """Let a terminal or a pipe that is not UTF-8 have a name all the same."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

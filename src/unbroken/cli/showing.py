@@ -170,22 +170,38 @@ def _print_history(console: Console, records: Iterable[Mapping[str, Any]]) -> No
             saved.steps.append(str(record.get("step")))
             continue
         saved.print()
-        if event == "started":
-            number += 1
-            console.print("\n".join(_start_lines(number, record)))
-        elif event == "branched":
-            parent = record.get("parent") or {}
-            console.print(f"branched from run {parent.get('id')} at step {parent.get('step')}")
-        elif event == "given up":
-            edited = ", ".join(map(str, record.get("edited") or []))
-            console.print(f"   gave up step {record.get('step')}: changed while copied: {edited}")
-        elif event == "failed":
-            console.print(f"   failed: {record.get('by')}")
-        elif event == "stopped":
-            console.print(f"   stopped by {record.get('by')} after step {record.get('step')}")
-        else:
-            console.print(f"   {value_text(dict(record))}")
+        number += event == "started"
+        console.print("\n".join(_lines_of(number, record)))
     saved.print()
+
+
+def _lines_of(number: int, record: Mapping[str, Any]) -> list[str]:
+    """Return what a record tells; one that no version writes so, as it stands."""
+    event = record.get("event")
+    if not isinstance(event, str) or not _is_as_written(record):
+        return [f"   {value_text(dict(record))}"]
+    if event == "started":
+        return _start_lines(number, record)
+    if event == "branched":
+        parent = record.get("parent") or {}
+        return [f"branched from run {parent.get('id')} at step {parent.get('step')}"]
+    if event == "given up":
+        edited = ", ".join(map(str, record.get("edited") or []))
+        return [f"   gave up step {record.get('step')}: changed while copied: {edited}"]
+    if event == "failed":
+        return [f"   failed: {record.get('by')}"]
+    if event == "stopped":
+        return [f"   stopped by {record.get('by')} after step {record.get('step')}"]
+    return [f"   {value_text(dict(record))}"]
+
+
+def _is_as_written(record: Mapping[str, Any]) -> bool:
+    """Return whether what is to be walked through can be; files are edited by hand, too."""
+    lists = [record.get(name) or [] for name in ("rejected", "set_aside", "notes", "edited")]
+    if not all(isinstance(one, list) for one in lists):
+        return False
+    parts = [record.get("parent") or {}, *lists[0], *lists[1]]
+    return all(isinstance(one, Mapping) for one in parts)
 
 
 class _Saved:

@@ -5,18 +5,27 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from unbroken.errors import printable
 from unbroken.store import Json
 
 _WIDE = 10_000  # a pipe has no width: nothing is folded or cut there
 
 
 class _Console(Console):
-    """A console whose broken pipe is an error like any other, for `main` to end quietly."""
+    """A console that shows names and values of files as text, which no terminal obeys.
+
+    Its broken pipe is an error like any other, for `main` to end quietly.
+    """
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Render a text, each one that is printed and each cell of a table."""
+        return super().render_str(printable(text), **options)
 
     def on_broken_pipe(self) -> None:
         """Raise, where rich ends the process with status 1."""
@@ -31,7 +40,7 @@ def make_console() -> Console:
 
 def print_json(value: object) -> None:
     """Print one JSON document."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.write(printable(json.dumps(value, indent=2, ensure_ascii=False)) + "\n")
 
 
 def make_table(
@@ -49,7 +58,7 @@ def make_table(
         justify: str = "right" if column in numbers else "left"
         table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*map(_in_one_line, row))
     return table
 
 
@@ -59,8 +68,12 @@ def make_facts(facts: Mapping[str, str]) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts.items():
-        table.add_row(Text(name), Text(value))
+        table.add_row(_in_one_line(name), value)
     return table
+
+
+def _in_one_line(cell: str) -> str:
+    return cell.replace("\n", "\\n")
 
 
 def print_table(console: Console, table: Table) -> None:

@@ -10,6 +10,8 @@ from unbroken.goodput.durations import seconds_text
 from unbroken.goodput.failing import FailureRate
 from unbroken.goodput.interval import best_interval
 
+_MOST = 1e9  # seconds of a save: what is more was not measured
+
 _LEAST_LOST = 1e-3  # seconds: a save that costs nothing would be made all the time
 _UNMEASURED_LOST = 1.0  # seconds: until a save was measured, one is taken to cost so much
 _FIRST_INTERVAL = 600.0  # seconds: the longest wait for something to measure
@@ -40,8 +42,15 @@ class UsualCost:
             cadence = record.get("cadence")
             cost = cadence.get("cost") if isinstance(cadence, Mapping) else None
             if isinstance(cost, Mapping):
-                found = cls(float(cost["lost"]), float(cost["durable"]))
+                lost, durable = _seconds(cost.get("lost")), _seconds(cost.get("durable"))
+                found = found if lost is None or durable is None else cls(lost, durable)
         return found
+
+
+def _seconds(value: object) -> float | None:
+    if isinstance(value, int | float) and 0 <= value < _MOST:
+        return float(value)
+    return None
 
 
 @dataclass(frozen=True)

@@ -110,5 +110,5 @@ def _date_of(record: Mapping[str, object]) -> float | None:
     """Return when it was, in seconds since 1970; None: it does not say so."""
     try:
         return datetime.fromisoformat(str(record["at"])).timestamp()
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError, OSError):  # none, or one of no calendar
         return None

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from unbroken.checkpoint import Difference, ResumeReport
+from unbroken.errors import printable
 from unbroken.goodput import SaveInterval
 
 _SHOWN = {
@@ -70,7 +71,7 @@ class Display:
 
     def note(self, text: str) -> None:
         """Show one line of text."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def skipping(self, done: int, total: int, seconds: float) -> None:
         """Show what it costs to come back to a place in data that can only be read again."""
@@ -114,7 +115,8 @@ def difference_table(differences: Iterable[Difference]) -> Table:
     for column in ("setting", "stored", "now", "verdict", "effect"):
         table.add_column(column, overflow="fold", no_wrap=column == "verdict")
     for one in differences:
-        table.add_row(*map(escape, (one.path, *one.values(), one.verdict, one.effect)))
+        cells = (one.path, *one.values(), one.verdict, one.effect)
+        table.add_row(*(escape(printable(cell)) for cell in cells))
     return table
 
 
