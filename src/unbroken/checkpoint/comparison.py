@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 
 from unbroken.capture import Skip, how_cut, keep_skipped
 from unbroken.checkpoint.as_built import AsBuilt, named_objects
@@ -34,8 +35,10 @@ from unbroken.checkpoint.fingerprints import (
     uncovered_facts,
 )
 from unbroken.checkpoint.taking_effect import NOT_LOADED, take_effect, untrained_names
+from unbroken.data import LoaderSource, MapSource, reason_against_its_state
 from unbroken.fingerprint import (
     Plain,
+    begin_source_facts,
     model_facts,
     optimizer_facts,
     plain_or_text,
@@ -90,7 +93,8 @@ class Comparison:
         objects: The registered objects, by name.
         settings: Settings in groups, as plain values.
         more: Returns more groups of facts: {"data": ...}; called once, before a resume. A group
-            may be a function that waits for them: it is called when they are needed.
+            may be a function that waits for them: it is called when they are needed. Without a
+            group "data" that of the sources of batches among the objects is taken; None: no facts.
         policy: Which differences are accepted.
         examine: May add differences or take some away.
         told: Names of objects that settings make, and so tell enough of.
@@ -140,7 +144,11 @@ class Comparison:
         environment = {**environment_facts(), "mesh": how_cut(self._objects)}
         of_objects = fingerprint_of(self._objects)
         more = {} if self._more is None else self._more()
-        groups = {**of_objects, **more, "code": code_facts()}  # the last one waits for git
+        if "data" not in more:
+            here = {n: x for n, x in sources_in(self._objects).items() if _is_read_here(x)}
+            more = {**more, "data": begin_source_facts(here)}
+        told = {name: facts for name, facts in more.items() if facts is not None}
+        groups = {**of_objects, **told, "code": code_facts()}  # the last one waits for git
         return {
             "environment": environment,
             "settings": self._settings,
@@ -171,6 +179,7 @@ class Comparison:
             *code_differences(_group(before, "code")),
             *environment_differences(_group(stored, "environment"), self.facts["environment"]),
             *self.of_buckets(stored),
+            *self._of_loaders(),
         )
         if self._examine is not None:
             found = self._examine(stored, found)
@@ -207,7 +216,17 @@ class Comparison:
         facts = self._untold(self.facts["fingerprint"])
         facts.pop("eval_data", None)  # `examine` tells whether anything depends on it
         hooks = () if self._buckets is None else self._buckets.uncovered()
-        return (*uncovered_facts(facts), *hooks)
+        return (*uncovered_facts(facts), *hooks, *self._of_loaders())
+
+    def _of_loaders(self) -> tuple[Difference, ...]:
+        """Tell of loaders whose state, saved by itself, does not bring them back exactly."""
+        loaders = sources_in(self._objects).items()
+        reasons = {n: reason_against_its_state(x) for n, x in loaders if isinstance(x, DataLoader)}
+        return tuple(
+            Difference(f"{name}.order", None, None, f"{reason}; {_AS_A_SOURCE}", "not covered")
+            for name, reason in reasons.items()
+            if reason is not None
+        )
 
     @property
     def is_strict(self) -> bool:
@@ -222,6 +241,15 @@ class Comparison:
             allowed=self._policy.named,
             exact_resume=self._policy.exact_resume,
         )
+
+    def accept(self, differences: tuple[Difference, ...]) -> None:
+        """Let sources of batches give others than before, where that is named or known."""
+        named = [name for name in self._policy.allow if name.partition(".")[0] == "data"]
+        told = ("changed", "not covered")
+        found = [d for d in differences if d.path.startswith("data.") and d.verdict in told]
+        for source in sources_in(self._objects).values():
+            if (named or found) and isinstance(source, MapSource | LoaderSource):
+                source.accept_other_data()
 
     def patterns(self, stored: Mapping[str, Any], *, own: bool) -> tuple[str, ...]:
         """Return what is not loaded; a run leaves each thing out once, and then has its own.
@@ -274,6 +302,18 @@ class Comparison:
         take_effect(differences, self.built, self._objects)
 
 
+def sources_in(objects: Mapping[str, object]) -> dict[str, Any]:
+    """Return the sources of batches among registered objects, and loaders, by name."""
+    kinds = (MapSource, LoaderSource, DataLoader)
+    return {name: one for name, one in named_objects(objects) if isinstance(one, kinds)}
+
+
+def _is_read_here(source: Any) -> bool:
+    """Return whether the data are those of all ranks, or of the one that speaks for all."""
+    is_own = isinstance(source, LoaderSource) and not source.gives_samples
+    return not is_own or source.shape.rank == 0
+
+
 def fingerprint_of(objects: Mapping[str, object]) -> dict[str, Plain]:
     """Return the facts of all modules, optimizers and schedules among the objects.
 
@@ -293,6 +333,7 @@ def fingerprint_of(objects: Mapping[str, object]) -> dict[str, Plain]:
     return groups
 
 
+_AS_A_SOURCE = "give it as batch_source(loader, ...), which comes back to its place exactly"
 _NAMING: Mapping[str, Rule] = {
     "data.cache": ("harmless", "where things are; the training is the same")
 }

@@ -39,7 +39,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
 )
 """What a difference means: the first pattern that fits the path counts."""
 
-_REPEATABLE = ".repeatable"
+_REPEATABLE, _RECORDS = ".repeatable", ".records"
 OWN_GENERATOR = (
     "record 0 is not the same twice under the same key: it draws from a generator of its own, "
     "which no checkpoint holds; draw from random, numpy.random or torch, which are keyed"
@@ -220,7 +220,7 @@ def rule_of(path: str) -> Rule:
 def _differs(path: str, stored: Any, now: Any) -> bool:
     if path.endswith(_REPEATABLE):
         return False  # told by itself, whatever it was before
-    if path == "data.records" and isinstance(stored, list) and isinstance(now, list):
+    if path.endswith(_RECORDS) and isinstance(stored, list) and isinstance(now, list):
         return any(before != after for before, after in zip(stored, now, strict=False))
     return bool(stored != now)
 
@@ -235,8 +235,8 @@ def _told_once(
         path.removesuffix(_REPEATABLE) for path in after if _is_unrepeatable(path, before, after)
     }
     paths -= {f"{group}.records" for group in unclear}  # cannot be compared
-    if "data.length" in paths:
-        paths.discard("data.records")  # other records by necessity
+    longer = [path.removesuffix(".length") for path in paths if path.endswith(".length")]
+    paths -= {f"{group}{_RECORDS}" for group in longer}  # other records by necessity
     same_records = "data.records" in before and "data.records" in after and "data" not in unclear
     kept = [difference for difference in found if difference.path in paths]
     if same_records and "data.records" not in paths and "data.length" not in paths:

@@ -282,6 +282,7 @@ class Resumption:
         model = {name: self._objects[name] for name in ("model",) if name in self._objects}
         check(model, {name: tree[name] for name in model if name in tree})  # names both shapes
         comparison.refuse(f"checkpoint of step {reader.step}", found)
+        comparison.accept(found)
         self._differences = (*skipped, *found)
         self._same = rows
         self.skipped = patterns

@@ -17,6 +17,7 @@ from unbroken.data.permutation import Permutation as Permutation
 from unbroken.data.randomness import KeyedRandom as KeyedRandom
 from unbroken.data.randomness import keyed_random as keyed_random
 from unbroken.data.reading import Grouping as Grouping
+from unbroken.data.replay import reason_against_its_state as reason_against_its_state
 from unbroken.data.sampler import BatchShape as BatchShape
 from unbroken.data.sampler import MicroBatchSampler as MicroBatchSampler
 from unbroken.data.source import BatchSource as BatchSource
@@ -58,4 +59,5 @@ __all__ = [
     "has",
     "keyed_random",
     "learned_bpe",
+    "reason_against_its_state",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar
 
@@ -17,7 +17,7 @@ from unbroken.data.randomness import KeyedRandom
 from unbroken.data.reading import Grouping, Reader
 from unbroken.data.sampler import BatchShape
 from unbroken.data.seen import Seen, weights_of
-from unbroken.data.source import MicroBatch, OnePass, Position, require_same_facts
+from unbroken.data.source import OF_THE_DATA, MicroBatch, OnePass, Position, require_same_facts
 from unbroken.data.workers import shut_down
 from unbroken.errors import DataError
 
@@ -93,6 +93,16 @@ class LoaderSource:
         self._before: dict[str, Any] = {}
         self._weights: Mapping[str, str] = {}
         self._left: _Left | None = None
+
+    @property
+    def data(self) -> Any:
+        """The loader or the iterable."""
+        return self._loader.loader
+
+    @property
+    def collate_fn(self) -> Callable[[list[Any]], Any] | None:
+        """What makes a batch of samples, where that is done here."""
+        return self._grouping.collate if self._grouping.samples else None
 
     @property
     def gives_samples(self) -> bool:
@@ -178,10 +188,9 @@ class LoaderSource:
         self._weights = trail.get("weights") or {}
         self.position = Position(**{name: state[name] for name in names}, trail=trail)
 
-    def expect_other_batches(self) -> None:
-        """Go on from the place as it is, though what is read up to it is not what was used."""
-        self._weights = {}
-        self.position = replace(self.position, trail={})
+    def accept_other_data(self) -> None:
+        """Load a place though the data may give other batches up to it than were used."""
+        self._may_change |= OF_THE_DATA
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raise what `load_state_dict` would raise, and change nothing."""

@@ -14,7 +14,7 @@ from unbroken.data.asking import declared
 from unbroken.data.keyed_dataset import KeyedDataset
 from unbroken.data.order import GlobalOrder
 from unbroken.data.sampler import BatchShape, MicroBatchSampler
-from unbroken.data.source import MicroBatch, OnePass, Position, require_same_facts
+from unbroken.data.source import OF_THE_DATA, MicroBatch, OnePass, Position, require_same_facts
 from unbroken.data.workers import leaving_signals, shut_down
 from unbroken.errors import ConfigError, DataError
 
@@ -70,6 +70,10 @@ class MapSource:
         may_change: Facts (see `state_dict`) that need not be those of a loaded state. Steps of
             another size are counted from the loaded position on, which stays in samples.
 
+    Attributes:
+        data: The data set.
+        collate_fn: As it was given.
+
     Example:
         >>> order = GlobalOrder(6, seed=0, shuffle=False)
         >>> source = MapSource(list("abcdef"), order, BatchShape(4, 2))
@@ -90,6 +94,7 @@ class MapSource:
         loading: Loading | None = None,
         may_change: Collection[str] = (),
     ) -> None:
+        self.data, self.collate_fn = dataset, collate_fn
         self.order = order
         self.shape = shape
         self.position = Position()
@@ -164,6 +169,10 @@ class MapSource:
         self._steps_from = state.get("steps_from", 0)
         if state["global_batch_size"] != self.shape.global_batch_size:
             self._steps_from = self.position.samples  # from here on they are of another size
+
+    def accept_other_data(self) -> None:
+        """Load a position though the data may give other batches up to it than were used."""
+        self._may_change |= OF_THE_DATA
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raise what `load_state_dict` would raise, and change nothing."""

@@ -47,6 +47,23 @@ def reason_to_replay(loader: Any) -> str | None:
     return _reason_in_order(loader, dataset) if isinstance(loader, DataLoader) else None
 
 
+def reason_against_its_state(loader: Any) -> str | None:
+    """Return why a torch loader that is used by itself does not go on exactly through its state.
+
+    Unlike in a source of batches, nobody seeds its samplers' own generators at each epoch.
+
+    Example:
+        >>> from torch.utils.data import DataLoader
+        >>> reason_against_its_state(DataLoader([1, 2]))
+        'it has no state_dict'
+    """
+    reason = reason_to_replay(loader)
+    sampler = getattr(loader.batch_sampler, "sampler", None) or loader.sampler
+    if reason is None and type(sampler) in _DRAW:
+        reason = f"its state_dict does not hold the order of its {type(sampler).__name__}"
+    return reason
+
+
 def _has_state(thing: Any) -> bool:
     return has(thing, "state_dict") and has(thing, "load_state_dict")
 
@@ -72,7 +89,7 @@ def _lazy_sampler(sampler: Any) -> str | None:
     """Return the sampler of an order that neither its state nor its own generator holds."""
     if _has_state(sampler) or type(sampler) in _WITHOUT_DRAWS:
         return None
-    if type(sampler) in (RandomSampler, SubsetRandomSampler, WeightedRandomSampler):
+    if type(sampler) in _DRAW:
         return None if sampler.generator is not None else type(sampler).__name__
     kind = type(sampler)
     if kind.__module__.partition(".")[0] == "torchdata" and kind.__name__ == "RandomSampler":
@@ -83,6 +100,7 @@ def _lazy_sampler(sampler: Any) -> str | None:
 
 
 _OF_TORCH = ("torch", "torchdata")
+_DRAW = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 _WITHOUT_DRAWS = (SequentialSampler, DistributedSampler, list, tuple, range)
 
 

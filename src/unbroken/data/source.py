@@ -128,6 +128,10 @@ class OnePass:
             self._running = None
 
 
+OF_THE_DATA = frozenset({"n", "epoch_size", "fingerprint", "length", "trail"})
+"""What may differ in the state of a source where other data are meant."""
+
+
 def require_same_facts(
     stored: Mapping[str, Any], now: Mapping[str, Any], may_change: Collection[str] = ()
 ) -> None:

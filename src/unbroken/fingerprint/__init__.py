@@ -1,6 +1,7 @@
 """What a run is made of, as plain values that a later start can compare: never its state."""
 
 from unbroken.fingerprint.data import begin_data_facts as begin_data_facts
+from unbroken.fingerprint.data import begin_source_facts as begin_source_facts
 from unbroken.fingerprint.data import data_facts as data_facts
 from unbroken.fingerprint.facts import callable_facts as callable_facts
 from unbroken.fingerprint.facts import facts_of as facts_of
@@ -22,6 +23,7 @@ __all__ = [
     "NOT_COMPARED",
     "Plain",
     "begin_data_facts",
+    "begin_source_facts",
     "callable_facts",
     "data_facts",
     "facts_of",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Subset
@@ -74,6 +76,8 @@ def begin_data_facts(
         begun, loader = begin_data_facts(data.dataset, collate_fn, clock=clock), _loader(data)
         return lambda: {**begun(), "loader": loader}
     facts: dict[str, Plain] = {"class": qualified_name(type(data)), **_code(data, collate_fn)}
+    if isinstance(data, FunctionType | MethodType | partial):
+        return lambda: {**facts, "made_by": callable_facts(data)}
     length, own = tried(len, data), asked(data, "fingerprint")
     if isinstance(length, int):
         facts["length"] = length
@@ -83,6 +87,33 @@ def begin_data_facts(
         return lambda: facts
     reading = begin_sampling(data, length, clock)  # last: after a fork memory is slower
     return lambda: {**facts, **reading()}
+
+
+def begin_source_facts(sources: Mapping[str, Any]) -> Callable[[], dict[str, Plain]] | None:
+    """Begin to take the facts of registered sources of batches and loaders; None: there are none.
+
+    Those of the one called "data", or else of the first, stand for themselves, those of others
+    under their names.
+
+    Example:
+        >>> from unbroken.data import batch_source
+        >>> source = batch_source([3, 1, 2], seed=0, global_batch_size=1)
+        >>> begin_source_facts({"data": source})()["length"]
+        3
+    """
+    begun = {
+        name: begin_data_facts(getattr(one, "data", one), getattr(one, "collate_fn", None))
+        for name, one in sources.items()
+    }
+    first = "data" if "data" in begun else next(iter(begun), None)
+    if first is None:
+        return None
+
+    def facts() -> dict[str, Plain]:
+        others = {name: read() for name, read in begun.items() if name != first}
+        return {**begun[first](), **others}
+
+    return facts
 
 
 def _loader(loader: DataLoader[Any]) -> dict[str, Plain]:

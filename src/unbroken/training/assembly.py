@@ -19,7 +19,7 @@ from unbroken.store import Interval, KeepPolicy
 from unbroken.store.run_directory import as_directory_error
 from unbroken.training.ambient import Randomness, seed_ambient
 from unbroken.training.callback import with_state
-from unbroken.training.changes import LENGTH, Examination, facts_in_data
+from unbroken.training.changes import IN_DATA, LENGTH, Examination
 from unbroken.training.config import TrainerConfig
 from unbroken.training.display import Display, Silence
 from unbroken.training.division import Division
@@ -115,7 +115,7 @@ def make_source(
         pin_memory=config.dataloader_pin_memory,
         prefetch_factor=config.dataloader_prefetch_factor,
         on_skip=on_skip,
-        may_change=[fact for name in config.allow for fact in facts_in_data(name)],
+        may_change=[fact for name in config.allow for fact in IN_DATA.get(name, ())],
         rank=division.part,
         world_size=division.parts,
     )

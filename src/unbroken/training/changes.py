@@ -91,18 +91,6 @@ IN_DATA: Mapping[str, tuple[str, ...]] = {
 }
 """What a named change may change in the state of the data."""
 
-
-def facts_in_data(name: str) -> tuple[str, ...]:
-    """Return what a named change may change in the state of the data, and in what they give.
-
-    Example:
-        >>> facts_in_data("data.collate_fn")
-        ('trail',)
-    """
-    others = ("trail",) if name.partition(".")[0] == "data" else ()
-    return (*IN_DATA.get(name, ()), *others)
-
-
 _ADAMW = {"adamw_torch", "adamw_torch_fused"}
 _KERNEL = "another kernel rounds in another order; the optimizer's state is kept"
 

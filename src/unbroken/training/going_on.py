@@ -50,7 +50,7 @@ def run_fingerprint(
     evaluation = None if trainer.eval_dataset is None else begin_data_facts(trainer.eval_dataset)
     groups["eval_data"] = {} if evaluation is None else evaluation
     if trainer.group.rank > 0 and gives_own_batches(trainer.source, trainer.group):
-        return groups
+        return {**groups, "data": None}
     read = None if dataset is None else begin_data_facts(dataset, collate_fn)
     return {**groups, "data": {} if read is None else read}
 
