@@ -44,6 +44,7 @@ OWN_GENERATOR = (
     "record 0 is not the same twice under the same key: it draws from a generator of its own, "
     "which no checkpoint holds; draw from random, numpy.random or torch, which are keyed"
 )
+_OWN_BATCH = OWN_GENERATOR.replace("record 0 is", "a batch of the same records is")
 _OF_CODE = (".name", ".source", ".class")
 _TOLD_OTHERWISE = {
     *("records", "repeatable", "fingerprint", "length", "source", "loader"),
@@ -90,7 +91,8 @@ def _is_unrepeatable(path: str, before: Mapping[str, Any], after: Mapping[str, A
 
 
 def _unrepeatable(path: str) -> Difference:
-    return Difference(path, None, None, OWN_GENERATOR, "not covered")
+    effect = _OWN_BATCH if path.endswith(".collate_fn.repeatable") else OWN_GENERATOR
+    return Difference(path, None, None, effect, "not covered")
 
 
 def uncovered_facts(now: Mapping[str, Any]) -> tuple[Difference, ...]:

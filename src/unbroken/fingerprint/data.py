@@ -8,7 +8,14 @@ from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
-from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Subset
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Subset,
+    default_collate,
+    default_convert,
+)
 
 from unbroken.fingerprint.asking import asked, attributes_of, tried
 from unbroken.fingerprint.facts import callable_facts, facts_of, facts_of_items
@@ -85,8 +92,22 @@ def begin_data_facts(
         return lambda: {**facts, "fingerprint": own}
     if not isinstance(length, int) or not hasattr(type(data), "__getitem__"):
         return lambda: facts
-    reading = begin_sampling(data, length, clock)  # last: after a fork memory is slower
-    return lambda: {**facts, **reading()}
+    collate = None if _draws_nothing(collate_fn) else collate_fn
+    reading = begin_sampling(data, length, collate, clock)  # last: after a fork memory is slower
+    return lambda: _with(facts, reading())
+
+
+def _with(facts: dict[str, Plain], read: dict[str, Plain]) -> dict[str, Plain]:
+    """Return the facts with those that were read; what a collator does stands with its code."""
+    collates, collate = read.pop("collates", None), facts.get("collate_fn")
+    if collates is False and isinstance(collate, dict):
+        facts = {**facts, "collate_fn": {**collate, "repeatable": False}}
+    return {**facts, **read}
+
+
+def _draws_nothing(collate: Callable[..., Any] | None) -> bool:
+    known = collate in (None, default_collate, default_convert)
+    return known or asked(collate, "deterministic") is True
 
 
 def begin_source_facts(sources: Mapping[str, Any]) -> Callable[[], dict[str, Plain]] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Subset, TensorDataset
 
-from unbroken.data import KeyedRandom, Permutation, derive_key
+from unbroken.data import KeyedRandom, Permutation, derive_key, drawn_from
 from unbroken.fingerprint.apart import Apart, Heard
 from unbroken.fingerprint.asking import Failed, tried
 from unbroken.fingerprint.owners import qualified_name
@@ -20,30 +21,35 @@ _RECORDS = 16
 _SECONDS = 0.05  # for reading
 _DEADLINE = 3.0  # for all of it, a fork and a first record that is slow included
 _KEY = derive_key(0, "fingerprint")
+_TWICE = 2
+_OWN_RECORD, _OWN_BATCH = "a record moves a generator", "a batch is not the same twice"
 _INERT = (bool, int, float, complex, str, bytes, type(None), np.ndarray, np.generic, torch.Tensor)
 
 
 def begin_sampling(
-    data: Any, length: int, clock: Callable[[], float]
+    data: Any, length: int, collate: Callable[..., Any] | None, clock: Callable[[], float]
 ) -> Callable[[], dict[str, Plain]]:
     """Begin to read some records, the same ones each time; return what waits for their digests.
 
-    A data set runs in a forked child: whatever it opens, draws or counts stays there. Lists,
-    arrays and tensors are read here. Where there is no child to read
+    A data set runs in a forked child, and so does a collator: whatever they open, draw or count
+    stays there. Lists, arrays and tensors are read here. Where there is no child to read
     in, or it reads not one record twice in time, the facts say so instead.
     """
     indices = _indices(length) if length > 0 else []
+    inert: dict[str, Plain] = {}
     if not indices or _is_inert(data, indices):
         records = [record_digest(data[index]) for index in indices]
-        return lambda: {"records": [*records], "repeatable": True} if records else {}
+        inert = {"records": [*records], "repeatable": True} if records else {}
+        if not indices or collate is None:
+            return lambda: inert
     on_device = _device_has_begun()
 
     def read(write: Callable[[str], None]) -> None:
-        for line in _lines(data, indices, clock, on_device=on_device):
+        for line in _lines(data, indices, collate, clock, on_device=on_device):
             write(line)
 
     reading = Apart(read, seconds=_DEADLINE)
-    return lambda: _facts(reading.heard())
+    return lambda: {**_facts(reading.heard()), **inert}
 
 
 def _device_has_begun() -> bool:
@@ -53,11 +59,14 @@ def _device_has_begun() -> bool:
 
 def _facts(heard: Heard) -> dict[str, Plain]:
     """Return the facts in what a child wrote: digests, and perhaps why there are no more."""
-    digests = [line for line in heard.lines if not line.startswith(NOT_COMPARED)]
+    found = [line for line in heard.lines if line not in (_OWN_RECORD, _OWN_BATCH)]
+    digests = [line for line in found if not line.startswith(NOT_COMPARED)]
+    own: dict[str, Plain] = {"collates": False} if _OWN_BATCH in heard.lines else {}
     if len(digests) < 2:  # the first record is read twice
-        reasons = [line for line in heard.lines if line not in digests]
-        return {"records": reasons[0] if reasons else f"{NOT_COMPARED}{heard.missing}"}
-    return {"records": [digests[0], *digests[2:]], "repeatable": digests[0] == digests[1]}
+        reasons = [line for line in found if line not in digests]
+        return {**own, "records": reasons[0] if reasons else f"{NOT_COMPARED}{heard.missing}"}
+    is_same = digests[0] == digests[1] and _OWN_RECORD not in heard.lines
+    return {**own, "records": [digests[0], *digests[2:]], "repeatable": is_same}
 
 
 def _indices(length: int) -> list[int]:
@@ -67,19 +76,28 @@ def _indices(length: int) -> list[int]:
 
 
 def _lines(
-    data: Any, indices: list[int], clock: Callable[[], float], *, on_device: bool
+    data: Any,
+    indices: list[int],
+    collate: Callable[..., Any] | None,
+    clock: Callable[[], float],
+    *,
+    on_device: bool,
 ) -> Iterator[str]:
     """Yield the digest of the first record twice, then those of the others, while time allows.
 
+    After them a line tells of records, or batches of them, that are not the same twice.
     A record that raises counts by its exception if others can be read. Where none can, or what is
     missing is only missing in this process (a connection, memory, the device), a line says so.
     """
     passing = (OSError, MemoryError, *((RuntimeError,) if on_device else ()))
     deadline, held, can_be_read = clock() + _SECONDS, [], False
+    first: list[Any] = []  # the first record, read twice
+    moved: list[dict[str, str]] = []
     with KeyedRandom() as rng:
         for position, index in enumerate([indices[0], *indices]):
             rng.seed(derive_key(_KEY, index))
-            digest = _digest(data, index)
+            record = _read(data, index)
+            digest = record if isinstance(record, Failed) else tried(record_digest, record)
             if isinstance(digest, Failed):
                 reason = _reason(digest.error, on_device=on_device)
                 if isinstance(digest.error, passing):
@@ -87,23 +105,43 @@ def _lines(
                 digest = record_digest(qualified_name(digest.error))
             else:
                 can_be_read = True
+            if len(first) < _TWICE:
+                first.append(record)
+                moved.append(drawn_from(data))
             held.append(digest)
             if can_be_read:
                 yield from held
                 held.clear()
             if position and clock() >= deadline:
                 break
+        if moved and moved[0] != moved[-1]:
+            yield _OWN_RECORD
+        if collate is not None and can_be_read and _draws_by_itself(collate, first, rng):
+            yield _OWN_BATCH
     if not can_be_read:
         yield f"{NOT_COMPARED}{reason}"
 
 
-def _digest(data: Any, index: int) -> Any:
-    """Return the digest of a record, or of a batch where a data set takes lists of indices."""
-    digest = tried(lambda: record_digest(data[index]))
-    if not isinstance(digest, Failed):
-        return digest
-    of_batch = tried(lambda: record_digest(data[[index]]))
-    return digest if isinstance(of_batch, Failed) else of_batch
+def _draws_by_itself(collate: Callable[..., Any], records: list[Any], rng: KeyedRandom) -> bool:
+    """Return whether a collator gives another batch of the same records under the same key."""
+    found = []
+    for _ in range(_TWICE):
+        own = tried(copy.deepcopy, records)  # a collator may change what it is given
+        rng.seed(_KEY)
+        batch = tried(collate, own)
+        if isinstance(own, Failed) or isinstance(batch, Failed):
+            return False  # of records that do not go together, say
+        found.append((tried(record_digest, batch), drawn_from(collate)))
+    return bool(found[0] != found[1])
+
+
+def _read(data: Any, index: int) -> Any:
+    """Return a record, or a batch where a data set takes lists of indices; or what it raised."""
+    record = tried(lambda: data[index])
+    if not isinstance(record, Failed):
+        return record
+    of_batch = tried(lambda: data[[index]])
+    return record if isinstance(of_batch, Failed) else of_batch
 
 
 def _reason(error: Exception, *, on_device: bool) -> str:
