@@ -240,6 +240,7 @@ def rank_process(order: dict, rank: int, port: int) -> int:
     child = os.fork()
     if child:
         return child
+    signal.alarm(order["seconds"])
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": order["ranks"], "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
     status = 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).parents[1]
+SECONDS = 240  # of one order; less than the limit of a test
 
 
 def serve() -> None:
@@ -26,6 +28,7 @@ def serve() -> None:
         order = json.loads(line)
         child = os.fork()
         if child == 0:
+            signal.alarm(order.setdefault("seconds", SECONDS))
             obey({"runs": runs, "seeds": seeds}, order)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 

@@ -9,12 +9,14 @@ import gc
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 ENTRY = Path(__file__).parents[2] / "src/unbroken/check/entry"
+SECONDS = 240  # of one script; less than the limit of a test
 
 
 def serve() -> None:
@@ -25,6 +27,7 @@ def serve() -> None:
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
+            signal.alarm(SECONDS)
             run(json.loads(line))
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
