@@ -10,7 +10,11 @@ from unbroken.adapters.transformers.comparing import compared, run_facts, take_e
 from unbroken.adapters.transformers.loading import unknown_order
 from unbroken.adapters.transformers.losses import no_losses
 from unbroken.adapters.transformers.reaching import Stored
-from unbroken.adapters.transformers.stock import facts_of_stock, load_stock
+from unbroken.adapters.transformers.stock import (
+    facts_of_stock,
+    load_stock,
+    refuse_what_does_not_fit,
+)
 from unbroken.adapters.transformers.wanted import state_of_any
 from unbroken.capture import capture_rng, how_cut
 from unbroken.checkpoint import Difference, ResumeReport
@@ -49,7 +53,11 @@ def adopt(run: Run, folder: Path, stored: Stored, loader: Any) -> tuple[ResumeRe
     checkpointer.comparison.refuse(checkpoint, differences)
     # The host draws the order of an epoch before it brings back its random states.
     values = {"loss": no_losses(stored.step), "order": {"before": capture_rng()}, "seconds": 0.0}
-    load_stock(folder, checkpointer.objects, rank=run.group.rank)
+    objects, rank = checkpointer.objects, run.group.rank
+    run.group.together(
+        "check the checkpoint", lambda: refuse_what_does_not_fit(folder, objects, rank=rank)
+    )
+    load_stock(folder, objects, rank=rank)
     report = ResumeReport(
         stored.step, checkpoint, run.chosen.rejected, differences=differences, notes=(_NOTE,)
     )

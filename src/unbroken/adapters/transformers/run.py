@@ -32,6 +32,7 @@ from unbroken.adapters.transformers.loading import (
 from unbroken.adapters.transformers.losses import Losses
 from unbroken.adapters.transformers.place import Follower, Place
 from unbroken.adapters.transformers.reaching import Cut, Numbers, Reach, Stored, reach
+from unbroken.adapters.transformers.stock_folder import read_state
 from unbroken.adapters.transformers.stock_place import place_of_stock
 from unbroken.adapters.transformers.wanted import choose_together
 from unbroken.capture import capture_rng, restore_rng, unwrapped
@@ -131,7 +132,7 @@ class Run:
         if self.folder is None:
             return
         if self.chosen.is_stock:
-            self._state = json.loads((self.folder / STATE_NAME).read_text(encoding="utf-8"))
+            self._state = read_state(self.folder)
             return
         reader = CheckpointReader(storage_at(self.folder.parent, create=False), self.folder.name)
         self._state = json.loads(reader.read_file(STATE_NAME))

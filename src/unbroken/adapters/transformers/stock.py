@@ -6,10 +6,10 @@ for a list of constructors of tensors and arrays.
 
 from __future__ import annotations
 
-import json
 import random
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,79 +23,122 @@ from unbroken.adapters.transformers.stock_folder import (
     OPTIMIZER,
     SCALER,
     SCHEDULER,
-    STATE,
+    read_state,
+    read_stock,
+    reading,
     rng_files,
+    shapes_in,
     weight_files,
 )
-from unbroken.errors import CorruptCheckpointError, StateMismatchError
-
-_ARRAYS = [
-    np._core.multiarray._reconstruct,  # type: ignore[attr-defined] # noqa: SLF001
-    np.ndarray,
-    np.dtype,
-    *{type(np.dtype(kind)) for kind in (np.uint32, np.int64, np.float64)},
-]
-"""What an array of numbers is made by; NumPy's random state has one."""
-
-_NOT_PLAIN: type[Exception] = torch.serialization.pickle.UnpicklingError  # type: ignore[attr-defined]
+from unbroken.errors import StateMismatchError
 
 
-def read_stock(folder: Path, name: str) -> Any:
-    """Return what a `torch.save` archive of a stock checkpoint holds.
+def refuse_what_does_not_fit(folder: Path, objects: Mapping[str, Any], *, rank: int = 0) -> None:
+    """Raise unless `load_stock` can put the whole checkpoint into the objects; none is changed.
+
+    Args:
+        folder: It was looked through by `problem_of_stock`.
+        objects: As `load_stock` takes them.
+        rank: As `load_stock` takes it.
 
     Raises:
-        CorruptCheckpointError: It names code that it wants to run.
+        StateMismatchError: Weights, optimizer or random states do not fit what is here.
+        CorruptCheckpointError: A file was damaged since.
     """
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_ARRAYS):
-            warnings.simplefilter("ignore")
-            return torch.load(folder / name, map_location="cpu", weights_only=True)
-    except _NOT_PLAIN as error:
-        what = "holds more than numbers and plain values: reading it would run its code"
-        raise CorruptCheckpointError(str(folder / name), what) from error
+    _check_weights(folder, objects["model"])
+    _check_optimizer(folder, objects["optimizer"])
+    devices, here = len(_cuda_states(_rng_states(folder, rank))), torch.cuda.device_count()
+    if torch.cuda.is_available() and devices > here:
+        what = "has random states of more devices than are here"
+        raise StateMismatchError(f"{folder}: rng.cuda", what, expected=devices, found=here)
 
 
 def load_stock(folder: Path, objects: Mapping[str, Any], *, rank: int = 0) -> None:
     """Put a stock checkpoint into live objects; the random generators last.
 
     Args:
-        folder: It was looked through by `problem_of_stock`.
+        folder: `refuse_what_does_not_fit` has refused nothing of it.
         objects: "model", "optimizer", "scheduler" and perhaps "scaler".
         rank: Whose random state to take.
 
     Raises:
-        StateMismatchError: Weights or optimizer do not fit; some objects were changed.
+        CorruptCheckpointError: A file was damaged since; some objects were changed.
     """
+    schedule = read_stock(folder, SCHEDULER)
+    scaler = read_stock(folder, SCALER) if (folder / SCALER).exists() else None
+    states = _rng_states(folder, rank)
     _load_weights(folder, objects["model"])
-    _load_optimizer(folder, objects["optimizer"])
+    objects["optimizer"].load_state_dict(read_stock(folder, OPTIMIZER))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of loading a schedule without its optimizer
-        objects["scheduler"].load_state_dict(read_stock(folder, SCHEDULER))
-    if (folder / SCALER).exists() and "scaler" in objects:
-        objects["scaler"].load_state_dict(read_stock(folder, SCALER))
-    _load_rng(folder, rank)
+        objects["scheduler"].load_state_dict(schedule)
+    if scaler is not None and "scaler" in objects:
+        objects["scaler"].load_state_dict(scaler)
+    _set_rng(states)
 
 
 def _load_weights(folder: Path, model: nn.Module) -> None:
     stored: dict[str, torch.Tensor] = {}
     for file in weight_files(folder):
-        one = load_file(file) if file.suffix == ".safetensors" else read_stock(folder, file.name)
-        stored.update(one)
-    if weight_files(folder)[0].name.startswith("adapter_"):
-        _load_adapter(model, stored)
+        with reading(file):
+            is_plain = file.suffix == ".safetensors"
+            stored.update(load_file(file) if is_plain else read_stock(file.parent, file.name))
+    if _is_adapter(folder):
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, stored)
+    else:
+        model.load_state_dict(stored, strict=False)
+
+
+def _is_adapter(folder: Path) -> bool:
+    return weight_files(folder)[0].name.startswith("adapter_")
+
+
+def _check_weights(folder: Path, model: nn.Module) -> None:
+    stored: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(folder):
+        stored.update(shapes_in(file))
+    if _is_adapter(folder):
+        from peft import get_peft_model_state_dict
+
+        _check_shapes(folder, stored, get_peft_model_state_dict(model))
         return
-    result = model.load_state_dict(stored, strict=False)
-    here = dict(model.named_parameters(remove_duplicate=False))
-    loaded = {id(here[name]) for name in stored if name in here}
-    missing = [n for n in result.missing_keys if n not in here or id(here[n]) not in loaded]
-    _refuse(folder, "has no weights for", missing)
-    _refuse(folder, "has weights that the model does not know", result.unexpected_keys)
+    live = model.state_dict(keep_vars=True)
+    loaded = {id(live[name]) for name in stored if name in live}
+    missing = [name for name in live if name not in stored and id(live[name]) not in loaded]
+    judged = _names_that_torch_loads(model)
+    _refuse(folder, "has no weights for", [name for name in missing if judged(name)])
+    unknown = [name for name in stored if name not in live and judged(name)]
+    _refuse(folder, "has weights that the model does not know", unknown)
+    common = {name: value for name, value in live.items() if judged(name)}
+    _check_shapes(folder, stored, common)
 
 
-def _load_adapter(model: nn.Module, stored: dict[str, torch.Tensor]) -> None:
-    from peft import set_peft_model_state_dict
+def _names_that_torch_loads(model: nn.Module) -> Callable[[str], bool]:
+    """Return which names belong to modules without a way of their own to take their state."""
+    own = [
+        f"{prefix}." if prefix else ""
+        for prefix, module in model.named_modules()
+        if not type(module).__module__.startswith("torch.")
+        and (
+            type(module)._load_from_state_dict is not nn.Module._load_from_state_dict  # noqa: SLF001
+            or module._load_state_dict_pre_hooks  # noqa: SLF001 (torch has no public name)
+        )
+    ]
+    return lambda name: not any(name.startswith(prefix) for prefix in own)
 
-    set_peft_model_state_dict(model, stored)
+
+def _check_shapes(
+    folder: Path, stored: Mapping[str, tuple[int, ...]], live: Mapping[str, Any]
+) -> None:
+    for name, value in live.items():
+        if name in stored and isinstance(value, torch.Tensor) and value.shape != stored[name]:
+            where, shape = f"{folder}: {name}", list(stored[name])
+            what, hint = "has another shape", "build the model as it was"
+            raise StateMismatchError(
+                where, what, expected=shape, found=list(value.shape), hint=hint
+            )
 
 
 def _refuse(folder: Path, what: str, names: list[str]) -> None:
@@ -104,17 +147,17 @@ def _refuse(folder: Path, what: str, names: list[str]) -> None:
         raise StateMismatchError(str(folder), what, found=", ".join(names[:3]), hint=hint)
 
 
-def _load_optimizer(folder: Path, optimizer: Optimizer) -> None:
-    state = read_stock(folder, OPTIMIZER)
-    shapes = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"]]
-    numbers = [n for group in state["param_groups"] for n in group["params"]]
-    _require(folder, "parameters", len(numbers), len(shapes))
-    for number, shape in zip(numbers, shapes, strict=True):
+def _check_optimizer(folder: Path, optimizer: Optimizer) -> None:
+    state = read_stock(folder, OPTIMIZER, "meta")
+    here = [[tuple(p.shape) for p in group["params"]] for group in optimizer.param_groups]
+    there = [list(group["params"]) for group in state["param_groups"]]
+    _require(folder, "parameters", sum(map(len, there)), sum(map(len, here)))
+    _require(folder, "parameters by group", [*map(len, there)], [*map(len, here)])
+    for number, shape in zip(chain(*there), chain(*here), strict=True):
         moments = state["state"].get(number, {})
         found = {tuple(v.shape) for v in moments.values() if isinstance(v, torch.Tensor) and v.ndim}
         if found and found != {shape}:
             _require(folder, f"moments of parameter {number}", sorted(found), [shape])
-    optimizer.load_state_dict(state)
 
 
 def _require(folder: Path, what: str, stored: Any, here: Any) -> None:
@@ -123,15 +166,23 @@ def _require(folder: Path, what: str, stored: Any, here: Any) -> None:
         raise StateMismatchError(where, "do not fit the optimizer", expected=stored, found=here)
 
 
-def _load_rng(folder: Path, rank: int) -> None:
+def _rng_states(folder: Path, rank: int) -> Mapping[str, Any]:
     files = rng_files(folder)
-    states = read_stock(folder, files[min(rank, len(files) - 1)].name)
+    states: Mapping[str, Any] = read_stock(folder, files[min(rank, len(files) - 1)].name)
+    return states
+
+
+def _cuda_states(states: Mapping[str, Any]) -> list[torch.Tensor]:
+    cuda = states.get("cuda")
+    return [] if cuda is None else cuda if isinstance(cuda, list) else [cuda]
+
+
+def _set_rng(states: Mapping[str, Any]) -> None:
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["cpu"])
-    cuda = states.get("cuda")
-    if cuda is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(cuda if isinstance(cuda, list) else [cuda])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(_cuda_states(states))
 
 
 def facts_of_stock(folder: Path) -> dict[str, Any]:
@@ -140,8 +191,8 @@ def facts_of_stock(folder: Path) -> dict[str, Any]:
     Returns:
         "arguments": those that its optimizer and schedule were made with; "max_steps".
     """
-    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    schedule, groups = read_stock(folder, SCHEDULER), read_stock(folder, OPTIMIZER)["param_groups"]
+    state, schedule = read_state(folder), read_stock(folder, SCHEDULER)
+    groups = read_stock(folder, OPTIMIZER, "meta")["param_groups"]
     arguments = {"per_device_train_batch_size": state.get("train_batch_size")}
     if schedule.get("base_lrs"):
         arguments["learning_rate"] = schedule["base_lrs"][0]
