@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from unbroken.checkpoint import Checkpointer, Policy
 from unbroken.data import BatchSource, batch_source, derive_key
@@ -20,7 +21,7 @@ from unbroken.store.run_directory import as_directory_error
 from unbroken.training.ambient import Randomness, seed_ambient
 from unbroken.training.callback import with_state
 from unbroken.training.changes import IN_DATA, LENGTH, Examination
-from unbroken.training.config import TrainerConfig
+from unbroken.training.config import LeftOpen, TrainerConfig
 from unbroken.training.display import Display, Silence
 from unbroken.training.division import Division
 from unbroken.training.evaluation import Evaluator
@@ -94,6 +95,45 @@ def for_ranks(config: TrainerConfig, division: Division) -> TrainerConfig:
     return config
 
 
+def for_loader(config: TrainerConfig, data: Any, division: Division) -> TrainerConfig:
+    """Return the configuration with the batch size of a `DataLoader`, if it was left open.
+
+    Raises:
+        ConfigError: If the loader gives batches of another size than the configuration says.
+    """
+    size = _size_in_loader(data)
+    micro, batch = config.micro_batch_size, config.batch_size
+    share = division.parts if config.lanes is None else config.lanes
+    if size is None or size == micro:
+        return config
+    if isinstance(batch, LeftOpen) and not isinstance(micro, int):
+        return config.replace(batch_size=size * share)
+    if not isinstance(micro, int) and batch == size * share:
+        return config
+    hint = "give the loader this size, or its data set, which is cut here"
+    if batch % (size * share) == 0:
+        hint = f"micro_batch_size={size} accumulates its batches; or {hint}"
+    of_all = "" if share == 1 else f", {share} of which are a step"
+    where, expected, found = "batch_size", size * share, batch
+    if isinstance(micro, int):
+        where, expected, found = "micro_batch_size", size, micro
+    raise ConfigError(
+        where,
+        "is not that of the DataLoader",
+        expected=f"{expected} (it gives batches of {size}{of_all})",
+        found=found,
+        hint=hint,
+    )
+
+
+def _size_in_loader(data: Any) -> int | None:
+    """Return how many samples the batches of a `DataLoader` have, where it says so."""
+    if not isinstance(data, DataLoader):
+        return None
+    size = getattr(data.batch_sampler, "batch_size", data.batch_size)
+    return size if isinstance(size, int) else None
+
+
 def make_source(
     dataset: Any,
     config: TrainerConfig,
@@ -105,7 +145,7 @@ def make_source(
     return batch_source(
         dataset,
         seed=config.seed if config.data_seed is None else config.data_seed,
-        global_batch_size=config.batch_size,
+        global_batch_size=int(config.batch_size),
         micro_batch_size=config.per_forward,
         shuffle=config.shuffle,
         drop_last=config.dataloader_drop_last,

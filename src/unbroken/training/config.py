@@ -29,6 +29,15 @@ Schedule = Literal[
 Optim = Literal["adamw_torch", "adamw_torch_fused", "sgd", "adafactor"]
 
 
+class LeftOpen(int):
+    """A number that nobody has set: where the data say another one, theirs counts.
+
+    Example:
+        >>> isinstance(TrainerConfig().batch_size, LeftOpen), TrainerConfig().batch_size
+        (True, 8)
+    """
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     """All settings of a run, with the names of `transformers.TrainingArguments`.
@@ -67,8 +76,9 @@ class TrainerConfig:
     """Seconds that ranks wait for each other before they end with an error that names who is
     missing."""
 
-    batch_size: int = 8
-    """Samples in one optimizer step, over all ranks and micro-batches (the global batch)."""
+    batch_size: int = LeftOpen(8)
+    """Samples in one optimizer step, over all ranks and micro-batches (the global batch). Left
+    open, and without a `micro_batch_size`, it is that of the `DataLoader` that holds the data."""
     micro_batch_size: int | Literal["auto"] | None = None
     """Samples in one forward pass of one process; None: the whole global batch; "auto": the whole
     batch, and half of it each time that a step does not fit into the device's memory."""
@@ -286,7 +296,8 @@ class TrainerConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain values, for YAML or JSON."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {**values, "allow": list(self.allow), "skip": list(self.skip)}
+        plain = {"batch_size": int(self.batch_size)}
+        return {**values, **plain, "allow": list(self.allow), "skip": list(self.skip)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "TrainerConfig") -> Self:

@@ -22,6 +22,7 @@ from unbroken.storage import Storage
 from unbroken.training import ranks
 from unbroken.training.ambient import Randomness
 from unbroken.training.assembly import (
+    for_loader,
     for_ranks,
     joined,
     make_checkpointer,
@@ -136,6 +137,7 @@ class Trainer:
         self._construction = Construction(model, config, storage, reads_ahead=in_place)
         model = without_ddp(self._construction.model, self.group)
         self.division = Division.of(model, self.group)
+        config = for_loader(config, train_dataset, self.division)
         self.config = config = for_ranks(config, self.division)
         self._construction.make_room(self.device)
         self.model = model = model.to(self.device)
