@@ -260,3 +260,133 @@ def test_another_length_of_a_found_schedule_is_a_change_that_is_named(loop):
         scheduled(SCHEDULES["CosineAnnealingLR"].replace("12", "24")),
     )
     assert "scheduler.T_max: stored 12, now 24" in refused["message"]
+
+
+LOADER = "from torch.utils.data import DataLoader\nloader = DataLoader(samples, 4, shuffle=True)"
+TRAINED_ON = "x = next(batches)"
+EMA = """
+class Ema:
+    def __init__(self, model):
+        self.shadow = {name: p.detach().clone() for name, p in model.named_parameters()}
+    def update(self, model):
+        for name, p in model.named_parameters():
+            self.shadow[name] = 0.9 * self.shadow[name] + 0.1 * p.detach()
+ema = Ema(model)
+"""
+NOT_GIVEN = {
+    "scaler": {
+        "setup": "scaler = torch.amp.GradScaler('cpu', init_scale=4.0)",
+        "backward": "scaler.scale(loss).backward()",
+        "step": "scaler.step(optimizer)\nscaler.update()",
+    },
+    "bias": {
+        "setup": "bias = torch.optim.SGD([model[2].bias], lr=0.1, momentum=0.9)",
+        "step": "optimizer.step()\nbias.step()",
+    },
+    "average": {
+        "setup": "average = torch.optim.swa_utils.AveragedModel(model)",
+        "after": "average.update_parameters(model)",
+    },
+    "teacher": {
+        "setup": "import copy\nteacher = copy.deepcopy(model)",
+        "after": "with torch.no_grad():\n    for one, other in zip(teacher.parameters(), "
+        "model.parameters()):\n        one.data.lerp_(other.data, 0.1)",
+    },
+    "target": {
+        "setup": "import copy\ntarget = copy.deepcopy(model)",
+        "after": "if step % 2 == 0:\n    target.load_state_dict(model.state_dict())",
+    },
+    "ema": {"setup": EMA, "after": "ema.update(model)"},
+    "loader": {
+        "setup": f"{LOADER}\nepochs = (x for _ in range(9) for x in loader)",
+        "before": "x = next(epochs)",
+    },
+    "loader read anew for each step": {"setup": LOADER, "before": "x = next(iter(loader))"},
+    "loader beside the data": {
+        "setup": f"{LOADER}\nepochs = (x for _ in range(9) for x in loader)",
+        "backward": "loss.backward()",
+        "before": "x = torch.cat([next(epochs), x])",
+    },
+}
+
+
+@pytest.mark.parametrize("what", NOT_GIVEN)
+def test_what_training_depends_on_and_was_not_given_is_never_called_exact(what, loop):
+    name = what.partition(" ")[0]
+    resumed = loop.killed_and_resumed(script(**NOT_GIVEN[what]))
+    assert (resumed["began"], resumed["verdict"]) == (SAVED, "not covered")
+    assert resumed["lines"][0].endswith("not known to be exact")
+    (line,) = [line for line in resumed["lines"] if f"{name}: not covered: " in line]
+    assert "give it: " in line
+
+
+def test_exact_resume_require_refuses_it_at_the_first_save_and_at_a_resume(loop):
+    text, policy = script(**NOT_GIVEN["scaler"]), "policy=Policy(exact_resume='require'), **given"
+    strict = text.replace("**given", policy)
+    for again in (loop.run(strict, out="first"), loop.killed_and_resumed(text, strict)):
+        assert again["error"] == "DifferenceError"
+        assert "scaler: not covered: this GradScaler scales the loss" in again["message"]
+
+
+def test_what_is_given_as_told_is_in_the_next_checkpoint(loop):
+    text = script(**NOT_GIVEN["bias"])
+    given = script(
+        **NOT_GIVEN["bias"] | {"setup": NOT_GIVEN["bias"]["setup"] + "\ngiven['bias'] = bias"}
+    )
+    loop.run(text, stop=KILLED)
+    loop.run(given, stop=KILLED + SAVED)
+    resumed = loop.run(given)
+    assert (resumed["began"], resumed["verdict"]) == (2 * SAVED, "exact")
+
+
+QUIET = {
+    "a validation loader between steps": {
+        "setup": LOADER,
+        "after": "for batch in loader:\n    model(batch).mean()",
+    },
+    "one that is left in its middle": {
+        "setup": LOADER,
+        "after": "for batch in loader:\n    with torch.no_grad():\n        model(batch)\n    break",
+    },
+    "one that is kept, in evaluation mode": {
+        "setup": f"{LOADER}\nkept = (x for _ in range(9) for x in loader)",
+        "after": "model.eval()\nmodel(next(kept)).mean()\nmodel.train()",
+    },
+    "statistics before the resume": {
+        "setup": f"{LOADER}\nmean = sum(batch.mean() for batch in loader)",
+    },
+    "a scaler that is switched off": {
+        "setup": "scaler = torch.amp.GradScaler('cpu', enabled=False)",
+        "backward": "scaler.scale(loss).backward()",
+        "step": "scaler.step(optimizer)\nscaler.update()",
+    },
+    "what the caller keeps in the values": {
+        **NOT_GIVEN["average"],
+        "after": "average.update_parameters(model)\nvalues = {'a': average.state_dict()}",
+        "resumed": "if step:\n    average.load_state_dict(checkpointer.values['a'])",
+    },
+    "the best weights so far": {
+        "setup": "import copy\nclass Best:\n    state, loss = None, float('inf')\nbest = Best()\n"
+        "best.state = list(copy.deepcopy(list(model.parameters())))",
+        "after": "if loss < best.loss:\n    best.loss = loss.item()\n"
+        "    best.state = [p.detach().clone() for p in model.parameters()]",
+    },
+    "a learning rate that follows from the step": {
+        "before": "for group in optimizer.param_groups:\n    group['lr'] = 0.01 / (1 + step)",
+    },
+}
+
+
+@pytest.mark.parametrize("what", QUIET)
+def test_an_ordinary_program_says_nothing_new(what, loop):
+    text = script(**QUIET[what])
+    resumed = loop.killed_and_resumed(text)
+    assert (resumed["began"], resumed["verdict"]) == (SAVED, "exact")
+    assert [line for line in resumed["lines"][1:] if "took over" not in line] == []
+
+
+def test_batches_that_nobody_marks_as_used_are_refused_at_the_save(loop):
+    refused = loop.run(script().replace("data.used(batch)", "pass"))
+    assert refused["error"] == "DataError"
+    assert refused["message"].startswith("data: batches were handed out and trained on, and none")
+    assert "data.used(batch)" in refused["message"]

@@ -27,6 +27,8 @@ from unbroken.checkpoint.found_schedules import FoundSchedules
 from unbroken.checkpoint.generators import rng_digest
 from unbroken.checkpoint.layout import Layout
 from unbroken.checkpoint.line import Line
+from unbroken.checkpoint.not_given import FACT as NOT_GIVEN
+from unbroken.checkpoint.not_given import NotGiven
 from unbroken.checkpoint.opening import RunPlace, reader_of
 from unbroken.checkpoint.readers import LoadFrom
 from unbroken.checkpoint.reading_ahead import ReadAhead
@@ -163,7 +165,7 @@ class Checkpointer:
         self.ahead: ReadAhead | None = None
         self.note: Callable[[str], None] | None = None
         self.gives_all = False
-        self._found = FoundSchedules(self.objects)
+        self._found, self._not_given = FoundSchedules(self.objects), NotGiven(self.objects)
         self._step_hook: RemovableHandle | None = None
         self._known: set[str] = set()  # paths of what is not covered, and was told
         self._line = Line()
@@ -332,10 +334,10 @@ class Checkpointer:
         own = () if self._load_from == "rank0" else self._of_each_rank
         if group.world_size > 1 and own is not None and "rng" not in own:
             group.agree("the random generators at a save", rng_digest())
-        group.together("look for what is not covered", self._tell_uncovered)
+        not_given = group.together("look for what was not given", lambda: self._look_back(values))
         tree = group.together("capture the state", lambda: capture(self.objects))
         tree |= {"values": values, "rng": capture_rng()}
-        layout, told = self.layout(self.objects), {**self._facts(run), **(facts or {})}
+        layout, told = self.layout(self.objects), {**self._facts(run), **not_given, **(facts or {})}
         news = self._timer.news(self._beside.cost)
         writing = self._line.next(run, step, layout, told, self.keep, self._wall_clock, news)
         share = partial(share_of, group, tree, layout.file_of, own, self._plan)
@@ -353,11 +355,21 @@ class Checkpointer:
         if self._step_hook is None:
             hook = partial(_before_step, weakref.WeakMethod(self._before_step))
             self._step_hook = register_optimizer_step_pre_hook(hook)
+            self._not_given.begin()
         return self._found.look()
 
     def _before_step(self, optimizer: Optimizer) -> None:
         for line in self._found.before_step(optimizer):
             self._tell(line)
+        self._not_given.before_step(optimizer)
+
+    def _look_back(self, values: Any) -> dict[str, Any]:
+        """Tell of what the training until now had and a save has not; return its facts."""
+        if self._step_hook is not None:
+            self._not_given.require_used()
+        found = () if self._step_hook is None else self._not_given.found(values)
+        self._tell_of((*self.comparison.uncovered(), *found))
+        return {NOT_GIVEN: self._not_given.facts(found)} if found else {}
 
     def _tell_uncovered(self) -> None:
         """Tell, once, of what a resume will not be exact for; raise where that is not accepted."""
@@ -449,6 +461,7 @@ class Checkpointer:
         hook, self._step_hook = self._step_hook, None
         if hook is not None:
             hook.remove()
+            self._not_given.end()
 
     def __enter__(self) -> Self:
         return self

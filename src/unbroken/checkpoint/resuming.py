@@ -23,6 +23,7 @@ from unbroken.checkpoint.comparison import Comparison
 from unbroken.checkpoint.differences import Difference, gravest_first
 from unbroken.checkpoint.found_schedules import FoundSchedules
 from unbroken.checkpoint.line import refuse_torn
+from unbroken.checkpoint.not_given import of_checkpoint
 from unbroken.checkpoint.own_state import begin_anew, own_state
 from unbroken.checkpoint.readers import LoadFrom, Source, readers_for
 from unbroken.checkpoint.reading_ahead import ReadAhead
@@ -115,6 +116,7 @@ class Resumption:
         self.skipped: tuple[str, ...] = ()
         self._comparison = comparison
         self._found = found
+        self._given_since: list[str] = []
         self._differences: tuple[Difference, ...] = ()
         self._same: tuple[Difference, ...] = ()
 
@@ -259,8 +261,14 @@ class Resumption:
         """Return what is stored and here, now that schedules were found that were not given."""
         if self._found is None:
             return tree, self._objects, ()
-        known = reader.manifest.facts.get("found")
-        return self._found.fit(tree, known if isinstance(known, Mapping) else {})
+        facts = reader.manifest.facts
+        known = facts.get("found")
+        fit = self._found.fit(tree, known if isinstance(known, Mapping) else {})
+        tree, objects, told = fit
+        missing = of_checkpoint(facts)
+        self._given_since = [name for name in objects if missing and name not in tree]
+        objects = {name: one for name, one in objects.items() if name not in self._given_since}
+        return tree, objects, (*told, *missing)
 
     def _compared(
         self, reader: Source, tree: dict[str, Any], more: tuple[Difference, ...]
@@ -271,7 +279,9 @@ class Resumption:
             return tree
         rows = comparison.rows(facts)
         found = tuple(row for row in rows if row.verdict != "same")
-        rows = rows[len(found) :]
+        count = len(found)
+        found = tuple(row for row in found if not self._is_of_what_was_given_since(row))
+        rows = rows[count:]
         told = {row.path for row in found}
         found = gravest_first((*found, *(one for one in more if one.path not in told)))
         is_here = reader.storage is self._run.storage
@@ -287,6 +297,11 @@ class Resumption:
         self._same = rows
         self.skipped = patterns
         return tree
+
+    def _is_of_what_was_given_since(self, row: Difference) -> bool:
+        """Return whether a row tells only that an object came, which is told otherwise."""
+        is_of = (f".{name}." in f".{row.path}." for name in self._given_since)
+        return row.stored is None and any(is_of)
 
     def _tree(self, reader: Source) -> dict[str, Any]:
         tree = self._decoded(reader, STATE_FILE)

@@ -110,16 +110,26 @@ class BatchSource(Protocol):
 
 
 class OnePass:
-    """The one pass over the data that is under way; beginning another closes it."""
+    """The one pass over the data that is under way; beginning another closes it.
+
+    Attributes:
+        handed_out: Micro-batches that all passes have given.
+    """
 
     def __init__(self) -> None:
+        self.handed_out = 0
         self._running: Generator[MicroBatch, None, None] | None = None
 
     def begin(self, batches: Generator[MicroBatch, None, None]) -> Iterator[MicroBatch]:
         """Close the pass before, and hand this one out."""
         self.close()
         self._running = batches
-        return batches
+        return self._counted(batches)
+
+    def _counted(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        for batch in batches:
+            self.handed_out += 1
+            yield batch
 
     def close(self) -> None:
         """End the pass: its loader, and with it the workers, are gone."""

@@ -1,0 +1,372 @@
+"""What a hand-written loop depends on and a Checkpointer was not given, as far as it can be seen.
+
+What steps the parameters, scales the loss, averages the weights or gives the batches shows when it
+does so. It is told at the next save, and stands in the facts of the checkpoint, so that a resume
+from it says before its first step what it cannot bring back.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from functools import wraps
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader
+
+from unbroken.checkpoint.as_built import all_objects, named_objects
+from unbroken.checkpoint.differences import Difference
+from unbroken.checkpoint.loaders_seen import LoadersSeen, unwatch, watch
+from unbroken.checkpoint.surroundings import attributes, things_around
+from unbroken.data import BatchSource, LoaderSource
+from unbroken.errors import DataError
+
+FACT = "not_given"
+"""Where the facts of a checkpoint hold what `NotGiven.facts` returns."""
+
+_FRAMES, _STEPS = 8, 3  # a scaler is looked for around the first steps
+_SAMPLE = 8
+
+
+class NotGiven:
+    """Notes what training depends on beside the registered objects.
+
+    Args:
+        objects: The registered objects, by name.
+    """
+
+    def __init__(self, objects: Mapping[str, object]) -> None:
+        self.steps = 0
+        self._objects = objects
+        self._seen: dict[int, tuple[Any, str]] = {}  # what it does, by identity
+        self._loaders = LoadersSeen(self._sign, self._trains, self._handed_out)
+        self._steps_of_sources: dict[str, tuple[Any, int]] = {}
+        self._marks: list[torch.Tensor] = []
+        self._copies: list[_Copy] = []
+        self._is_in_evaluation = False  # at the last step
+
+    def begin(self) -> None:
+        """Look from now on, until `end`."""
+        _open.add(self)
+        _hear_of_averages()
+        watch(self._loaders)
+        self._marks = [tensor for one in self._modules() for tensor in _some_parameters(one)]
+
+    def end(self) -> None:
+        """Look no longer."""
+        self._copies = []
+        _open.discard(self)
+        _hear_of_averages()
+        unwatch(self._loaders)
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Take note of who steps, and what is around a step."""
+        if not self._holds(optimizer):
+            if not any(one._holds(optimizer) for one in list(_open)):  # noqa: SLF001 (of its own)
+                self._see(optimizer, f"steps {_count(optimizer)} and keeps a state of its own")
+            return
+        if self.steps < _STEPS:
+            self._look_for_a_scaler()
+        if self.steps == 0:
+            self._copies = list(self._copies_around())
+        for copy in self._copies if self.steps < _SAMPLE else ():
+            self._compare(copy)
+        self._loaders.stepped()
+        self._is_in_evaluation = not any(one.training for one in self._modules())
+        self.steps += 1
+
+    def averaged(self, average: AveragedModel) -> None:
+        """Take note of an average that is updated."""
+        if not any(one._holds(average) for one in list(_open)):  # noqa: SLF001 (of its own)
+            self._see(average, "averages the weights")
+
+    def _see(self, thing: Any, does: str) -> None:
+        self._seen.setdefault(id(thing), (thing, does))
+
+    # What is found is held by name.
+
+    def found(self, values: Any) -> tuple[Difference, ...]:
+        """Return what is not covered, by the names that the user's own code has for it.
+
+        Args:
+            values: What is saved beside the objects: a state in it is the caller's own care.
+        """
+        for copy in self._copies:
+            self._compare(copy)
+        if not self._seen and not self._loaders.trained:
+            return ()
+        names, kept = {id(value): name for name, value in things_around()}, list(_states_in(values))
+        found = [
+            _difference(_name(names.get(one), thing), thing, does)
+            for one, (thing, does) in self._seen.items()
+            if not self._holds(thing) and not _is_kept(thing, kept)
+        ]
+        given = {id(one) for one in self._datasets()}
+        trained = [one for one in self._loaders.trained if self._is_read_beside(one, given)]
+        loaders = [value for _, value in things_around() if isinstance(value, DataLoader)]
+        for dataset in trained:
+            loader = next((one for one in loaders if one.dataset is dataset), None)
+            name = _name(names.get(id(loader)), loader) if loader is not None else "DataLoader"
+            found.append(Difference(name, None, None, _OF_LOADER.format(name), "not covered"))
+        unique = {one.path: one for one in found}
+        return tuple(unique.values())
+
+    def _is_read_beside(self, dataset: Any, given: set[int]) -> bool:
+        return id(dataset) not in given or (self._handed_out() == 0 and self._has_sources())
+
+    def facts(self, found: Iterable[Difference]) -> list[dict[str, str]]:
+        """Return what the next start is to be told of this one."""
+        return [{"path": one.path, "effect": one.effect} for one in found]
+
+    def require_used(self) -> None:
+        """Raise where batches of a registered source were trained on, and not marked as used.
+
+        Raises:
+            DataError: It would begin again at the same batch.
+        """
+        for name, source in _sources(self._objects):
+            count = _handed_out_by(source)
+            position, steps = self._steps_of_sources.get(name, (None, 0))
+            if position is source.position and count and self.steps > steps:
+                raise DataError(
+                    name,
+                    "batches were handed out and trained on, and none was marked as used",
+                    found=f"{count} handed out since from_(), the position did not move",
+                    hint=f"call {name}.used(batch) after each batch: a resume goes on after the "
+                    "last batch that was marked",
+                )
+            self._steps_of_sources[name] = (source.position, self.steps)
+
+    # What is around.
+
+    def _holds(self, thing: object) -> bool:
+        """Return whether a thing is registered, or a part of what is."""
+        for one in all_objects(self._objects):
+            if one is thing or any(part is thing for part in _parts(one)):
+                return True
+            if isinstance(one, Optimizer) and _wraps(thing, one):
+                return True
+        return False
+
+    def _modules(self) -> list[nn.Module]:
+        return [one for one in all_objects(self._objects) if isinstance(one, nn.Module)]
+
+    def _trains(self) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        return self._is_in_evaluation or any(one.training for one in self._modules())
+
+    def _sign(self) -> tuple[object, ...]:
+        grads = (tensor.grad for tensor in self._marks)
+        return (self.steps, *(None if g is None else (id(g), g._version) for g in grads))  # noqa: SLF001
+
+    def _handed_out(self) -> int:
+        return sum(_handed_out_by(source) for _, source in _sources(self._objects))
+
+    def _has_sources(self) -> bool:
+        return next(_sources(self._objects), None) is not None
+
+    def _datasets(self) -> Iterator[Any]:
+        for one in all_objects(self._objects):
+            loader = one._loader.loader if isinstance(one, LoaderSource) else one  # noqa: SLF001
+            yield getattr(loader, "dataset", None) if isinstance(loader, DataLoader) else loader
+
+    def _look_for_a_scaler(self) -> None:
+        frame = sys._getframe(1)  # noqa: SLF001 (has no public name)
+        for _ in range(_FRAMES):
+            if frame.f_back is None:
+                return
+            frame = frame.f_back
+            if frame.f_code.co_name != "step":
+                continue
+            one = frame.f_locals.get("self")
+            if isinstance(one, GradScaler) and one.is_enabled():
+                self._see(one, "scales the loss by what it has seen")
+
+    def _copies_around(self) -> Iterator[_Copy]:
+        """Yield modules, and tensors held by objects of the user's own, that are like a model's."""
+        own = [part for one in all_objects(self._objects) for part in _tensors_in(one)]
+        shapes = {_shapes(one.parameters()): one for one in self._modules()}
+        known = {id(tensor) for tensor in own}
+        for _, value in things_around():
+            is_told = self._holds(value) or isinstance(value, AveragedModel)
+            for name in () if is_told else _places_of_tensors(value):
+                tensors = _tensors_of(value, name)
+                model = shapes.get(_shapes(tensors)) if tensors else None
+                if model is not None and not any(id(tensor) in known for tensor in tensors):
+                    yield _Copy(value, name, model)
+
+    def _compare(self, copy: _Copy) -> None:
+        """See whether a copy of a model is changed by training, other than to a copy again."""
+        if copy.has_moved() and not self._holds(copy.owner):
+            self._see(copy.owner, "holds a copy of the model's weights that training changes")
+
+
+class _Copy:
+    """Tensors of the shapes of a model's: a module, or what an attribute holds."""
+
+    def __init__(self, owner: Any, name: str | None, model: nn.Module) -> None:
+        self.owner, self._name, self._model = owner, name, model
+        self._last = _sample(_tensors_of(owner, name))
+
+    def has_moved(self) -> bool:
+        """Return whether it changed, and is not just the model as it is now."""
+        before, self._last = self._last, _sample(_tensors_of(self.owner, self._name))
+        is_module = self._name is None  # a teacher is copied, too, and used
+        return before != self._last and (
+            is_module or self._last != _sample(list(self._model.parameters()))
+        )
+
+
+def _places_of_tensors(thing: object) -> tuple[str | None, ...]:
+    """Return where a thing may hold a copy of a model: in itself, or in attributes."""
+    return (None,) if isinstance(thing, nn.Module) else tuple(attributes(thing))
+
+
+def _tensors_of(thing: object, name: str | None) -> list[torch.Tensor]:
+    return _tensors_in(thing if name is None else attributes(thing).get(name))
+
+
+_OF_LOADER = (
+    "its batches are trained on, and no checkpoint holds its place; give it: "
+    "data = batch_source({}, seed=..., global_batch_size=...), Checkpointer(..., data=data), and "
+    "train on the batches of data.from_()"
+)
+
+
+def of_checkpoint(facts: Mapping[str, Any]) -> tuple[Difference, ...]:
+    """Return what a checkpoint with these facts does not hold, though its training had it.
+
+    Example:
+        >>> of_checkpoint({"not_given": [{"path": "scaler", "effect": "scales the loss"}]})[0].path
+        'scaler'
+    """
+    stored = facts.get(FACT)
+    found = [one for one in stored if isinstance(one, dict)] if isinstance(stored, list) else []
+    return tuple(
+        Difference(str(one.get("path")), None, None, str(one.get("effect")), "not covered")
+        for one in found
+    )
+
+
+def _difference(name: str, thing: object, does: str) -> Difference:
+    effect = (
+        f"this {type(thing).__name__} {does}, and no checkpoint holds it; "
+        f"give it: Checkpointer(..., {name}={name})"
+    )
+    return Difference(name, None, None, effect, "not covered")
+
+
+def _states_in(values: Any) -> Iterator[frozenset[Any]]:
+    """Yield the names in each mapping among plain values."""
+    if isinstance(values, Mapping):
+        yield frozenset(values)
+    held = values.values() if isinstance(values, Mapping) else values
+    for one in held if isinstance(values, Mapping | list | tuple) else ():
+        yield from _states_in(one)
+
+
+def _is_kept(thing: Any, kept: Iterable[frozenset[Any]]) -> bool:
+    """Return whether the state of a thing is among what the caller saves himself."""
+    if not callable(getattr(type(thing), "state_dict", None)):
+        return False
+    try:
+        state = thing.state_dict()
+    except Exception:
+        return False
+    return isinstance(state, Mapping) and bool(state) and frozenset(state) in set(kept)
+
+
+def _name(found: str | None, thing: object) -> str:
+    """Return the last name on the way to a thing: "scaler" of "self.scaler"; or of its class."""
+    name = (found or "").rpartition(".")[2]
+    return name if name.isidentifier() else type(thing).__name__.lower()
+
+
+def _count(optimizer: Optimizer) -> str:
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    return "one parameter" if count == 1 else f"{count} parameters"
+
+
+def _wraps(thing: object, optimizer: Optimizer) -> bool:
+    """Return whether a thing is only a face of an optimizer: it has no state but that one's."""
+    if not isinstance(thing, Optimizer) or not any(
+        value is optimizer for value in attributes(thing).values()
+    ):
+        return False
+    state = attributes(thing).get("state")
+    return not state or state is attributes(optimizer).get("state")
+
+
+def _parts(thing: object) -> Iterator[object]:
+    """Yield what is saved with a registered object: its modules, and what it holds."""
+    if isinstance(thing, nn.Module):
+        yield from thing.modules()
+    for value in attributes(thing).values():
+        yield value
+        if type(value) in (list, tuple):
+            yield from value
+
+
+def _tensors_in(thing: object) -> list[torch.Tensor]:
+    if isinstance(thing, nn.Module):
+        return list(thing.parameters())
+    values: Iterable[object] = ()
+    if type(thing) is dict:
+        values = list(thing.values())
+    elif type(thing) in (list, tuple):
+        values = thing  # type: ignore[assignment]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    return tensors if len(tensors) == len(list(values)) else []
+
+
+def _shapes(tensors: Iterable[torch.Tensor]) -> tuple[torch.Size, ...]:
+    return tuple(tensor.shape for tensor in tensors)
+
+
+def _sample(tensors: list[torch.Tensor]) -> list[list[Any]]:
+    """Return some numbers of the first tensors and of the last."""
+    chosen = [*tensors[:2], *tensors[-1:]]
+    return [one.detach().reshape(-1)[:_SAMPLE].tolist() for one in chosen]
+
+
+def _some_parameters(module: nn.Module) -> list[torch.Tensor]:
+    trained = [one for one in module.parameters() if one.requires_grad]
+    return [trained[at] for at in sorted({0, len(trained) // 2, len(trained) - 1}) if trained]
+
+
+def _sources(objects: Mapping[str, object]) -> Iterator[tuple[str, BatchSource]]:
+    for name, value in named_objects(objects):
+        if hasattr(type(value), "from_") and isinstance(value, BatchSource):
+            yield name, value
+
+
+def _handed_out_by(source: object) -> int:
+    running = attributes(source).get("_running")
+    return int(getattr(running, "handed_out", 0))
+
+
+_open: WeakSet[NotGiven] = WeakSet()
+_plain_update = AveragedModel.update_parameters
+
+
+@wraps(_plain_update)
+def _update_parameters(self: AveragedModel, model: nn.Module) -> None:
+    for one in list(_open):
+        one.averaged(self)
+    _plain_update(self, model)
+
+
+def _hear_of_averages() -> None:
+    """Hear of averages as long as somebody looks."""
+    is_heard = AveragedModel.update_parameters is _update_parameters
+    if _open and AveragedModel.update_parameters is _plain_update:
+        AveragedModel.update_parameters = _update_parameters  # type: ignore[method-assign]
+    elif not _open and is_heard:
+        AveragedModel.update_parameters = _plain_update  # type: ignore[method-assign]
