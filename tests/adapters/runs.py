@@ -25,6 +25,7 @@ from adapters.data_sets import (
     SAMPLES,
     Augmented,
     Noisy,
+    OfARank,
     OwnSampler,
     Ragged,
     Stream,
@@ -174,6 +175,7 @@ def train(order: dict) -> None:
     data = data_of(order)
     seen = (SeenBeside if order.get("beside") else Seen)(order.get("looks", False))
     collators = {"masked": masked, "padded": padded}
+    collators["of a rank"] = OfARank(int(os.environ.get("RANK", "0")))
     callbacks = callbacks_of(order)
     options = {"resume_from_checkpoint": order["start"]} if "start" in order else {}
     options |= {key: order[key] for key in ("allow", "exact_resume", "snapshot") if key in order}
@@ -245,7 +247,8 @@ def rank_process(order: dict, rank: int, port: int) -> int:
     os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
     status = 1
     try:
-        train({**order, "result": f"{order['result']}{'' if rank == 0 else rank}"})
+        own = order.get("of_rank", {}).get(str(rank), {})
+        train({**order, **own, "result": f"{order['result']}{'' if rank == 0 else rank}"})
         status = 0
     except SystemExit as ended:
         status = ended.code

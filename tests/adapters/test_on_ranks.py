@@ -110,3 +110,26 @@ def test_three_ranks_of_the_hosts_own_add_in_another_order_and_so_do_ours_from_i
     ours = run(**THREE)
     assert "ddp.model.order: stored not known" in ours.text
     assert ours.digest != uninterrupted(**THREE).digest
+
+
+@pytest.mark.slow
+def test_a_collator_that_knows_its_rank_is_compared_with_that_of_the_rank(run, uninterrupted):
+    case = case_of("shuffled", collator="of a rank")
+    assert run(kill_at=6, on_rank=1, **case).status == -signal.SIGKILL
+    resumed = run(**case)
+    assert (resumed.first_step, resumed.bits) == (5, uninterrupted(**case).bits), resumed.text
+    assert "rank: stored" not in resumed.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("own", "says"),
+    [
+        ({"changed_data": True}, "rank 1: data.records"),
+        ({"args": {**SHORT, "learning_rate": 0.5}}, "rank 1: TrainingArguments.learning_rate"),
+    ],
+)
+def test_ranks_with_other_data_or_arguments_are_named_before_the_first_step(own, says, run):
+    refused = run(of_rank={"1": own}, **case_of("shuffled"))
+    assert (refused.status, refused.values) == (1, {})
+    assert says in refused.text

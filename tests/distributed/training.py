@@ -68,10 +68,13 @@ def make_trainer(
     )
     return Trainer(
         config=config,
-        train_dataset=Samples(),
         eval_dataset=Samples() if config.evaluates else None,
         display=Silence(),
-        **{"callbacks": [] if kill is None else [Kill(*kill)], **parts},
+        **{
+            "train_dataset": Samples(),
+            "callbacks": [] if kill is None else [Kill(*kill)],
+            **parts,
+        },
     )
 
 

@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from unbroken.capture import capture, capture_rng
-from unbroken.checkpoint.agreeing import agree_on_versions
+from unbroken.checkpoint.agreeing import FACT, Other, agree_on_versions, others_of_ranks
 from unbroken.checkpoint.background import SaveCost
 from unbroken.checkpoint.beside import BesideTraining, SnapshotMode
 from unbroken.checkpoint.candidates import Origin
@@ -167,6 +167,7 @@ class Checkpointer:
         self.gives_all = False
         self._found, self._not_given = FoundSchedules(self.objects), NotGiven(self.objects)
         self._step_hook: RemovableHandle | None = None
+        self._others: dict[str, list[Other]] | None = None  # what other ranks are
         self._known: set[str] = set()  # paths of what is not covered, and was told
         self._line = Line()
         self._beside = BesideTraining(snapshot, self.group, self.note_event)
@@ -220,6 +221,7 @@ class Checkpointer:
         comparison, lines = self.comparison, self._look()
         comparison.note_what_is_here()
         agree_on_versions(self.group)
+        self._others = self._facts_of_others()
         selection = Selection.parse(which)
         if selection.path is not None and self._place.holds(selection.path):
             self.among_others = True  # a checkpoint that was copied there under another name
@@ -421,7 +423,17 @@ class Checkpointer:
         self._line.refuse_another(self.run)
         return writing.begin()
 
+    def _facts_of_others(self) -> dict[str, list[Other]]:
+        return others_of_ranks(
+            self.group,
+            self.comparison.facts if self.group.world_size > 1 else {},
+            of_each_rank=self._of_each_rank or (),
+            one_data_set=self.comparison.one_data_set,
+        )
+
     def _facts(self, run: RunDirectory) -> dict[str, Any]:
+        if self._others is None:
+            self._others = self._facts_of_others()
         return {
             "metrics_bytes": run.metrics.nbytes,
             "best_step": self.best_step,
@@ -429,6 +441,7 @@ class Checkpointer:
             **self.comparison.facts,
             **self._buckets.facts(),
             **({"found": self._found.facts()} if self._found.found else {}),
+            **({FACT: self._others} if self._others else {}),
         }
 
     def log(self, record: Mapping[str, Any]) -> None:

@@ -99,6 +99,9 @@ class Comparison:
         examine: May add differences or take some away.
         told: Names of objects that settings make, and so tell enough of.
         buckets: How `DistributedDataParallel` adds gradients; None: it is not looked at.
+
+    Attributes:
+        one_data_set: Whether all ranks are given the same data, and share them out; may be set.
     """
 
     def __init__(
@@ -114,6 +117,7 @@ class Comparison:
     ) -> None:
         self._told = set(told)
         self._buckets = buckets
+        self.one_data_set = False
         self._objects = objects
         self._settings = _plain_settings(settings or {})
         self._more = more

@@ -23,13 +23,16 @@ _FEWEST = 4  # blocks of a tensor
 _GOLDEN = 0x9E3779B1  # multiples of it are spread evenly (Knuth)
 
 
-def agree_on_replicas(group: Group, leaves: Sequence[TensorLeaf], save: int) -> None:
+def agree_on_replicas(
+    group: Group, leaves: Sequence[TensorLeaf], save: int, *, may_differ: bool = True
+) -> None:
     """Raise unless these tensors are the same on all ranks, as far as the sample shows.
 
     Args:
         group: The ranks; all have the same leaves.
         leaves: What is stored once.
         save: The number of the save: it chooses the sample.
+        may_differ: Whether the caller can have each rank's own stored, which the hint then tells.
 
     Raises:
         RankError: Naming a tensor, and the ranks on which it is another one.
@@ -42,7 +45,7 @@ def agree_on_replicas(group: Group, leaves: Sequence[TensorLeaf], save: int) -> 
     host = _on_the_host(samples)
     digests = group.gather("what is stored once", xxhash.xxh3_128_hexdigest(host.numpy().data))
     if len(set(map(str, digests))) > 1:
-        raise _differing(group, [leaf.path for leaf in leaves], samples)
+        raise _differing(group, [leaf.path for leaf in leaves], samples, may_differ=may_differ)
 
 
 def _sample(tensor: torch.Tensor, place: int) -> torch.Tensor:
@@ -73,7 +76,9 @@ def _on_the_host(samples: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
 
 
-def _differing(group: Group, paths: Sequence[str], samples: Sequence[torch.Tensor]) -> RankError:
+def _differing(
+    group: Group, paths: Sequence[str], samples: Sequence[torch.Tensor], *, may_differ: bool
+) -> RankError:
     own = [xxhash.xxh3_64_hexdigest(_on_the_host([sample]).numpy().data) for sample in samples]
     ranks = [list(map(str, digests)) for digests in map(_as_list, group.gather("each tensor", own))]
     usual = max(ranks, key=ranks.count)
@@ -83,13 +88,13 @@ def _differing(group: Group, paths: Sequence[str], samples: Sequence[torch.Tenso
     more = f" (and {len(differing) - 1} more tensors)" if differing[1:] else ""
     owners = dict.fromkeys(path.partition(".")[0].partition(":")[0] for path in differing)
     each = ", ".join(f'"{name}"' for name in (*owners, "rng", "values"))
+    alike = "begin with the same weights (seed before the model is built), and sum all gradients"
+    apart = f"if the ranks should not be alike: Checkpointer(of_each_rank=[{each}])"
     return RankError(
         name_ranks(odd),
         f"{differing[0]}{more}: is not what the other ranks have, and is stored once for all",
         ranks=odd,
-        hint="if the ranks should be alike, find what lets them drift apart (another seed, "
-        "gradients that are not summed); if not: "
-        f"Checkpointer(of_each_rank=[{each}]) stores each rank's own",
+        hint=f"{alike}; {apart}" if may_differ else alike,
     )
 
 

@@ -18,6 +18,7 @@ from unbroken.capture import (
     structure_from_bytes,
     types_in,
 )
+from unbroken.checkpoint.agreeing import facts_of_rank, told_by_rank_0
 from unbroken.checkpoint.candidates import Candidates, Origin, origin_in
 from unbroken.checkpoint.comparison import Comparison
 from unbroken.checkpoint.differences import Difference, gravest_first
@@ -118,6 +119,7 @@ class Resumption:
         self._found = found
         self._given_since: list[str] = []
         self._differences: tuple[Difference, ...] = ()
+        self._told: tuple[Difference, ...] = ()
         self._same: tuple[Difference, ...] = ()
 
     def start(self, selection: Selection) -> ResumeReport:
@@ -171,6 +173,7 @@ class Resumption:
     ) -> ResumeReport:
         """Let rank 0 clear the way; every rank has its own differences."""
         group = self._group
+        self._told = told_by_rank_0(group, self._differences)
 
         def begin() -> ResumeReport | None:
             with as_directory_error(self._run.storage):
@@ -277,6 +280,8 @@ class Resumption:
         comparison, facts = self._comparison, reader.manifest.facts
         if comparison is None:
             return tree
+        place = self._group.rank, self._group.world_size
+        facts = facts_of_rank(facts, comparison.facts, *place)
         rows = comparison.rows(facts)
         found = tuple(row for row in rows if row.verdict != "same")
         count = len(found)
@@ -375,7 +380,7 @@ class Resumption:
             rejected=rejected,
             set_aside=moved,
             previous_owner=self._run.previous_owner,
-            differences=self._differences,
+            differences=self._told,
             same=self._same,
             notes=(*self._notes, *notes),
         )

@@ -128,7 +128,8 @@ def share_of(
     together = [name for name, value in common.items() if _is_common(value)]
     _agree_on_structure(group, encoded, together)
     _agree_on_copies(group, encoded)
-    agree_on_replicas(group, _replicas(encoded, together, of_rank_0), plan.saves)
+    replicas = _replicas(encoded, together, of_rank_0)
+    agree_on_replicas(group, replicas, plan.saves, may_differ=of_each_rank != ())
     plan.saves += 1
     mine = _planned(group, encoded, common, plan, divided=not blind)
     if group.rank == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from unbroken.distributed.alone import Alone as Alone
+from unbroken.distributed.disagreement import disagreement as disagreement
 from unbroken.distributed.disagreement import name_ranks as name_ranks
 from unbroken.distributed.group import Group as Group
 from unbroken.distributed.joining import join as join
@@ -19,6 +20,7 @@ __all__ = [
     "RankSums",
     "Ranks",
     "Tree",
+    "disagreement",
     "divide",
     "join",
     "name_ranks",

@@ -178,6 +178,7 @@ class Trainer:
         self.checkpointer = make_checkpointer(
             self, place, state or {}, settings, types, fingerprint, clock, wall_clock
         )
+        self.checkpointer.comparison.one_data_set = hasattr(train_dataset, "__getitem__")
         self.checkpointer.ahead = self._construction.ahead
         self.checkpointer.note = self.display.note
         self.checkpointer.gives_all = True

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unbroken.adapters.transformers.adopting import adopt
+from unbroken.adapters.transformers.arguments import RULES, plain_arguments
 from unbroken.adapters.transformers.batches import Beginning
 from unbroken.adapters.transformers.callbacks import CallbackState, callback_states
 from unbroken.adapters.transformers.comparing import (
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from unbroken.adapters.transformers.trainer import Trainer
 
 _NAMES = ("path", "step")
+_TRAINS = ("changed", "")  # what a rule does not know
 
 
 class Run:
@@ -99,6 +101,7 @@ class Run:
             group=self.group,
             snapshot=trainer.start.snapshot,
         )
+        self.checkpointer.comparison.one_data_set = True
         self.checkpointer.layout = Folder(trainer).layout
         self.checkpointer.among_others = True
         self.checkpointer.gives_all = True
@@ -220,6 +223,9 @@ class Run:
         self._callbacks = {name: copy.deepcopy(one.state_dict()) for name, one in states.items()}
 
     def _bring_back(self) -> None:
+        arguments = plain_arguments(self.trainer.args)
+        of_all = {n: v for n, v in arguments.items() if RULES.get(n, _TRAINS)[0] != "harmless"}
+        self.group.agree("TrainingArguments", of_all)
         if self.chosen.is_stock and self.folder is not None and self._stored is not None:
             self.report, self._adopted = adopt(self, self.folder, self._stored, self._loader)
             return

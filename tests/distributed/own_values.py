@@ -1,0 +1,156 @@
+"""Loops in which a value says which rank it is, and ranks that do not train alike."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from distributed.training import make_trainer
+from unbroken.checkpoint import Checkpointer
+from unbroken.distributed import Group, join
+from unbroken.errors import UnbrokenError
+
+STEPS = 4
+RANK = 0  # set by each rank, as a script does
+
+
+class OfARank(nn.Module):
+    """Knows its rank, and uses a global that tells it, too."""
+
+    def __init__(self, rank: int, hidden: int = 8) -> None:
+        super().__init__()
+        self.layer, self.rank, self.dropout = nn.Linear(6, 4), rank, nn.Dropout(hidden / 100)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.layer(x)) + 0 * (self.rank - RANK)
+
+
+def loss_of_a_rank(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return nn.functional.mse_loss(output.mean(), target.float().mean() + RANK)
+
+
+class Numbers:
+    """A data set that knows its rank, or has other records on one."""
+
+    def __init__(self, rank: int | None, offset: int = 0) -> None:
+        self.rows = torch.arange(40.0) + offset
+        if rank is not None:
+            self.rank = rank
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        own = getattr(self, "rank", 0)
+        return (self.rows[index] + own).expand(6), torch.tensor(index % 4)
+
+
+class Others:
+    """The same records as another class has: other code."""
+
+    __len__ = Numbers.__len__
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.full((6,), float(index)), torch.tensor(index % 4)
+
+
+def train_with_values(folder: str, last: int) -> None:
+    """Train a loop, and a Trainer, whose parts know their rank; leave what was told."""
+    global RANK
+    group = join(timeout=60.0)
+    RANK = group.rank
+    told = {"loop": loop(f"{folder}/loop", group, last), "trainer": trainer(folder, group, last)}
+    Path(folder, f"told-{group.rank}").write_text(json.dumps(told))
+    dist.barrier()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def loop(folder: str, group: Group, last: int) -> list[str]:
+    torch.manual_seed(3)
+    model = OfARank(group.rank)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    settings = {"rank": group.rank, "seed": 100 + group.rank}
+    facts = {"loss": {"values": {"RANK": RANK}}}
+    more: dict[str, Any] = {"settings": settings, "fingerprint": lambda: facts}
+    objects = {"model": model, "optimizer": optimizer}
+    with Checkpointer(folder, group=group, **more, **objects) as checkpointer:
+        report = checkpointer.resume()
+        checkpointer.save(last)
+    return report.lines() if report.resumed else []
+
+
+def trainer(folder: str, group: Group, last: int) -> list[str]:
+    torch.manual_seed(3)
+    settings = {"max_steps": last, "save_steps": 1, "batch_size": 4}
+    settings["lr_scheduler_type"] = "constant"
+    parts = {"train_dataset": Numbers(group.rank), "loss_fn": loss_of_a_rank, "group": group}
+    one = make_trainer(f"{folder}/trainer", settings, model=OfARank(group.rank), **parts)
+    one.train()
+    report = one.resume_report
+    return report.lines() if report.resumed else []
+
+
+def other_layers(folder: str, group: Group) -> None:
+    model = OfARank(0, hidden=8 + group.rank)
+    Checkpointer(folder, group=group, model=model).resume()
+
+
+def other_hyperparameters(folder: str, group: Group) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.1 * group.rank)
+    Checkpointer(folder, group=group, model=model, optimizer=optimizer).resume()
+
+
+def other_script(folder: str, group: Group) -> None:
+    code = {"script": "train.py", "script_digest": "abc" if group.rank == 0 else "def"}
+    checkpointer = Checkpointer(folder, group=group, model=nn.Linear(2, 2))
+    checkpointer.comparison.note_what_is_here()
+    checkpointer.comparison.facts["fingerprint"]["code"].update(code)
+    checkpointer.resume()
+
+
+def other_records(folder: str, group: Group) -> None:
+    trainer_on(folder, group, Numbers(None, offset=group.rank))
+
+
+def other_class(folder: str, group: Group) -> None:
+    trainer_on(folder, group, Numbers(None) if group.rank == 0 else Others())
+
+
+def trainer_on(folder: str, group: Group, data: Any) -> None:
+    torch.manual_seed(3)
+    settings = {"max_steps": 2, "save_steps": 1, "batch_size": 4}
+    make_trainer(folder, settings, train_dataset=data, group=group).train()
+
+
+OTHERS: MappingProxyType[str, tuple[Callable[[str, Group], None], str]] = MappingProxyType(
+    {
+        "layers": (other_layers, "rank 1: model.layer.dropout"),
+        "hyperparameters": (other_hyperparameters, "rank 1: optimizer."),
+        "script": (other_script, "rank 1: code.script_digest: expected"),
+        "records": (other_records, "rank 1: data.records"),
+        "class of data": (other_class, "rank 1: data.class"),
+    }
+)
+
+
+def begin_all(folder: str) -> None:
+    """Begin with ranks that do not train alike; leave what each says."""
+    group, told = join(timeout=60.0), {}
+    for number, (name, (begin, _)) in enumerate(OTHERS.items()):
+        try:
+            begin(f"{folder}/{number}", group)
+            told[name] = ""
+        except UnbrokenError as error:
+            told[name] = f"{type(error).__name__}: {error}"
+    Path(folder, f"told-{group.rank}").write_text(json.dumps(told))
+    os._exit(0)
