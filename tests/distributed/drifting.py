@@ -158,8 +158,8 @@ def save_all(folder: str) -> None:
 def saved(folder: str, loop: Loop, group: Group, options: dict[str, Any]) -> str:
     objects = {"model": loop.model, "optimizer": loop.optimizer, **loop.more}
     with Checkpointer(folder, group=group, **options, **objects) as checkpointer:
-        checkpointer.resume()
         try:
+            checkpointer.resume()
             checkpointer.save(1)
         except RankError as error:
             return "\n".join([str(error), *getattr(error, "__notes__", ())])
