@@ -25,12 +25,16 @@ _FULL_SYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: fsync sto
 _WRITE_FLAGS = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 # O_NONBLOCK: opening a named pipe that someone put there must not wait for ever.
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_LINK = "is a symbolic link, which is not followed inside of a run directory"
 
 
 class LocalStorage:
     """Keep files below a folder of the local disk. Durable means fsync.
 
     Long files are written and read past the page cache where the file system allows it.
+    No symbolic link below the root is followed: every folder on the way is opened as the folder
+    that it is, and names are looked up in it. The root itself may be a link.
 
     Args:
         root: The folder. It is made, with its parents and durably, unless `create` is False.
@@ -61,23 +65,24 @@ class LocalStorage:
 
     def create(self, path: str, nbytes: int = 0) -> WriteHandle:
         """Create a file that did not exist; a long one is written past the page cache."""
-        flags = os.O_CREAT | os.O_EXCL
+        fd = self._open(path, _WRITE_FLAGS | os.O_CREAT | os.O_EXCL)
         if nbytes < _LONG_BYTES:
-            return LocalWriteHandle(self.describe(path), flags)
-        return LongWriteHandle(self.describe(path), flags, nbytes, self._buffers)
+            return LocalWriteHandle(self.describe(path), fd)
+        return LongWriteHandle(self.describe(path), fd, nbytes, self._buffers)
 
     def open(self, path: str) -> LocalReadHandle:
         """Open a regular file for reading; a link or a device is refused."""
-        return LocalReadHandle(self.describe(path), self._buffers)
+        return LocalReadHandle(self.describe(path), self._open(path, _READ_FLAGS), self._buffers)
 
     def append(self, path: str, data: bytes) -> None:
         """Write `data` at the end of a file, which is created if missing."""
-        with LocalWriteHandle(self.describe(path), os.O_CREAT | os.O_APPEND) as file:
+        fd = self._open(path, _WRITE_FLAGS | os.O_CREAT | os.O_APPEND)
+        with LocalWriteHandle(self.describe(path), fd) as file:
             file.write(data)
 
     def truncate(self, path: str, nbytes: int) -> None:
         """Cut a file to its first `nbytes` bytes."""
-        with _opened(self.describe(path), _WRITE_FLAGS) as fd:
+        with _closing(self._open(path, _WRITE_FLAGS), self.describe(path)) as fd:
             found = os.fstat(fd).st_size
             if nbytes > found:
                 raise ValueError(f"{self.describe(path)}: cannot cut {found} bytes to {nbytes}")
@@ -85,46 +90,100 @@ class LocalStorage:
 
     def sync_file(self, path: str) -> None:
         """Make the bytes of a file durable."""
-        with _opened(self.describe(path), _READ_FLAGS) as fd:
+        with _closing(self._open(path, _READ_FLAGS), self.describe(path)) as fd:
             _sync(fd)
 
     def make_folder(self, path: str) -> None:
         """Make a folder that did not exist."""
-        os.mkdir(self.describe(path))
+        with self._at(path) as (folder, name):
+            os.mkdir(name, dir_fd=folder)
 
     def sync_folder(self, path: str) -> None:
         """Make the names in a folder durable."""
-        _sync_folder(self.describe(path))
+        with _closing(self._open_folder(path), self.describe(path)) as fd:
+            _sync(fd)
 
     def rename(self, source: str, target: str) -> None:
         """Move a file or folder in one atomic step, replacing nothing."""
-        rename_no_replace(self.describe(source), self.describe(target))
+        with self._at(source) as (source_folder, old), self._at(target) as (target_folder, new):
+            rename_no_replace(old, new, source_folder, target_folder)
 
     def link(self, source: str, target: str) -> None:
         """Give a file a second name (a hard link)."""
-        os.link(self.describe(source), self.describe(target), follow_symlinks=False)
+        with self._at(source) as (folder, old), self._at(target) as (target_folder, new):
+            os.link(old, new, src_dir_fd=folder, dst_dir_fd=target_folder, follow_symlinks=False)
 
     def remove_file(self, path: str) -> None:
         """Remove the name of a file."""
-        os.unlink(self.describe(path))
+        with self._at(path) as (folder, name):
+            os.unlink(name, dir_fd=folder)
 
     def remove_folder(self, path: str) -> None:
         """Remove an empty folder."""
-        os.rmdir(self.describe(path))
+        with self._at(path) as (folder, name):
+            os.rmdir(name, dir_fd=folder)
 
     def list(self, path: str) -> list[str]:
         """Return the sorted names in a folder."""
-        return sorted(os.listdir(self.describe(path)))
+        with _closing(self._open_folder(path), self.describe(path)) as fd:
+            return sorted(os.listdir(fd))
 
     def stat(self, path: str) -> Stat | None:
         """Return what is known of a file or folder, or None; a link is not followed."""
         try:
-            found = os.lstat(self.describe(path))
+            with self._at(path) as (folder, name):
+                found = os.stat(name, dir_fd=folder, follow_symlinks=not path)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            if error.errno == errno.ELOOP:  # behind a link there is nothing of ours
+                return None
+            raise
         is_folder = modes.S_ISDIR(found.st_mode)
         nbytes = 0 if is_folder else found.st_size
         return Stat(nbytes, is_folder, found.st_mtime_ns, f"{found.st_dev}:{found.st_ino}")
+
+    @contextlib.contextmanager
+    def _at(self, path: str) -> Iterator[tuple[int | None, str]]:
+        """Give the open folder that holds a path, and the path's name in it.
+
+        What is directly in the root needs no open folder.
+        """
+        where = self.describe(path)
+        if "/" not in path:
+            yield None, where
+            return
+        parent, _, name = path.rpartition("/")
+        folder = self._open_folder(parent)
+        try:
+            yield folder, name
+        except OSError as error:
+            error.filename = where
+            raise
+        finally:
+            os.close(folder)
+
+    def _open_folder(self, path: str) -> int:
+        """Open a folder, each one on the way to it as the folder that it is."""
+        parts = check_path(path).split("/") if path else []
+        fd, done = os.open(self._root, _FOLDER_FLAGS), ""
+        for name in parts:
+            done = f"{done}/{name}" if done else name
+            try:
+                below = os.open(name, _FOLDER_FLAGS | os.O_NOFOLLOW, dir_fd=fd)
+            except OSError as error:
+                raise _seen(error, self.describe(done)) from None
+            finally:
+                os.close(fd)
+            fd = below
+        return fd
+
+    def _open(self, path: str, flags: int) -> int:
+        with self._at(path) as (folder, name):
+            try:
+                return os.open(name, flags, 0o666, dir_fd=folder)
+            except OSError as error:
+                raise _seen(error, self.describe(path)) from None
 
     def free_bytes(self) -> int:
         """Return how many bytes this user can still write."""
@@ -133,6 +192,8 @@ class LocalStorage:
 
     def lock(self, path: str, owner: str) -> ProcessLock:
         """Take the lock at `path` for this process."""
+        with self._at(path):  # a link on the way is refused
+            pass
         return take_process_lock(self.describe(path), owner)
 
 
@@ -157,9 +218,9 @@ class Buffers:
 class _Handle:
     """An open descriptor that is closed once."""
 
-    def __init__(self, path: str, flags: int) -> None:
+    def __init__(self, path: str, fd: int) -> None:
         self._path = path
-        self._fd = os.open(path, flags, 0o666)
+        self._fd = fd
 
     def close(self) -> None:
         """Close the descriptor; closing twice is allowed."""
@@ -185,9 +246,6 @@ class LocalWriteHandle(_Handle):
     """A local file that grows at its end, made by `LocalStorage.create`."""
 
     _failed: OSError | None = None
-
-    def __init__(self, path: str, flags: int) -> None:
-        super().__init__(path, _WRITE_FLAGS | flags)
 
     def write(self, data: Bytes, /) -> None:
         """Write all of `data`, in as many calls as the system wants."""
@@ -216,8 +274,8 @@ class LocalWriteHandle(_Handle):
 class LongWriteHandle(LocalWriteHandle):
     """A new local file of known length, made by `LocalStorage.create`."""
 
-    def __init__(self, path: str, flags: int, nbytes: int, buffers: Buffers) -> None:
-        super().__init__(path, flags)
+    def __init__(self, path: str, fd: int, nbytes: int, buffers: Buffers) -> None:
+        super().__init__(path, fd)
         self._buffers = buffers
         self._long: LongWrite | None = None
         try:
@@ -271,8 +329,8 @@ class LongWriteHandle(LocalWriteHandle):
 class LocalReadHandle(_Handle):
     """An open local file, made by `LocalStorage.open`."""
 
-    def __init__(self, path: str, buffers: Buffers) -> None:
-        super().__init__(path, _READ_FLAGS)
+    def __init__(self, path: str, fd: int, buffers: Buffers) -> None:
+        super().__init__(path, fd)
         self._buffers = buffers
         self._long: LongRead | None = None
         found = os.fstat(self._fd)
@@ -308,9 +366,16 @@ class LocalReadHandle(_Handle):
                 self._buffers.give(buffer)
 
 
+def _seen(error: OSError, where: str) -> OSError:
+    """Return what a system says of a name, in words where the name is a symbolic link."""
+    if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EMLINK) and os.path.islink(where):
+        return OSError(errno.ELOOP, _LINK, where)
+    error.filename = where
+    return error
+
+
 @contextlib.contextmanager
-def _opened(path: str, flags: int) -> Iterator[int]:
-    fd = os.open(path, flags)
+def _closing(fd: int, path: str) -> Iterator[int]:
     try:
         with _naming(path):
             yield fd
@@ -354,5 +419,5 @@ def _make_folder_durably(path: str) -> None:
 
 
 def _sync_folder(path: str) -> None:
-    with _opened(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) as fd:
+    with _closing(os.open(path, _FOLDER_FLAGS), path) as fd:
         _sync(fd)

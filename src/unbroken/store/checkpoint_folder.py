@@ -39,7 +39,7 @@ class CheckpointFolder:
         if found is None:
             raise CheckpointNotFoundError(self.where(""), "there is no such checkpoint")
         if not found.is_folder:
-            raise self.corrupt("", "is not a folder")
+            raise self.corrupt("", "is not a folder; a symbolic link is not followed")
         with self.open(MANIFEST_NAME) as handle:
             if handle.nbytes > MAX_MANIFEST_BYTES:
                 expected = f"at most {MAX_MANIFEST_BYTES} bytes"
