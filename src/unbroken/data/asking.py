@@ -33,6 +33,17 @@ def is_held(thing: object, name: str) -> bool:
     return name in own or hasattr(type(thing), name)
 
 
+def is_of(thing: object, package: str) -> bool:
+    """Return whether the class of an object comes from a package.
+
+    Example:
+        >>> import numpy
+        >>> is_of(numpy.ones(1), "numpy"), is_of([], "numpy")
+        (True, False)
+    """
+    return type(thing).__module__.partition(".")[0] == package
+
+
 def answers_anything(thing: object) -> bool:
     """Return whether an object's `__getattr__` has an answer to any name."""
     return hasattr(type(thing), "__getattr__") and hasattr(thing, _NOBODY_HAS_THIS)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from unbroken.data.asking import has
+from unbroken.data.asking import has, is_of
 from unbroken.data.keys import derive_key
 from unbroken.data.randomness import KeyedRandom
 from unbroken.data.seen import drawn_from
@@ -45,10 +45,15 @@ class ForeignLoader:
         self.loader = loader
         self.seed = seed
         _require_repeatable(loader)
-        leave_signals_of(loader)
+        base = getattr(loader, "base_dataloader", None) if is_of(loader, "accelerate") else None
+        leave_signals_of(loader if base is None else base)
+        for part in _parts(loader):
+            if type(part).__name__ == "SeedableRandomSampler":  # of accelerate: by seed and epoch
+                part.initial_seed = derive_key(seed, "loader generator") >> 1
 
     def begin(self, epoch: int, rng: KeyedRandom, state: Any = None) -> Iterator[Any]:
         """Return an iterator over one epoch; with the loader's own state, over the rest of it."""
+        _forget_passes(self.loader, epoch)
         for part in _parts(self.loader):
             if has(part, "set_epoch") and callable(part.set_epoch):
                 part.set_epoch(epoch)
@@ -99,9 +104,29 @@ def _length(data: Any) -> int | None:
 
 def _parts(loader: Any) -> list[Any]:
     """The loader and what it draws its order from, each once."""
-    parts = [getattr(loader, name, None) for name in ("dataset", "sampler", "batch_sampler")]
-    found = [loader, *parts, getattr(parts[-1], "sampler", None)]
-    return list({id(part): part for part in found if part is not None}.values())
+    found: dict[int, Any] = {}
+    waiting = [loader, getattr(loader, "dataset", None)]
+    while waiting:
+        part = waiting.pop(0)
+        if part is None or id(part) in found:
+            continue
+        found[id(part)] = part
+        if part is loader or (has(part, "__iter__") and not has(part, "__getitem__")):
+            waiting += [getattr(part, name, None) for name in ("sampler", "batch_sampler")]
+    return list(found.values())
+
+
+def _forget_passes(loader: Any, epoch: int) -> None:
+    """Let a loader know of no pass before this one.
+
+    Accelerate's count their passes, and shuffle by the count; torchdata's may hold an iterator
+    that was made when somebody asked for its state.
+    """
+    if is_of(loader, "accelerate"):
+        loader.iteration = epoch
+        loader = getattr(loader, "base_dataloader", None)
+    if is_of(loader, "torchdata") and has(loader, "load_state_dict"):
+        loader.load_state_dict({})
 
 
 def _is_factory(loader: Any) -> bool:

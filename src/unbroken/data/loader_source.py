@@ -151,13 +151,10 @@ class LoaderSource:
     def state_dict(self) -> dict[str, Any]:
         """Return the place after the last batch used, and what it depends on.
 
-        With a loader on each rank these are `places`.
+        With a loader on each rank these are `places`, where they are told; else each rank has
+        a state of its own.
         """
-        return {"ranks": self.places} if self._is_one_of_many else self.own_state()
-
-    @property
-    def _is_one_of_many(self) -> bool:
-        return self.shape.world_size > 1 and not self._grouping.samples
+        return {"ranks": self.places} if self.places else self.own_state()
 
     def own_state(self) -> dict[str, Any]:
         """Return the place of this rank's loader, and what it depends on."""
@@ -199,6 +196,8 @@ class LoaderSource:
     def _of_this_rank(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
         if self._grouping.samples or state.get("gives_samples"):
             return state
+        if "ranks" not in state and state.get("world_size") == self.shape.world_size:
+            return state  # each rank has stored its own
         ranks = state.get("ranks", [state])
         if len(ranks) != self.shape.world_size:
             raise DataError(

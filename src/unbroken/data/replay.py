@@ -16,7 +16,7 @@ from torch.utils.data import (
     default_convert,
 )
 
-from unbroken.data.asking import answers_anything, has
+from unbroken.data.asking import answers_anything, has, is_of
 from unbroken.data.keyed_dataset import is_deterministic
 
 
@@ -36,6 +36,8 @@ def reason_to_replay(loader: Any) -> str | None:
     """
     if not _has_state(loader):
         return "it has no state_dict"
+    if is_of(loader, "accelerate"):
+        return "it reads a batch further than the one that it gives"
     dataset = getattr(loader, "dataset", None)
     if getattr(loader, "num_workers", 0) and _draws_in_workers(loader, dataset):
         return (
@@ -92,9 +94,9 @@ def _lazy_sampler(sampler: Any) -> str | None:
     if type(sampler) in _DRAW:
         return None if sampler.generator is not None else type(sampler).__name__
     kind = type(sampler)
-    if kind.__module__.partition(".")[0] == "torchdata" and kind.__name__ == "RandomSampler":
+    if is_of(sampler, "torchdata") and kind.__name__ == "RandomSampler":
         return None  # its iterator has a state, and it a generator
-    if kind.__name__ == "BatchSampler" and kind.__module__.partition(".")[0] in _OF_TORCH:
+    if kind.__name__ == "BatchSampler" and any(is_of(sampler, name) for name in _OF_TORCH):
         return _lazy_sampler(sampler.sampler)
     return kind.__name__
 

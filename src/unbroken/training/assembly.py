@@ -130,8 +130,10 @@ def _size_in_loader(data: Any) -> int | None:
     """Return how many samples the batches of a `DataLoader` have, where it says so."""
     if not isinstance(data, DataLoader):
         return None
-    size = getattr(data.batch_sampler, "batch_size", data.batch_size)
-    return size if isinstance(size, int) else None
+    sampler = data.batch_sampler
+    size = getattr(sampler, "batch_size", data.batch_size)
+    is_shared = any(getattr(one, "split_batches", False) for one in (data, sampler))
+    return size if isinstance(size, int) and not is_shared else None  # of accelerate, by ranks
 
 
 def make_source(
