@@ -6,7 +6,7 @@ import hashlib
 import os
 import signal
 import threading
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -77,11 +77,16 @@ class StoppedInAWindow(transformers.TrainerCallback):
 
 
 class Seen(transformers.TrainerCallback):
-    """Takes the weights' digest after each step, and what the learning rate was."""
+    """Takes the weights' digest after each step, and what the learning rate was.
+
+    Of the steps of its own process alone: what stands in a class is not saved.
+    """
+
+    rates: ClassVar[dict[int, float]] = {}
+    states: ClassVar[dict[int, list[str]]] = {}
 
     def __init__(self, looks: bool = False) -> None:
-        self.rates: dict[int, float] = {}
-        self.looks, self.states = looks, {}
+        self.looks = looks
         self.begun_at_epoch: float | None = None
 
     def look(self, step: int, model: torch.nn.Module, optimizer: Any) -> None:

@@ -16,11 +16,15 @@ from unbroken.capture.modules import named_modules as named_modules
 from unbroken.capture.modules import named_parameters as named_parameters
 from unbroken.capture.modules import unwrapped as unwrapped
 from unbroken.capture.names import ParameterNames as ParameterNames
+from unbroken.capture.objects import Stateful as Stateful
 from unbroken.capture.objects import capture as capture
+from unbroken.capture.objects import capture_beside as capture_beside
 from unbroken.capture.objects import check as check
 from unbroken.capture.objects import files_for as files_for
 from unbroken.capture.objects import fill as fill
+from unbroken.capture.objects import kind_of as kind_of
 from unbroken.capture.objects import restore as restore
+from unbroken.capture.objects import restore_beside as restore_beside
 from unbroken.capture.partial import Skip as Skip
 from unbroken.capture.partial import keep_skipped as keep_skipped
 from unbroken.capture.pretrained import pretrained_files as pretrained_files
@@ -49,10 +53,12 @@ __all__ = [
     "LeafSource",
     "ParameterNames",
     "Skip",
+    "Stateful",
     "StoredTensor",
     "TensorLeaf",
     "byte_view",
     "capture",
+    "capture_beside",
     "capture_gradients",
     "capture_rng",
     "check",
@@ -68,6 +74,7 @@ __all__ = [
     "how_cut",
     "is_sharded",
     "keep_skipped",
+    "kind_of",
     "load_tensors",
     "named_buffers",
     "named_modules",
@@ -75,6 +82,7 @@ __all__ = [
     "pretrained_files",
     "raw",
     "restore",
+    "restore_beside",
     "restore_gradients",
     "restore_rng",
     "stored_distance",

@@ -260,6 +260,61 @@ def fill(objects: Mapping[str, object], tree: Mapping[str, Any]) -> None:
     later.finish()
 
 
+def capture_beside(
+    objects: Mapping[str, object], beside: Mapping[str, object], path: str
+) -> Captured:
+    """Return the state of an object that is not registered, but stands beside those that are.
+
+    Args:
+        objects: The registered objects by name.
+        beside: Other objects by their paths; an optimizer may train what these hold, too.
+        path: That of the one to capture.
+
+    Raises:
+        CaptureError: It, or a value in its state, cannot be stored.
+
+    Example:
+        >>> capture_beside({}, {"trainer.teacher": nn.Linear(1, 1)}, "trainer.teacher").kind
+        'module'
+    """
+    found: Captured = _capture(beside[path], path, _names_beside(objects, beside))
+    return found
+
+
+def restore_beside(
+    objects: Mapping[str, object],
+    beside: Mapping[str, object],
+    path: str,
+    stored: Any,
+    *,
+    check: bool = False,
+) -> Mismatch | None:
+    """Bring such an object back; or tell whether the state would fit.
+
+    Args:
+        objects: As `capture_beside` takes them.
+        beside: As `capture_beside` takes them.
+        path: That of the object.
+        stored: What was captured of it, decoded with `lazy=True`.
+        check: Change nothing.
+
+    Returns:
+        Why it does not fit, if it does not; then nothing is changed.
+    """
+    names = _names_beside(objects, beside)
+    problem = next(_check(beside[path], stored, path, names), None)
+    if problem is None and not check:
+        later = Filling()
+        kind_of(beside[path], path).restore(beside[path], stored, names, later)
+        later.finish()
+    return problem
+
+
+def _names_beside(objects: Mapping[str, object], beside: Mapping[str, object]) -> ParameterNames:
+    modules = {path: one for path, one in beside.items() if isinstance(one, nn.Module)}
+    return ParameterNames({**objects, "attributes": modules})
+
+
 def files_for(objects: Mapping[str, object]) -> FileOf:
     """Return the rule for `encode` that gives each module and optimizer a file of its own.
 

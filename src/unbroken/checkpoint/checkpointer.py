@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from unbroken.capture import capture, capture_rng
 from unbroken.checkpoint.agreeing import FACT, Other, agree_on_versions, others_of_ranks
+from unbroken.checkpoint.attributes import NAME, Attributes, is_bare
 from unbroken.checkpoint.background import SaveCost
 from unbroken.checkpoint.beside import BesideTraining, SnapshotMode
 from unbroken.checkpoint.candidates import Origin
@@ -41,12 +42,13 @@ from unbroken.checkpoint.shares import Plan, share_of
 from unbroken.checkpoint.writing import Writing
 from unbroken.distributed import Alone, Group
 from unbroken.errors import ConfigError, RankError, SaveError
+from unbroken.fingerprint import object_facts
 from unbroken.goodput import SaveInterval
 from unbroken.storage import Storage
 from unbroken.store import CheckpointWriter, KeepPolicy, RunDirectory
 from unbroken.store.run_directory import now_as_text
 
-_RESERVED = ("rng", "values")
+_RESERVED = ("rng", "values", NAME)
 
 
 class Checkpointer:
@@ -96,11 +98,14 @@ class Checkpointer:
             or from outside PyTorch is not seen. Both need one more copy of what a rank stores.
         objects: What to save, by name: modules, optimizers, schedulers, a GradScaler, random
             generators, tensors, anything with `state_dict` and `load_state_dict`, and lists and
-            dicts of these. The object called `model` gives the parameters their names.
+            dicts of these; an object of a class of your own that has neither by its attributes. The
+            object called `model` gives the parameters their names.
 
     Attributes:
         values: The plain values that were saved with the checkpoint resumed last.
         best_step: The step of the best checkpoint so far, which is never removed.
+        attributes: What training makes of attributes of the user's own objects, those that are
+            registered and others that may be named there: they are saved and restored.
         comparison: What this start is, for checkpoints to be compared with.
         layout: Returns for the objects how the folder of a checkpoint looks; may be set.
         among_others: Whether a run may begin in a directory that holds other things, which stay;
@@ -151,7 +156,9 @@ class Checkpointer:
             raise ConfigError(f"Checkpointer({taken[0]}=...)", "this name is taken: choose another")
         if load_from not in get_args(LoadFrom):
             raise ConfigError("load_from", expected=get_args(LoadFrom), found=repr(load_from))
+        bare = {name: objects.pop(name) for name in [*objects] if is_bare(objects[name])}
         self.objects: dict[str, object] = objects
+        self.attributes = Attributes(objects, bare)
         self.keep = KeepPolicy() if keep is None else keep
         self.best_step: int | None = None
         self.values: Any = None
@@ -178,7 +185,7 @@ class Checkpointer:
         self.comparison = Comparison(
             objects,
             settings=settings,
-            more=fingerprint,
+            more=partial(self._more_facts, fingerprint),
             policy=policy,
             examine=examine,
             told=told,
@@ -186,6 +193,11 @@ class Checkpointer:
         )
         fixed, by_itself = (save_steps, save_minutes), (max_lost_minutes, mtbf_hours)
         self._timer = SaveTimer(*fixed, *by_itself, group=self.group, clock=clock)
+
+    def _more_facts(self, more: Callable[[], Mapping[str, Any]] | None) -> Mapping[str, Any]:
+        bare = self.attributes.bare.items()
+        own = {"state": {name: object_facts(one) for name, one in bare}} if bare else {}
+        return {**own, **({} if more is None else more())}
 
     @property
     def run(self) -> RunDirectory:
@@ -220,6 +232,7 @@ class Checkpointer:
         self._found.forget()
         comparison, lines = self.comparison, self._look()
         comparison.note_what_is_here()
+        self.attributes.note()
         agree_on_versions(self.group)
         self._others = self._facts_of_others()
         selection = Selection.parse(which)
@@ -229,6 +242,7 @@ class Checkpointer:
         run = self.run  # opened by now, which the notes tell of
         more: dict[str, Any] = {"notes": (*self._place.notes, *lines), "ahead": self.ahead}
         more |= {"is_torn": self._line.is_torn, "found": self._found}
+        more["attributes"] = self.attributes
         resumption = self._resumption(self.objects, comparison, run, **more)
         try:
             report = resumption.start(selection)
@@ -338,7 +352,7 @@ class Checkpointer:
             group.agree("the random generators at a save", rng_digest())
         not_given = group.together("look for what was not given", lambda: self._look_back(values))
         tree = group.together("capture the state", lambda: capture(self.objects))
-        tree |= {"values": values, "rng": capture_rng()}
+        tree |= {"values": values, "rng": capture_rng(), **self._moved(tree)}
         layout, told = self.layout(self.objects), {**self._facts(run), **not_given, **(facts or {})}
         news = self._timer.news(self._beside.cost)
         writing = self._line.next(run, step, layout, told, self.keep, self._wall_clock, news)
@@ -387,6 +401,12 @@ class Checkpointer:
     def _tell(self, line: str) -> None:
         if self.note is not None and self.group.rank == 0:
             self.note(line)
+
+    def _moved(self, tree: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what training has made of attributes; nothing if no rank has any."""
+        moved = self.group.together("capture the state", lambda: self.attributes.state(tree))
+        alone = self.group.world_size == 1
+        return {NAME: moved} if (moved if alone else self.group.any(bool(moved))) else {}
 
     def wait(self) -> None:
         """Wait until every checkpoint that was saved is durable.
@@ -442,6 +462,7 @@ class Checkpointer:
             **self._buckets.facts(),
             **({"found": self._found.facts()} if self._found.found else {}),
             **({FACT: self._others} if self._others else {}),
+            **({"not_judged": self.attributes.unknown} if self.attributes.unknown else {}),
         }
 
     def log(self, record: Mapping[str, Any]) -> None:

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 
 from unbroken.capture import load_tensors
+from unbroken.checkpoint.attributes import NAME
 from unbroken.checkpoint.shares import own_key, own_state_file, state_digest
 from unbroken.distributed import Group
 from unbroken.errors import CorruptCheckpointError, StateMismatchError
 from unbroken.store import Manifest
 
-_ANYWHERE = ("rng", "values")
-"""What a rank can go on without having had it: generators are seeded anew, values are rank 0's."""
+_ANYWHERE = ("rng", "values", NAME)
+"""What a rank can go on without having had it: generators are seeded anew, others are rank 0's."""
 
 
 def own_state(
@@ -50,7 +51,7 @@ def own_state(
     names = [
         name
         for name in _own_tree(read, 1)
-        if name in tree and (of_each_rank is None or name in of_each_rank)
+        if name in tree and (of_each_rank is None or name in (*of_each_rank, NAME))
     ]
     if saved != group.world_size:
         _refuse_what_cannot_move(names, saved, group.world_size)

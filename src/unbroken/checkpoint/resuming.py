@@ -19,6 +19,7 @@ from unbroken.capture import (
     types_in,
 )
 from unbroken.checkpoint.agreeing import facts_of_rank, told_by_rank_0
+from unbroken.checkpoint.attributes import NAME, Attributes
 from unbroken.checkpoint.candidates import Candidates, Origin, origin_in
 from unbroken.checkpoint.comparison import Comparison
 from unbroken.checkpoint.differences import Difference, gravest_first
@@ -53,6 +54,10 @@ class _Examined:
     values: Any
 
 
+_BESIDE = ("rng", "values", NAME)
+"""What of the state is of no registered object."""
+
+
 class Resumption:
     """One attempt to bring a run's objects back; used once by `Checkpointer.resume`.
 
@@ -67,6 +72,7 @@ class Resumption:
         load_from: Which of them read the checkpoint.
         of_each_rank: Names of what each rank gets back its own of; None: of all that was stored so.
         ahead: What was read of the checkpoint before.
+        attributes: What training makes of attributes of the user's own objects.
         is_torn: Whether an attempt before has left the objects with parts of a checkpoint.
         clock: Seconds since 1970.
 
@@ -92,6 +98,7 @@ class Resumption:
         load_from: LoadFrom = "all",
         of_each_rank: Collection[str] | None = None,
         ahead: ReadAhead | None = None,
+        attributes: Attributes | None = None,
         is_torn: bool = False,
         clock: Callable[[], float],
     ) -> None:
@@ -103,6 +110,7 @@ class Resumption:
         self._group = group
         self._candidates = Candidates(run.catalog, run.storage, run.history)
         self._ahead = ahead
+        self._attributes = attributes
         self._readers = readers_for(run, group, load_from)
         self._of_each_rank = of_each_rank
         self._load_from = load_from
@@ -227,9 +235,10 @@ class Resumption:
         """Read and check all that can be, and change nothing."""
         self._check_journals()
         tree = self._tree(reader)
+        moved = tree.pop(NAME, None)
         rng, values = load_tensors(tree.pop("rng"), "cpu"), load_tensors(tree.pop("values"))
         tree, objects, differences = self._fitting(reader, tree)
-        tree = self._compared(reader, tree, differences)
+        tree = self._compared(reader, tree, differences, moved)
         check(objects, tree)
         check_rng(rng)
         if self._is_own(reader):
@@ -248,6 +257,8 @@ class Resumption:
             raise RuntimeError("nothing was examined")
         self.is_torn = True
         fill(found.objects, found.tree)
+        if self._attributes is not None:
+            self._attributes.restore()
         if self._comparison is not None:
             self._comparison.take_effect(self._differences)
         restore_rng(found.rng)
@@ -274,7 +285,7 @@ class Resumption:
         return tree, objects, (*told, *missing)
 
     def _compared(
-        self, reader: Source, tree: dict[str, Any], more: tuple[Difference, ...]
+        self, reader: Source, tree: dict[str, Any], more: tuple[Difference, ...], moved: Any
     ) -> dict[str, Any]:
         """Return what is to be loaded; raise if it does not fit or is not accepted."""
         comparison, facts = self._comparison, reader.manifest.facts
@@ -289,6 +300,9 @@ class Resumption:
         rows = rows[count:]
         told = {row.path for row in found}
         found = gravest_first((*found, *(one for one in more if one.path not in told)))
+        if self._attributes is not None:
+            moved_on = self._attributes.differences(moved, found)
+            found = gravest_first((*found, *moved_on))
         is_here = reader.storage is self._run.storage
         own = is_here and reader.manifest.run_id == self._run.run_id  # not its parent's
         own = own and not self._is_beginning
@@ -310,7 +324,7 @@ class Resumption:
 
     def _tree(self, reader: Source) -> dict[str, Any]:
         tree = self._decoded(reader, STATE_FILE)
-        wanted = {n: v for n, v in tree.items() if n in ("rng", "values") or n in self._objects}
+        wanted = {n: v for n, v in tree.items() if n in _BESIDE or n in self._objects}
         own, self._begins_anew = own_state(
             wanted,
             reader.manifest,

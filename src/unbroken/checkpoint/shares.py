@@ -26,6 +26,7 @@ from unbroken.capture import (
     structure_to_bytes,
 )
 from unbroken.capture.tensor_memo import TensorMemo
+from unbroken.checkpoint.attributes import NAME
 from unbroken.checkpoint.replicas import agree_on_replicas
 from unbroken.distributed import Group, divide, name_ranks
 from unbroken.errors import ConfigError, RankError
@@ -125,7 +126,7 @@ def share_of(
         _refuse_what_only_others_have(encoded, own, blind)
     if of_each_rank:
         _agree_on_the_rest(group, common)
-    together = [name for name, value in common.items() if _is_common(value)]
+    together = [name for name, value in common.items() if _are_alike(name, value)]
     _agree_on_structure(group, encoded, together)
     _agree_on_copies(group, encoded)
     replicas = _replicas(encoded, together, of_rank_0)
@@ -146,10 +147,14 @@ def _private_names(
 ) -> frozenset[str]:
     """Return the names of what each rank has of its own."""
     if of_each_rank is not None:
-        return frozenset(of_each_rank).intersection(tree)
+        own = frozenset(of_each_rank).intersection(tree)
+        moved = {NAME: tree[NAME]} if NAME in tree else {}
+        return own | (_private_names(group, moved, None) if moved else own)
     digests = group.together(
         "capture the state",
-        lambda: {n: state_digest({n: value}) for n, value in tree.items() if not _is_common(value)},
+        lambda: {
+            n: state_digest({n: value}) for n, value in tree.items() if not _are_alike(n, value)
+        },
     )
     ranks: Any = group.gather("what is the same on all ranks", digests)
     return frozenset(name for name in digests if len({one.get(name) for one in ranks}) > 1)
@@ -173,6 +178,11 @@ def _add(digest: xxhash.xxh3_128, leaf: TensorLeaf) -> xxhash.xxh3_128:
     for chunk in leaf.chunks():
         digest.update(chunk)
     return digest
+
+
+def _are_alike(name: str, value: Any) -> bool:
+    """Return whether ranks have an object in common; one may follow a run with objects alone."""
+    return name != NAME and _is_common(value)
 
 
 def _is_common(value: Any) -> bool:

@@ -134,7 +134,16 @@ def _checkpoint_identity(story: Story, reader: CheckpointReader) -> dict[str, st
         "size": f"{size_text(manifest.nbytes)} in {len(manifest.tensors)} tensors",
         "format": f"version {manifest.version}",
         "state digest": manifest.state_digest,
+        **_not_judged(manifest),
     }
+
+
+def _not_judged(manifest: Manifest) -> dict[str, str]:
+    """Return what training may depend on and a save could not judge, in one line."""
+    found = manifest.facts.get("not_judged")
+    if not isinstance(found, Mapping) or not found:
+        return {}
+    return {"not judged": "; ".join(f"{path} ({why})" for path, why in found.items())}
 
 
 def _marks(story: Story, reader: CheckpointReader) -> dict[str, bool]:

@@ -6,6 +6,9 @@ from unbroken.fingerprint.data import data_facts as data_facts
 from unbroken.fingerprint.facts import callable_facts as callable_facts
 from unbroken.fingerprint.facts import facts_of as facts_of
 from unbroken.fingerprint.facts import object_facts as object_facts
+from unbroken.fingerprint.keeping import changed_by_reading as changed_by_reading
+from unbroken.fingerprint.keeping import keeps_attributes as keeps_attributes
+from unbroken.fingerprint.keeping import own_attributes as own_attributes
 from unbroken.fingerprint.model import model_facts as model_facts
 from unbroken.fingerprint.optimizer import optimizer_facts as optimizer_facts
 from unbroken.fingerprint.optimizer import scheduler_facts as scheduler_facts
@@ -25,12 +28,15 @@ __all__ = [
     "begin_data_facts",
     "begin_source_facts",
     "callable_facts",
+    "changed_by_reading",
     "data_facts",
     "facts_of",
     "is_users_own",
+    "keeps_attributes",
     "model_facts",
     "object_facts",
     "optimizer_facts",
+    "own_attributes",
     "plain_attributes",
     "plain_items",
     "plain_or_text",

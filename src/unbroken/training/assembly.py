@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from unbroken.capture import Stateful
 from unbroken.checkpoint import Checkpointer, Policy
 from unbroken.data import BatchSource, batch_source, derive_key
 from unbroken.distributed import Group, RankSums, join
@@ -19,7 +21,7 @@ from unbroken.storage import CompressedStorage, LocalStorage, Storage
 from unbroken.store import Interval, KeepPolicy
 from unbroken.store.run_directory import as_directory_error
 from unbroken.training.ambient import Randomness, seed_ambient
-from unbroken.training.callback import with_state
+from unbroken.training.callback import named, with_state
 from unbroken.training.changes import IN_DATA, LENGTH, Examination
 from unbroken.training.config import LeftOpen, TrainerConfig
 from unbroken.training.display import Display, Silence
@@ -185,12 +187,13 @@ def make_checkpointer(
     settings: Mapping[str, Mapping[str, Any]] | None,
     types: Sequence[type],
     fingerprint: Callable[[], Mapping[str, Any]],
+    loss_fn: LossFn | None,
     clock: Callable[[], float],
     wall_clock: Callable[[], float],
 ) -> Checkpointer:
     """Return what saves and resumes the run of a trainer."""
     config = trainer.config
-    return Checkpointer(
+    checkpointer = Checkpointer(
         place,
         branch=config.branch,
         save_steps=config.save_steps,
@@ -212,6 +215,15 @@ def make_checkpointer(
         snapshot=config.snapshot,
         **_named_objects(trainer, state),
     )
+    checkpointer.attributes.more = partial(_followers, trainer, loss_fn)
+    checkpointer.attributes.reads_ahead = config.dataloader_num_workers > 0
+    return checkpointer
+
+
+def _followers(trainer: Trainer, loss_fn: LossFn | None) -> dict[str, object]:
+    """Return what else may remember something of a run, besides what is registered."""
+    callbacks = {f"callbacks.{name}": one for name, one in named(trainer.callbacks).items()}
+    return {"trainer": trainer, "loss": loss_fn, **callbacks}
 
 
 def _made_by_settings(trainer: Trainer) -> list[str]:
@@ -243,11 +255,12 @@ def _named_objects(trainer: Trainer, more: Mapping[str, object]) -> dict[str, ob
         "statistics": trainer.statistics,
         "callbacks": callbacks,
         "gradients": trainer.window,
+        "trainer": trainer if isinstance(trainer, Stateful) else None,
     }
-    taken = sorted(own.keys() & more.keys())
+    taken = sorted(name for name in more if name in own and (name != "trainer" or own[name]))
     if taken:
         raise ConfigError(f"state[{taken[0]!r}]", "this name is taken: choose another")
-    return {name: value for name, value in {**own, **more}.items() if value is not None}
+    return {n: value for n, value in {**own, **more}.items() if value is not None}
 
 
 def refuse_missing_evaluation_data(trainer: Trainer) -> None:

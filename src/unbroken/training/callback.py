@@ -68,10 +68,24 @@ def overridden(callbacks: Sequence[Callback], hook: str) -> list[Callable[..., N
     return [call for call in calls if getattr(call, "__func__", None) is not empty]
 
 
-def with_state(callbacks: Sequence[Callback]) -> dict[str, Callback]:
-    """Return the callbacks that keep a state, named by their class and their place in it.
+def named(callbacks: Sequence[Callback]) -> dict[str, Callback]:
+    """Return callbacks by names: the class of each, and its place among those of this class.
 
-    So one without a state may be added or taken away, and two of one class keep their own.
+    So one may be added or taken away without another name for the others.
+
+    Example:
+        >>> list(named([Callback(), Callback()]))
+        ['0-Callback', '1-Callback']
+    """
+    found: dict[str, Callback] = {}
+    for callback in callbacks:
+        place = sum(type(other) is type(callback) for other in found.values())
+        found[f"{place}-{type(callback).__name__}"] = callback
+    return found
+
+
+def with_state(callbacks: Sequence[Callback]) -> dict[str, Callback]:
+    """Return the callbacks that keep a state, by their names.
 
     Example:
         >>> class Counter(Callback):
@@ -80,10 +94,7 @@ def with_state(callbacks: Sequence[Callback]) -> dict[str, Callback]:
         >>> list(with_state([Callback(), Counter(), Counter()]))
         ['0-Counter', '1-Counter']
     """
-    named: dict[str, Callback] = {}
-    for callback in callbacks:
-        kind = type(callback)
-        if kind.state_dict is not Callback.state_dict:
-            place = sum(type(other) is kind for other in named.values())
-            named[f"{place}-{kind.__name__}"] = callback
-    return named
+    plain = Callback.state_dict
+    return {
+        name: one for name, one in named(callbacks).items() if type(one).state_dict is not plain
+    }

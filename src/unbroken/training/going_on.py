@@ -57,10 +57,10 @@ def run_fingerprint(
 
 def _of_own_objects(trainer: Trainer) -> dict[str, Any]:
     """Return the facts of the user's own classes in the state of the run, such as an average."""
-    told = (nn.Module, Optimizer, LRScheduler)  # in groups of their own
+    checkpointer, told = trainer.checkpointer, (nn.Module, Optimizer, LRScheduler)  # told apart
     return {
         name: object_facts(one)
-        for name, one in trainer.checkpointer.objects.items()
+        for name, one in {**checkpointer.objects, **checkpointer.attributes.bare}.items()
         if is_users_own(type(one)) and not isinstance(one, told)
     }
 

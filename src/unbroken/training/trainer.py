@@ -176,7 +176,7 @@ class Trainer:
         fingerprint = partial(run_fingerprint, self, train_dataset, collate_fn, loss_fn)
         place = place_of_run(config, storage, self.group)
         self.checkpointer = make_checkpointer(
-            self, place, state or {}, settings, types, fingerprint, clock, wall_clock
+            self, place, state or {}, settings, types, fingerprint, loss_fn, clock, wall_clock
         )
         self.checkpointer.comparison.one_data_set = hasattr(train_dataset, "__getitem__")
         self.checkpointer.ahead = self._construction.ahead
@@ -371,6 +371,7 @@ class Trainer:
                 self.save_checkpoint()
         ranks.agree_on_the_beginning(self)
         self.call("on_train_begin")
+        self.checkpointer.attributes.restore(again=True)
         return self.resume_report
 
     def _stop(self, reason: str) -> NoReturn:

@@ -40,25 +40,38 @@ class CallbackState:
             setattr(self.callback, name, value)
 
 
-def callback_states(callbacks: Iterable[Any]) -> dict[str, CallbackState]:
-    """Return all callbacks that have a state: the second of a class is "Name#2".
+def named(callbacks: Iterable[Any]) -> dict[str, Any]:
+    """Return callbacks by the names of their classes: the second of a class is "Name#2".
 
     Example:
         >>> from transformers import EarlyStoppingCallback
-        >>> list(callback_states([EarlyStoppingCallback(), EarlyStoppingCallback()]))
+        >>> list(named([EarlyStoppingCallback(), EarlyStoppingCallback()]))
         ['EarlyStoppingCallback', 'EarlyStoppingCallback#2']
     """
-    found: dict[str, CallbackState] = {}
+    found: dict[str, Any] = {}
     for callback in callbacks:
-        if not (_has_state_dict(callback) or isinstance(callback, ExportableState)):
-            continue
         name = plain = type(callback).__name__
         number = 1
         while name in found:
             number += 1
             name = f"{plain}#{number}"
-        found[name] = CallbackState(callback)
+        found[name] = callback
     return found
+
+
+def callback_states(callbacks: Iterable[Any]) -> dict[str, CallbackState]:
+    """Return all callbacks that have a state, by their names.
+
+    Example:
+        >>> from transformers import EarlyStoppingCallback, ProgressCallback
+        >>> list(callback_states([ProgressCallback(), EarlyStoppingCallback()]))
+        ['EarlyStoppingCallback']
+    """
+    return {
+        name: CallbackState(callback)
+        for name, callback in named(callbacks).items()
+        if _has_state_dict(callback) or isinstance(callback, ExportableState)
+    }
 
 
 def _has_state_dict(callback: Any) -> bool:

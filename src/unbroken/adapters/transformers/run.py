@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from unbroken.adapters.transformers.adopting import adopt
 from unbroken.adapters.transformers.arguments import RULES, plain_arguments
 from unbroken.adapters.transformers.batches import Beginning
-from unbroken.adapters.transformers.callbacks import CallbackState, callback_states
+from unbroken.adapters.transformers.callbacks import CallbackState, callback_states, named
 from unbroken.adapters.transformers.comparing import (
     compared,
     policy_of,
@@ -36,7 +36,7 @@ from unbroken.adapters.transformers.reaching import Cut, Numbers, Reach, Stored,
 from unbroken.adapters.transformers.stock_folder import read_state
 from unbroken.adapters.transformers.stock_place import place_of_stock
 from unbroken.adapters.transformers.wanted import choose_together
-from unbroken.capture import capture_rng, restore_rng, unwrapped
+from unbroken.capture import Stateful, capture_rng, restore_rng, unwrapped
 from unbroken.checkpoint import Checkpointer, Difference, Preemption, ResumeReport, Selection
 from unbroken.distributed import Alone, Group, join
 from unbroken.errors import CorruptCheckpointError
@@ -105,6 +105,8 @@ class Run:
         self.checkpointer.layout = Folder(trainer).layout
         self.checkpointer.among_others = True
         self.checkpointer.gives_all = True
+        attributes = self.checkpointer.attributes
+        attributes.more, attributes.reads_ahead = self._followers, True
 
     def _cut(self, length: int | None) -> Cut:
         args = self.trainer.args
@@ -242,6 +244,19 @@ class Run:
             "scheduler": getattr(scheduler, "scheduler", scheduler),
             **({} if scaler is None else {"scaler": scaler}),
             "callbacks": callback_states(trainer.callback_handler.callbacks),
+            **({"trainer": trainer} if isinstance(trainer, Stateful) else {}),
+        }
+
+    def _followers(self) -> dict[str, object]:
+        """Return what else may remember something of a run, besides what is registered."""
+        trainer = self.trainer
+        callbacks = named(trainer.callback_handler.callbacks).items()
+        return {
+            "trainer": trainer,
+            "data": trainer.train_dataset,
+            "collate_fn": trainer.data_collator,
+            "loss": trainer.compute_loss_func,
+            **{f"callbacks.{name}": one for name, one in callbacks},
         }
 
     def epoch_begins(self, epoch: int) -> None:
@@ -272,6 +287,7 @@ class Run:
         states = self.checkpointer.objects["callbacks"]
         for name, state in self._callbacks.items():
             states[name].load_state_dict(copy.deepcopy(state))  # type: ignore[index]
+        self.checkpointer.attributes.restore(again=True)
         stopped, control = self._stored.stopped, self.trainer.control
         ends = self.trainer.state.global_step >= self.trainer.state.max_steps
         control.should_training_stop |= stopped[0] or ends
