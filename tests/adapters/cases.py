@@ -23,6 +23,7 @@ PLAIN = {
     "two workers": {"args": WORKERS},
     "lengths grouped": {"data": "ragged", "collator": "padded", "args": GROUPED},
     "a sampler of its own": {"sampler": "own"},
+    "an adapter in the model itself": {"lora": "in the model"},
     "two counters of one class": {"callbacks": "two counters"},
     "a stream that wraps": {"data": "stream", "args": STREAM},
     "evaluation at epoch ends": {"args": {"eval_strategy": "epoch", "save_steps": 12}},

@@ -61,13 +61,16 @@ def model_of(order: dict) -> GPT2LMHeadModel:
     model = GPT2LMHeadModel(GPT2Config(**{**sizes, **ends, **order.get("model", {})}))
     if order.get("reordered"):
         reorder(model.transformer.h[0])
-    return with_adapter(model) if order.get("lora") else model
+    return with_adapter(model, order["lora"]) if order.get("lora") else model
 
 
-def with_adapter(model: GPT2LMHeadModel) -> torch.nn.Module:
+def with_adapter(model: GPT2LMHeadModel, how: bool | str) -> torch.nn.Module:
     from peft import LoraConfig, get_peft_model
 
     lora = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    if how == "in the model":
+        model.add_adapter(lora)
+        return model
     return get_peft_model(model, lora)
 
 

@@ -117,10 +117,13 @@ def test_the_learning_rate_of_the_hosts_own_jumps_without_a_word_in_a_longer_run
 
 def test_ours_says_what_a_longer_run_does_to_the_learning_rate(run):
     killed(run)
-    resumed = run(args={"num_train_epochs": 6})
+    assert refused(run(args={"num_train_epochs": 6}), "num_train_epochs: stored 3.0, now 6")
+    resumed = run(args={"num_train_epochs": 6}, allow=["num_train_epochs"])
     assert resumed.step == 72
-    assert any(line.startswith("schedule: stored 0.0009") for line in resumed.report)
-    assert refused(run(args={"num_train_epochs": 8}, exact_resume="require"), "schedule")
+    told = "another schedule: step 11 has the learning rate 0.00"
+    assert any(told in line and "in one of 36" in line for line in resumed.report)
+    assert resumed.rates["11"] > 1.05 * LR_11_OF_OLD
+    assert run(args={"num_train_epochs": 6}).step == 72
 
 
 @pytest.mark.stock

@@ -314,9 +314,17 @@ def test_two_parameters_of_one_name_are_refused():
         capture({"model": inner, "critic": nn.Linear(1, 1)})
 
 
-def test_state_of_a_parameter_that_left_its_group_is_refused():
+def test_state_of_a_parameter_that_left_its_group_comes_back():
+    source, target = trained(optim.AdamW), trained(optim.AdamW)
+    left = [one["optimizer"].param_groups[0]["params"].pop() for one in (source, target)]
+    source["optimizer"].state[left[0]]["exp_avg"].fill_(7)
+    carry(source, target)
+    assert target["optimizer"].state[left[1]]["exp_avg"].eq(7).all()
+
+
+def test_state_of_a_parameter_that_nobody_holds_is_refused():
     objects = trained(optim.AdamW)
-    objects["optimizer"].param_groups[0]["params"].pop()
+    objects["optimizer"].state[nn.Parameter(torch.ones(1))] = {"step": 1}
     with pytest.raises(CaptureError, match="state of a parameter that is in none of its groups"):
         capture(objects)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -169,12 +170,64 @@ def test_a_schedule_of_ones_own_is_built_anew_at_the_step_where_the_run_is(tmp_p
     assert rates[0][4] != rates[1][4]
 
 
-def test_more_steps_tell_what_the_falling_schedule_does(tmp_path):
-    small_trainer(tmp_path, max_steps=4).train()
-    report = small_trainer(tmp_path, max_steps=8).train().resume_report
-    told = {d.path: (d.stored, d.now) for d in report.differences}
-    assert told["schedule"] == (0.0, 0.005)
-    assert report.verdict == "changed"
+FALLING = ["linear", "cosine", "polynomial", "cosine_with_min_lr"]
+
+
+@pytest.mark.parametrize("schedule", FALLING)
+def test_more_steps_of_a_falling_schedule_are_one_decision_told_in_one_sentence(schedule, tmp_path):
+    settings = {"lr_scheduler_type": schedule, "any_length": False}
+    small_trainer(tmp_path, max_steps=15, **settings).train()
+    with pytest.raises(DifferenceError, match="max_steps: stored 15, now 30") as refused:
+        small_trainer(tmp_path, max_steps=30, **settings).train()
+    assert [d.path for d in refused.value.differences] == ["max_steps"]
+    sentence = r"step 16 has the learning rate 0\.0\d+ in a run of 30 steps, and \S+ in one of 15"
+    assert re.search(sentence, str(refused.value))
+    assert "allow=['max_steps']" in refused.value.hint
+
+
+@pytest.mark.parametrize("name", ["max_steps", "schedule"])
+def test_once_it_is_named_the_schedule_is_that_of_the_longer_run(name, tmp_path):
+    kept = {"any_length": False, "lr_scheduler_type": "cosine"}
+    small_trainer(tmp_path / "longer", max_steps=3, **kept).train()
+    report = small_trainer(tmp_path / "longer", max_steps=6, allow=[name], **kept).train()
+    assert report.resume_report.verdict == "changed"
+    assert small_trainer(tmp_path / "longer", max_steps=6, **kept).train().progress.step == 6
+    small_trainer(tmp_path / "anew", max_steps=6, **kept).train()
+    rates = [[n["learning_rate"] for n in metrics(tmp_path / of)] for of in ("longer", "anew")]
+    assert rates[0][3:] == rates[1][3:]
+
+
+HARMLESS_LENGTHS = {
+    "constant": {"lr_scheduler_type": "constant"},
+    "warm-up in steps": {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2},
+    "the root of the step": {"lr_scheduler_type": "inverse_sqrt", "warmup_steps": 2},
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS_LENGTHS)
+def test_more_steps_are_harmless_where_no_learning_rate_depends_on_them(name, tmp_path):
+    settings = {**HARMLESS_LENGTHS[name], "any_length": False}
+    small_trainer(tmp_path, max_steps=4, **settings).train()
+    report = small_trainer(tmp_path, max_steps=8, **settings).train().resume_report
+    assert [(d.path, d.verdict) for d in report.differences] == [("max_steps", "harmless")]
+    assert report.verdict == "exact"
+
+
+def test_a_share_of_the_steps_for_warm_up_and_more_epochs_are_told_the_same(tmp_path):
+    shares = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0.5, "any_length": False}
+    epochs = {"max_steps": -1, "save_steps": 2, **shares}
+    small_trainer(tmp_path, num_train_epochs=1, **epochs).train()
+    (tmp_path / "checkpoint-5").rename(tmp_path / "later-5")
+    (tmp_path / "checkpoint-4").rename(tmp_path / "later-4")
+    with pytest.raises(DifferenceError, match=r"num_train_epochs: stored 1.*: another schedule"):
+        small_trainer(tmp_path, num_train_epochs=3, **epochs).train()
+
+
+def test_a_run_that_is_over_before_the_new_end_trains_nothing_and_needs_no_name(tmp_path):
+    small_trainer(tmp_path, max_steps=6, any_length=False).train()
+    shorter = small_trainer(tmp_path, max_steps=4, any_length=False).train()
+    assert shorter.progress.step == 6
+    assert [d.verdict for d in shorter.resume_report.differences] == ["harmless"]
 
 
 def test_required_exactness_refuses_what_is_only_equivalent(tmp_path):
@@ -188,8 +241,8 @@ def test_required_exactness_refuses_what_is_only_equivalent(tmp_path):
 
 def test_required_exactness_refuses_more_steps_of_a_falling_schedule(tmp_path):
     small_trainer(tmp_path, max_steps=4).train()
-    with pytest.raises(DifferenceError, match="schedule"):
-        small_trainer(tmp_path, max_steps=8, exact_resume="require").train()
+    with pytest.raises(DifferenceError, match="max_steps"):
+        small_trainer(tmp_path, max_steps=8, exact_resume="require", any_length=False).train()
 
 
 def test_an_error_lists_every_difference_and_how_to_go_on(tmp_path):

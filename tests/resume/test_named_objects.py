@@ -158,7 +158,7 @@ def test_a_longer_schedule_is_told_though_it_still_warms_up(tmp_path):
     for step in (9, 8, 6):
         (tmp_path / "b" / f"checkpoint-{step}").rename(tmp_path / f"later-{step}")
     report = small_trainer(tmp_path / "b", max_steps=90, **settings).train().resume_report
-    assert [d.verdict for d in report.differences if d.path == "schedule"] == ["changed"]
+    assert [d.verdict for d in report.differences if d.path == "max_steps"] == ["changed"]
 
 
 class Metrics(Callback):

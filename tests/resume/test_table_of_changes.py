@@ -14,7 +14,6 @@ from scenarios import metrics, outcome
 
 HARMLESS = {
     # script, edit, path of the difference
-    "more steps": ("configured", ("max_steps=8", "max_steps=12"), "max_steps"),
     "other save cadence": ("configured", ("save_steps=4", "save_steps=3"), "save_steps"),
     "other log cadence": ("configured", ("logging_steps=1", "logging_steps=2"), "logging_steps"),
     "retention": (
@@ -28,7 +27,6 @@ HARMLESS = {
         ("    seed=1", "    dataloader_drop_last=True,\n    seed=1"),
         "dataloader_drop_last",
     ),
-    "more epochs": ("gpt2", ("num_train_epochs=2", "num_train_epochs=3"), "num_train_epochs"),
 }
 EQUIVALENT = {
     "accumulation": ("configured", ("micro_batch_size=8", "micro_batch_size=4"), "micro_batch_size"),

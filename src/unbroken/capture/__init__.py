@@ -5,8 +5,12 @@ from unbroken.capture.dtypes import byte_view as byte_view
 from unbroken.capture.dtypes import raw as raw
 from unbroken.capture.encode import Encoded as Encoded
 from unbroken.capture.encode import encode as encode
+from unbroken.capture.encode import refuse_what_cannot_be_stored as refuse_what_cannot_be_stored
 from unbroken.capture.gradients import capture_gradients as capture_gradients
 from unbroken.capture.gradients import restore_gradients as restore_gradients
+from unbroken.capture.growth import PREPARE as PREPARE
+from unbroken.capture.growth import Growth as Growth
+from unbroken.capture.growth import structure_digest as structure_digest
 from unbroken.capture.leaves import FileOf as FileOf
 from unbroken.capture.leaves import TensorLeaf as TensorLeaf
 from unbroken.capture.leaves import file_layout as file_layout
@@ -37,6 +41,7 @@ from unbroken.capture.sharded import is_sharded as is_sharded
 from unbroken.capture.stored import LeafSource as LeafSource
 from unbroken.capture.stored import StoredTensor as StoredTensor
 from unbroken.capture.stored import load_tensors as load_tensors
+from unbroken.capture.subclasses import classes_at_hand as classes_at_hand
 from unbroken.capture.text import structure_from_bytes as structure_from_bytes
 from unbroken.capture.text import structure_to_bytes as structure_to_bytes
 from unbroken.capture.tree import Captured as Captured
@@ -46,10 +51,12 @@ from unbroken.capture.values import distance as distance
 from unbroken.capture.values import stored_distance as stored_distance
 
 __all__ = [
+    "PREPARE",
     "Captured",
     "Distance",
     "Encoded",
     "FileOf",
+    "Growth",
     "LeafSource",
     "ParameterNames",
     "Skip",
@@ -64,6 +71,7 @@ __all__ = [
     "check",
     "check_rng",
     "class_of",
+    "classes_at_hand",
     "decode",
     "distance",
     "encode",
@@ -81,11 +89,13 @@ __all__ = [
     "named_parameters",
     "pretrained_files",
     "raw",
+    "refuse_what_cannot_be_stored",
     "restore",
     "restore_beside",
     "restore_gradients",
     "restore_rng",
     "stored_distance",
+    "structure_digest",
     "structure_from_bytes",
     "structure_to_bytes",
     "types_in",

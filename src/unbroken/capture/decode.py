@@ -19,7 +19,7 @@ from unbroken.capture.encode import FACTORIES, type_name
 from unbroken.capture.nodes import get, get_bytes, get_flag, get_int, get_shape, join, malformed
 from unbroken.capture.scalars import DECODE, decode_dtype
 from unbroken.capture.stored import Blocks, LeafSource, StoredTensor, load_tensors
-from unbroken.capture.tensors import build_quantized, read_tensor
+from unbroken.capture.tensors import build_quantized, read_subclass, read_tensor
 from unbroken.capture.text import MAX_DEPTH, TAG, Json
 from unbroken.capture.tree import Captured, is_namedtuple
 from unbroken.errors import CorruptCheckpointError, StateMismatchError
@@ -39,7 +39,7 @@ def decode(
     Args:
         structure: `Encoded.structure`, as JSON gives it back.
         source: Where the leaves are; a `CheckpointReader` or the like.
-        types: The enum and named-tuple classes that may occur.
+        types: The enum, named-tuple and tensor classes that may occur.
         lazy: Put a `StoredTensor` in the place of each tensor, to be read later.
 
     Returns:
@@ -202,6 +202,17 @@ class _Decoder:
         stored = read_tensor(node, path, self._leaf(node, path), self._source)
         return stored if self._lazy else stored.load("cpu", self._blocks)
 
+    def read_subclass(self, node: Json, path: str, depth: int) -> Any:
+        parts = {
+            name: self.value(part, join(path, name), depth + 1)
+            for name, part in get(node, "parts", dict, path).items()
+        }
+        context = self.value(node.get("context"), f"{path}:context", depth + 1)
+        name = get(node, "type", str, path)
+        kind = next((one for one in self._types if type_name(one) == name), None)
+        stored = read_subclass(node, path, parts, context, kind)
+        return stored if self._lazy else stored.load("cpu", self._blocks)
+
     def read_quantized(self, node: Json, path: str, depth: int) -> Any:
         integers, scale, zero = (
             load_tensors(self.value(node.get(key), join(path, key), depth + 1), "cpu")
@@ -283,4 +294,5 @@ _MUTABLE: Mapping[str, _Read] = {
     "numpy.ndarray": _Decoder.read_array,
     "tensor": _Decoder.read_tensor,
     "quantized": _Decoder.read_quantized,
+    "subclass": _Decoder.read_subclass,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 DTYPES = {
@@ -75,7 +76,30 @@ def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 def byte_view(tensor: torch.Tensor) -> memoryview:
     """Return the memory of a contiguous CPU tensor as a writable buffer."""
-    return flat_bytes(tensor).numpy().data
+    return memory_view(flat_bytes(tensor))
+
+
+class _Memory:
+    """What NumPy asks for the memory of a tensor; it keeps the tensor alive."""
+
+    def __init__(self, flat: torch.Tensor) -> None:
+        place = (flat.data_ptr(), False)
+        self.__array_interface__ = {
+            "data": place,
+            "shape": (flat.numel(),),
+            "typestr": "|u1",
+            "version": 3,
+        }
+        self._flat = flat
+
+
+def memory_view(flat: torch.Tensor) -> memoryview:
+    """Return the memory of a vector of bytes on the CPU as a writable buffer.
+
+    `Tensor.numpy` would forbid the memory to grow for ever, and a buffer that grows in place
+    (`resize_`) could not go on after a save.
+    """
+    return np.asarray(_Memory(flat)).data if flat.numel() else memoryview(bytearray())
 
 
 def is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:

@@ -21,8 +21,15 @@ from unbroken.capture.leaves import FileOf, TensorLeaf, file_of, stored_as
 from unbroken.capture.nodes import join
 from unbroken.capture.scalars import ENCODE, encode_dtype, encode_int, encode_numpy, is_text
 from unbroken.capture.sharded import Chunks, is_sharded, part_of
+from unbroken.capture.subclasses import comes_apart, parts_of
 from unbroken.capture.tensor_memo import Block, Known, Look, TensorMemo, looks_of
-from unbroken.capture.tensors import check_tensor, describe_flags, describe_place, physical
+from unbroken.capture.tensors import (
+    check_graph,
+    check_tensor,
+    describe_flags,
+    describe_place,
+    physical,
+)
 from unbroken.capture.text import MAX_DEPTH, TAG, Json
 from unbroken.capture.tree import Captured, is_namedtuple
 from unbroken.capture.views import Placed, Seen, place
@@ -43,6 +50,7 @@ _MUTABLE = frozenset(
 )
 """What may occur twice in a tree, and is then the same; tensors of any class may, too."""
 
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 _INLINE_BYTES = 1024  # longer byte strings become leaves
 
 
@@ -87,6 +95,20 @@ def encode(tree: Any, *, file_of: FileOf = file_of, memo: TensorMemo | None = No
     structure = encoder.value(tree, "")
     encoder.finish_tensors()
     return Encoded(structure, tuple(encoder.leaves))
+
+
+def refuse_what_cannot_be_stored(tree: Any) -> None:
+    """Raise what `encode` would raise; where the tensors lie in memory is not looked at.
+
+    Args:
+        tree: A state tree.
+
+    Raises:
+        CaptureError: A value cannot be stored; the error names its path and its type.
+    """
+    encoder = _Encoder(file_of, TensorMemo())
+    encoder.value(tree, "")
+    encoder.check_tensors()
 
 
 class _Encoder:
@@ -232,6 +254,8 @@ class _Encoder:
             raise CaptureError(path, "a tensor cannot be a key or stand in a set")
         if is_sharded(value):
             return self._sharded(value, path)
+        if type(value) not in _PLAIN_TENSORS and comes_apart(value) and not value.is_nested:
+            return self._nested(value, path, self._subclass)
         if value.dtype in QUANTIZED:
             return self._quantized(value, path)
         node: dict[str, Json] = {TAG: "tensor"}
@@ -251,6 +275,21 @@ class _Encoder:
         layout = {"dtype": dtype_name(value.dtype), "shape": [*part.global_shape]}
         return {TAG: "tensor", **describe_flags(value), "leaf": path, **layout}
 
+    def _subclass(self, value: Any, path: str) -> Json:
+        """Store the inner tensors, and what its class needs besides to put them together."""
+        check_graph(value, path)
+        parts, context = parts_of(value)
+        return {
+            TAG: "subclass",
+            "type": type_name(type(value)),
+            **describe_flags(value),
+            "dtype": dtype_name(value.dtype),
+            "shape": [*value.shape],
+            "stride": [*value.stride()],
+            "parts": {name: self.value(part, join(path, name)) for name, part in parts.items()},
+            "context": self.value(context, f"{path}:context"),
+        }
+
     def _quantized(self, value: torch.Tensor, path: str) -> Json:
         check_tensor(value, path)
         node: dict[str, Json] = {TAG: "quantized", "dtype": dtype_name(value.dtype)}
@@ -266,6 +305,11 @@ class _Encoder:
         for key, part in (("integers", value.int_repr()), ("scale", scale), ("zero_point", zero)):
             node[key] = self.value(part, join(path, key))
         return node
+
+    def check_tensors(self) -> None:
+        """Raise if a tensor cannot be stored."""
+        for path, tensor in self._tensors:
+            check_tensor(tensor, path)
 
     def finish_tensors(self) -> None:
         """Decide which memory is stored, and complete the tensors' nodes."""

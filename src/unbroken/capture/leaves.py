@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from unbroken.capture.dtypes import SAFETENSORS_DTYPES, flat_bytes, raw
+from unbroken.capture.dtypes import SAFETENSORS_DTYPES, flat_bytes, memory_view, raw
 from unbroken.store.leaf import Copied
 
 FileOf = Callable[[str], tuple[str, str]]
@@ -60,7 +60,7 @@ class TensorLeaf(NamedTuple):  # thousands are made while a training waits: fast
             return
         flat = flat_bytes(raw(self.tensor).contiguous())
         for start in range(0, flat.numel(), _CHUNK):
-            yield flat[start : start + _CHUNK].cpu().numpy().data
+            yield memory_view(flat[start : start + _CHUNK].cpu())
 
 
 def stored_as(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:

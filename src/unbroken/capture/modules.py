@@ -8,11 +8,20 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 
 from unbroken.capture.dtypes import same_layout
 from unbroken.capture.mismatch import Mismatch
 from unbroken.capture.sharded import class_of, is_sharded, refuse_sharded
-from unbroken.capture.stored import Filling, StoredTensor, describe, load_tensors
+from unbroken.capture.stored import (
+    Filling,
+    StoredSubclass,
+    StoredTensor,
+    describe,
+    load_tensors,
+)
+from unbroken.capture.subclasses import comes_apart, parts_of
 from unbroken.capture.tensors import physical
 from unbroken.capture.tree import Captured, State
 from unbroken.capture.views import Layout, Seen, place
@@ -85,8 +94,11 @@ def _buffers_of(modules: _Modules, *, persistent: bool) -> Iterator[tuple[str, t
 
 
 def class_name(module: nn.Module) -> str:
-    """Return the name of the bare module's class."""
-    return class_of(unwrapped(module)).__name__
+    """Return the name of the bare module's class; a lazy one has that which it is to become."""
+    kind = class_of(unwrapped(module))
+    if issubclass(kind, LazyModuleMixin):
+        kind = kind.cls_to_become or kind
+    return kind.__name__
 
 
 def capture_module(module: nn.Module, path: str, _names: object) -> State:
@@ -94,16 +106,26 @@ def capture_module(module: nn.Module, path: str, _names: object) -> State:
     modules = [*named_modules(module)]
     state: dict[str, torch.Tensor] = dict(_parameters_of(modules))
     state.update(_without_graph(_buffers_of(modules, persistent=True)))
+    hidden = _without_graph(_buffers_of(modules, persistent=False))
+    lazy = [name for space in (state, hidden) for name in _lazy_in(space)]
+    for name in lazy:
+        (state if name in state else hidden).pop(name)
     for name, owner in modules:
         _check_saves_only_tensors(owner, f"{path}.{name}" if name else path)
     extra = {name: owner.get_extra_state() for name, owner in _with_extra_state(modules).items()}
     refuse_sharded(extra, f"{path}:extra_state")
     facts = {
-        "buffers": _without_graph(_buffers_of(modules, persistent=False)),
+        "buffers": hidden,
         "eval": [name for name, training in _modes(modules).items() if not training],
         "extra_state": extra,
+        **({"lazy": lazy} if lazy else {}),
     }
     return state, facts
+
+
+def _lazy_in(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return the names of tensors that have no shape until a first forward."""
+    return [name for name, one in tensors.items() if is_lazy(one)]
 
 
 def _without_graph(buffers: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -139,8 +161,12 @@ def check_module(
     module: nn.Module, stored: Captured, path: str, _names: object
 ) -> Iterator[Mismatch]:
     """Yield all that keeps the stored state from fitting the module."""
-    live, saved = _all_tensors(module), _stored_tensors(stored)
-    yield from _check_names(live, saved, path, "tensor")
+    live, saved = tensors_of(module), stored_tensors(stored)
+    lazy = stored.facts.get("lazy", ())
+    yield from _check_names({n: t for n, t in live.items() if n not in lazy}, saved, path, "tensor")
+    for name in [name for name in lazy if name in live]:
+        what = "has a shape here, and had none yet when the checkpoint was saved"
+        yield Mismatch(f"{path}.{name}", what, found=describe(live[name]))
     common = {name: tensor for name, tensor in live.items() if name in saved}
     for name, tensor in common.items():
         yield from check_tensor_fits(tensor, saved[name], f"{path}.{name}")
@@ -153,14 +179,29 @@ def check_module(
     yield from _check_names(_with_extra_state(named_modules(module)), extra, path, "extra state")
 
 
-def _all_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = dict(named_parameters(module))
+def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return all parameters and buffers of a module that have a shape, by name."""
+    tensors = _with_lazy_ones(module)
+    lazy = _lazy_in(tensors)
+    return {name: one for name, one in tensors.items() if name not in lazy} if lazy else tensors
+
+
+def lazy_tensors(module: nn.Module) -> dict[str, Any]:
+    """Return the parameters and buffers that get their shapes in the module's first forward."""
+    tensors = _with_lazy_ones(module)
+    return {name: tensors[name] for name in _lazy_in(tensors)}
+
+
+def _with_lazy_ones(module: nn.Module) -> dict[str, torch.Tensor]:
+    modules = [*named_modules(module)]
+    tensors: dict[str, torch.Tensor] = dict(_parameters_of(modules))
     for persistent in (True, False):
-        tensors.update(named_buffers(module, persistent=persistent))
+        tensors.update(_buffers_of(modules, persistent=persistent))
     return tensors
 
 
-def _stored_tensors(stored: Captured) -> dict[str, StoredTensor]:
+def stored_tensors(stored: Captured) -> dict[str, Any]:
+    """Return what a checkpoint has of a module's parameters and buffers, by name."""
     return {**stored.state, **stored.facts.get("buffers", {})}
 
 
@@ -177,7 +218,9 @@ def _check_names(
 
 def check_tensor_fits(tensor: torch.Tensor, saved: object, path: str) -> Iterator[Mismatch]:
     """Yield why a stored tensor cannot be copied into a live one, if it cannot."""
-    if not isinstance(saved, StoredTensor):
+    if isinstance(saved, StoredSubclass) or comes_apart(tensor):
+        yield from _check_parts_fit(tensor, saved, path)
+    elif not isinstance(saved, StoredTensor):
         yield Mismatch(path, "is no tensor in the checkpoint", found=describe(tensor))
     elif tensor.is_meta:
         yield Mismatch(path, "has no memory: it is on the meta device", expected=saved)
@@ -185,6 +228,30 @@ def check_tensor_fits(tensor: torch.Tensor, saved: object, path: str) -> Iterato
         yield Mismatch(path, "has another shape or dtype", saved, describe(tensor))
     elif not _same_strides(tensor, saved):
         yield Mismatch(path, "has other strides", saved.view.stride, tensor.stride())
+
+
+def _check_parts_fit(tensor: torch.Tensor, saved: object, path: str) -> Iterator[Mismatch]:
+    """Yield why the inner tensors of a stored tensor cannot be copied into those of a live one."""
+    if not isinstance(saved, StoredSubclass) or saved.kind is not type(tensor):
+        yield Mismatch(path, "is a tensor of another class", saved, class_of_tensor(tensor))
+        return
+    if (tensor.dtype, tuple(tensor.shape)) != (saved.dtype, saved.shape):
+        yield Mismatch(path, "has another shape or dtype", saved, describe(tensor))
+        return
+    parts, context = parts_of(tensor)
+    if parts.keys() != saved.parts.keys() or context != saved.context:
+        yield Mismatch(path, "is made in another way", saved.context, context)
+        return
+    for name, part in saved.parts.items():
+        if (part is None) != (parts[name] is None):
+            yield Mismatch(f"{path}.{name}", "is not there on one of the two sides")
+        elif part is not None:
+            yield from check_tensor_fits(parts[name], part, f"{path}.{name}")
+
+
+def class_of_tensor(tensor: torch.Tensor) -> str:
+    """Return the class of a tensor, with dtype and shape."""
+    return f"{type(tensor).__name__} {describe(tensor)}"
 
 
 def _same_strides(tensor: torch.Tensor, saved: StoredTensor) -> bool:
@@ -207,7 +274,11 @@ def _check_ties(
 
 def _leaf_of(live: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """Return for each tensor the name of what holds its memory; of sharded ones, the first name."""
-    whole = {name: tensor for name, tensor in live.items() if not is_sharded(tensor)}
+    whole = {
+        name: tensor
+        for name, tensor in live.items()
+        if not is_sharded(tensor) and not comes_apart(tensor)
+    }
     seen = [Seen.of(name, physical(tensor)) for name, tensor in whole.items()]
     first: dict[int, str] = {}
     return {
@@ -233,9 +304,9 @@ def _groups(leaf_of: Mapping[str, str]) -> set[frozenset[str]]:
 
 def restore_module(module: nn.Module, stored: Captured, _names: object, later: Filling) -> None:
     """Fill a module in place; tensors, ties and the identity of parameters are kept."""
-    saved = _stored_tensors(stored)
+    saved = stored_tensors(stored)
     done: set[tuple[object, ...]] = set()
-    for name, tensor in _all_tensors(module).items():
+    for name, tensor in tensors_of(module).items():
         if saved[name].place not in done:
             done.add(saved[name].place)
             saved[name].copy_into(tensor, later)

@@ -179,7 +179,7 @@ KINDS = (
 _FILLED_LATER = (nn.Module, Optimizer, torch.Tensor)
 
 
-def capture(objects: Mapping[str, object]) -> dict[str, Any]:
+def capture(objects: Mapping[str, object], *, asks: bool = True) -> dict[str, Any]:
     """Return the whole state of live objects as a tree for `encode`.
 
     Covered by kind: modules (parameters, all buffers, ties, modes, `requires_grad`, extra state),
@@ -188,6 +188,8 @@ def capture(objects: Mapping[str, object]) -> dict[str, Any]:
 
     Args:
         objects: The objects by name. The parameters of the one called "model" go by bare names.
+        asks: Whether objects that are none of the kinds above are asked for their `state_dict`;
+            else None stands in the place of each.
 
     Returns:
         By name, what was captured. Tensors are the live ones, not copies.
@@ -205,7 +207,7 @@ def capture(objects: Mapping[str, object]) -> dict[str, Any]:
     """
     settle(objects)
     names = ParameterNames(objects)
-    return {name: _capture(value, name, names) for name, value in objects.items()}
+    return {name: _capture(value, name, names, asks=asks) for name, value in objects.items()}
 
 
 def check(objects: Mapping[str, object], tree: Mapping[str, Any]) -> None:
@@ -223,7 +225,8 @@ def check(objects: Mapping[str, object], tree: Mapping[str, Any]) -> None:
     names = ParameterNames(objects)
     hint = (
         "build the objects as they were when the checkpoint was saved, "
-        'or name what is not to be loaded: skip=["name of an object", "pattern.of.parameters.*"]'
+        'or name what is not to be loaded: skip=["name of an object", "pattern.of.parameters.*"]; '
+        "a module that grows in training can have a method prepare_to_load(self, stored)"
     )
     raise_all(_check_all(objects, tree, "", names), hint)
 
@@ -352,12 +355,13 @@ def _makes_it_up(value: object) -> bool:
     return not held and hasattr(value, "_unbroken_asks_for_a_name_that_nobody_has")
 
 
-def _capture(value: object, path: str, names: ParameterNames) -> Any:
-    if type(value) is list or type(value) is tuple:
-        return type(value)(_capture(v, f"{path}.{key}", names) for key, v in _items(value))
-    if type(value) is dict:
-        return {key: _capture(v, f"{path}.{key}", names) for key, v in _items(value)}
+def _capture(value: object, path: str, names: ParameterNames, *, asks: bool) -> Any:
+    if type(value) in (list, tuple, dict):
+        pairs = [(k, _capture(v, f"{path}.{k}", names, asks=asks)) for k, v in _items(value)]
+        return dict(pairs) if type(value) is dict else type(value)(v for _, v in pairs)  # type: ignore[call-arg]
     kind = kind_of(value, path)
+    if kind.type is Stateful and not asks:
+        return None
     state, facts = kind.capture(value, path, names)
     return Captured(kind.name, kind.class_name(value), state, facts)
 

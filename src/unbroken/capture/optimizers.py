@@ -17,7 +17,15 @@ from unbroken.capture.in_place import StateInPlace
 from unbroken.capture.mismatch import Mismatch
 from unbroken.capture.names import ParameterNames
 from unbroken.capture.sharded import is_sharded, same_cut
-from unbroken.capture.stored import Blocks, Filling, StoredTensor, describe, home, load_tensors
+from unbroken.capture.stored import (
+    Blocks,
+    Filling,
+    StoredSubclass,
+    StoredTensor,
+    describe,
+    home,
+    load_tensors,
+)
 from unbroken.capture.tree import Captured, State, TreeMap
 from unbroken.errors import CaptureError
 
@@ -35,6 +43,7 @@ def capture_optimizer(optimizer: Optimizer, path: str, names: ParameterNames) ->
         for stored, group in zip(groups, optimizer.param_groups, strict=True)
         for name, parameter in zip(stored["params"], group["params"], strict=True)
     }
+    by_name |= _trained_before(optimizer, names)
     state = {name: optimizer.state[p] for name, p in by_name.items() if p in optimizer.state}
     for name, own in state.items():
         _check_cut(by_name[name], own, f"{path}.state.{name}")
@@ -45,6 +54,13 @@ def capture_optimizer(optimizer: Optimizer, path: str, names: ParameterNames) ->
         "more": _more_state(optimizer),
     }
     return {"state": state, "param_groups": groups}, facts
+
+
+def _trained_before(optimizer: Optimizer, names: ParameterNames) -> dict[str, Any]:
+    """Return the parameters that were taken out of the groups, and whose state is kept."""
+    keys: list[Any] = [*optimizer.state]
+    named = [(names.of(one), one) for one in keys if isinstance(one, torch.Tensor)]
+    return {name: one for name, one in named if name is not None}
 
 
 def _check_cut(parameter: torch.Tensor, state: Any, path: str) -> None:
@@ -126,7 +142,13 @@ def check_optimizer(
 def _check_state(
     parameter: torch.Tensor | None, state: Any, path: str, name: str
 ) -> Iterator[Mismatch]:
-    """Yield what of a stored state cannot be cut as the live parameter is."""
+    """Yield what of a stored state cannot be put together here, or cut as the parameter is."""
+    if isinstance(state, dict):
+        unknown = (one for one in state.values() if isinstance(one, StoredSubclass))
+        for value in unknown:
+            if value.kind is None:
+                what = f"is a {value.type_name}, a class that the optimizer here does not use"
+                yield Mismatch(value.path, what)
     if not is_sharded(parameter) or not isinstance(state, dict):
         return
     for key, value in state.items():
@@ -174,6 +196,11 @@ def restore_optimizer(
                 was = stored.facts.get("devices", {}).get(name, "cpu")
                 loader = _StateLoader(parameter, was, _step_on_device(group), blocks, later, kept)
                 optimizer.state[parameter] = loader(stored.state["state"][name])
+    for name, state in stored.state["state"].items():
+        one = names.find(name)
+        if one is not None and one not in optimizer.state:  # no longer trained
+            was = stored.facts.get("devices", {}).get(name, "cpu")
+            optimizer.state[one] = _StateLoader(one, was, False, blocks, later, kept)(state)
     optimizer.state.update(load_tensors(stored.facts.get("shared", {})))
 
 
@@ -251,6 +278,9 @@ class _StateLoader:
         return live
 
     def _load(self, value: Any) -> Any:
+        if isinstance(value, StoredSubclass):
+            same = value.device == self._was
+            return value.load(self._parameter.device if same else home(value), self._blocks)
         if not isinstance(value, StoredTensor):
             return value
         if is_sharded(self._parameter) and value.shape == tuple(self._parameter.shape):

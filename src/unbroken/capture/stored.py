@@ -11,6 +11,7 @@ import torch
 from unbroken.capture.dtypes import byte_view, carrier, dtype_name, raw
 from unbroken.capture.leaves import stored_as
 from unbroken.capture.sharded import Chunks, empty_like, is_sharded, part_of
+from unbroken.capture.subclasses import parts_of
 from unbroken.capture.tree import TreeMap
 from unbroken.capture.views import Layout
 from unbroken.errors import CorruptCheckpointError, StateMismatchError
@@ -302,27 +303,106 @@ class StoredTensor:
         return tensor.requires_grad_(self.requires_grad)
 
 
-def load_tensors(tree: Any, device: torch.device | str | None = None) -> Any:
+@dataclass(frozen=True)
+class StoredSubclass:
+    """A tensor subclass in a checkpoint: its inner tensors, and what puts them together.
+
+    Args:
+        path: Its own path; the leaves have those of the inner tensors.
+        type_name: The full name of its class; only ever compared.
+        kind: The class here that has this name; None: there is none.
+        parts: The inner tensors by name.
+        context: What else `__tensor_unflatten__` takes.
+        dtype: The dtype that it shows.
+        shape: Its shape.
+        stride: Its strides.
+        device: The device that it was captured from.
+        role: "tensor", "parameter", "buffer" or "non-persistent buffer".
+        requires_grad: As it was.
+    """
+
+    path: str
+    type_name: str
+    kind: type | None
+    parts: Mapping[str, Any]
+    context: Any
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    device: str
+    role: str
+    requires_grad: bool
+
+    @property
+    def place(self) -> tuple[object, ...]:
+        """Equal for two tensors when they are the same one."""
+        return (self.path,)
+
+    def load(
+        self, device: torch.device | str = "cpu", blocks: Blocks | None = None
+    ) -> torch.Tensor:
+        """Read the inner tensors and put them together, by the class that this process has.
+
+        Raises:
+            StateMismatchError: No such class is at hand, or it does not take them.
+            CorruptCheckpointError: The bytes are not those that the manifest promises.
+        """
+        if self.kind is None:
+            hint = f"pass the class itself: types=[{self.type_name.rpartition('.')[2]}]"
+            what = "is a tensor of a class that was not given"
+            raise StateMismatchError(self.path, what, expected=self.type_name, hint=hint)
+        parts = {name: load_tensors(part, device, blocks) for name, part in self.parts.items()}
+        context, unflatten = load_tensors(self.context), self.kind.__tensor_unflatten__  # type: ignore[attr-defined]
+        try:
+            tensor = unflatten(parts, context, torch.Size(self.shape), self.stride)
+        except Exception as error:  # the class may raise anything at parts that are not its own
+            what = f"{self.type_name} does not take the stored parts"
+            raise StateMismatchError(self.path, what, found=error) from error
+        found = (type(tensor), tensor.dtype, tuple(tensor.shape))
+        if found != (self.kind, self.dtype, self.shape):
+            what = f"{self.type_name} made another tensor of the stored parts"
+            raise StateMismatchError(self.path, what, expected=self, found=describe(tensor))
+        if self.role == "parameter":
+            return torch.nn.Parameter(tensor, requires_grad=self.requires_grad)
+        return tensor.requires_grad_(self.requires_grad)  # type: ignore[no-any-return]
+
+    def copy_into(self, tensor: Any, later: Filling | None = None) -> None:
+        """Overwrite the inner tensors of a tensor of the same class, in place."""
+        inner, _ = parts_of(tensor)
+        for name, part in self.parts.items():
+            if part is not None:
+                part.copy_into(inner[name], later)
+
+    def __str__(self) -> str:
+        """Return class, dtype and shape, such as "OptimState8bit float32[3, 4]"."""
+        name = self.type_name.rpartition(".")[2]
+        return f"{name} {dtype_name(self.dtype)}{list(self.shape)}"
+
+
+def load_tensors(
+    tree: Any, device: torch.device | str | None = None, blocks: Blocks | None = None
+) -> Any:
     """Return `tree` with every stored tensor loaded; tensors that shared memory share it again.
 
     Args:
         tree: A state tree as `decode(..., lazy=True)` returns it.
         device: Where to put the tensors; None for the kind of device that each came from.
+        blocks: Blocks read before.
 
     Raises:
         StateMismatchError: This machine has no device of the kind that a tensor came from.
     """
-    blocks: Blocks = {}
+    blocks = {} if blocks is None else blocks
 
     def load(value: Any) -> Any:
-        if not isinstance(value, StoredTensor):
+        if not isinstance(value, StoredTensor | StoredSubclass):
             return value
         return value.load(home(value) if device is None else device, blocks)
 
     return TreeMap(load)(tree)
 
 
-def home(stored: StoredTensor) -> torch.device:
+def home(stored: StoredTensor | StoredSubclass) -> torch.device:
     """Return this machine's device for a tensor: its own, or the current one of the same kind."""
     device = torch.device(stored.device)
     if device.type == "cpu":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from unbroken.capture.dtypes import DTYPES, QUANTIZED, contiguous_stride, dtype_
 from unbroken.capture.nodes import get, get_flag, get_int, get_numbers, get_shape, malformed
 from unbroken.capture.scalars import decode_device
 from unbroken.capture.sharded import is_sharded
-from unbroken.capture.stored import LeafSource, StoredTensor
+from unbroken.capture.stored import LeafSource, StoredSubclass, StoredTensor
 from unbroken.capture.text import Json
 from unbroken.capture.views import Layout, Placed
 from unbroken.errors import CaptureError
@@ -25,17 +26,22 @@ def check_tensor(value: torch.Tensor, path: str) -> None:
             path,
             "is a tensor subclass, which cannot be stored",
             found=f"{type(value).__module__}.{type(value).__qualname__}",
-            hint="give plain tensors; a lazy module gets its parameters in its first forward",
+            hint="give plain tensors, or a class with __tensor_flatten__ and __tensor_unflatten__",
         )
     if value.is_nested or value.layout != torch.strided or value.device.type == "meta":
         found = "a nested tensor" if value.is_nested else f"{value.layout} on {value.device}"
         hint = "use dense tensors with data: to_dense(), to_padded_tensor(), to_empty()"
         raise CaptureError(path, "cannot be stored", found=found, hint=hint)
+    check_graph(value, path)
+    if value.is_quantized and value.dtype not in QUANTIZED:
+        raise CaptureError(path, "cannot be stored", found=f"a tensor of {value.dtype}")
+
+
+def check_graph(value: torch.Tensor, path: str) -> None:
+    """Raise if the tensor is the result of operations that gradients may flow through."""
     if value.grad_fn is not None:
         hint = "store its value with detach()"
         raise CaptureError(path, "is part of an autograd graph", found=value.grad_fn, hint=hint)
-    if value.is_quantized and value.dtype not in QUANTIZED:
-        raise CaptureError(path, "cannot be stored", found=f"a tensor of {value.dtype}")
 
 
 def physical(value: torch.Tensor) -> torch.Tensor:
@@ -93,6 +99,27 @@ def read_tensor(node: Json, path: str, leaf: str, source: LeafSource) -> StoredT
     stored = StoredTensor(leaf, base, view, offset, device, role, requires_grad, conj, neg, source)
     stored.check_region()
     return stored
+
+
+def read_subclass(
+    node: Json, path: str, parts: Mapping[str, Any], context: Any, kind: type | None
+) -> StoredSubclass:
+    """Return the tensor subclass that a node describes.
+
+    Args:
+        node: The node.
+        path: Its path.
+        parts: The inner tensors, decoded.
+        context: What else it is made with, decoded.
+        kind: The class here that has the stored name; None: there is none.
+    """
+    role, dtype = node.get("role", "tensor"), DTYPES.get(get(node, "dtype", str, path))
+    shape, stride = get_numbers(node, "shape", path), get_numbers(node, "stride", path)
+    if role not in _ROLES or dtype is None or len(shape) != len(stride):
+        raise malformed(path, "not a tensor of any class")
+    device = str(decode_device({"device": "cpu", **node}, "device", path))
+    about = (dtype, shape, stride, device, role, get_flag(node, "requires_grad", path))
+    return StoredSubclass(path, get(node, "type", str, path), kind, parts, context, *about)
 
 
 def _read_layout(node: Json, path: str) -> Layout:

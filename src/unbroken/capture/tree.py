@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
+from unbroken.capture.subclasses import comes_apart, parts_of
+
 
 @dataclass(frozen=True)
 class Captured:
@@ -53,7 +55,7 @@ def children(value: object) -> Iterator[object]:
 
 
 def types_in(tree: object) -> frozenset[type]:
-    """Return the enum and named-tuple classes that occur in `tree`.
+    """Return the enum, named-tuple and tensor classes that occur in `tree`.
 
     They are what `decode` may be given as `types` for a tree of the same shape.
 
@@ -73,6 +75,9 @@ def types_in(tree: object) -> frozenset[type]:
         value = todo.pop()
         if isinstance(value, Enum) or is_namedtuple(value):
             found.add(type(value))
+        if comes_apart(value):
+            found.add(type(value))
+            todo.extend(parts_of(value))
         if id(value) not in seen:
             seen.add(id(value))
             todo.extend(children(value))

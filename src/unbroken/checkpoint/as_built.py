@@ -65,14 +65,15 @@ class AsBuilt:
     def set_options(self, optimizer: Optimizer, names: Collection[str]) -> None:
         """Give an optimizer these hyperparameters as it was built; not the learning rate."""
         chosen = set(names) - set(_NO_OPTIONS)
-        for group, built in zip(optimizer.param_groups, self.groups[id(optimizer)], strict=True):
+        # Groups that were added in training stand behind the others, and keep what they had.
+        for group, built in zip(optimizer.param_groups, self.groups[id(optimizer)], strict=False):
             group.update({name: built[name] for name in chosen if name in built})
         if chosen & {"fused", "capturable"}:
             _move_steps(optimizer)
 
     def set_learning_rates(self, optimizer: Optimizer) -> None:
         """Give an optimizer the learning rates it was built with."""
-        for group, built in zip(optimizer.param_groups, self.groups[id(optimizer)], strict=True):
+        for group, built in zip(optimizer.param_groups, self.groups[id(optimizer)], strict=False):
             for key in ("lr", "initial_lr"):
                 if key in built:
                     _set(group, key, built[key])
@@ -117,8 +118,9 @@ class AsBuilt:
         """Freeze and unfreeze the parameters of a module as this start did."""
         built = self.frozen[id(module)]
         for name, parameter in named_parameters(module):
-            parameter.requires_grad_(built[name])
-            if not built[name]:
+            is_trained = built.get(name, parameter.requires_grad)  # else it came in training
+            parameter.requires_grad_(is_trained)
+            if not is_trained:
                 parameter.grad = None
 
 

@@ -33,6 +33,7 @@ from unbroken.checkpoint.not_given import NotGiven
 from unbroken.checkpoint.opening import RunPlace, reader_of
 from unbroken.checkpoint.readers import LoadFrom
 from unbroken.checkpoint.reading_ahead import ReadAhead
+from unbroken.checkpoint.rehearsal import Rehearsal
 from unbroken.checkpoint.report import ResumeReport
 from unbroken.checkpoint.resuming import Resumption
 from unbroken.checkpoint.save_timer import SaveSteps, SaveTimer
@@ -191,6 +192,7 @@ class Checkpointer:
             told=told,
             buckets=self._buckets,
         )
+        self._rehearsal = Rehearsal(objects)
         fixed, by_itself = (save_steps, save_minutes), (max_lost_minutes, mtbf_hours)
         self._timer = SaveTimer(*fixed, *by_itself, group=self.group, clock=clock)
 
@@ -235,6 +237,7 @@ class Checkpointer:
         self.attributes.note()
         agree_on_versions(self.group)
         self._others = self._facts_of_others()
+        self._rehearsal.at_the_start(self.group)
         selection = Selection.parse(which)
         if selection.path is not None and self._place.holds(selection.path):
             self.among_others = True  # a checkpoint that was copied there under another name
@@ -257,6 +260,7 @@ class Checkpointer:
         self._known = {one.path for one in report.differences}
         if comparison.is_strict:
             self.group.together("look for what is not covered", self._tell_uncovered)
+        self._rehearsal.begin(report.step)
         return report
 
     def _refuse_beginning(self, left: RunDirectory, step: int) -> None:
@@ -316,10 +320,16 @@ class Checkpointer:
 
     def save_if_due(self, step: int, values: Any = None) -> str | None:
         """Save if the cadence says so; return the folder of the checkpoint, or None."""
+        self.rehearse(step, lambda: values)
         return self.save(step, values) if self.is_due(step) else None
 
     def is_due(self, step: int) -> bool:
-        """Return whether the cadence asks for a save after `step` steps; raises as `wait` does."""
+        """Return whether the cadence asks for a save after `step` steps; raises as `wait` does.
+
+        Raises:
+            CaptureError: After the first step: something could not be saved.
+        """
+        self.rehearse(step)
         self._beside.poll()
         return self._timer.due(step, again=self._beside.again, cost=self._beside.cost)
 
@@ -360,6 +370,7 @@ class Checkpointer:
         saving = Saving(run.storage, partial(self._begin, writing), writing.commit)
         share = partial(share, of_rank_0=self._buckets.buffers_of_rank_0())
         self._beside.save(step, saving, share, self.objects, began)
+        self._rehearsal.has_saved(step)
         self._line.has_begun = True
         self._timer.done(step)
         return self.path(step)
@@ -407,6 +418,21 @@ class Checkpointer:
         moved = self.group.together("capture the state", lambda: self.attributes.state(tree))
         alone = self.group.world_size == 1
         return {NAME: moved} if (moved if alone else self.group.any(bool(moved))) else {}
+
+    def rehearse(self, step: int, values: Callable[[], Any] = lambda: None) -> None:
+        """Raise, after the first step of a start, what a save would raise; nothing is written.
+
+        It does so once; `is_due` and `save_if_due` call it.
+
+        Args:
+            step: Completed optimizer steps.
+            values: Returns what would be saved with the objects.
+
+        Raises:
+            CaptureError: Something cannot be stored; the message names its path and type.
+            RankError: That happened on another rank.
+        """
+        self._rehearsal.after_a_step(step, self.group, values, self.layout)
 
     def wait(self) -> None:
         """Wait until every checkpoint that was saved is durable.
@@ -485,6 +511,7 @@ class Checkpointer:
     def _close(self, error: BaseException | None) -> None:
         self._buckets.close()
         try:
+            self._rehearsal.end()
             self._beside.close(hurried=error is not None)
         finally:
             if self._beside.is_idle:  # else a later call ends it

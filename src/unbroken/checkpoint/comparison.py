@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from unbroken.capture import Skip, how_cut, keep_skipped
+from unbroken.capture import ParameterNames, Skip, how_cut, keep_skipped, structure_digest
 from unbroken.checkpoint.as_built import AsBuilt, named_objects
 from unbroken.checkpoint.code import code_differences, code_facts
 from unbroken.checkpoint.ddp_buckets import DdpBuckets
@@ -155,6 +155,7 @@ class Comparison:
         groups = {**of_objects, **told, "code": code_facts()}  # the last one waits for git
         return {
             "environment": environment,
+            "built": _structures(self._objects),
             "settings": self._settings,
             "fingerprint": {"version": FINGERPRINT_VERSION, **groups},
         }
@@ -335,6 +336,16 @@ def fingerprint_of(objects: Mapping[str, object]) -> dict[str, Plain]:
                 facts = describe(value)
                 groups.setdefault(group, {}).update(facts if name == group else {name: facts})
     return groups
+
+
+def _structures(objects: Mapping[str, object]) -> dict[str, Any]:
+    """Return digests of how modules and optimizers are built, before training lets them grow."""
+    names = ParameterNames(objects)
+    return {
+        path: structure_digest(value, names)
+        for path, value in named_objects(objects)
+        if isinstance(value, nn.Module | Optimizer)
+    }
 
 
 _AS_A_SOURCE = "give it as batch_source(loader, ...), which comes back to its place exactly"

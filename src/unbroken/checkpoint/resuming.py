@@ -8,9 +8,11 @@ from functools import partial
 from typing import Any
 
 from unbroken.capture import (
+    Growth,
     capture,
     check,
     check_rng,
+    classes_at_hand,
     decode,
     fill,
     load_tensors,
@@ -32,6 +34,7 @@ from unbroken.checkpoint.reading_ahead import ReadAhead
 from unbroken.checkpoint.report import ResumeReport
 from unbroken.checkpoint.selection import Selection
 from unbroken.checkpoint.shares import STATE_FILE
+from unbroken.checkpoint.snapshot import flattened
 from unbroken.distributed import Group
 from unbroken.errors import (
     CheckpointError,
@@ -126,6 +129,7 @@ class Resumption:
         self._comparison = comparison
         self._found = found
         self._given_since: list[str] = []
+        self._growth = Growth(objects)
         self._differences: tuple[Difference, ...] = ()
         self._told: tuple[Difference, ...] = ()
         self._same: tuple[Difference, ...] = ()
@@ -139,9 +143,12 @@ class Resumption:
             if isinstance(candidate, Rejection):
                 rejected.append(candidate)
                 continue
-            damage = self._readers.load(partial(self._examine, candidate))
-            if damage is None:  # on every rank: only now does one of them change something
-                damage = self._readers.load(self._fill)
+            try:
+                damage = self._readers.load(partial(self._examine, candidate))
+                if damage is None:  # on every rank: only now does one of them change something
+                    damage = self._readers.load(self._fill)
+            finally:
+                self._growth.take_back()  # what has got its shape from here, and nothing more
             if damage is None:
                 reader = candidate
                 break
@@ -205,7 +212,10 @@ class Resumption:
         )
         source = self._readers.open(found, whole=False)
         if source is not None and not isinstance(source, Rejection):
-            damage = self._readers.load(partial(self._examine, source))
+            try:
+                damage = self._readers.load(partial(self._examine, source))
+            finally:
+                self._growth.take_back()
             if damage is not None:
                 raise damage
 
@@ -238,6 +248,7 @@ class Resumption:
         moved = tree.pop(NAME, None)
         rng, values = load_tensors(tree.pop("rng"), "cpu"), load_tensors(tree.pop("values"))
         tree, objects, differences = self._fitting(reader, tree)
+        self._growth = Growth(objects, partial(self._is_as_built, reader))
         tree = self._compared(reader, tree, differences, moved)
         check(objects, tree)
         check_rng(rng)
@@ -257,6 +268,7 @@ class Resumption:
             raise RuntimeError("nothing was examined")
         self.is_torn = True
         fill(found.objects, found.tree)
+        self._growth.keep()
         if self._attributes is not None:
             self._attributes.restore()
         if self._comparison is not None:
@@ -284,12 +296,21 @@ class Resumption:
         objects = {name: one for name, one in objects.items() if name not in self._given_since}
         return tree, objects, (*told, *missing)
 
+    def _is_as_built(self, reader: Source, path: str) -> bool:
+        """Tell whether an object was built as the one was that made the checkpoint."""
+        built = reader.manifest.facts.get("built")
+        comparison = self._comparison
+        if comparison is None or not isinstance(built, dict):  # an older version did not note it
+            return False
+        return bool(built.get(path) == comparison.facts["built"].get(path))
+
     def _compared(
         self, reader: Source, tree: dict[str, Any], more: tuple[Difference, ...], moved: Any
     ) -> dict[str, Any]:
         """Return what is to be loaded; raise if it does not fit or is not accepted."""
         comparison, facts = self._comparison, reader.manifest.facts
         if comparison is None:
+            self._growth.grow(tree)
             return tree
         place = self._group.rank, self._group.world_size
         facts = facts_of_rank(facts, comparison.facts, *place)
@@ -308,6 +329,7 @@ class Resumption:
         own = own and not self._is_beginning
         patterns = comparison.patterns(facts, own=own)
         tree, skipped = comparison.partial(tree, patterns, found)
+        self._growth.grow(tree)
         model = {name: self._objects[name] for name in ("model",) if name in self._objects}
         check(model, {name: tree[name] for name in model if name in tree})  # names both shapes
         comparison.refuse(f"checkpoint of step {reader.step}", found)
@@ -337,7 +359,8 @@ class Resumption:
 
     def _decoded(self, reader: Source, name: str) -> dict[str, Any]:
         structure = structure_from_bytes(reader.read_file(name), name)
-        types = (*self._types, *types_in(capture(self._objects)))
+        here = {*types_in(capture(self._objects)), *classes_at_hand(flattened(self._objects))}
+        types = (*self._types, *here)
         source = reader if self._ahead is None else self._ahead.of(reader)
         tree = decode(structure, source, types=types, lazy=True)
         if not isinstance(tree, dict):

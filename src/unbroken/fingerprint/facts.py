@@ -127,7 +127,7 @@ def object_facts(thing: object) -> dict[str, Plain]:
     return {"class": qualified_name(thing), "source": source_digest(type(thing)), "values": values}
 
 
-def names_used_by(*things: object, leave_out: str | None = None) -> set[str]:
+def names_used_by(*things: object, leave_out: frozenset[str] = frozenset()) -> set[str]:
     """Return all names, and keys, in the code of things and of what they reach."""
     functions = [
         f
@@ -138,7 +138,7 @@ def names_used_by(*things: object, leave_out: str | None = None) -> set[str]:
     return set().union(*(names_in(f) | texts_in(f) for f in functions))
 
 
-def values_around(thing: object, leave_out: str | None = None) -> dict[str, Plain]:
+def values_around(thing: object, leave_out: frozenset[str] = frozenset()) -> dict[str, Plain]:
     """Return the values that code takes from defaults, closures and globals.
 
     Example:
@@ -243,7 +243,9 @@ class _Walk:
             "values": _compacted(values) if depth == 0 else values,
         }
 
-    def around(self, thing: Any, depth: int, leave_out: str | None = None) -> dict[str, Any]:
+    def around(
+        self, thing: Any, depth: int, leave_out: frozenset[str] = frozenset()
+    ) -> dict[str, Any]:
         """Return what the functions of a thing, and those that they call, take from around."""
         found: dict[str, Any] = {}
         ones = reached(thing, leave_out) or [thing]  # an installed function closes over things too

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from unbroken.capture import class_of, named_modules, named_parameters, unwrapped
+from unbroken.capture import PREPARE, class_of, named_modules, named_parameters, unwrapped
 from unbroken.fingerprint.asking import Failed, answer, asked, attributes_of, tried
 from unbroken.fingerprint.facts import facts_of, facts_of_items, names_used_by, values_around
 from unbroken.fingerprint.hooks import ON_MODULES, ON_PARAMETERS, hooks_on
@@ -23,7 +23,8 @@ _OF_A_MODULE_ON_RANKS = {
     "_fsdp_use_orig_params",
     "_distribute_module_applied",
 }  # what `fully_shard` and tensor parallelism leave behind
-_OF_EVERY_MODULE = {*vars(nn.Module()), "config", *OWN_TO_A_START, *_OF_A_MODULE_ON_RANKS}
+_NOT_IN_A_STEP = frozenset({"__init__", PREPARE})
+_OF_EVERY_MODULE = {*vars(nn.Module()), PREPARE, "config", *OWN_TO_A_START, *_OF_A_MODULE_ON_RANKS}
 _ROOT = "(model)"
 ATTENTION = "attn_implementation"
 
@@ -36,12 +37,12 @@ def model_facts(model: nn.Module) -> dict[str, Plain]:
 
     Returns:
         `class`; `source`: by name of each of the user's own classes in it, a digest of its code
-        but for `__init__`, whose work is seen in the rest; `globals`: what that code takes from
-        globals and closures; `layer`: by name of each module, its class, what it prints of itself
-        and the numbers and functions in it; `frozen`: the names of the parameters that are not
-        trained; `eval`: the modules in evaluation mode, if the model as a whole is not; and under
-        their own names the values of its configuration, if it has one, and the hooks, values and
-        functions in the user's own modules, such as a number of heads.
+        but for `__init__` and `prepare_to_load`, whose work is seen in the rest; `globals`: what
+        that code takes from globals and closures; `layer`: by name of each module, its class,
+        what it prints of itself and the numbers and functions in it; `frozen`: the names of the
+        parameters that are not trained; `eval`: the modules in evaluation mode, if the model as a
+        whole is not; and under their own names the values of its configuration, if it has one, and
+        the hooks, values and functions in the user's own modules, such as a number of heads.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1))
@@ -54,12 +55,12 @@ def model_facts(model: nn.Module) -> dict[str, Plain]:
     modules = dict(named_modules(model))
     own = {class_of(module) for module in modules.values() if is_users_own(class_of(module))}
     classes = sorted(own, key=qualified_name)
-    around = {qualified_name(one): values_around(one, leave_out="__init__") for one in classes}
+    around = {qualified_name(one): values_around(one, leave_out=_NOT_IN_A_STEP) for one in classes}
     return {
         **_attributes(modules, classes),
         **_configs(modules),
         "class": qualified_name(class_of(model)),
-        "source": {qualified_name(o): source_digest(o, leave_out="__init__") for o in classes},
+        "source": {qualified_name(o): source_digest(o, leave_out=_NOT_IN_A_STEP) for o in classes},
         "globals": {name: values for name, values in around.items() if values},
         "layer": {name or _ROOT: _printed(module) for name, module in modules.items()},
         **_in_evaluation_mode(modules),
@@ -108,7 +109,7 @@ def _attention(config: Any) -> dict[str, Any]:
 
 def _attributes(modules: dict[str, nn.Module], classes: list[type]) -> dict[str, Plain]:
     """Return the values and hooks of modules whose class does not print them itself."""
-    used = names_used_by(*classes, leave_out="__init__")
+    used = names_used_by(*classes, leave_out=_NOT_IN_A_STEP)
     parts = {id(module) for module in modules.values()}
     found: dict[str, Plain] = {}
     for name, module in modules.items():

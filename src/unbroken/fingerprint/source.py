@@ -22,12 +22,12 @@ from unbroken.fingerprint.definitions import definition_of, lambdas_of
 from unbroken.fingerprint.owners import is_users_module, is_users_own, qualified_name
 
 
-def source_digest(thing: object, *, leave_out: str | None = None) -> str | None:
+def source_digest(thing: object, *, leave_out: frozenset[str] = frozenset()) -> str | None:
     """Return a digest of the code of a class or function, and of what it calls by global names.
 
     Args:
         thing: A class, a function, or an object, whose class counts.
-        leave_out: A method of classes that does not count.
+        leave_out: Methods of classes that do not count.
 
     Returns:
         32 hexadecimal digits (xxh3-128), or None where the code is installed or built in.
@@ -42,7 +42,7 @@ def source_digest(thing: object, *, leave_out: str | None = None) -> str | None:
     return xxhash.xxh3_128("\0".join(sorted(texts)).encode()).hexdigest() if texts else None
 
 
-def reached(thing: object, leave_out: str | None = None) -> list[Any]:
+def reached(thing: object, leave_out: frozenset[str] = frozenset()) -> list[Any]:
     """Return the user's own functions and classes that a thing runs: itself, and what it names."""
     found: dict[int, Any] = {}
     waiting: list[Any] = [owner_of(thing)]
@@ -88,7 +88,7 @@ def called_by(thing: Any) -> tuple[Any, dict[str, Any]]:
 _MAX_WRAPPERS = 16
 
 
-def functions_of(thing: object, leave_out: str | None = None) -> list[FunctionType]:
+def functions_of(thing: object, leave_out: frozenset[str] = frozenset()) -> list[FunctionType]:
     """Return the functions whose code a thing runs: itself, or the methods of its class."""
     if isinstance(thing, FunctionType):
         return [thing]
@@ -97,7 +97,7 @@ def functions_of(thing: object, leave_out: str | None = None) -> list[FunctionTy
         return []
     members = (_function_in(value) for value in vars(owner).values())
     own = [member for member in members if isinstance(member, FunctionType)]
-    return [function for function in own if function.__name__ != leave_out]
+    return [function for function in own if function.__name__ not in leave_out]
 
 
 def _function_in(member: Any) -> Any:
@@ -155,7 +155,7 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
 
 
 @functools.lru_cache(maxsize=512)  # of a class that is many times in a list or a model
-def _syntax(thing: Any, leave_out: str | None) -> str:
+def _syntax(thing: Any, leave_out: frozenset[str]) -> str:
     """Return the code of a class or function in one spelling, without docstrings and comments."""
     try:
         if getattr(thing, "__name__", None) == "<lambda>":
@@ -174,13 +174,13 @@ def _syntax(thing: Any, leave_out: str | None) -> str:
         return _bytecode(thing, leave_out)
 
 
-def _only_what_runs(tree: ast.AST, leave_out: str | None) -> ast.AST:
+def _only_what_runs(tree: ast.AST, leave_out: frozenset[str]) -> ast.AST:
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             continue
         if ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:]
-        kept = [part for part in node.body if getattr(part, "name", "") != (leave_out or "-")]
+        kept = [part for part in node.body if getattr(part, "name", "") not in leave_out]
         node.body = kept or [ast.Pass()]
     _WithoutHints().visit(tree)
     return tree
@@ -215,7 +215,7 @@ class _WithoutHints(ast.NodeTransformer):
         return ast.Assign([part.target], part.value, lineno=part.lineno)
 
 
-def _bytecode(thing: object, leave_out: str | None = None) -> str:
+def _bytecode(thing: object, leave_out: frozenset[str] = frozenset()) -> str:
     """Return the instructions: they change with Python, but so they do for everybody."""
     functions = functions_of(thing, leave_out)
     codes = (code for function in functions for code in _nested(function.__code__))

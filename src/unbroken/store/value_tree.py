@@ -22,7 +22,8 @@ _ELEMENTS = {"tuple", "namedtuple", "deque", "torch.Size"}
 _PAIRS = {"dict", "OrderedDict", "Counter", "defaultdict"}
 _IN_LEAVES = {"tensor", "numpy.ndarray", "bytes", "bytearray"}
 _WITH_NODES = {"quantized": ("integers", "scale", "zero_point")}
-_COUNTED = {*_PAIRS, "deque", "set", "bytearray", "numpy.ndarray", "tensor", "quantized"}
+_TENSORS = {"tensor", "quantized", "subclass"}
+_COUNTED = {*_PAIRS, *_TENSORS, "deque", "set", "bytearray", "numpy.ndarray"}
 
 HAS_ORDER = frozenset({"mapping", *_PAIRS})
 """Kinds of which the order of the keys is part of the value."""
@@ -154,6 +155,12 @@ class _Walk:
             if "state" in raw:
                 inner["state"] = self.node(raw["state"], path, "")
             return tag, {**_described(raw, "facts", "state"), **inner}
+        tensors = raw.get("parts")
+        if tag == "subclass" and isinstance(tensors, Mapping):
+            pairs = tensors.items()
+            inner = {f"part {name}": self.node(one, path, f".{name}") for name, one in pairs}
+            inner["context"] = self.node(raw.get("context"), path, ":context")
+            return tag, {**_described(raw, "parts", "context"), **inner}
         if tag in _IN_LEAVES and isinstance(raw.get("leaf"), str):
             return tag, _described(raw)
         if tag in _WITH_NODES:

@@ -22,7 +22,7 @@ from unbroken.store import Interval, KeepPolicy
 from unbroken.store.run_directory import as_directory_error
 from unbroken.training.ambient import Randomness, seed_ambient
 from unbroken.training.callback import named, with_state
-from unbroken.training.changes import IN_DATA, LENGTH, Examination
+from unbroken.training.changes import IN_DATA, LENGTH, LENGTH_SETTINGS, Examination
 from unbroken.training.config import LeftOpen, TrainerConfig
 from unbroken.training.display import Display, Silence
 from unbroken.training.division import Division
@@ -235,6 +235,7 @@ def _made_by_settings(trainer: Trainer) -> list[str]:
 def _resume_policy(config: TrainerConfig) -> Policy:
     """Return which differences a run accepts: those it names, and what follows from them."""
     follows = () if config.exact_resume == "require" else (LENGTH,)
+    follows = (*follows, *(LENGTH_SETTINGS if LENGTH in config.allow else ()))
     parts = {"fp16": "scaler", "lr_scheduler_type": "scheduler", "optim": "optimizer"}
     return Policy((*config.allow, *follows), config.skip, config.exact_resume, parts)
 

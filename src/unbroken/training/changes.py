@@ -76,7 +76,10 @@ _STEERING = (
     "greater_is_better",
 )
 LENGTH = "schedule"
-"""The path of the difference that tells of a schedule which reaches its end elsewhere."""
+"""The path of the difference that tells of a schedule which reaches its end elsewhere, where no
+setting of the length does."""
+
+LENGTH_SETTINGS = ("max_steps", "num_train_epochs")
 
 IN_DATA: Mapping[str, tuple[str, ...]] = {
     "batch_size": ("global_batch_size", "epoch_size"),
@@ -137,10 +140,9 @@ class Examination:
         differences = gravest_first(self._by_both(one, stored, now) for one in compared)
         others = tuple(self._judged(one, stored) for one in found if not self._is_idle(one))
         same = unchanged(_comparable(stored), _comparable(now))
-        length: tuple[Difference, ...] = ()
         if stored and self._trainer.has_own_schedule:
-            length = self._length(differences, facts)
-        return (*differences, *length, *others, *same)
+            differences = self._with_length(differences, others, facts)
+        return (*differences, *others, *same)
 
     def _by_both(
         self, difference: Difference, stored: Mapping[str, Any], now: Mapping[str, Any]
@@ -190,22 +192,65 @@ class Examination:
         effect = "the same lanes on other ranks: the same bits"
         return replace(difference, verdict="harmless", effect=effect)
 
-    def _length(
-        self, differences: tuple[Difference, ...], facts: Mapping[str, Any]
+    def _with_length(
+        self,
+        differences: tuple[Difference, ...],
+        others: tuple[Difference, ...],
+        facts: Mapping[str, Any],
     ) -> tuple[Difference, ...]:
         """Tell what a run of another length does to a schedule that falls to its end."""
         config = self._trainer.config
         progress = Progress(**_mapping(facts, "progress"))
         was, now = facts.get("max_steps"), count_steps(config, self._trainer.source, progress)
-        if {d.path for d in differences} & SCHEDULE_SETTINGS or not isinstance(was, int):
-            return ()
+        if not isinstance(was, int) or now <= progress.step:
+            return differences
         before, after = factor_of(config, was), factor_of(config, now)
         for step in _sampled(progress.step, min(was, now)):
             rates = config.learning_rate * before(step), config.learning_rate * after(step)
             if rates[0] != rates[1]:
-                effect = f"the learning rate of step {step + 1}, by the new length of the schedule"
-                return (Difference(LENGTH, *rates, effect, "changed"),)
-        return ()
+                by_schedule = SCHEDULE_SETTINGS & {one.path for one in differences}
+                told = tell_length(differences, others, (was, now), step, rates)
+                return differences if by_schedule and told[-1].path == LENGTH else told
+        return differences
+
+
+def tell_length(
+    differences: tuple[Difference, ...],
+    others: tuple[Difference, ...],
+    steps: tuple[int, int],
+    step: int,
+    rates: tuple[float, float],
+) -> tuple[Difference, ...]:
+    """Return the settings that differ, with what another length does to the learning rate.
+
+    Whoever gives another length is told so, and has to mean it: that is another training. Where the
+    length follows from another change (of the data, of the size of a step), it is told with it.
+
+    Args:
+        differences: Those of settings.
+        others: All others.
+        steps: The length of the run that was, and that is now.
+        step: The first step whose learning rate is another one, from 0.
+        rates: Its learning rate by either length.
+    """
+    effect = (
+        f"another schedule: step {step + 1} has the learning rate {rates[1]:.6g} in a run of "
+        f"{steps[1]} steps, and {rates[0]:.6g} in one of {steps[0]}"
+    )
+    lengths = [one for one in differences if one.path in LENGTH_SETTINGS]
+    if lengths:
+        told = replace(lengths[0], verdict="changed", effect=effect)
+        return (*(one for one in differences if one is not lengths[0]), told)
+    follows = any(one.verdict in ("changed", "refused") for one in (*differences, *others))
+    if follows:
+        return (*differences, Difference(LENGTH, *rates, effect, "changed"))
+    return (*differences, Difference("max_steps", *steps, effect, "changed"))
+
+
+def is_another_schedule(difference: Difference) -> bool:
+    """Return whether a difference tells of learning rates that another length of the run makes."""
+    of_length = difference.path in LENGTH_SETTINGS and difference.verdict == "changed"
+    return of_length or difference.path == LENGTH
 
 
 def refuse_unfinished_step(trainer: Trainer, facts: Mapping[str, Any]) -> None:

@@ -370,6 +370,7 @@ _GROUPS = (
     "model",
     "optimizer",
     "scheduler",
+    "schedule",
     "loss",
     "code",
     "callbacks",

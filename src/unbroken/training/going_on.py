@@ -19,9 +19,9 @@ from unbroken.fingerprint import (
 )
 from unbroken.training.changes import (
     JUDGING_SETTINGS,
-    LENGTH,
     METRIC_SETTINGS,
     SCHEDULE_SETTINGS,
+    is_another_schedule,
 )
 from unbroken.training.counting import count_steps
 from unbroken.training.loss import LossFn
@@ -102,8 +102,9 @@ def _take_effect(trainer: Trainer, changed: Mapping[str, Difference]) -> None:
     if trainer.has_own_optimizer:
         options = [option for name in changed for option in _MADE_BY.get(name, ())]
         built.set_options(trainer.optimizer, options)
-    anew = {*SCHEDULE_SETTINGS, LENGTH, "optim"}
-    if not changed.keys() & anew or not trainer.has_own_schedule or "scheduler" in changed:
+    anew = changed.keys() & {*SCHEDULE_SETTINGS, "optim"}
+    anew |= {path for path, one in changed.items() if is_another_schedule(one)}
+    if not anew or not trainer.has_own_schedule or "scheduler" in changed:
         return
     if isinstance(trainer.scheduler, LambdaLR) and trainer.scheduler.last_epoch == 0:
         trainer.scheduler.last_epoch = trainer.progress.step  # it took the place of another

@@ -79,7 +79,7 @@ CUT_ARGUMENTS = frozenset({"per_device_train_batch_size", "gradient_accumulation
 
 MEANT = frozenset(
     {
-        *(name for name, rule in RULES.items() if rule in (_UPDATES, _SCHEDULE, _FORWARD)),
+        *(name for name, rule in RULES.items() if rule in (_UPDATES, _SCHEDULE, _FORWARD, _LENGTH)),
         *CUT_ARGUMENTS,
         "schedule",
         "total_batch_size",

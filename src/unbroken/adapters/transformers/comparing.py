@@ -22,13 +22,16 @@ from unbroken.adapters.transformers.arguments import (
 from unbroken.adapters.transformers.reaching import Cut
 from unbroken.checkpoint import Difference, Policy, ratio
 from unbroken.fingerprint import callable_facts, data_facts, object_facts, qualified_name
+from unbroken.training.changes import (
+    LENGTH,
+    LENGTH_SETTINGS,
+    is_another_schedule,
+    tell_length,
+)
 
 if TYPE_CHECKING:
     from unbroken.adapters.transformers.run import Run
     from unbroken.adapters.transformers.trainer import Trainer
-
-LENGTH = "schedule"
-"""The path of the difference that tells of a schedule which reaches its end elsewhere."""
 
 
 def policy_of(trainer: Trainer, *, is_named: bool) -> Policy:
@@ -42,6 +45,7 @@ def policy_of(trainer: Trainer, *, is_named: bool) -> Policy:
     start = trainer.start
     meant = MEANT if is_named and start.exact_resume == "prefer" else ()
     follows = () if start.exact_resume == "require" else (LENGTH, "ignore_data_skip")
+    follows = (*follows, *(LENGTH_SETTINGS if LENGTH in start.allow else ()))
     parts = {"fp16": "scaler", "lr_scheduler_type": "scheduler", "optim": "optimizer"}
     return Policy((*start.allow, *meant, *follows), start.skip, start.exact_resume, parts)
 
@@ -97,9 +101,9 @@ def compared(
     if changed & CUT_ARGUMENTS:
         size = ()  # the arguments tell it
     found = (*_of_data_skip(run), *found)
-    if own[1] or changed & SCHEDULE_ARGUMENTS:
-        return (*arguments, *size, *found)
-    return (*arguments, *size, *_of_length(trainer, stored), *found)
+    if not own[1]:
+        arguments = _with_length(trainer, stored, arguments, (*size, *found))
+    return (*arguments, *size, *found)
 
 
 def _of_size(run: Run, stored: Mapping[str, Any]) -> tuple[Difference, ...]:
@@ -125,19 +129,27 @@ def _of_data_skip(run: Run) -> tuple[Difference, ...]:
     return (Difference("ignore_data_skip", was, "its beginning", effect, "changed"),)
 
 
-def _of_length(trainer: Trainer, stored: Mapping[str, Any]) -> tuple[Difference, ...]:
+def _with_length(
+    trainer: Trainer,
+    stored: Mapping[str, Any],
+    arguments: tuple[Difference, ...],
+    others: tuple[Difference, ...],
+) -> tuple[Difference, ...]:
     """Tell what a run of another length does to a schedule that falls to its end."""
     was, now, step = stored.get("max_steps"), trainer.state.max_steps, trainer.state.global_step
     if not isinstance(was, int) or was == now or not isinstance(trainer.lr_scheduler, LambdaLR):
-        return ()
+        return arguments
+    if now <= step:
+        return arguments
     before, after = _factor(trainer, was), _factor(trainer, now)
     stop = min(was, now)
     for at in sorted({step, *(step + (stop - step) * i // 1000 for i in range(1001))}):
         rates = trainer.args.learning_rate * before(at), trainer.args.learning_rate * after(at)
         if rates[0] != rates[1]:
-            effect = f"the learning rate of step {at + 1}, by the new length of the schedule"
-            return (Difference(LENGTH, *rates, effect, "changed"),)
-    return ()
+            by_schedule = SCHEDULE_ARGUMENTS & {one.path for one in arguments}
+            told = tell_length(arguments, others, (was, now), at, rates)
+            return arguments if by_schedule and told[-1].path == LENGTH else told
+    return arguments
 
 
 def _factor(trainer: Trainer, max_steps: int) -> Any:
@@ -162,7 +174,8 @@ def take_effect(run: Run, differences: tuple[Difference, ...]) -> None:
     if not own_optimizer and isinstance(optimizer, Optimizer):
         options = [option for name in changed for option in OPTIMIZER_OPTIONS.get(name, ())]
         built.set_options(optimizer, options)
-    anew = changed.keys() & {*SCHEDULE_ARGUMENTS, LENGTH, "optim"}
+    anew = changed.keys() & {*SCHEDULE_ARGUMENTS, "optim"}
+    anew |= {one.path for one in differences if is_another_schedule(one)}
     if not anew or own_scheduler or not isinstance(scheduler, LRScheduler):
         return
     if isinstance(scheduler, LambdaLR) and scheduler.last_epoch == 0:

@@ -309,6 +309,7 @@ class Run:
     def reason_to_stop(self) -> str | None:
         """Return why to stop now; None to go on, as at the end of the run."""
         state = self.trainer.state
+        self.checkpointer.rehearse(state.global_step, self._values)
         self.checkpointer.committed()  # raises what a save beside the training failed at
         if state.global_step >= state.max_steps or self.trainer.control.should_training_stop:
             return None

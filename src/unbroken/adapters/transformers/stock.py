@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.optim import Optimizer
 
+from unbroken.adapters.transformers.adapters_of_peft import load_adapter, tensors_of_adapter
 from unbroken.adapters.transformers.stock_folder import (
     OPTIMIZER,
     SCALER,
@@ -84,9 +85,7 @@ def _load_weights(folder: Path, model: nn.Module) -> None:
             is_plain = file.suffix == ".safetensors"
             stored.update(load_file(file) if is_plain else read_stock(file.parent, file.name))
     if _is_adapter(folder):
-        from peft import set_peft_model_state_dict
-
-        set_peft_model_state_dict(model, stored)
+        load_adapter(model, stored)
     else:
         model.load_state_dict(stored, strict=False)
 
@@ -100,9 +99,11 @@ def _check_weights(folder: Path, model: nn.Module) -> None:
     for file in weight_files(folder):
         stored.update(shapes_in(file))
     if _is_adapter(folder):
-        from peft import get_peft_model_state_dict
-
-        _check_shapes(folder, stored, get_peft_model_state_dict(model))
+        adapter = tensors_of_adapter(model)
+        _refuse(folder, "has no weights for", [name for name in adapter if name not in stored])
+        unknown = [name for name in stored if name not in adapter]
+        _refuse(folder, "has weights that the adapter does not know", unknown)
+        _check_shapes(folder, stored, adapter)
         return
     live = model.state_dict(keep_vars=True)
     loaded = {id(live[name]) for name in stored if name in live}
