@@ -237,7 +237,7 @@ def tell_length(
         f"another schedule: step {step + 1} has the learning rate {rates[1]:.6g} in a run of "
         f"{steps[1]} steps, and {rates[0]:.6g} in one of {steps[0]}"
     )
-    lengths = [one for one in differences if one.path in LENGTH_SETTINGS]
+    lengths = [one for name in LENGTH_SETTINGS for one in differences if one.path == name]
     if lengths:
         told = replace(lengths[0], verdict="changed", effect=effect)
         return (*(one for one in differences if one is not lengths[0]), told)
