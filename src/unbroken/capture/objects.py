@@ -355,7 +355,7 @@ def _makes_it_up(value: object) -> bool:
     return not held and hasattr(value, "_unbroken_asks_for_a_name_that_nobody_has")
 
 
-def _capture(value: object, path: str, names: ParameterNames, *, asks: bool) -> Any:
+def _capture(value: object, path: str, names: ParameterNames, *, asks: bool = True) -> Any:
     if type(value) in (list, tuple, dict):
         pairs = [(k, _capture(v, f"{path}.{k}", names, asks=asks)) for k, v in _items(value)]
         return dict(pairs) if type(value) is dict else type(value)(v for _, v in pairs)  # type: ignore[call-arg]
