@@ -60,7 +60,7 @@ class Writing:
     def begin(self) -> CheckpointWriter:
         """Return the writer."""
         run = self._run
-        return CheckpointWriter(
+        writer = CheckpointWriter(
             run.storage,
             step=self._step,
             run_id=run.run_id,
@@ -68,6 +68,8 @@ class Writing:
             like=self._like if self._constant else None,
             constant=self._constant,
         )
+        writer.expect(self._facts)
+        return writer
 
     def commit(self, writer: CheckpointWriter) -> Manifest:
         """Commit, tell the history, and remove what is no longer kept.

@@ -6,15 +6,16 @@ only when every byte matches. `docs/format.md` is the normative text.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from unbroken.errors import CorruptCheckpointError, NewerFormatError
+from unbroken.errors import CaptureError, CorruptCheckpointError, NewerFormatError
 from unbroken.store.canonical import Json, MalformedError, from_strict, plain, spelled
 from unbroken.store.digest import digest_of
 from unbroken.store.fields import Fields
-from unbroken.store.layout import MAX_STEP
+from unbroken.store.layout import MANIFEST_NAME, MAX_STEP
 from unbroken.store.regions import FileEntry as FileEntry
 from unbroken.store.regions import Region as Region
 from unbroken.store.regions import read_digest
@@ -129,6 +130,46 @@ class Manifest:
             "step": self.step,
             "version": self.version,
         }
+
+
+def refuse_too_large(facts: Mapping[str, Json], files: Sequence[FileEntry], nbytes: int) -> None:
+    """Raise where a manifest would be larger than any reader takes.
+
+    Args:
+        facts: What it holds of facts.
+        files: What it holds of files.
+        nbytes: How long it is, or will be at least.
+
+    Raises:
+        CaptureError: It says what takes the room, and what to do.
+    """
+    if nbytes <= MAX_MANIFEST_BYTES and len(files) <= MAX_FILES:
+        return
+    by_name = {name: least_nbytes(value) for name, value in facts.items()}
+    largest = sorted(by_name, key=lambda name: -by_name[name])[:3]
+    shown = ", ".join(f"{name} {_in_mib(by_name[name])}" for name in largest)
+    regions = sum(len(file.regions) for file in files)
+    found = f"{_in_mib(nbytes)} (facts {_in_mib(sum(by_name.values()))}: {shown or 'none'}"
+    raise CaptureError(
+        MANIFEST_NAME,
+        "would be larger than any reader takes: nothing was committed",
+        expected=f"at most {_in_mib(MAX_MANIFEST_BYTES)} and {MAX_FILES} files",
+        found=f"{found}; {len(files)} files with {regions} tensors)",
+        hint="give long values as `values` or in an object's state, not as facts or settings; "
+        "put very many small tensors together into few",
+    )
+
+
+def least_nbytes(value: object) -> int:
+    """Return how many bytes a value takes in a manifest, or somewhat less; quickly."""
+    try:
+        return len(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
+    except (TypeError, ValueError, RecursionError):  # what cannot be stored is told elsewhere
+        return 0
+
+
+def _in_mib(nbytes: int) -> str:
+    return f"{nbytes / (1 << 20):.0f} MiB"
 
 
 def _checked_body(raw: bytes) -> bytes:

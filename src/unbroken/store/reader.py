@@ -28,7 +28,7 @@ _CHUNK_BYTES = 2 << 20  # of one read: hashed while it is still in the processor
 _THREADS = 4  # two compute while two wait for the disk; each has a buffer or two
 _WORTH_SEEKING = 64 << 10  # bytes together, of a region that need not be read whole
 _WORTH_THREADS = 8 << 20
-_MAX_WHOLE_BYTES = 1 << 30  # of a file that is read into memory as a whole
+MAX_WHOLE_BYTES = 1 << 30  # of a file that is read into memory as a whole
 _WRONG_SIZE = "has another size"
 _WRONG_DIGEST = "is damaged"
 
@@ -143,8 +143,8 @@ class CheckpointReader:
             CorruptCheckpointError: Its bytes are not those of the manifest, or it is too large.
         """
         file = self._entry(name)
-        if file.nbytes > _MAX_WHOLE_BYTES:
-            expected = f"at most {_MAX_WHOLE_BYTES} bytes"
+        if file.nbytes > MAX_WHOLE_BYTES:
+            expected = f"at most {MAX_WHOLE_BYTES} bytes"
             raise self._at.corrupt(name, "is too large to read whole", expected, file.nbytes)
         data = bytearray(file.nbytes)
         with memoryview(data) as view, Desk(self._at) as desk:

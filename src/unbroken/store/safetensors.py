@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 
 from unbroken.errors import CaptureError
+from unbroken.store.fields import MAX_TEXT
 from unbroken.store.leaf import Leaf
 
 MAX_HEADER_BYTES = 100_000_000  # what the safetensors library accepts
@@ -80,6 +81,10 @@ def header_of(leaves: Sequence[Leaf]) -> bytes:
 def _check(leaf: Leaf, described: dict[str, object]) -> None:
     if leaf.name in described or not leaf.name:
         raise CaptureError(leaf.path, f"{leaf.file} cannot hold another {leaf.name!r}")
+    if len(leaf.path) > MAX_TEXT:
+        found = f"{len(leaf.path)} characters"
+        what, expected_length = "is too long a path for a manifest", f"at most {MAX_TEXT}"
+        raise CaptureError(leaf.path[:200], what, expected=expected_length, found=found)
     expected = bytes_of(leaf.dtype, leaf.shape)
     if expected is None or expected != leaf.nbytes:
         shape = list(leaf.shape)

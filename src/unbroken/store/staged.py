@@ -12,7 +12,7 @@ from unbroken.store.digest import Digester, digest_of
 from unbroken.store.layout import is_file_name
 from unbroken.store.leaf import Leaf
 from unbroken.store.manifest import FileEntry, Region
-from unbroken.store.reader import CheckpointReader
+from unbroken.store.reader import MAX_WHOLE_BYTES, CheckpointReader
 from unbroken.store.safetensors import header_of, in_file_order
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -168,7 +168,15 @@ def _write_leaf(file: WriteHandle, leaf: Leaf) -> str:
 
 
 def write_plain(storage: Storage, folder: str, name: str, data: bytes) -> FileEntry:
-    """Write a file as it is, durably, and return what the manifest will say of it."""
+    """Write a file as it is, durably, and return what the manifest will say of it.
+
+    Raises:
+        CaptureError: It is longer than a reader takes.
+    """
+    if len(data) > MAX_WHOLE_BYTES:
+        what, expected = "is too large to be read back", f"at most {MAX_WHOLE_BYTES} bytes"
+        hint = "keep large values as tensors, which stand in files of their own"
+        raise CaptureError(name, what, expected=expected, found=len(data), hint=hint)
     with storage.create(f"{folder}/{name}") as file:
         file.write(data)
         file.sync()

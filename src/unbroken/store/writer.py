@@ -15,7 +15,7 @@ from unbroken.store.canonical import Json, MalformedError, from_strict, to_canon
 from unbroken.store.commit import commit_staging
 from unbroken.store.layout import STAGING, checkpoint_name
 from unbroken.store.leaf import Leaf
-from unbroken.store.manifest import FileEntry, Manifest
+from unbroken.store.manifest import FileEntry, Manifest, least_nbytes, refuse_too_large
 from unbroken.store.reader import CheckpointReader
 from unbroken.store.removal import ensure_folder, free_name, remove_staging
 from unbroken.store.staged import (
@@ -27,6 +27,8 @@ from unbroken.store.staged import (
     write_plain,
     write_plan,
 )
+
+_LEAST_OF_REGION = 90  # digest, lengths and the names of fields, in a manifest
 
 
 class CheckpointWriter:
@@ -75,10 +77,27 @@ class CheckpointWriter:
         self._clock = clock
         self._files: dict[str, FileEntry] = {}
         self._paths: set[tuple[str, tuple[int, ...] | None]] = set()
+        self._facts: Mapping[str, Json] = {}
+        self._least_nbytes = 0  # of the manifest
         self._is_over = False
         self._folder: str | None = None
         with self._attempt():
             self._folder = self._make_staging()
+
+    def expect(self, facts: Mapping[str, Json]) -> None:
+        """Take note of what `commit` will be given: what cannot be committed is not written.
+
+        Raises:
+            CaptureError: The manifest would be larger than any reader takes.
+        """
+        with self._attempt():
+            self._facts, self._least_nbytes = facts, least_nbytes(facts)
+            refuse_too_large(facts, (), self._least_nbytes)
+
+    def _count(self, leaves: Iterable[Leaf]) -> None:
+        """Add what leaves take in the manifest, at least; raise if that is too much."""
+        self._least_nbytes += sum(len(leaf.path) + _LEAST_OF_REGION for leaf in leaves)
+        refuse_too_large(self._facts, [*self._files.values()], self._least_nbytes)
 
     def write_leaves(self, leaves: Iterable[Leaf]) -> None:
         """Write the bytes of all leaves, each into the safetensors file that it names.
@@ -92,6 +111,7 @@ class CheckpointWriter:
         with self._attempt() as folder:
             plans = plan_files(leaves)
             check_new_names((plan.name for plan in plans), self._files)
+            self._count(leaf for plan in plans for leaf in plan.leaves)
             self._check_paths((leaf.path, leaf.offsets) for plan in plans for leaf in plan.leaves)
             for plan in plans:
                 linked = self._linked(folder, plan)
@@ -164,7 +184,7 @@ class CheckpointWriter:
             The manifest of the checkpoint.
 
         Raises:
-            CaptureError: The facts are not JSON.
+            CaptureError: The facts are not JSON, or the manifest is larger than any reader takes.
             SaveError: The storage fails or is full; nothing was committed.
         """
         with self._attempt() as folder:
@@ -210,6 +230,7 @@ class CheckpointWriter:
             manifest.tensors  # noqa: B018 (raises where shards do not make up their tensor)
         except MalformedError as error:
             raise CaptureError("the checkpoint", error.what, found=error.found) from None
+        refuse_too_large(plain, files, len(manifest.to_bytes()))
         return manifest
 
     def _check_paths(self, paths: Iterable[tuple[str, tuple[int, ...] | None]]) -> None:
