@@ -121,6 +121,7 @@ class Attributes:
         self._stored = _Stored()
         self._of_workers: dict[str, Look] = {}
         self._noted = False
+        self._covered: dict[int, Any] = {}
         self._put_back: set[str] = set()
         self._begun: dict[str, Look] = {}
 
@@ -133,10 +134,23 @@ class Attributes:
         self._known = {owner.path for owner in owners}
         for owner in owners:
             held = own_attributes(owner.thing).items()
+            self._note_covered(owner, (value for _, value in held))
             looks = {name: look_at(name, value, registered).noted() for name, value in held}
             self._before |= {f"{owner.path}.{name}": look for name, look in looks.items()}
             first = _FIRST.of(owner.thing, looks)
             self._built |= {f"{owner.path}.{name}": look for name, look in first.items()}
+
+    def covers(self, thing: object) -> bool:
+        """Return whether an object is looked at, or held by one that is, as of the last look."""
+        return self._covered.get(id(thing)) is thing
+
+    def _note_covered(self, owner: Owner, values: Iterable[Any]) -> None:
+        self._covered[id(owner.thing)] = owner.thing
+        for one in values:
+            if isinstance(one, nn.Module):
+                self._covered |= {id(part): part for part in one.modules()}
+            elif isinstance(one, WITH_STATE):
+                self._covered[id(one)] = one
 
     def state(self, tree: Mapping[str, Any]) -> dict[str, Any]:
         """Return what is not as it was at the start, for the state of a checkpoint.

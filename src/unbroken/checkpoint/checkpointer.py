@@ -173,7 +173,8 @@ class Checkpointer:
         self.ahead: ReadAhead | None = None
         self.note: Callable[[str], None] | None = None
         self.gives_all = False
-        self._found, self._not_given = FoundSchedules(self.objects), NotGiven(self.objects)
+        self._found = FoundSchedules(self.objects)
+        self._not_given = NotGiven(self.objects, self.attributes.covers)
         self._step_hook: RemovableHandle | None = None
         self._others: dict[str, list[Other]] | None = None  # what other ranks are
         self._known: set[str] = set()  # paths of what is not covered, and was told

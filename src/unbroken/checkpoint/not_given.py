@@ -8,7 +8,7 @@ from it says before its first step what it cannot bring back.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import wraps
 from typing import Any
 from weakref import WeakSet
@@ -39,10 +39,12 @@ class NotGiven:
 
     Args:
         objects: The registered objects, by name.
+        covers: Returns whether an object is saved though it is not one of these.
     """
 
-    def __init__(self, objects: Mapping[str, object]) -> None:
+    def __init__(self, objects: Mapping[str, object], covers: Callable[[object], bool]) -> None:
         self.steps = 0
+        self._covers = covers
         self._objects = objects
         self._seen: dict[int, tuple[Any, str]] = {}  # what it does, by identity
         self._loaders = LoadersSeen(self._sign, self._trains, self._handed_out)
@@ -152,7 +154,7 @@ class NotGiven:
                 return True
             if isinstance(one, Optimizer) and _wraps(thing, one):
                 return True
-        return False
+        return self._covers(thing)
 
     def _modules(self) -> list[nn.Module]:
         return [one for one in all_objects(self._objects) if isinstance(one, nn.Module)]
