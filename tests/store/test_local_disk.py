@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import resource
 import signal
@@ -12,7 +13,7 @@ import sys
 import pytest
 
 from store.small_runs import RUN_ID, PlainLeaf, newest_state, read_state, save, state_of
-from unbroken.errors import CorruptCheckpointError, SaveError
+from unbroken.errors import CorruptCheckpointError, LockHeldError, SaveError
 from unbroken.storage import LocalStorage
 from unbroken.storage import local as local_disk
 from unbroken.store import Catalog, CheckpointReader, CheckpointWriter
@@ -92,6 +93,35 @@ def test_running_out_of_descriptors_is_not_called_damage(storage):
         return False
 
     assert in_child(read_without_descriptors) == 0
+
+
+def test_a_lock_that_an_earlier_version_holds_is_refused(storage, tmp_path):
+    def hold_as_earlier_versions_do() -> int:
+        with open(tmp_path / "run/run.lock", "w+") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return in_child(lambda: raises_lock_held(storage)) == 0
+
+    assert in_child(hold_as_earlier_versions_do) == 0
+    held = storage.lock("run.lock", "this version")
+    assert in_child(lambda: is_refused_to_earlier_versions(tmp_path / "run/run.lock")) == 0
+    held.release()
+
+
+def raises_lock_held(storage) -> bool:
+    try:
+        storage.lock("run.lock", "another")
+    except LockHeldError:
+        return True
+    return False
+
+
+def is_refused_to_earlier_versions(path) -> bool:
+    with open(path, "r+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def test_a_checkpoint_folder_that_is_a_link_is_refused(storage, tmp_path):

@@ -60,6 +60,7 @@ class Writing:
     def begin(self) -> CheckpointWriter:
         """Return the writer."""
         run = self._run
+        run.require_ownership()  # at the commit, too; here, before anything is written
         writer = CheckpointWriter(
             run.storage,
             step=self._step,
@@ -67,6 +68,7 @@ class Writing:
             clock=self._clock,
             like=self._like if self._constant else None,
             constant=self._constant,
+            require_ownership=run.require_ownership,
         )
         writer.expect(self._facts)
         return writer

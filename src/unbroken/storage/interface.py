@@ -102,6 +102,10 @@ class Lock(Protocol):
         """Give the lock back; releasing twice is allowed."""
         ...
 
+    def require_held(self) -> None:
+        """Raise `LockHeldError` unless this very process still holds it; called at each commit."""
+        ...
+
 
 class Storage(Protocol):
     """A place that keeps files in folders, as a local disk does.

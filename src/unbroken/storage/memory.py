@@ -7,6 +7,7 @@ import os
 from types import TracebackType
 from typing import NoReturn, Self, TypeAlias
 
+from unbroken.errors import LockHeldError
 from unbroken.storage.interface import Bytes, Stat, WriteHandle
 from unbroken.storage.paths import check_path, parent_of
 from unbroken.storage.process_lock import held_error
@@ -242,3 +243,8 @@ class MemoryLock:
             self._file.data.clear()
             del self._held[self._path]
             self._path = None
+
+    def require_held(self) -> None:
+        """Raise if it was given back: nothing else can take it."""
+        if self._path is None:
+            raise LockHeldError("memory", "was given back", hint="open the run directory again")

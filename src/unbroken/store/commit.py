@@ -5,6 +5,7 @@ Why the steps stand in this order is told in `docs/design/0001-commit-protocol.m
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 
 from unbroken.errors import CheckpointError
@@ -15,7 +16,12 @@ from unbroken.store.reader import CheckpointReader
 from unbroken.store.removal import ensure_folder, move_durably, remove_staging, settle_replaced
 
 
-def commit_staging(storage: Storage, staging: str, manifest: Manifest) -> Manifest:
+def commit_staging(
+    storage: Storage,
+    staging: str,
+    manifest: Manifest,
+    require_ownership: Callable[[], None] = lambda: None,
+) -> Manifest:
     """Make a checkpoint of a staging folder whose files, but for the manifest, are durable.
 
     A checkpoint of the same step is never overwritten. If it is intact and holds the same
@@ -26,6 +32,7 @@ def commit_staging(storage: Storage, staging: str, manifest: Manifest) -> Manife
         storage: The run directory.
         staging: The staging folder.
         manifest: What is in it.
+        require_ownership: Raises if this process may not commit; called just before it does.
 
     Returns:
         The manifest of the checkpoint that is now there, durably.
@@ -41,6 +48,7 @@ def commit_staging(storage: Storage, staging: str, manifest: Manifest) -> Manife
         with suppress(OSError):  # the next start sweeps it
             remove_staging(storage, staging)
         return kept
+    require_ownership()
     _make_way(storage, target)
     _swing(storage, staging, target)
     with suppress(OSError):  # the next start settles it; the new checkpoint is durable

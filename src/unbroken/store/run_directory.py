@@ -154,6 +154,18 @@ class RunDirectory:
         """Whether this process is not the owner: it was opened to look, or is closed."""
         return self._lock is None
 
+    def require_ownership(self) -> None:
+        """Raise unless this very process still is the owner, as it must be where it commits.
+
+        Raises:
+            LockHeldError: Another process is, or this one was forked from the owner.
+            RunDirectoryError: It is open for reading only, or the storage fails.
+        """
+        with as_directory_error(self.storage):
+            if self._lock is None:
+                raise RunDirectoryError(self.storage.describe(), "is open for reading only")
+            self._lock.require_held()
+
     def prune(self, policy: KeepPolicy, *, best_steps: Collection[int] = frozenset()) -> Pruned:
         """Remove the checkpoints that no rule keeps; see `unbroken.store.prune`.
 
@@ -161,8 +173,7 @@ class RunDirectory:
             RunDirectoryError: This process is not the owner, or the storage fails.
         """
         with as_directory_error(self.storage):
-            if self.is_readonly:
-                raise RunDirectoryError(self.storage.describe(), "is open for reading only")
+            self.require_ownership()
             return prune(
                 self.storage,
                 policy,

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Self
 
-from unbroken.errors import CaptureError, SaveError
+from unbroken.errors import CaptureError, LockHeldError, SaveError
 from unbroken.storage import Storage
 from unbroken.store.canonical import Json, MalformedError, from_strict, to_canonical
 from unbroken.store.commit import commit_staging
@@ -45,6 +45,7 @@ class CheckpointWriter:
         clock: Seconds since 1970; for the date in the manifest only.
         like: An earlier checkpoint, known to be intact, whose files may be linked.
         constant: Names of files that are linked from there if not one bit of them has changed.
+        require_ownership: Raises if this process may not commit; called just before it does.
 
     Raises:
         SaveError: The staging folder cannot be made.
@@ -68,7 +69,9 @@ class CheckpointWriter:
         clock: Callable[[], float] = time.time,
         like: CheckpointReader | None = None,
         constant: Collection[str] = (),
+        require_ownership: Callable[[], None] = lambda: None,
     ) -> None:
+        self._require_ownership = require_ownership
         self._like = like
         self._constant = constant
         self._storage = storage
@@ -185,11 +188,12 @@ class CheckpointWriter:
 
         Raises:
             CaptureError: The facts are not JSON, or the manifest is larger than any reader takes.
+            LockHeldError: This process does not own the run directory any more.
             SaveError: The storage fails or is full; nothing was committed.
         """
         with self._attempt() as folder:
             manifest = self._manifest(facts)
-            committed = commit_staging(self._storage, folder, manifest)
+            committed = commit_staging(self._storage, folder, manifest, self._require_ownership)
         self._is_over = True
         return committed
 
@@ -247,6 +251,9 @@ class CheckpointWriter:
             raise SaveError(where, "this attempt is over", hint="make a new CheckpointWriter")
         try:
             yield self._folder or ""
+        except LockHeldError:  # an OSError, but not of the storage
+            self.abandon()
+            raise
         except OSError as error:
             self.abandon()
             where = self._storage.describe(checkpoint_name(self._step))

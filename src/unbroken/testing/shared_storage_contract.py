@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from unbroken.errors import LockHeldError
-from unbroken.storage import Storage
+from unbroken.storage import Lock, Storage
 from unbroken.testing.storage_contract import StorageContract, get, put
 
 
@@ -76,6 +76,23 @@ class SharedStorageContract(StorageContract):
         assert exit_code_of(lambda: take_or_exit(open_again(), "the parent")) == REFUSED
         lock.release()
 
+    def test_a_lock_survives_that_its_file_is_opened_and_closed(
+        self, open_again: Callable[[], Storage]
+    ) -> None:
+        lock = open_again().lock("run.lock", "the parent")
+        assert get(open_again(), "run.lock") == b"the parent"
+        assert exit_code_of(lambda: take_or_exit(open_again(), "the parent")) == REFUSED
+        lock.require_held()
+        lock.release()
+
+    def test_a_forked_child_does_not_hold_the_lock_of_its_parent(
+        self, open_again: Callable[[], Storage]
+    ) -> None:
+        lock = open_again().lock("run.lock", "the parent")
+        assert exit_code_of(lambda: is_held(lock)) == REFUSED
+        assert is_held(lock) == TAKEN
+        lock.release()
+
     def test_of_two_renames_to_one_name_one_wins(self, open_again: Callable[[], Storage]) -> None:
         storage = open_again()
         for number in range(20):
@@ -118,6 +135,15 @@ def take_or_exit(storage: Storage, owner: str) -> int:
         storage.lock("run.lock", "a child").release()
     except LockHeldError as error:
         return REFUSED if owner in str(error) else WRONG
+    return TAKEN
+
+
+def is_held(lock: Lock) -> int:
+    """Say by a number whether this process holds a lock."""
+    try:
+        lock.require_held()
+    except LockHeldError:
+        return REFUSED
     return TAKEN
 
 

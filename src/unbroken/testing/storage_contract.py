@@ -380,6 +380,13 @@ class StorageContract:
             storage.lock("run.lock", "third")
         second.release()
 
+    def test_only_a_lock_that_is_held_is_called_so(self, storage: Storage) -> None:
+        lock = storage.lock("run.lock", "first")
+        lock.require_held()
+        lock.release()
+        with pytest.raises(LockHeldError):
+            lock.require_held()
+
     def test_two_locks_do_not_know_each_other(self, storage: Storage) -> None:
         first, second = storage.lock("a.lock", "first"), storage.lock("b.lock", "second")
         first.release()
