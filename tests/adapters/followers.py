@@ -54,6 +54,10 @@ class KilledAt(transformers.TrainerCallback):
         self.after_save = order.get("after_save", False)
         self.is_here = os.environ.get("RANK", "0") == str(order.get("on_rank", 0))
 
+    def on_epoch_begin(self, args, state, control, **more):
+        if self.step == "no step":
+            os.kill(os.getpid(), self.number)
+
     def on_step_end(self, args, state, control, **more):
         if state.global_step == self.step and not self.after_save and self.is_here:
             os.kill(os.getpid(), self.number)

@@ -30,6 +30,16 @@ def test_a_stop_in_the_last_step_lets_the_run_end(run, uninterrupted):
     assert (stopped.status, stopped.bits) == (0, uninterrupted().bits)
 
 
+def test_a_signal_before_the_first_step_ends_the_start_and_changes_nothing(run, uninterrupted):
+    run(kill_at=8)
+    before = sorted((run.folder / "run").glob("checkpoint-*"))
+    stopped = run(kill_at="no step", signal=15)
+    assert stopped.status == EXIT_STOPPED
+    assert "stopped by SIGTERM before the first step: run the same command again" in stopped.text
+    assert sorted((run.folder / "run").glob("checkpoint-*")) == before
+    assert run().bits == uninterrupted().bits
+
+
 def test_the_hosts_own_way_of_stopping_is_not_used_beside_ours(run):
     assert run(kill_at=8, signal=15, args={"enable_jit_checkpoint": True}).status == EXIT_STOPPED
     assert (run.folder / "run/checkpoint-8/manifest.json").exists()

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 
 from scenarios import metrics
-from small_trainers import bits, small_trainer, steps_in
-from unbroken.checkpoint import EXIT_STOPPED, TrainingStopped
+from small_trainers import PAIRS, bits, small_trainer, steps_in
+from unbroken.checkpoint import EXIT_STOPPED, Preemption, TrainingStopped
 from unbroken.errors import ConfigError
+from unbroken.storage import LocalStorage
 from unbroken.training import Callback
 
 SCRIPT = """
@@ -59,6 +62,76 @@ def test_a_run_stopped_by_a_signal_goes_on_with_the_same_bits(tmp_path):
     assert stopped.train().resume_report.step == 3
     assert bits(stopped.model) == bits(whole.model)
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
+
+
+class SignalledWhenRead(LocalStorage):
+    """The signal comes while a checkpoint is verified."""
+
+    def open(self, path):
+        if path.startswith("checkpoint-2/model"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().open(path)
+
+
+class SignalledWhenReadAgain:
+    """Batches; the signal comes while those before the checkpoint are read again."""
+
+    def __iter__(self):
+        if "SIGNALLED" in os.environ:
+            os.kill(os.getpid(), signal.SIGTERM)
+        for begin in range(0, 40, 8):
+            rows = PAIRS[begin : begin + 8]
+            yield tuple(torch.stack(column) for column in zip(*rows, strict=True))
+
+
+class SignalledAtTheBeginning(Callback):
+    def on_train_begin(self, trainer) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def starts(folder, where: str, comes: bool):
+    """Return a trainer to which a signal comes before its first step."""
+    dataset = SignalledWhenReadAgain() if where == "replay" else PAIRS
+    parts = {}
+    if comes and where == "verify":
+        parts["storage"] = SignalledWhenRead(folder)
+    if comes and where == "begin":
+        parts["callbacks"] = [SignalledAtTheBeginning()]
+    return small_trainer(folder, dataset=dataset, trainer=parts, max_steps=4)
+
+
+@pytest.mark.parametrize("where", ["verify", "replay", "begin"])
+def test_a_signal_before_the_first_step_ends_the_start_and_changes_nothing(
+    where, tmp_path, monkeypatch
+):
+    whole = starts(tmp_path / "whole", where, comes=False)
+    whole.train()
+    starts(tmp_path / "run", where, comes=False).train()
+    shutil.rmtree(tmp_path / "run/checkpoint-4")
+    monkeypatch.setenv("SIGNALLED", "yes")
+    with pytest.raises(TrainingStopped, match="before the first step: run the same command") as end:
+        starts(tmp_path / "run", where, comes=True).train()
+    monkeypatch.delenv("SIGNALLED")
+    assert (end.value.step, end.value.reason, end.value.code) == (None, "SIGTERM", EXIT_STOPPED)
+    assert steps_in(tmp_path / "run") == [0, 2]
+    resumed = starts(tmp_path / "run", where, comes=False)
+    assert resumed.train().resume_report.step == 2
+    assert bits(resumed.model) == bits(whole.model)
+
+
+class SwallowedSignal:
+    """An object whose destructor is interrupted: Python prints what it raises, and goes on."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_a_destructor_swallowed_still_ends_the_start():
+    with Preemption(clock=time.monotonic, environment={}) as preemption:
+        SwallowedSignal()
+        with pytest.raises(TrainingStopped):
+            preemption.training_begins()
 
 
 class Clocks:

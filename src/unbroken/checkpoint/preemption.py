@@ -2,7 +2,8 @@
 
 A signal handler only takes a note; the state of the run is saved by the training loop at the
 edge of the step, where it is whole. (Saving inside the handler can hit the middle of a
-backward pass: Lightning#21406.)
+backward pass: Lightning#21406.) Before the first step there is nothing to save, and what a start
+does until then (verify, compare, read again) may take minutes: it ends at once.
 """
 
 from __future__ import annotations
@@ -30,17 +31,20 @@ class TrainingStopped(SystemExit):
     Uncaught, it ends the process with status `EXIT_STOPPED` (75) and no traceback.
 
     Attributes:
-        step: Completed optimizer steps in the saved state.
+        step: Completed optimizer steps in the saved state; None: this start has made no step,
+            and all checkpoints are as they were.
         reason: What asked for the stop, for example "SIGTERM".
     """
 
-    def __init__(self, step: int, reason: str) -> None:
+    def __init__(self, step: int | None, reason: str) -> None:
         super().__init__(EXIT_STOPPED)
         self.step = step
         self.reason = reason
 
     def __str__(self) -> str:
         """Return the story in one line."""
+        if self.step is None:
+            return f"stopped by {self.reason} before the first step: run the same command again"
         return f"stopped by {self.reason} after step {self.step}; saved: run the same command again"
 
 
@@ -48,7 +52,8 @@ class Preemption:
     """Notes SIGTERM, SIGUSR1, Ctrl-C and deadlines; `reason()` says whether to stop now.
 
     As a context manager it puts the handlers in place and, on leaving, puts the old ones back.
-    A second Ctrl-C raises KeyboardInterrupt at once. Outside the main thread, where Python
+    Until `training_begins`, a signal raises `TrainingStopped` at once; a second Ctrl-C raises
+    KeyboardInterrupt at any time. Outside the main thread, where Python
     allows no handlers, only deadlines are watched.
 
     Args:
@@ -87,6 +92,7 @@ class Preemption:
             self._deadlines["max_time"] = clock() + max_seconds
         self._add_slurm_deadline(os.environ if environment is None else environment, wall_clock)
         self._received: str | None = None
+        self._begins_in: int | None = None  # the process whose training has not begun
         self._interrupts = 0
         self._previous: dict[int, object] = {}
 
@@ -111,7 +117,19 @@ class Preemption:
         now = self._clock() + self.margin_seconds
         return next((name for name, end in self._deadlines.items() if now >= end), None)
 
+    def training_begins(self) -> None:
+        """Let signals wait for the edge of a step from now on.
+
+        Raises:
+            TrainingStopped: One came before, and what it raised was swallowed (in a destructor).
+        """
+        if self._begins_in is not None:
+            self._begins_in = None
+            if self._received is not None:
+                raise TrainingStopped(None, self._received)
+
     def __enter__(self) -> Preemption:
+        self._begins_in = os.getpid()
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 self._previous[number] = signal.signal(number, self._note)
@@ -134,3 +152,5 @@ class Preemption:
             if self._interrupts > 1:
                 raise KeyboardInterrupt
         self._received = signal.Signals(number).name
+        if self._begins_in == os.getpid():  # a worker that was just forked leaves it to its parent
+            raise TrainingStopped(None, self._received)

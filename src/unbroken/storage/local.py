@@ -13,7 +13,7 @@ from typing import Self
 
 from unbroken.storage.interface import Bytes, Stat, WriteHandle
 from unbroken.storage.past_cache import LongRead, LongWrite, aligned_buffer
-from unbroken.storage.paths import check_path
+from unbroken.storage.paths import check_path, open_regular
 from unbroken.storage.process_lock import ProcessLock, take_process_lock
 from unbroken.storage.rename import rename_no_replace
 
@@ -22,9 +22,6 @@ _LONG_BYTES = 1 << 20  # shorter files, and shorter reads, go through the page c
 _BUFFER_BYTES = 4 << 20
 _BUFFERS = 4  # of one file that is being written
 _FULL_SYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: fsync stops at the drive
-_WRITE_FLAGS = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-# O_NONBLOCK: opening a named pipe that someone put there must not wait for ever.
-_READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _LINK = "is a symbolic link, which is not followed inside of a run directory"
 
@@ -65,24 +62,24 @@ class LocalStorage:
 
     def create(self, path: str, nbytes: int = 0) -> WriteHandle:
         """Create a file that did not exist; a long one is written past the page cache."""
-        fd = self._open(path, _WRITE_FLAGS | os.O_CREAT | os.O_EXCL)
+        fd = self._open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         if nbytes < _LONG_BYTES:
             return LocalWriteHandle(self.describe(path), fd)
         return LongWriteHandle(self.describe(path), fd, nbytes, self._buffers)
 
     def open(self, path: str) -> LocalReadHandle:
         """Open a regular file for reading; a link or a device is refused."""
-        return LocalReadHandle(self.describe(path), self._open(path, _READ_FLAGS), self._buffers)
+        return LocalReadHandle(self.describe(path), self._open(path, os.O_RDONLY), self._buffers)
 
     def append(self, path: str, data: bytes) -> None:
         """Write `data` at the end of a file, which is created if missing."""
-        fd = self._open(path, _WRITE_FLAGS | os.O_CREAT | os.O_APPEND)
+        fd = self._open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         with LocalWriteHandle(self.describe(path), fd) as file:
             file.write(data)
 
     def truncate(self, path: str, nbytes: int) -> None:
         """Cut a file to its first `nbytes` bytes."""
-        with _closing(self._open(path, _WRITE_FLAGS), self.describe(path)) as fd:
+        with _closing(self._open(path, os.O_WRONLY), self.describe(path)) as fd:
             found = os.fstat(fd).st_size
             if nbytes > found:
                 raise ValueError(f"{self.describe(path)}: cannot cut {found} bytes to {nbytes}")
@@ -90,7 +87,7 @@ class LocalStorage:
 
     def sync_file(self, path: str) -> None:
         """Make the bytes of a file durable."""
-        with _closing(self._open(path, _READ_FLAGS), self.describe(path)) as fd:
+        with _closing(self._open(path, os.O_RDONLY), self.describe(path)) as fd:
             _sync(fd)
 
     def make_folder(self, path: str) -> None:
@@ -181,7 +178,7 @@ class LocalStorage:
     def _open(self, path: str, flags: int) -> int:
         with self._at(path) as (folder, name):
             try:
-                return os.open(name, flags, 0o666, dir_fd=folder)
+                return open_regular(name, flags, folder)
             except OSError as error:
                 raise _seen(error, self.describe(path)) from None
 
@@ -333,12 +330,7 @@ class LocalReadHandle(_Handle):
         super().__init__(path, fd)
         self._buffers = buffers
         self._long: LongRead | None = None
-        found = os.fstat(self._fd)
-        if not modes.S_ISREG(found.st_mode):
-            self.close()
-            code = errno.EISDIR if modes.S_ISDIR(found.st_mode) else errno.EINVAL
-            raise OSError(code, "is not a regular file", path)
-        self.nbytes = found.st_size
+        self.nbytes = os.fstat(fd).st_size
 
     def read_into(self, offset: int, buffer: memoryview, /) -> None:
         """Fill `buffer` by reads straight into it; nothing is mapped, so nothing can SIGBUS."""

@@ -18,6 +18,7 @@ import sys
 import threading
 
 from unbroken.errors import LockHeldError
+from unbroken.storage.paths import open_regular
 
 _MAX_OWNER_BYTES = 4096
 _F_OFD_SETLK = 37  # Linux; Python 3.11 does not name it
@@ -97,7 +98,7 @@ def take_process_lock(path: str, owner: str) -> ProcessLock:
     """
     _refuse_if_held_here(path)
     with _forking:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        fd = open_regular(path, os.O_RDWR | os.O_CREAT)
         _descriptors.add(fd)
     try:
         _lock_or_raise(fd, path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +59,17 @@ def hear_of_saves(trainer: Trainer, *, wait: bool = False) -> None:
     cadence = trainer.checkpointer.cadence
     if cadence is not None:
         trainer.display.saves(cadence, saved=bool(committed))
+
+
+@contextmanager
+def telling_of_an_early_stop(trainer: Trainer) -> Iterator[None]:
+    """Say it where a signal ends a start before its first step."""
+    try:
+        yield
+    except TrainingStopped as end:
+        if end.step is None:
+            trainer.display.note(str(end))
+        raise
 
 
 def stopped(trainer: Trainer, reason: str) -> TrainingStopped:

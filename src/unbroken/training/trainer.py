@@ -56,7 +56,7 @@ from unbroken.training.pace import Pace
 from unbroken.training.precision import Precision
 from unbroken.training.progress import Progress
 from unbroken.training.result import TrainResult
-from unbroken.training.saving import hear_of_saves, save_now, stopped
+from unbroken.training.saving import hear_of_saves, save_now, stopped, telling_of_an_early_stop
 from unbroken.training.schedules import make_scheduler
 from unbroken.training.statistics import Statistics
 from unbroken.training.window import Window
@@ -215,6 +215,7 @@ class Trainer:
             limit, clock = self.config.max_seconds(), self._clock
             preemption = Preemption(max_seconds=limit, clock=clock, wall_clock=self._wall_clock)
             stack.enter_context(preemption)
+            stack.enter_context(telling_of_an_early_stop(self))
             report = self._begin(resume_from_checkpoint)
             self._loop(preemption)
             hear_of_saves(self, wait=True)
@@ -226,6 +227,7 @@ class Trainer:
         self.pace.step_begins()
         with self.randomness.keyed():
             for micro_batches in rightly_dealt(self, self._windows()):
+                preemption.training_begins()
                 if not self._train_step(micro_batches):
                     continue
                 self._at_step_edge()

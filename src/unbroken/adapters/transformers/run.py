@@ -116,10 +116,10 @@ class Run:
     def __enter__(self) -> Run:
         self._stack.callback(self.checkpointer.close)
         try:
-            self.chosen = choose_together(self.group, self.checkpointer.run, self._wanted)
-            self._read_place()
             preemption = Preemption(clock=time.monotonic, wall_clock=time.time)
             self.preemption = self._stack.enter_context(preemption)
+            self.chosen = choose_together(self.group, self.checkpointer.run, self._wanted)
+            self._read_place()
         except BaseException:
             self._stack.close()
             raise

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,7 +120,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         refuse_what_cannot_resume(self)
         said = (resume_from_checkpoint, self.start.resume_from_checkpoint)
         wanted = next((one for one in said if one is not None), self.args.resume_from_checkpoint)
-        with Run(self, _as_path(wanted)) as run:
+        with telling_of_an_early_stop(), Run(self, _as_path(wanted)) as run:
             self._run = run
             run.checkpointer.note = _log.warning
             self.add_callback(run.follower)
@@ -188,7 +189,10 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         """Fetch the batches of a step; fewer where the run went on inside of a window."""
         if self._run is not None:
             num_batches = self._run.first_batches(num_batches)
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
+        samples = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._run is not None:
+            self._run.preemption.training_begins()
+        return samples
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
         if skip_scheduler and self._run is not None and self._run.report.resumed:
@@ -309,6 +313,17 @@ def looks_at_saves(trainer: Trainer) -> bool:
 def _as_path(wanted: Any) -> Any:
     """Return a path that begins with "~" as what it means."""
     return os.path.expanduser(wanted) if isinstance(wanted, str) else wanted
+
+
+@contextmanager
+def telling_of_an_early_stop() -> Iterator[None]:
+    """Say it where a signal ends a start before its first step."""
+    try:
+        yield
+    except TrainingStopped as stopped:
+        if stopped.step is None:
+            _log.warning(str(stopped))
+        raise
 
 
 def _tell(report: ResumeReport) -> None:
