@@ -24,6 +24,7 @@ kept as a note (PEP 678) so that a traceback shows it. The facts are attributes.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 # What a terminal obeys or turns around, and what no encoding has: control characters but tab and
@@ -96,6 +97,16 @@ def _sentence(where: str, what: str, expected: object, found: object) -> str:
     if found is not None:
         values.append(f"found {found}")
     return printable(": ".join(part for part in (where, what, ", ".join(values)) if part))
+
+
+def one_of(options: Iterable[object]) -> str:
+    """Return choices as the text of what was expected.
+
+    Example:
+        >>> print(ConfigError("load_from", expected=one_of(["all", "rank0"]), found="rank1"))
+        load_from: expected one of: all, rank0, found rank1
+    """
+    return f"one of: {', '.join(map(str, options))}"
 
 
 class ConfigError(UnbrokenError, ValueError):

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler, WeightedRan
 from unbroken import Checkpointer, batch_source
 from unbroken.checkpoint import Policy, ResumeReport
 from unbroken.errors import DataError, DifferenceError
+from unbroken.fingerprint import sampled_records
 
 
 class Points(Dataset):
@@ -142,6 +143,23 @@ def test_other_data_of_a_loop_are_refused_by_name(name, tmp_path):
     with pytest.raises(DifferenceError) as caught:
         again(tmp_path, first, second)
     assert path in [difference.path for difference in caught.value.differences]
+
+
+class Edited(Points):
+    """As points, of which some are others."""
+
+    def __init__(self, *edited: int) -> None:
+        super().__init__(noise=0.0, n=16)
+        self.x[list(edited)] += 1.0
+
+
+def test_how_many_records_differ_is_told_and_which_is_the_first(tmp_path):
+    at = sampled_records(16)
+    told = rf"3 of 16 sampled records differ \(first: record {at[4]}\)"
+    with pytest.raises(DifferenceError, match=told) as caught:
+        again(tmp_path, Edited(), Edited(at[4], at[7], at[9]))
+    assert "is the data seeded?" in str(caught.value)
+    assert "['" not in str(caught.value)
 
 
 def test_another_collator_of_a_loop_is_refused_by_name(tmp_path):

@@ -71,9 +71,13 @@ def test_a_run_that_walked_back_ends_with_the_same_bits(run):
 def test_a_run_whose_checkpoints_are_all_damaged_never_starts_over_by_itself(run):
     for step in steps_in(run):
         damage(run / f"checkpoint-{step}")
-    with pytest.raises(CheckpointNotFoundError, match="not one checkpoint is intact"):
+    with pytest.raises(CheckpointNotFoundError, match="not one checkpoint is intact") as caught:
         small_trainer(run).train()
     assert steps_in(run) == [0, 2, 4, 6]
+    *lines, last = caught.value.hint.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [f"checkpoint-{n}" for n in (6, 4, 2, 0)]
+    assert max(map(len, lines)) < 120
+    assert "unbroken verify" in last
 
 
 def test_a_damaged_checkpoint_asked_for_by_step_is_an_error(run):

@@ -122,3 +122,35 @@ def test_a_model_with_complex_parameters_trains_with_the_default_optimizer(tmp_p
     data = [(torch.ones(2, dtype=torch.complex64), torch.ones(1))]
     loss = lambda outputs, labels: (outputs.abs() - labels).square().mean()  # noqa: E731
     assert Trainer(model, config, data, loss_fn=loss, display=Silence()).train().progress.step == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("optim", "adam_w", "one of: adamw_torch, adamw_torch_fused, sgd, adafactor"),
+        ("lr_scheduler_type", "cosinus", "one of: linear, cosine, "),
+        ("exact_resume", True, "one of: prefer, require"),
+        ("save_steps", "often", "int, auto or none"),
+        ("allow", "seed", "a list of texts"),
+        ("batch_size", "8", "int"),
+        ("bf16", 1, "bool"),
+        ("lr_scheduler_kwargs", 3, "names with numbers or none"),
+    ],
+)
+def test_what_a_setting_takes_is_said_in_words_and_choices(name, value, expected):
+    with pytest.raises(ConfigError) as caught:
+        TrainerConfig(**{name: value})
+    assert str(caught.value).startswith(f"{name}: expected {expected}")
+    assert "Literal" not in str(caught.value)
+
+
+def test_the_nearest_choice_is_named():
+    with pytest.raises(ConfigError) as caught:
+        TrainerConfig(lr_scheduler_type="cosinus")
+    assert caught.value.hint == "did you mean cosine?"
+
+
+def test_a_keyword_that_is_no_setting_is_answered_with_the_nearest_one():
+    with pytest.raises(ConfigError, match="TrainerConfig: unknown field learning_rat") as caught:
+        TrainerConfig(learning_rat=1e-3)
+    assert caught.value.hint == "did you mean learning_rate?"

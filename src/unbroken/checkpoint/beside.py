@@ -18,7 +18,7 @@ from unbroken.checkpoint.saving import Saving
 from unbroken.checkpoint.shares import Share
 from unbroken.checkpoint.snapshot import Snapshot, Staging, steady_tensors
 from unbroken.distributed import Group
-from unbroken.errors import ConfigError
+from unbroken.errors import ConfigError, one_of
 from unbroken.store import Json
 
 _TOLD = 10  # paths of tensors in the history
@@ -47,7 +47,7 @@ class BesideTraining:
         self, mode: SnapshotMode, group: Group, note: Callable[[Mapping[str, Json]], None]
     ) -> None:
         if mode not in get_args(SnapshotMode):
-            raise ConfigError("snapshot", expected=get_args(SnapshotMode), found=repr(mode))
+            raise ConfigError("snapshot", expected=one_of(get_args(SnapshotMode)), found=repr(mode))
         self.mode = mode
         self.again = False
         self.cost: SaveCost | None = None

@@ -42,7 +42,7 @@ from unbroken.checkpoint.selection import ResumeFrom, Selection
 from unbroken.checkpoint.shares import Plan, share_of
 from unbroken.checkpoint.writing import Writing
 from unbroken.distributed import Alone, Group
-from unbroken.errors import ConfigError, RankError, SaveError
+from unbroken.errors import ConfigError, RankError, SaveError, one_of
 from unbroken.fingerprint import object_facts
 from unbroken.goodput import SaveInterval
 from unbroken.storage import Storage
@@ -156,7 +156,9 @@ class Checkpointer:
         if taken := [name for name in _RESERVED if name in objects]:
             raise ConfigError(f"Checkpointer({taken[0]}=...)", "this name is taken: choose another")
         if load_from not in get_args(LoadFrom):
-            raise ConfigError("load_from", expected=get_args(LoadFrom), found=repr(load_from))
+            raise ConfigError(
+                "load_from", expected=one_of(get_args(LoadFrom)), found=repr(load_from)
+            )
         bare = {name: objects.pop(name) for name in [*objects] if is_bare(objects[name])}
         self.objects: dict[str, object] = objects
         self.attributes = Attributes(objects, bare)

@@ -10,7 +10,7 @@ from typing import Any
 
 from unbroken.checkpoint.differences import Difference, Rule
 from unbroken.checkpoint.environment_rules import ATTENTION
-from unbroken.fingerprint import NOT_COMPARED
+from unbroken.fingerprint import NOT_COMPARED, sampled_records
 
 RULES: tuple[tuple[str, Rule], ...] = (
     ("model.class", ("changed", "another class of model computes from here on")),
@@ -76,7 +76,7 @@ def fingerprint_differences(
     unread = [_not_compared(path, before[path], after[path]) for path in _unread(before, after)]
     told = {difference.path for difference in unread}
     found = [
-        Difference(path, before[path], value, *rule_of(path)[::-1])
+        _difference(path, before, after)
         for path, value in after.items()
         if path in before and path not in told and _differs(path, before[path], value)
     ]
@@ -84,6 +84,21 @@ def fingerprint_differences(
         found += _came_or_went(before, after)
     own = [_unrepeatable(path) for path in after if _is_unrepeatable(path, before, after)]
     return (*_told_once(found, before, after), *own, *unread)
+
+
+def _difference(path: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Difference:
+    (verdict, effect), stored, now = rule_of(path), before[path], after[path]
+    length = after.get(f"{path.removesuffix(_RECORDS)}.length")
+    lists = isinstance(stored, list) and isinstance(now, list)
+    if path.endswith(_RECORDS) and lists and isinstance(length, int):
+        pairs = list(zip(sampled_records(length), stored, now, strict=False))
+        others = [index for index, one, other in pairs if one != other]
+        found = f"{len(others)} of {len(pairs)} sampled records differ (first: record {others[0]})"
+        return Difference(path, f"{len(stored)} records", found, f"{effect}; {_SEEDED}", verdict)
+    return Difference(path, stored, now, effect, verdict)
+
+
+_SEEDED = "is the data seeded?"
 
 
 def _is_unrepeatable(path: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:

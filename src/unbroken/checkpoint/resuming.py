@@ -24,7 +24,7 @@ from unbroken.checkpoint.agreeing import facts_of_rank, told_by_rank_0
 from unbroken.checkpoint.attributes import NAME, Attributes
 from unbroken.checkpoint.candidates import Candidates, Origin, origin_in
 from unbroken.checkpoint.comparison import Comparison
-from unbroken.checkpoint.differences import Difference, gravest_first
+from unbroken.checkpoint.differences import Difference, brief, gravest_first
 from unbroken.checkpoint.found_schedules import FoundSchedules
 from unbroken.checkpoint.line import refuse_torn
 from unbroken.checkpoint.not_given import of_checkpoint
@@ -384,9 +384,8 @@ class Resumption:
             raise CheckpointNotFoundError(
                 self._run.storage.describe(),
                 "not one checkpoint is intact",
-                found="; ".join(f"{item.folder}: {item.reason}" for item in rejected),
-                hint="`unbroken verify` lists all damage; "
-                'resume_from_checkpoint="never" starts anew',
+                found=f"damage in each of {len(rejected)}",
+                hint="\n".join([*map(_in_short, rejected), _ALL_DAMAGED]),
             )
         if selection.kind == "must" or self._run.parent is not None:
             raise CheckpointNotFoundError(
@@ -486,3 +485,13 @@ def _notes_on(
     if reader is None or own or reader.storage is not run.storage:
         return ()
     return (f"{reader.folder} is of run {reader.manifest.run_id}: this run begins in it",)
+
+
+_ALL_DAMAGED = '`unbroken verify` lists all damage; resume_from_checkpoint="never" starts anew'
+
+
+def _in_short(rejection: Rejection) -> str:
+    """Return what is damaged in a checkpoint, in one short line."""
+    first, *_ = rejection.reason.splitlines() or [""]
+    _, found, what = first.partition(f"{rejection.folder}: ")
+    return f"{rejection.folder}: {brief(what if found else first, 100)}"

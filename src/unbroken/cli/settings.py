@@ -15,6 +15,7 @@ from tyro.conf import Positional, arg
 from unbroken.errors import ConfigError
 from unbroken.store.config_file import nearest, read_mapping
 from unbroken.training import TrainerConfig
+from unbroken.training.config import in_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,5 +216,4 @@ def _check_type(where: str, value: object, wanted: Any) -> None:
     except typeguard.TypeCheckError:
         is_wrong = True
     if is_wrong:
-        name = wanted.__name__ if isinstance(wanted, type) else str(wanted)
-        raise ConfigError(where, expected=name, found=repr(value))
+        raise ConfigError(where, expected=in_words(wanted), found=repr(value))

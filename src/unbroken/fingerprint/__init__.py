@@ -20,6 +20,7 @@ from unbroken.fingerprint.plain import plain_attributes as plain_attributes
 from unbroken.fingerprint.plain import plain_items as plain_items
 from unbroken.fingerprint.plain import plain_or_text as plain_or_text
 from unbroken.fingerprint.records import record_digest as record_digest
+from unbroken.fingerprint.sampling import sampled_records as sampled_records
 from unbroken.fingerprint.source import source_digest as source_digest
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "plain_or_text",
     "qualified_name",
     "record_digest",
+    "sampled_records",
     "scheduler_facts",
     "source_digest",
 ]

@@ -35,7 +35,7 @@ def begin_sampling(
     stays there. Lists, arrays and tensors are read here. Where there is no child to read
     in, or it reads not one record twice in time, the facts say so instead.
     """
-    indices = _indices(length) if length > 0 else []
+    indices = sampled_records(length) if length > 0 else []
     inert: dict[str, Plain] = {}
     if not indices or _is_inert(data, indices):
         records = [record_digest(data[index]) for index in indices]
@@ -69,7 +69,7 @@ def _facts(heard: Heard) -> dict[str, Plain]:
     return {**own, "records": [digests[0], *digests[2:]], "repeatable": is_same}
 
 
-def _indices(length: int) -> list[int]:
+def sampled_records(length: int) -> list[int]:
     """Return the first record, the last one, and others by the order of a fixed key."""
     some = Permutation(length, _KEY)(np.arange(min(length, _RECORDS), dtype=np.uint64))
     return list(dict.fromkeys([0, length - 1, *some.tolist()]))[:_RECORDS]

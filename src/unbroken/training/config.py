@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Self, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import typeguard
 
 from unbroken.checkpoint import ExactResume, LoadFrom, SnapshotMode
-from unbroken.errors import ConfigError
+from unbroken.errors import ConfigError, one_of
 from unbroken.store import check_branch_name
 from unbroken.store.config_file import nearest, read_mapping, write_mapping
 
@@ -38,6 +40,23 @@ class LeftOpen(int):
     """
 
 
+C = TypeVar("C", bound=type)
+
+
+def _names_what_is_unknown(kind: C) -> C:
+    """Let a class of settings name the nearest field for a keyword that it does not have."""
+    make: Callable[..., None] = vars(kind)["__init__"]
+
+    @functools.wraps(make)
+    def init(self: Any, *arguments: Any, **values: Any) -> None:
+        _refuse_unknown(values, where=type(self).__name__)
+        make(self, *arguments, **values)
+
+    kind.__init__ = init  # type: ignore[misc]
+    return kind
+
+
+@_names_what_is_unknown
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     """All settings of a run, with the names of `transformers.TrainingArguments`.
@@ -202,7 +221,9 @@ class TrainerConfig:
             except typeguard.TypeCheckError:
                 wrong_bool = True
             if wrong_bool:
-                raise ConfigError(field.name, expected=field.type, found=repr(value))
+                hint, texts = hints[field.name], choices_in(hints[field.name])
+                near = nearest(value, texts) if isinstance(value, str) else None
+                raise ConfigError(field.name, expected=in_words(hint), found=repr(value), hint=near)
 
     def _check_ranges(self) -> None:
         for name in _POSITIVE:
@@ -328,6 +349,46 @@ class TrainerConfig:
     def to_file(self, path: str | Path) -> None:
         """Write all fields to a `.yaml`, `.yml` or `.json` file."""
         write_mapping(Path(path), self.to_dict())
+
+
+def choices_in(hint: Any) -> list[str]:
+    """Return the texts that a type admits by name.
+
+    Example:
+        >>> choices_in(int | Literal["auto"] | None)
+        ['auto']
+    """
+    if get_origin(hint) is Literal:
+        return [str(value) for value in get_args(hint)]
+    return [text for part in get_args(hint) for text in choices_in(part)]
+
+
+def in_words(hint: Any) -> str:
+    """Return the type of a setting as text, with its choices.
+
+    Example:
+        >>> in_words(Literal["linear", "cosine"])
+        'one of: linear, cosine'
+        >>> in_words(int | Literal["auto"] | None), in_words(tuple[str, ...])
+        ('int, auto or none', 'a list of texts')
+    """
+    if get_origin(hint) is Literal:
+        return one_of(get_args(hint))
+    if get_origin(hint) in (Union, UnionType):
+        words = [_word(part) for part in get_args(hint)]
+        return f"{', '.join(words[:-1])} or {words[-1]}"
+    return _word(hint)
+
+
+def _word(hint: Any) -> str:
+    texts, origin = choices_in(hint), get_origin(hint)
+    if texts:
+        return ", ".join(texts)
+    if origin is tuple:
+        return "a list of texts"
+    if origin is dict:
+        return "names with numbers"
+    return "none" if hint is type(None) else str(getattr(hint, "__name__", hint))
 
 
 _POSITIVE = (

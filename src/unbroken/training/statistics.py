@@ -10,7 +10,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from unbroken.errors import ConfigError
+from unbroken.errors import ConfigError, one_of
 from unbroken.training.config import TrainerConfig
 from unbroken.training.progress import Progress
 from unbroken.training.step import Stepped
@@ -87,7 +87,7 @@ class Statistics:
         """
         name = config.metric_for_best_model
         if name not in metrics:
-            raise ConfigError("metric_for_best_model", expected=sorted(metrics), found=name)
+            raise ConfigError("metric_for_best_model", expected=one_of(sorted(metrics)), found=name)
         gain = self._gain(float(metrics[name]), config.greater_is_better)
         gained = gain is None or gain > config.early_stopping_threshold  # NaN is no gain
         self.evaluations_without_gain = 0 if gained else self.evaluations_without_gain + 1
