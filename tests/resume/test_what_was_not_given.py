@@ -15,6 +15,8 @@ import pytest
 
 from scenarios import run_fresh
 from unbroken.errors import UnbrokenError
+from unbroken.storage import storage_at
+from unbroken.store import CheckpointReader
 
 SAVED, KILLED, END = 4, 6, 12
 LOOP = """
@@ -46,7 +48,7 @@ with Checkpointer(FOLDER, save_steps=4, **given) as checkpointer:
         loss = model(x).square().mean()
         {backward}
         {step}
-        optimizer.zero_grad()
+        {clear}
         data.used(batch)
         step += 1
         if step == STOP:
@@ -61,6 +63,7 @@ PARTS = {
     "before": "",
     "backward": "loss.backward()",
     "step": "optimizer.step()",
+    "clear": "optimizer.zero_grad()",
     "after": "",
 }
 IS = {"scheduler": "schedules.CosineAnnealingLR(optimizer, T_max=12)"}
@@ -390,3 +393,46 @@ def test_batches_that_nobody_marks_as_used_are_refused_at_the_save(loop):
     assert refused["error"] == "DataError"
     assert refused["message"].startswith("data: batches were handed out and trained on, and none")
     assert "data.used(batch)" in refused["message"]
+
+
+WINDOWS = {
+    "cleared with None": "optimizer.zero_grad()",
+    "cleared in place": "optimizer.zero_grad(set_to_none=False)",
+    "never cleared": "pass",
+}
+
+
+def windows(clear: str, **parts: str) -> str:
+    """A loop of windows of three batches, that is saved inside of one."""
+    step = f"if step % 3 == 2:\n    optimizer.step()\n    {clear}"
+    return script(step=step, clear="", **parts)
+
+
+@pytest.mark.parametrize("how", WINDOWS)
+def test_gradients_of_an_unfinished_window_are_saved_and_restored(how, loop):
+    text = windows(WINDOWS[how])
+    whole, resumed = loop.run(text, out="whole"), loop.killed_and_resumed(text)
+    assert (resumed["began"], resumed["verdict"]) == (SAVED, "exact")
+    assert resumed["bits"] == whole["bits"]
+
+
+def test_without_these_gradients_it_is_another_run(loop):
+    text = windows("optimizer.zero_grad()")
+    whole = loop.run(text, out="whole")
+    left_out = windows("optimizer.zero_grad()", resumed="model.zero_grad()")
+    assert loop.killed_and_resumed(text, left_out)["bits"] != whole["bits"]
+
+
+def gradients_in(folder: Path, step: int) -> list[str]:
+    reader = CheckpointReader(storage_at(folder), f"checkpoint-{step}")
+    return [path for path in reader.manifest.tensors if "unfinished" in path]
+
+
+def test_gradients_that_nothing_uses_any_more_are_not_stored(loop):
+    at_the_end, in_place = script(), script(after="model.zero_grad(set_to_none=False)")
+    begin = script(backward="optimizer.zero_grad()\nloss.backward()", clear="")
+    for number, text in enumerate((at_the_end, in_place, begin)):
+        loop.run(text, out=str(number))
+        assert gradients_in(loop.folder / str(number), SAVED) == []
+    loop.run(windows("pass"), out="in a window")
+    assert len(gradients_in(loop.folder / "in a window", SAVED)) == 4

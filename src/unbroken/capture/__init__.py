@@ -7,6 +7,7 @@ from unbroken.capture.encode import Encoded as Encoded
 from unbroken.capture.encode import encode as encode
 from unbroken.capture.encode import refuse_what_cannot_be_stored as refuse_what_cannot_be_stored
 from unbroken.capture.gradients import capture_gradients as capture_gradients
+from unbroken.capture.gradients import check_gradients as check_gradients
 from unbroken.capture.gradients import restore_gradients as restore_gradients
 from unbroken.capture.growth import PREPARE as PREPARE
 from unbroken.capture.growth import Growth as Growth
@@ -69,6 +70,7 @@ __all__ = [
     "capture_gradients",
     "capture_rng",
     "check",
+    "check_gradients",
     "check_rng",
     "class_of",
     "classes_at_hand",

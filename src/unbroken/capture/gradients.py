@@ -43,7 +43,7 @@ def restore_gradients(parameters: Parameters, tree: Mapping[str, Gradient]) -> N
         StateMismatchError: A gradient has no parameter here, or another shape; nothing was changed.
     """
     live = _by_name(parameters)
-    raise_all(_check(live, tree))
+    check_gradients(parameters, tree)
     for name, parameter in live.items():
         stored = tree.get(name)
         if stored is None:
@@ -52,6 +52,15 @@ def restore_gradients(parameters: Parameters, tree: Mapping[str, Gradient]) -> N
             _copy(stored, parameter.grad)
         else:
             parameter.grad = _new(stored, parameter)
+
+
+def check_gradients(parameters: Parameters, tree: Mapping[str, Gradient]) -> None:
+    """Raise where `restore_gradients` would.
+
+    Raises:
+        StateMismatchError: A gradient has no parameter here, or another shape.
+    """
+    raise_all(_check(_by_name(parameters), tree))
 
 
 def _by_name(parameters: Parameters) -> dict[str, torch.Tensor]:

@@ -40,6 +40,7 @@ from unbroken.checkpoint.save_timer import SaveSteps, SaveTimer
 from unbroken.checkpoint.saving import Saving
 from unbroken.checkpoint.selection import ResumeFrom, Selection
 from unbroken.checkpoint.shares import Plan, share_of
+from unbroken.checkpoint.unfinished import GRADIENTS, UnfinishedGradients
 from unbroken.checkpoint.writing import Writing
 from unbroken.distributed import Alone, Group
 from unbroken.errors import ConfigError, RankError, SaveError, one_of
@@ -49,7 +50,7 @@ from unbroken.storage import Storage
 from unbroken.store import CheckpointWriter, KeepPolicy, RunDirectory
 from unbroken.store.run_directory import now_as_text
 
-_RESERVED = ("rng", "values", NAME)
+_RESERVED = ("rng", "values", NAME, GRADIENTS)
 
 
 class Checkpointer:
@@ -177,6 +178,7 @@ class Checkpointer:
         self.gives_all = False
         self._found = FoundSchedules(self.objects)
         self._not_given = NotGiven(self.objects, self.attributes.covers)
+        self._unfinished = UnfinishedGradients(self.objects)
         self._step_hook: RemovableHandle | None = None
         self._others: dict[str, list[Other]] | None = None  # what other ranks are
         self._known: set[str] = set()  # paths of what is not covered, and was told
@@ -249,6 +251,7 @@ class Checkpointer:
         more: dict[str, Any] = {"notes": (*self._place.notes, *lines), "ahead": self.ahead}
         more |= {"is_torn": self._line.is_torn, "found": self._found}
         more["attributes"] = self.attributes
+        more["unfinished"] = None if self.gives_all else self._unfinished
         resumption = self._resumption(self.objects, comparison, run, **more)
         try:
             report = resumption.start(selection)
@@ -365,7 +368,7 @@ class Checkpointer:
             group.agree("the random generators at a save", rng_digest())
         not_given = group.together("look for what was not given", lambda: self._look_back(values))
         tree = group.together("capture the state", lambda: capture(self.objects))
-        tree |= {"values": values, "rng": capture_rng(), **self._moved(tree)}
+        tree |= {"values": values, "rng": capture_rng(), **self._moved(tree), **self._gradients()}
         layout, told = self.layout(self.objects), {**self._facts(run), **not_given, **(facts or {})}
         news = self._timer.news(self._beside.cost)
         writing = self._line.next(run, step, layout, told, self.keep, self._wall_clock, news)
@@ -392,6 +395,14 @@ class Checkpointer:
         for line in self._found.before_step(optimizer):
             self._tell(line)
         self._not_given.before_step(optimizer)
+        self._unfinished.before_step(optimizer)
+
+    def _gradients(self) -> dict[str, Any]:
+        """Return the gradients that wait for a step; on all ranks where one has any."""
+        if self.gives_all:
+            return {}
+        found = self._unfinished.capture()
+        return {GRADIENTS: found} if self.group.any(found is not None) else {}
 
     def _look_back(self, values: Any) -> dict[str, Any]:
         """Tell of what the training until now had and a save has not; return its facts."""

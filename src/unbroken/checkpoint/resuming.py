@@ -35,6 +35,7 @@ from unbroken.checkpoint.report import ResumeReport
 from unbroken.checkpoint.selection import Selection
 from unbroken.checkpoint.shares import STATE_FILE
 from unbroken.checkpoint.snapshot import flattened
+from unbroken.checkpoint.unfinished import GRADIENTS, UnfinishedGradients
 from unbroken.distributed import Group
 from unbroken.errors import (
     CheckpointError,
@@ -55,9 +56,10 @@ class _Examined:
     tree: Mapping[str, Any]
     rng: Mapping[str, Any]
     values: Any
+    gradients: Mapping[str, Any]
 
 
-_BESIDE = ("rng", "values", NAME)
+_BESIDE = ("rng", "values", NAME, GRADIENTS)
 """What of the state is of no registered object."""
 
 
@@ -70,6 +72,7 @@ class Resumption:
         types: Classes of namedtuples and enums inside the state.
         comparison: What this start is; None: whatever the checkpoint was made with is fine.
         found: Schedules among the objects that were not given.
+        unfinished: Gets the gradients of an unfinished step back.
         notes: What else the report says.
         group: The ranks that resume together: rank 0 chooses, all load, all must succeed.
         load_from: Which of them read the checkpoint.
@@ -96,6 +99,7 @@ class Resumption:
         comparison: Comparison | None = None,
         *,
         found: FoundSchedules | None = None,
+        unfinished: UnfinishedGradients | None = None,
         notes: tuple[str, ...] = (),
         group: Group,
         load_from: LoadFrom = "all",
@@ -130,6 +134,7 @@ class Resumption:
         self._found = found
         self._given_since: list[str] = []
         self._growth = Growth(objects)
+        self._unfinished = unfinished
         self._differences: tuple[Difference, ...] = ()
         self._told: tuple[Difference, ...] = ()
         self._same: tuple[Difference, ...] = ()
@@ -247,14 +252,16 @@ class Resumption:
         tree = self._tree(reader)
         moved = tree.pop(NAME, None)
         rng, values = load_tensors(tree.pop("rng"), "cpu"), load_tensors(tree.pop("values"))
+        waiting = tree.pop(GRADIENTS, None)
         tree, objects, differences = self._fitting(reader, tree)
         self._growth = Growth(objects, partial(self._is_as_built, reader))
         tree = self._compared(reader, tree, differences, moved)
         check(objects, tree)
+        gradients = {} if self._unfinished is None else self._unfinished.check(waiting)
         check_rng(rng)
         if self._is_own(reader):
             _metrics_bytes(reader)
-        self._examined = _Examined(reader, objects, tree, rng, values)
+        self._examined = _Examined(reader, objects, tree, rng, values, gradients)
 
     def _check_journals(self) -> None:
         if self._group.rank == 0 and not self._run.is_readonly:
@@ -271,6 +278,8 @@ class Resumption:
         self._growth.keep()
         if self._attributes is not None:
             self._attributes.restore()
+        if self._unfinished is not None:
+            self._unfinished.restore(found.gradients)
         if self._comparison is not None:
             self._comparison.take_effect(self._differences)
         restore_rng(found.rng)
