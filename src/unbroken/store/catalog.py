@@ -12,7 +12,13 @@ from unbroken.errors import (
     NewerFormatError,
 )
 from unbroken.storage import Storage
-from unbroken.store.layout import SET_ASIDE, checkpoint_name, step_of, step_of_replaced
+from unbroken.store.layout import (
+    MANIFEST_NAME,
+    SET_ASIDE,
+    checkpoint_name,
+    step_of,
+    step_of_replaced,
+)
 from unbroken.store.lineage import Lineage, belongs_to
 from unbroken.store.reader import CheckpointReader
 from unbroken.store.removal import ensure_folder, free_name, move_durably, settle_replaced
@@ -79,9 +85,12 @@ class Catalog:
                     found[step] = f"{SET_ASIDE}/{name}"
         for name in self._storage.list(""):
             step = step_of(name)
-            if step is not None:
+            if step is not None and (step not in found or self._has_manifest(name)):
                 found[step] = name
         return sorted(found.items())
+
+    def _has_manifest(self, folder: str) -> bool:
+        return self._storage.stat(f"{folder}/{MANIFEST_NAME}") is not None
 
     def open(self, step: int) -> CheckpointReader:
         """Open the checkpoint of a step; its manifest and all file sizes are checked.

@@ -13,7 +13,14 @@ from unbroken.storage import Storage
 from unbroken.store.layout import MANIFEST_NAME, SET_ASIDE, checkpoint_name
 from unbroken.store.manifest import Manifest
 from unbroken.store.reader import CheckpointReader
-from unbroken.store.removal import ensure_folder, move_durably, remove_staging, settle_replaced
+from unbroken.store.removal import (
+    ensure_folder,
+    move_durably,
+    remove_staging,
+    remove_tree,
+    rename_or_copy,
+    settle_replaced,
+)
 
 
 def commit_staging(
@@ -65,15 +72,21 @@ def _write_manifest(storage: Storage, staging: str, manifest: Manifest) -> None:
 
 def _swing(storage: Storage, staging: str, target: str) -> None:
     """The commit. A failure takes it back, so that trying again starts from new names."""
+    is_copy = False
     try:
-        storage.rename(staging, target)
+        is_copy = rename_or_copy(storage, staging, target)
         storage.sync_folder("")
     except OSError:
         with suppress(OSError):
-            if storage.stat(staging) is None:
+            if is_copy:
+                remove_tree(storage, target)
+            elif storage.stat(staging) is None:
                 storage.rename(target, staging)
             settle_replaced(storage)
         raise
+    if is_copy:
+        with suppress(OSError):  # the next start sweeps it
+            remove_staging(storage, staging)
 
 
 def _same_state(storage: Storage, folder: str, manifest: Manifest) -> Manifest | None:

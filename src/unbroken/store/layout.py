@@ -28,6 +28,26 @@ _OF_RANK = re.compile(r".*\.rank(0|[1-9][0-9]{0,8})\.[a-z]+")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 
 
+_COPYING = re.compile(
+    r"\.(" + _STEP + r"(\.([1-9][0-9]{0,8}|replaced))?|run\.json\.[1-9][0-9]{0,8})\.copying"
+)
+
+
+def copying_name(name: str) -> str:
+    """Return what a folder or file is called while it is copied here from another device.
+
+    Example:
+        >>> copying_name("checkpoint-10")
+        '.checkpoint-10.copying'
+    """
+    return f".{name}.copying"
+
+
+def is_copying(name: str) -> bool:
+    """Return whether a name is that of something which was being copied here."""
+    return _COPYING.fullmatch(name) is not None
+
+
 def checkpoint_name(step: int) -> str:
     """Return the folder name of a checkpoint.
 

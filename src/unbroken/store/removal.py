@@ -3,21 +3,29 @@
 What goes is first renamed into `.trash`, durably, and only then unlinked file by file: a
 checkpoint is whole or it is not there. The same rules serve the next start, which finishes
 what a killed process began.
+
+A rename may be refused because the names are on two devices (`EXDEV`): a mount inside the run
+directory, or a folder in a lower layer of overlayfs, as the images of containers have it. Then a
+copy is made beside the target, durably, and renamed there; only then does the source go.
 """
 
 from __future__ import annotations
 
+import errno
 from contextlib import suppress
 
 from unbroken.errors import CheckpointError
 from unbroken.storage import Storage
 from unbroken.store.checkpoint_folder import CheckpointFolder
 from unbroken.store.layout import (
+    LOCK_NAME,
     MANIFEST_NAME,
     SET_ASIDE,
     STAGING,
     TRASH,
     checkpoint_name,
+    copying_name,
+    is_copying,
     is_file_name,
     step_of_numbered,
     step_of_replaced,
@@ -44,10 +52,83 @@ def free_name(storage: Storage, folder: str, name: str) -> str:
 
 def move_durably(storage: Storage, source: str, target: str) -> None:
     """Rename between two folders so that no power cut loses both names."""
-    storage.rename(source, target)
+    is_copy = rename_or_copy(storage, source, target)
     # The new name first: were the old one's absence durable alone, nothing would lead there.
-    storage.sync_folder(target.rpartition("/")[0])
-    storage.sync_folder(source.rpartition("/")[0])
+    storage.sync_folder(_parent_of(target))
+    if is_copy:
+        remove_tree(storage, source)
+    storage.sync_folder(_parent_of(source))
+
+
+def rename_or_copy(storage: Storage, source: str, target: str) -> bool:
+    """Let a file or folder appear at `target` in one step.
+
+    Returns:
+        Whether it is a copy, on another device, of a source that is still there.
+
+    Raises:
+        FileExistsError: `target` exists.
+        OSError: The storage fails; the source is as it was, and there is no target.
+    """
+    try:
+        storage.rename(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+    else:
+        return False
+    partial = _joined(_parent_of(target), copying_name(target.rpartition("/")[2]))
+    remove_tree(storage, partial)  # of a process that was killed
+    try:
+        _copy_tree(storage, source, partial)
+        storage.rename(partial, target)
+    except OSError:
+        with suppress(OSError):  # the next start sweeps it
+            remove_tree(storage, partial)
+        raise
+    return True
+
+
+def _copy_tree(storage: Storage, source: str, target: str) -> None:
+    """Copy a file, or a folder and all in it but locks, durably."""
+    found = storage.stat(source)
+    if found is None or not found.is_folder:
+        copy_file(storage, source, target)
+        return
+    storage.make_folder(target)
+    for name in storage.list(source):
+        if name != LOCK_NAME:  # whoever opens the copy makes its own
+            _copy_tree(storage, f"{source}/{name}", f"{target}/{name}")
+    storage.sync_folder(target)
+
+
+def remove_tree(storage: Storage, path: str) -> None:
+    """Remove a file or folder, if it is there, of which a whole copy is elsewhere.
+
+    Of a checkpoint, the manifest goes first, durably: what is left is none.
+    """
+    found = storage.stat(path)
+    if found is None:
+        return
+    if not found.is_folder:
+        storage.remove_file(path)
+        return
+    names = storage.list(path)
+    if MANIFEST_NAME in names:
+        storage.remove_file(f"{path}/{MANIFEST_NAME}")
+        storage.sync_folder(path)
+    for name in names:
+        if name != MANIFEST_NAME:
+            remove_tree(storage, f"{path}/{name}")
+    storage.remove_folder(path)
+
+
+def _parent_of(path: str) -> str:
+    return path.rpartition("/")[0]
+
+
+def _joined(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
 
 
 def copy_file(storage: Storage, source: str, target: str, nbytes: int | None = None) -> None:
@@ -67,8 +148,27 @@ def remove_checkpoint(storage: Storage, folder: str) -> None:
     """Remove a checkpoint: at once and for ever gone, as far as any reader can tell."""
     ensure_folder(storage, TRASH)
     trashed = free_name(storage, TRASH, folder)
-    move_durably(storage, folder, trashed)
+    try:
+        storage.rename(folder, trashed)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        _unlink_in_place(storage, folder)
+        return
+    storage.sync_folder(TRASH)
+    storage.sync_folder("")
     _unlink_listed(storage, trashed)
+
+
+def _unlink_in_place(storage: Storage, folder: str) -> None:
+    """Remove a checkpoint where it stands; its manifest goes first, durably."""
+    names = [file.name for file in CheckpointFolder(storage, folder).read_manifest().files]
+    storage.remove_file(f"{folder}/{MANIFEST_NAME}")
+    storage.sync_folder(folder)
+    for name in names:
+        storage.remove_file(f"{folder}/{name}")
+    storage.remove_folder(folder)
+    storage.sync_folder("")
 
 
 def remove_staging(storage: Storage, folder: str) -> None:
@@ -90,10 +190,20 @@ def settle_replaced(storage: Storage) -> None:
         step = step_of_replaced(name)
         if step is None:
             continue
-        target = checkpoint_name(step)
+        target, replaced = checkpoint_name(step), f"{SET_ASIDE}/{name}"
+        if _is_remains(storage, target) and not _is_remains(storage, replaced):
+            move_durably(storage, target, free_name(storage, SET_ASIDE, target))
         if storage.stat(target) is not None:
             target = free_name(storage, SET_ASIDE, target)
-        move_durably(storage, f"{SET_ASIDE}/{name}", target)
+        move_durably(storage, replaced, target)
+
+
+def _is_remains(storage: Storage, folder: str) -> bool:
+    """Return whether a folder has no manifest, as a checkpoint that was being taken away."""
+    found = storage.stat(folder)
+    if found is None or not found.is_folder:
+        return False
+    return storage.stat(f"{folder}/{MANIFEST_NAME}") is None
 
 
 def sweep(storage: Storage) -> list[str]:
@@ -106,6 +216,11 @@ def sweep(storage: Storage) -> list[str]:
         OSError: A folder cannot be listed, or a replaced checkpoint cannot be put back.
     """
     settle_replaced(storage)
+    for folder in ("", SET_ASIDE):
+        for name in storage.list(folder) if storage.stat(folder) is not None else ():
+            if is_copying(name):
+                with suppress(OSError):
+                    remove_tree(storage, _joined(folder, name))
     left = []
     for folder, remove in ((STAGING, remove_staging), (TRASH, _unlink_listed)):
         for name in storage.list(folder) if storage.stat(folder) is not None else ():
