@@ -84,6 +84,7 @@ def test_a_fused_step_of_an_optimizer_that_is_not_saved_waits_for_the_copy(model
 
 def test_without_waiting_such_a_step_would_tear_the_copy(model, slowly, tmp_path, monkeypatch):
     monkeypatch.setattr("unbroken.checkpoint.beside.BesideTraining._before_step", lambda *_: None)
+    monkeypatch.setattr(snapshot.Seen, "differing", lambda *_: [])
     slowly.seconds = None  # until it is let go
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     optimizer.register_step_post_hook(lambda *_: slowly.go.set())
@@ -184,3 +185,73 @@ def save_and_be_interrupted(saving, wait, slowly) -> None:
         saving.save(1)
         threading.Timer(0.2, interrupt).start()
         wait(saving)
+
+
+def flat_from_outside(model) -> None:
+    weight = model[2].weight.detach()
+    ctypes.memset(weight.data_ptr(), 0, weight.nbytes)
+
+
+def clip(model) -> None:
+    for one in model.parameters():
+        one.data.clamp_(-0.02, 0.02)
+
+
+UNSEEN = {
+    "weights that are clipped": clip,
+    "one element": lambda model: model[3].weight.data[5, 7].add_(1),
+    "a step by hand": lambda model: [one.data.sub_(one.grad) for one in model.parameters()],
+    "bytes from outside": flat_from_outside,
+    "an alias": lambda model: model[2].weight.detach().numpy().fill(0.5),
+    "an average that is given to all": lambda model: model[1].weight.data.copy_(model[2].weight),
+}
+
+
+@pytest.mark.parametrize("change", UNSEEN)
+def test_an_edit_that_moves_no_version_makes_no_torn_checkpoint(change, model, tmp_path):
+    backward(model)
+    before = [one._version for one in model.parameters()]
+    assert not save_and(lambda: UNSEEN[change](model), tmp_path, model=model)
+    assert [one._version for one in model.parameters()] == before
+
+
+@pytest.fixture
+def wide():
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(512, 512) for _ in range(3)))
+
+
+def test_weights_that_are_clipped_after_each_step_are_saved_as_they_were(wide, slowly, tmp_path):
+    """As in WGAN: the first save is given up, and after that what is clipped is copied at once."""
+    optimizer = torch.optim.RMSprop(wide.parameters(), lr=5e-5)
+    objects, held = {"model": wide, "optimizer": optimizer}, []
+    with Checkpointer(tmp_path, snapshot="overlap", save_steps=2, **objects) as checkpointer:
+        for step in range(1, 9):
+            wide(torch.ones(2, 512)).square().mean().backward()
+            optimizer.step()
+            if checkpointer.is_due(step):
+                checkpointer.save(step)
+                held.append((step, bytes_of(objects)))
+            clip(wide)
+        checkpointer.wait()
+        found = dict(held)
+        made = [step for step, _ in checkpointer.run.catalog.folders()]
+        assert len(made) >= 2
+        assert all(stored(checkpointer, step) == found[step] for step in made)
+
+
+def test_between_saves_that_look_at_all_bytes_a_sample_shows_an_edit(wide, tmp_path):
+    with Checkpointer(tmp_path, snapshot="overlap", model=wide) as checkpointer:
+        checkpointer.save(1)
+        checkpointer.wait()
+        checkpointer.save(2)
+        clip(wide)
+        with pytest.raises(SaveError, match=r"were changed while they were being copied"):
+            checkpointer.wait()
+
+
+def test_without_the_digests_such_a_checkpoint_would_be_torn(model, tmp_path, monkeypatch):
+    """The negative control."""
+    monkeypatch.setattr(snapshot.Seen, "differing", lambda *_: [])
+    with pytest.raises(AssertionError):
+        save_and(lambda: clip(model), tmp_path, model=model)

@@ -224,7 +224,7 @@ def _is_other_code(keys: tuple[str, ...], values: list[list[Any]]) -> bool:
         return names != ["git_dirty"] and all(value and value[0] is not None for value in values)
     if group in _FOR_ALL or any(name.endswith(("values", "globals")) for name in names):
         return False
-    if group == "optimizer" or "source" in names or names[-1] in ("class", "name"):
+    if group == "optimizer" or "source" in names or names[-1:] in (["class"], ["name"]):
         return True
     return group == "model" and not {*names[:2]}.isdisjoint(_OF_MODELS)
 

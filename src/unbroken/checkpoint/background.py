@@ -173,7 +173,7 @@ class BackgroundSave:
         """Return what was changed meanwhile, when the thread that trains has looked."""
         self._stored.set()
         self._approved.wait()
-        return self._edited_here or ()
+        return tuple(dict.fromkeys((*(self._edited_here or ()), *self._snapshot.torn)))
 
     def _tell(self) -> None:
         try:

@@ -96,8 +96,10 @@ class Checkpointer:
             waits. "sync": it is copied, and written while training goes on. "overlap":
             parameters and optimizer state are copied under the next forward and backward passes;
             the optimizer's next step waits for that. If something else changes such a tensor
-            before then, the checkpoint of the next step is made instead; a change through `.data`
-            or from outside PyTorch is not seen. Both need one more copy of what a rank stores.
+            before then, the checkpoint of the next step is made instead. A change through `.data`,
+            or from outside PyTorch, is found by digests: of all bytes in the first save and each
+            64th, of a sample in the others (on devices always). Both modes need one more copy of
+            what a rank stores.
         objects: What to save, by name: modules, optimizers, schedulers, a GradScaler, random
             generators, tensors, anything with `state_dict` and `load_state_dict`, and lists and
             dicts of these; an object of a class of your own that has neither by its attributes. The

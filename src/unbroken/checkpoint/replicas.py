@@ -41,25 +41,35 @@ def agree_on_replicas(
         >>> from unbroken.distributed import Alone
         >>> agree_on_replicas(Alone(), [], save=0)
     """
-    samples = [_sample(leaf.tensor, save * _GOLDEN) for leaf in leaves]
+    samples = [sample_of(leaf.tensor, save) for leaf in leaves]
     host = _on_the_host(samples)
     digests = group.gather("what is stored once", xxhash.xxh3_128_hexdigest(host.numpy().data))
     if len(set(map(str, digests))) > 1:
         raise _differing(group, [leaf.path for leaf in leaves], samples, may_differ=may_differ)
 
 
-def _sample(tensor: torch.Tensor, place: int) -> torch.Tensor:
-    """Return a view on some bytes of a tensor, as rows; on all of a small one, as one row."""
+def sample_of(tensor: torch.Tensor, turn: int, *, block: int = _BLOCK) -> torch.Tensor:
+    """Return a view on some bytes of a tensor, as rows; on all of a small one, as one row.
+
+    Args:
+        tensor: Any; of one that is not contiguous the elements in C order are looked at.
+        turn: Chooses the places; the same ones in tensors of the same length.
+        block: How many bytes there are at each place.
+
+    Example:
+        >>> sample_of(torch.zeros(1 << 20), turn=3).shape
+        torch.Size([8, 1024])
+    """
     whole = tensor if tensor.is_contiguous() else raw(tensor).contiguous()
     nbytes, start = whole.nbytes, whole.storage_offset() * whole.element_size()
     count = max(_FEWEST, nbytes // (_BLOCK * _EVERY))
-    row = nbytes // count
-    if row < _BLOCK:
+    row, place = nbytes // count, turn * _GOLDEN
+    if row < block:
         count, row, length = 1, nbytes, nbytes
     else:
-        length = _BLOCK
+        length = block
         start += place % (nbytes - row * count + 1)  # what is left over is at either end
-        start += place % (row - _BLOCK + 1)
+        start += place % (row - block + 1)
     rows = torch.empty(0, dtype=torch.uint8, device=whole.device)
     return rows.set_(whole.untyped_storage(), start, (count, length), (row, 1))
 
@@ -68,12 +78,16 @@ def _on_the_host(samples: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return all samples one after the other; what is on a device comes in few copies."""
     alike: dict[tuple[torch.device, bool], list[torch.Tensor]] = {}
     for sample in samples:
-        alike.setdefault((sample.device, sample.shape[1] == _BLOCK), []).append(sample)
-    parts = [
-        torch.cat(own if are_blocks else [one.view(-1) for one in own]).view(-1).cpu()
-        for (_, are_blocks), own in alike.items()
-    ]
+        alike.setdefault((sample.device, len(sample) > 1), []).append(sample)
+    parts = [gathered(own).cpu() for own in alike.values()]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+
+
+def gathered(samples: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return a copy of samples, one after the other: of equal width, or of one row each."""
+    if len(samples[0]) == 1:
+        return torch.cat([sample.view(-1) for sample in samples])
+    return torch.cat([*samples]).view(-1)
 
 
 def _differing(

@@ -3,7 +3,8 @@
 After an optimizer's step nothing changes parameters and optimizer state until its next step. So
 they may be copied while the next forward and backward passes run: CheckFreq (FAST '21),
 DataStates-LLM (HPDC '24). What makes that exact here: the next step waits for the copy, and a
-tensor that something else changed before then is found by its version.
+tensor that something else changed before then is found by its version. A change through `.data`, or
+from outside PyTorch, moves no version: such a one is found by a digest that was taken before.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 
 from unbroken.capture import TensorLeaf, raw
 from unbroken.checkpoint.device_copies import DeviceCopies
+from unbroken.checkpoint.replicas import gathered, sample_of
 from unbroken.distributed.sharding import local_part
 from unbroken.storage.past_cache import aligned_buffer
 from unbroken.store import places_in_files
@@ -28,6 +30,8 @@ _PAGE = 4096
 _SMALL = 1 << 20  # bytes that are copied sooner than PyTorch has begun
 _PIECE = 1 << 20  # copied, and then hashed while it is in the processor's cache
 _PLAIN = (torch.Tensor, nn.Parameter)
+_ALL = 64  # saves: in the first of as many the digest is of all bytes, in others of a sample
+_BLOCK = 256  # bytes at each place of a sample
 Steady = Mapping[tuple[int, int], Sequence[torch.Tensor]]
 """Tensors that only an optimizer's step is expected to change, by address and length."""
 
@@ -47,6 +51,64 @@ class Watched(NamedTuple):
         return now == (self.version, self.address)
 
 
+class Seen:
+    """What live tensors hold before they are copied: digests of all bytes, or a sample.
+
+    Args:
+        leaves: The tensors.
+        turn: Chooses the places of the sample; None: the digests.
+        samples: The sample of each, of one kind and on one device, unless it is the digests.
+    """
+
+    def __init__(
+        self, leaves: Sequence[TensorLeaf], turn: int | None, samples: Sequence[torch.Tensor] = ()
+    ) -> None:
+        self.on_device = leaves[0].tensor.is_cuda
+        self._leaves, self._turn = leaves, turn
+        self._digests = [] if turn is not None else [_digest(leaf) for leaf in leaves]
+        self._lengths = [sample.numel() for sample in samples]
+        self._sample = gathered(samples) if samples else torch.empty(0, dtype=torch.uint8)
+
+    @classmethod
+    def of(cls, leaves: Sequence[TensorLeaf], number: int) -> list[Seen]:
+        """Look at tensors that are to be copied in the save of this number."""
+        if number % _ALL == 0 and not any(leaf.tensor.is_cuda for leaf in leaves):
+            return [cls(leaves, None)] if leaves else []
+        alike: dict[tuple[torch.device, bool], list[tuple[TensorLeaf, torch.Tensor]]] = {}
+        for leaf in leaves:
+            sample = sample_of(leaf.tensor, number, block=_BLOCK)
+            alike.setdefault((sample.device, len(sample) > 1), []).append((leaf, sample))
+        kinds = [zip(*pairs, strict=True) for pairs in alike.values()]
+        return [cls(these, number, samples) for these, samples in kinds]
+
+    def bring(self, copies: DeviceCopies) -> None:
+        """Begin to copy what is on a device."""
+        if self.on_device:
+            on_device, host = self._sample, torch.empty(self._sample.shape, dtype=torch.uint8)
+            self._sample = host.pin_memory()
+            copies.begin(on_device, self._sample)
+
+    def differing(
+        self, memory: torch.Tensor, places: Mapping[str, int], digests: Mapping[str, str]
+    ) -> list[str]:
+        """Return the paths of tensors whose copies hold other bytes."""
+        paths = [leaf.path for leaf in self._leaves]
+        if self._turn is None:
+            return [p for p, seen in zip(paths, self._digests, strict=True) if digests[p] != seen]
+        copies = [memory[places[one.path] :][: one.nbytes] for one in self._leaves]
+        samples = [sample_of(copy, self._turn, block=_BLOCK) for copy in copies]
+        differs = gathered(samples) != self._sample
+        pieces = zip(paths, torch.split(differs, self._lengths), strict=True)
+        return [path for path, piece in pieces if piece.any()] if differs.any() else []
+
+
+def _digest(leaf: TensorLeaf) -> str:
+    digester = Digester()
+    for chunk in leaf.chunks():
+        digester.update(chunk)
+    return digester.digest()
+
+
 class Snapshot:
     """The bytes of leaves at one moment.
 
@@ -57,6 +119,11 @@ class Snapshot:
         late: Those that are not copied yet.
         watched: The live tensors behind these, and behind copies from a device that still run.
         device_copies: Copies from devices, which may still run.
+        seen: What is known of the live bytes of all these.
+
+    Attributes:
+        torn: The paths of tensors whose copies are not what they were when the snapshot began;
+            known when `copy_rest` and `wait_for_devices` have ended.
     """
 
     def __init__(
@@ -67,7 +134,10 @@ class Snapshot:
         late: list[TensorLeaf],
         watched: Sequence[Watched],
         device_copies: DeviceCopies,
+        seen: Sequence[Seen],
     ) -> None:
+        self.torn: tuple[str, ...] = ()
+        self._seen = seen
         self._leaves = leaves
         self._memory = memory
         self._places = places
@@ -95,6 +165,7 @@ class Snapshot:
                 digester.update(memory[start : start + count])
             self._digests[leaf.path] = digester.digest()
         self._late = []
+        self._compare(on_device=False)
 
     def _copied(self, leaf: TensorLeaf, memory: memoryview) -> TensorLeaf:
         start, digest = self._places[leaf.path], self._digests.get(leaf.path)
@@ -105,6 +176,13 @@ class Snapshot:
     def wait_for_devices(self) -> None:
         """Wait for the copies from devices."""
         self._device_copies.wait()
+        self._compare(on_device=True)
+
+    def _compare(self, *, on_device: bool) -> None:
+        """Find copies of what was changed before it was copied."""
+        for one in self._seen:
+            if one.on_device == on_device:
+                self.torn += tuple(one.differing(self._memory, self._places, self._digests))
 
     def hold_back_devices(self) -> None:
         """Let what is launched on current streams from now on wait for the copies."""
@@ -121,6 +199,7 @@ class Staging:
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._planned: tuple[list[Any], tuple[dict[str, int], int]] = ([], ({}, 0))
+        self._taken = 0
 
     def take(self, leaves: Sequence[TensorLeaf], steady: Steady | None = None) -> Snapshot:
         """Copy leaves; those that are steady, later, with `Snapshot.copy_rest`.
@@ -135,27 +214,29 @@ class Staging:
         places, nbytes = self._places(leaves)
         on_device = any(leaf.tensor.is_cuda for leaf in leaves)
         memory, copies = self._reserve(nbytes, pinned=on_device), DeviceCopies()
-        waiting: list[tuple[TensorLeaf, Sequence[torch.Tensor]]] = []
-        for leaf in leaves:
-            live = _live(leaf.tensor, steady or {})
-            if live:
-                waiting.append((leaf, live))
-            else:
+        each = [(leaf, _live(leaf.tensor, steady or {})) for leaf in leaves]
+        waiting = [(leaf, live) for leaf, live in each if live]
+        seen = Seen.of([leaf for leaf, _ in waiting], self._taken)  # before a copy is begun
+        self._taken += steady is not None
+        for leaf, live in each:
+            if not live:
                 _copy(leaf, memory, places, copies)
         copies.hold_back()  # what a device does next must not change these either
         for leaf, _ in waiting:
             if leaf.tensor.is_cuda:
                 _copy(leaf, memory, places, copies)
+        for one in seen:
+            one.bring(copies)
         copies.end()
         if steady is None:
             copies.wait()
-        late = [leaf for leaf, _ in waiting if not leaf.tensor.is_cuda]
+        on_host = [leaf for leaf, _ in waiting if not leaf.tensor.is_cuda]
         watched = [
             Watched(leaf.path, one, one._version, one.data_ptr())  # noqa: SLF001 (as above)
             for leaf, live in waiting
             for one in live
         ]
-        return Snapshot(leaves, memory, places, late, watched, copies)
+        return Snapshot(leaves, memory, places, on_host, watched, copies, seen)
 
     def _places(self, leaves: Sequence[TensorLeaf]) -> tuple[dict[str, int], int]:
         """Return where leaves lie; the same as before if they are the same as before."""
