@@ -24,8 +24,8 @@ kept as a note (PEP 678) so that a traceback shows it. The facts are attributes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Literal
 
 # What a terminal obeys or turns around, and what no encoding has: control characters but tab and
 # newline, marks of direction, separators of lines, and halves of pairs (undecodable bytes).
@@ -85,9 +85,49 @@ class UnbrokenError(Exception):
         if hint is not None:
             self.add_note(printable(hint))
 
+    def respell(self, spell: Callable[[str], str]) -> None:
+        """Spell what is said as it is spelled where the caller is: see `spelled`."""
+        self.what, self.message = spell(self.what), spell(self.message)
+        self.hint = None if self.hint is None else spell(self.hint)
+        self.args = (self.message,)
+        self.__notes__ = [spell(note) for note in getattr(self, "__notes__", [])]
+
     def __str__(self) -> str:
         """Return *where: what: expected X, found Y*, without the hint."""
         return self.message
+
+
+Place = Literal["loop", "command"]
+"""Where settings are spelled otherwise than in a Trainer: in a loop around a Checkpointer, in a
+command line."""
+
+_NAMES = re.compile(r"""(?<!Policy\()\b(allow|skip)=\[([^\]]*)\]""")
+_WHICH = re.compile(r"""resume_from_checkpoint=(?:"([^"]*)"|'([^']*)')""")
+_STRICT = re.compile(r"""(?<!Policy\()\bexact_resume=['"](\w+)['"]""")
+
+
+def spelled(text: str, place: Place) -> str:
+    """Return a text in which the settings of a Trainer are spelled as another place takes them.
+
+    Example:
+        >>> hint = "go on with the new value: allow=['seed']"
+        >>> spelled(hint, "loop")
+        "go on with the new value: policy=Policy(allow=['seed'])"
+        >>> spelled(hint, "command")
+        'go on with the new value: --allow seed'
+    """
+    if place == "loop":
+        text = _NAMES.sub(r"policy=Policy(\1=[\2])", text)
+        text = _STRICT.sub(r"policy=Policy(exact_resume='\1')", text)
+        return _WHICH.sub(lambda found: f'resume("{found[1] or found[2]}")', text)
+    text = _NAMES.sub(lambda found: f"--{found[1]} {_words(found[2])}", text)
+    text = _STRICT.sub(r"--exact-resume \1", text)
+    return _WHICH.sub(lambda found: f"--resume {found[1] or found[2]}", text)
+
+
+def _words(names: str) -> str:
+    words = (name.strip().strip("\"'") for name in names.split(","))
+    return " ".join(f"'{word}'" if "*" in word else word for word in words)
 
 
 def _sentence(where: str, what: str, expected: object, found: object) -> str:

@@ -251,7 +251,7 @@ def test_an_error_lists_every_difference_and_how_to_go_on(tmp_path):
         small_trainer(tmp_path, max_steps=4, learning_rate=1.0, seed=1).train()
     told = "\n".join([str(caught.value), *caught.value.__notes__])
     assert "seed: stored 42, now 1" in told
-    assert "allow=['learning_rate', 'seed'] or --allow learning_rate seed" in told
+    assert "go on with the new value: allow=['learning_rate', 'seed']; keep" in told
     assert {d.path for d in caught.value.differences} >= {"seed", "learning_rate"}
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
+from inspect import signature
 from types import TracebackType
 from typing import Any, Self, get_args
 
@@ -17,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from unbroken.capture import capture, capture_rng
 from unbroken.checkpoint.agreeing import FACT, Other, agree_on_versions, others_of_ranks
+from unbroken.checkpoint.arguments import check_keywords, check_objects, loggable, tell_line
 from unbroken.checkpoint.attributes import NAME, Attributes, is_bare
 from unbroken.checkpoint.background import SaveCost
 from unbroken.checkpoint.beside import BesideTraining, SnapshotMode
@@ -43,7 +46,7 @@ from unbroken.checkpoint.shares import Plan, share_of
 from unbroken.checkpoint.unfinished import GRADIENTS, UnfinishedGradients
 from unbroken.checkpoint.writing import Writing
 from unbroken.distributed import Alone, Group
-from unbroken.errors import ConfigError, RankError, SaveError, one_of
+from unbroken.errors import ConfigError, RankError, SaveError, UnbrokenError, one_of, spelled
 from unbroken.fingerprint import object_facts
 from unbroken.goodput import SaveInterval
 from unbroken.storage import Storage
@@ -100,6 +103,8 @@ class Checkpointer:
             or from outside PyTorch, is found by digests: of all bytes in the first save and each
             64th, of a sample in the others (on devices always). Both modes need one more copy of
             what a rank stores.
+        tell: Called with each line that is told, on rank 0: what `resume` found, and what is not
+            covered. None: nothing is told.
         objects: What to save, by name: modules, optimizers, schedulers, a GradScaler, random
             generators, tensors, anything with `state_dict` and `load_state_dict`, and lists and
             dicts of these; an object of a class of your own that has neither by its attributes. The
@@ -115,14 +120,14 @@ class Checkpointer:
         among_others: Whether a run may begin in a directory that holds other things, which stay;
             to be set before the first use.
         ahead: What is being read of the checkpoint that `resume` is going to choose; may be set.
-        note: Called with each line that is told after the start; may be set. None: nothing is told.
+        note: As `tell`; may be set.
         gives_all: Whether the objects are all that training depends on, so that nothing else is
-            looked for; to be set before the first use.
+            looked for, and the caller tells what a resume finds; to be set before the first use.
 
     Example:
         >>> import tempfile, torch
         >>> model = torch.nn.Linear(2, 1)
-        >>> with Checkpointer(tempfile.mkdtemp(), model=model) as checkpointer:
+        >>> with Checkpointer(tempfile.mkdtemp(), model=model, tell=None) as checkpointer:
         ...     print(checkpointer.resume().resumed)
         ...     path = checkpointer.save(1)
         ...     _ = torch.nn.init.zeros_(model.weight)
@@ -154,8 +159,11 @@ class Checkpointer:
         load_from: LoadFrom = "all",
         of_each_rank: Collection[str] | None = None,
         snapshot: SnapshotMode = "stream",
+        tell: Callable[[str], None] | None = tell_line,
         **objects: object,
     ) -> None:
+        check_keywords(keep, policy)
+        check_objects(objects, _KEYWORDS)
         if taken := [name for name in _RESERVED if name in objects]:
             raise ConfigError(f"Checkpointer({taken[0]}=...)", "this name is taken: choose another")
         if load_from not in get_args(LoadFrom):
@@ -176,7 +184,7 @@ class Checkpointer:
         self.layout: Callable[[Mapping[str, object]], Layout] = Layout.of
         self.among_others = False
         self.ahead: ReadAhead | None = None
-        self.note: Callable[[str], None] | None = None
+        self.note: Callable[[str], None] | None = tell
         self.gives_all = False
         self._found = FoundSchedules(self.objects)
         self._not_given = NotGiven(self.objects, self.attributes.covers)
@@ -237,6 +245,13 @@ class Checkpointer:
                 object nor the run directory was changed, on any rank.
             StateMismatchError: If the checkpoint does not fit the objects; likewise.
         """
+        with self._spelled():
+            report = self._resumed(which)
+        for line in () if self.gives_all else report.lines():
+            self._tell(line)
+        return report
+
+    def _resumed(self, which: ResumeFrom | Selection) -> ResumeReport:
         self.wait()
         self._found.forget()
         comparison, lines = self.comparison, self._look()
@@ -360,6 +375,10 @@ class Checkpointer:
             SaveError: If the disk fails or is full; all earlier checkpoints are as they were.
             RankError: If it failed on another rank, or the ranks do not hold the same state.
         """
+        with self._spelled():
+            return self._saved(step, values, facts)
+
+    def _saved(self, step: int, values: Any, facts: Mapping[str, Any] | None) -> str:
         began = time.perf_counter()
         self._beside.settle()  # one at a time; what an earlier save failed at is raised here
         group, run = self.group, self.run
@@ -405,6 +424,16 @@ class Checkpointer:
             return {}
         found = self._unfinished.capture()
         return {GRADIENTS: found} if self.group.any(found is not None) else {}
+
+    @contextmanager
+    def _spelled(self) -> Iterator[None]:
+        """Let errors name settings as they are named here, unless a Trainer has them."""
+        try:
+            yield
+        except UnbrokenError as error:
+            if not self.gives_all:
+                error.respell(partial(spelled, place="loop"))
+            raise
 
     def _look_back(self, values: Any) -> dict[str, Any]:
         """Tell of what the training until now had and a save has not; return its facts."""
@@ -508,8 +537,19 @@ class Checkpointer:
         }
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl: there exactly once, however often the run is killed."""
-        run = self.run
+        """Append one line to metrics.jsonl: there exactly once, however often the run is killed.
+
+        Args:
+            record: Numbers, texts, and lists and dicts of these; tensors and arrays of one number,
+                and numbers of NumPy, are taken as numbers.
+
+        Raises:
+            ConfigError: A value is something else.
+        """
+        run, record = (
+            self.run,
+            {str(name): loggable(one, str(name)) for name, one in record.items()},
+        )
         if self.group.rank == 0:
             self._line.refuse_another(run)
             run.metrics.append(record)
@@ -563,3 +603,8 @@ def _before_step(
     """Call back before a step, if the one who asked for that is still there."""
     if not torch.compiler.is_compiling() and (found := call()) is not None:
         found(optimizer)
+
+
+_KEYWORDS = [
+    name for name, one in signature(Checkpointer).parameters.items() if one.kind is one.KEYWORD_ONLY
+]

@@ -164,7 +164,7 @@ def refuse_unnamed(
     if not refused and not unnamed:
         return
     first, *others = map(_sentence, [*refused, *unnamed])
-    way_out = _way_out(refused, [d.path for d in unnamed], exact_resume)
+    way_out = _way_out(refused, unnamed, exact_resume == "require")
     hint = "\n".join([*(f"also {other}" for other in others), way_out])
     raise DifferenceError(where, first, hint=hint, differences=found)
 
@@ -187,15 +187,17 @@ def _sentence(difference: Difference) -> str:
     return f"{difference.path}: stored {stored}, now {now}: {difference.effect}"
 
 
-def _way_out(refused: list[Difference], names: list[str], exact_resume: ExactResume) -> str:
+def _way_out(refused: list[Difference], unnamed: list[Difference], strict: bool) -> str:
     if refused:
-        return "take the change back, or begin a new run in another output_dir"
+        return "take the change back, or begin a new run in another directory"
+    names = [difference.path for difference in unnamed]
     groups = {name.partition(".")[0] for name in names}
     short = sorted(groups) if len(names) > 3 and len(groups) < len(names) else names
-    strict = " (exact_resume='require' asks for it)" if exact_resume == "require" else ""
+    why = " (exact_resume='require' asks for it)" if strict else ""
+    if all(difference.verdict == "not covered" for difference in unnamed):
+        return f"go on all the same: allow={short}{why}"
     return (
-        f"go on with the new value: allow={short} or --allow {' '.join(short)}; "
-        f"keep the stored one: take the change back{strict}"
+        f"go on with the new value: allow={short}; keep the stored one: take the change back{why}"
     )
 
 

@@ -11,8 +11,9 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 
-from unbroken.errors import UnbrokenError, printable
+from unbroken.errors import UnbrokenError, printable, spelled
 
 _FAILED = 1
 _TROUBLE_OF_DIFF = 2  # as of diff(1), whose 1 says that the two differ
@@ -88,6 +89,7 @@ def _failure(given: Sequence[str], status: int) -> int:
 
 
 def _print_error(error: UnbrokenError) -> None:
+    error.respell(partial(spelled, place="command"))
     lines = [f"{type(error).__name__}: {error}"]
     if error.hint is not None:
         lines += [f"  {line}" for line in error.hint.split("\n")]

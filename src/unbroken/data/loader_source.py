@@ -33,10 +33,7 @@ _OTHERWISE = (
     "Draw from random, numpy.random or torch, which are keyed, and take what an order depends on "
     "once an epoch; or give the loader state_dict and load_state_dict that hold all of it."
 )
-_OR_ALLOW = (
-    'To go on with what it gives now: allow=["data"] (of a Checkpointer: '
-    'policy=Policy(allow=["data"])).'
-)
+_OR_ALLOW = 'To go on with what it gives now: allow=["data"].'
 
 
 @dataclass(frozen=True)

@@ -213,6 +213,7 @@ def make_checkpointer(
         load_from=config.load_from,
         of_each_rank=(),  # all is derived: the ranks have the same
         snapshot=config.snapshot,
+        tell=trainer.display.note,
         **_named_objects(trainer, state),
     )
     checkpointer.attributes.more = partial(_followers, trainer, loss_fn)

@@ -85,6 +85,14 @@ def go_on(trainer: Trainer, report: ResumeReport) -> None:
     _take_effect(trainer, {difference.path: difference for difference in report.differences})
 
 
+def already_over(trainer: Trainer) -> str:
+    """Return the line that a start of a run shows that has come to its end before."""
+    place = f"at step {trainer.progress.step} of {trainer.max_steps} already"
+    if trainer.progress.step >= trainer.max_steps:
+        return f"finished {place}; nothing to do"
+    return f"stopped {place} ({trainer.stop_reason}); nothing to do"
+
+
 _MADE_BY = {
     "optim": ("fused", "foreach"),
     "weight_decay": ("weight_decay",),

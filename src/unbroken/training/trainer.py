@@ -45,7 +45,7 @@ from unbroken.training.data_digest import DataDigest
 from unbroken.training.determinism import deterministic_kernels
 from unbroken.training.display import Display
 from unbroken.training.division import Division
-from unbroken.training.going_on import go_on, run_fingerprint
+from unbroken.training.going_on import already_over, go_on, run_fingerprint
 from unbroken.training.halving import Halving
 from unbroken.training.judging import eval_is_due, evaluate_and_judge, load_best, place_of
 from unbroken.training.loss import LossFn, tokens_of
@@ -180,7 +180,6 @@ class Trainer:
         )
         self.checkpointer.comparison.one_data_set = hasattr(train_dataset, "__getitem__")
         self.checkpointer.ahead = self._construction.ahead
-        self.checkpointer.note = self.display.note
         self.checkpointer.gives_all = True
 
     @property
@@ -366,6 +365,8 @@ class Trainer:
         self._best_is_loaded = False
         self._counted_until = self._clock()
         self.display.report(self.resume_report)
+        if self.resume_report.resumed and self._finished():
+            self.display.note(already_over(self))
         self.display.start(total=self.max_steps, step=self.progress.step)
         if not self.resume_report.resumed:
             make_ready(self)

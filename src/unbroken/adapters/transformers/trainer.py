@@ -172,6 +172,9 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             self.resume_report = self._run.report
             if self.is_world_process_zero():
                 _tell(self.resume_report)
+                step = self.state.global_step
+                if self.resume_report.resumed and step >= max_steps:
+                    _log.warning(f"finished at step {step} of {max_steps} already; nothing to do")
         return prepared
 
     def _run_epoch(self, *arguments: Any, **options: Any) -> None:

@@ -1,0 +1,158 @@
+"""A Checkpointer tells what it does, and its errors name what exists where the user is."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from small_trainers import small_trainer
+from unbroken import Checkpointer, KeepPolicy, Policy
+from unbroken.cli.main import main
+from unbroken.errors import ConfigError, DifferenceError, UnbrokenError
+
+
+def of(folder, dropout: float = 0.1, **more) -> Checkpointer:
+    return Checkpointer(folder, model=nn.Sequential(nn.Dropout(dropout), nn.Linear(2, 1)), **more)
+
+
+def told(error: pytest.ExceptionInfo[UnbrokenError]) -> str:
+    return "\n".join([str(error.value), *error.value.__notes__])
+
+
+MISTAKES = {
+    "save_step": (5, "did you mean save_steps?"),
+    "snapshots": ("sync", "did you mean snapshot?"),
+    "keep": (3, "keep=KeepPolicy(last=3)"),
+    "policy": ("require", 'policy=Policy(exact_resume="require")'),
+    "allow": (["seed"], "policy=Policy(allow=['seed'])"),
+    "skip": (["head.*"], "policy=Policy(skip=['head.*'])"),
+    "exact_resume": ("require", "policy=Policy(exact_resume='require')"),
+    "resume": (False, "resume(False)"),
+    "seed": (7, "settings={...}"),
+    "betas": ((0.9, 0.99), "settings={...}"),
+    "scheduler": (None, "leave it out"),
+    "Module": (nn.Linear, "settings={...}"),
+    "data": (DataLoader(range(4)), "batch_source(it, seed=0, global_batch_size=...)"),
+    "loaders": ([DataLoader(range(4))], "data.used(batch)"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_in_a_keyword_is_named_with_what_was_meant(name, tmp_path):
+    value, meant = MISTAKES[name]
+    with pytest.raises(ConfigError) as caught:
+        of(tmp_path, **{name: value})
+    assert name in str(caught.value)
+    assert meant in told(caught)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_mistake_is_taken(tmp_path):
+    more = {"scalers": [], "heads": {"a": nn.Linear(1, 1)}, "keep": KeepPolicy(last=1)}
+    with of(tmp_path, policy=Policy(), temperature=torch.ones(()), **more) as checkpointer:
+        checkpointer.save(1)
+
+
+def test_hints_of_a_checkpointer_name_its_policy_and_its_resume(tmp_path):
+    with of(tmp_path, tell=None) as checkpointer:
+        checkpointer.save(1)
+    with of(tmp_path, 0.2) as other, pytest.raises(DifferenceError) as caught:
+        other.resume()
+    assert "go on with the new value: policy=Policy(allow=['model.layer.0'])" in told(caught)
+    assert "--allow" not in told(caught)
+    (tmp_path / "checkpoint-1" / "manifest.json").write_text("{}")
+    with of(tmp_path) as again, pytest.raises(UnbrokenError) as caught:
+        again.resume()
+    assert 'resume("never") starts anew' in told(caught)
+    assert "resume_from_checkpoint" not in told(caught)
+
+
+def test_hints_of_a_trainer_name_its_settings(tmp_path):
+    small_trainer(tmp_path, max_steps=2).train()
+    with pytest.raises(DifferenceError) as caught:
+        small_trainer(tmp_path, max_steps=2, learning_rate=0.02).train()
+    assert "go on with the new value: allow=['learning_rate'];" in told(caught)
+    assert not {"--allow", "Policy"} & set(told(caught).replace("(", " ").split())
+
+
+def test_hints_of_the_command_name_its_options_and_a_run_that_is_over_says_so(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("to be or not to be, that is the question. " * 200)
+    settings = {
+        "data": {"train": str(tmp_path / "text.txt"), "tokenizer": "bytes", "block_size": 8},
+        "model": {"n_layer": 1, "n_head": 1, "n_embd": 8},
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": 2,
+        "batch_size": 2,
+        "lr_scheduler_type": "constant",
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(settings))
+    words = [str(tmp_path / "config.yaml")]
+    assert main(["train", *words]) == 0
+    capsys.readouterr()
+    assert main(["train", *words]) == 0
+    assert "finished at step 2 of 2 already; nothing to do" in capsys.readouterr().out
+    assert main(["train", *words, "--learning_rate", "0.5"]) == DifferenceError.exit_code
+    text = capsys.readouterr().err
+    assert "go on with the new value: --allow learning_rate; keep" in text
+    assert "allow=" not in text
+
+
+def test_a_checkpointer_prints_what_it_resumes_once_and_on_demand_nothing(tmp_path, capsys):
+    with of(tmp_path) as checkpointer:
+        checkpointer.resume()
+        checkpointer.save(4)
+    assert capsys.readouterr().out == "no checkpoint yet: starting at step 0\n"
+    with of(tmp_path) as checkpointer:
+        checkpointer.resume()
+    assert capsys.readouterr().out == f"resuming from {tmp_path}/checkpoint-4 (step 4): exact\n"
+    lines: list[str] = []
+    for tell in (None, lines.append):
+        with of(tmp_path, tell=tell) as checkpointer:
+            checkpointer.resume()
+    assert capsys.readouterr().out == ""
+    assert lines == [f"resuming from {tmp_path}/checkpoint-4 (step 4): exact"]
+
+
+def test_a_run_that_is_over_says_so(tmp_path):
+    for steps in (2, 2):
+        trainer = small_trainer(tmp_path, max_steps=steps)
+        lines: list[str] = []
+        trainer.display.note = lines.append
+        trainer.train()
+    assert "finished at step 2 of 2 already; nothing to do" in lines
+    assert sum("resuming from" in line for line in lines) == 1
+
+
+def test_statistics_may_be_tensors_and_numbers_of_numpy(tmp_path):
+    record = {
+        "loss": torch.tensor(0.5, requires_grad=True),
+        "one": torch.tensor([[2]]),
+        "half": torch.tensor(1.5, dtype=torch.bfloat16),
+        "rate": np.float32(0.25),
+        "count": np.int64(3),
+        "array": np.ones(1),
+        "is": np.bool_(True),
+        "more": {"rates": (torch.tensor(1.0), 2)},
+    }
+    with of(tmp_path, tell=None) as checkpointer:
+        checkpointer.log(record)
+        for wrong, found in ((torch.ones(2), "a Tensor of shape (2,)"), (object(), "a object")):
+            with pytest.raises(ConfigError, match=r"log\('loss'\)") as caught:
+                checkpointer.log({"loss": wrong})
+            assert found in str(caught.value)
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line) == {
+        "loss": 0.5,
+        "one": 2,
+        "half": 1.5,
+        "rate": 0.25,
+        "count": 3,
+        "array": 1.0,
+        "is": True,
+        "more": {"rates": [1.0, 2]},
+    }
