@@ -22,6 +22,7 @@ from unbroken.checkpoint.differences import unchanged as unchanged
 from unbroken.checkpoint.elsewhere import environment_differences as environment_differences
 from unbroken.checkpoint.environment import environment_facts as environment_facts
 from unbroken.checkpoint.environment_rules import ENVIRONMENT_RULES as ENVIRONMENT_RULES
+from unbroken.checkpoint.fingerprints import may_go_on as may_go_on
 from unbroken.checkpoint.layout import Layout as Layout
 from unbroken.checkpoint.policy import Cadence as Cadence
 from unbroken.checkpoint.policy import Timer as Timer
@@ -68,6 +69,7 @@ __all__ = [
     "environment_differences",
     "environment_facts",
     "gravest_first",
+    "may_go_on",
     "overall",
     "ratio",
     "read_ahead",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -53,6 +54,7 @@ _DEPTH = 4
 _MOST_PARTS = 64
 _BYTES = 64 << 20
 _ABSENT = ""
+_FACT = re.compile(r"(?:state\.)?((?:callbacks\.)?[^.]+)\.(?:values|args)\.(.+)")
 _SCALAR = 8
 _MADE = "training made the object: make it before the run begins"
 _GONE = "came or went: whether anything uses it cannot be seen"
@@ -124,6 +126,7 @@ class Attributes:
         self._covered: dict[int, Any] = {}
         self._put_back: set[str] = set()
         self._begun: dict[str, Look] = {}
+        self._set_anew: set[str] = set()
 
     def note(self) -> None:
         """Take note of everything as this start has built it, before a resume changes it."""
@@ -330,6 +333,8 @@ class Attributes:
             if fits:
                 self._put_back.add(path)
                 _put(owner, name, self._value(owner, path))
+        if again:
+            self._set_as_built(self._set_anew)
         live = self._live_objects(owners)
         for path, one in self._stored.objects.items():
             if data in (None, _is_of_data(path)) and path in live:
@@ -354,10 +359,20 @@ class Attributes:
         kinds = kinds_near(owner.thing, getattr(owner.thing, path.rpartition(".")[2], None))
         return value_of(now, kinds)
 
-    def set_as_built(self, paths: Iterable[str]) -> None:
-        """Give attributes the values that this start has built them with."""
+    def take_effect(self, differences: Iterable[Difference]) -> None:
+        """Let what the user builds callbacks and objects of the state with now count.
+
+        A state of their own may have brought back what they were built with before.
+        """
+        found = [_FACT.fullmatch(difference.path) for difference in differences]
+        self._set_anew = {f"{one[1]}.{one[2]}" for one in found if one is not None}
+        self._set_as_built(self._set_anew)
+
+    def _set_as_built(self, paths: Iterable[str]) -> None:
         owners = {owner.path: owner for owner in self._owners()}
         for path in paths:
+            while path not in self._before and "." in path:
+                path = _owner_path(path)
             built, owner = self._before.get(path), owners.get(_owner_path(path))
             if built is not None and owner is not None and built.kind == "plain":
                 self._stored.plain.pop(path, None)

@@ -112,6 +112,7 @@ class Checkpointer:
 
     Attributes:
         values: The plain values that were saved with the checkpoint resumed last.
+        resumed_facts: The facts of that checkpoint.
         best_step: The step of the best checkpoint so far, which is never removed.
         attributes: What training makes of attributes of the user's own objects, those that are
             registered and others that may be named there: they are saved and restored.
@@ -176,6 +177,7 @@ class Checkpointer:
         self.keep = KeepPolicy() if keep is None else keep
         self.best_step: int | None = None
         self.values: Any = None
+        self.resumed_facts: Mapping[str, Any] = {}
         self.group: Group = Alone() if group is None else group
         self._load_from: LoadFrom = load_from
         self._of_each_rank = of_each_rank
@@ -276,6 +278,7 @@ class Checkpointer:
             self._line.is_torn = resumption.is_torn
         self._line.resumed(resumption, reader_of(self.run, report))
         self._buckets.bring_back(resumption.facts)
+        self.resumed_facts = resumption.facts
         self.values, self.best_step = resumption.values, resumption.best_step
         self._timer.begin(report.step, self.run.history.records(past_damage=True))
         self._place.has_started = True

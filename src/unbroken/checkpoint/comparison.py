@@ -277,7 +277,8 @@ class Comparison:
             for path, part in self._policy.parts.items()
             if path in paths and part not in patterns and not self._has_class(tree, part)
         ]
-        goes += self._callbacks_that_came_or_went(tree)
+        changed, named = self.came_or_went(tree), Skip(patterns)
+        goes += [d.path for d in changed if not (named.whole("callbacks") or named.whole(d.path))]
         untrained = untrained_names(found)
         skip = Skip((*patterns, *goes), untrained)
         if not skip:
@@ -289,13 +290,17 @@ class Comparison:
             for path in told
         )
 
-    def _callbacks_that_came_or_went(self, tree: Mapping[str, Any]) -> list[str]:
-        """Return the callbacks with a state that only one side has, if that is named."""
+    def came_or_went(self, tree: Mapping[str, Any]) -> tuple[Difference, ...]:
+        """Return the callbacks with a state that only one side has."""
         here, there = self._objects.get("callbacks"), tree.get("callbacks")
-        named = is_named("callbacks", self._policy.named)
-        if not named or not isinstance(here, dict) or not isinstance(there, dict):
-            return []
-        return [f"callbacks.{name}" for name in here.keys() ^ there.keys()]
+        if not isinstance(here, dict) or not isinstance(there, dict):
+            return ()
+        came = [(name, *_CAME) for name in here if name not in there]
+        went = [(name, *_WENT) for name in there if name not in here]
+        return tuple(
+            Difference(f"callbacks.{name}", stored, now, effect, "changed")
+            for name, stored, now, effect in (*came, *went)
+        )
 
     def _has_class(self, tree: Mapping[str, Any], part: str) -> bool:
         """Return whether an object is of the class that the checkpoint has it in."""
@@ -349,6 +354,8 @@ def _structures(objects: Mapping[str, object]) -> dict[str, Any]:
 
 
 _AS_A_SOURCE = "give it as batch_source(loader, ...), which comes back to its place exactly"
+_CAME = ("no such callback", "as built here", "it came, and begins anew")
+_WENT = ("with a state", "no such callback", "it went, and its state with it")
 _NAMING: Mapping[str, Rule] = {
     "data.cache": ("harmless", "where things are; the training is the same")
 }

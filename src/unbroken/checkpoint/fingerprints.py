@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -35,7 +36,9 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("data.*", ("changed", "other batches are made from here on")),
     ("state.*", ("changed", "an object in the state of the run is another one")),
     ("eval_data.*", ("changed", "other evaluations steer the learning rate")),
-    ("callbacks.*", ("equivalent", "whether the training depends on it cannot be seen")),
+    ("callbacks.names", ("equivalent", "whether the training depends on it cannot be seen")),
+    ("callbacks.*.source*", ("equivalent", "whether the training depends on it cannot be seen")),
+    ("callbacks.*", ("equivalent", "the new value counts; the run may go on and end otherwise")),
 )
 """What a difference means: the first pattern that fits the path counts."""
 
@@ -121,6 +124,26 @@ def uncovered_facts(now: Mapping[str, Any]) -> tuple[Difference, ...]:
     return tuple(_unrepeatable(path) for path in facts if _is_unrepeatable(path, {}, facts))
 
 
+def may_go_on(stored: Mapping[str, Any], callbacks: Mapping[str, Any]) -> bool:
+    """Return whether a callback that could end a run is not what it was: then it goes on.
+
+    Args:
+        stored: The facts of the checkpoint.
+        callbacks: The facts of the callbacks of this start, by name.
+
+    Example:
+        >>> facts = {"fingerprint": {"callbacks": {"Patience": {"stops": True}}}}
+        >>> may_go_on(facts, {"Patience": {"stops": True}}), may_go_on(facts, {})
+        (False, True)
+    """
+    prints = stored.get("fingerprint")
+    known = prints.get("callbacks") if isinstance(prints, Mapping) else None
+    before = known if isinstance(known, Mapping) else {}
+    ended = {n: one for n, one in before.items() if isinstance(one, Mapping) and one.get("stops")}
+    now: Any = json.loads(json.dumps({name: callbacks.get(name) for name in ended}))
+    return any(now[name] != one for name, one in ended.items())
+
+
 def _came_or_went(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Difference]:
     """Return what only one side has, where that says something of its own."""
     groups = {path.partition(".")[0] for path in before} & {
@@ -139,6 +162,8 @@ def _says_more(
     if group not in groups and group != "loss":
         return False  # evaluation data, say: nothing is compared with nothing
     if group == "callbacks":
+        if name.partition(".")[0].isdigit() or name.endswith(".stops"):
+            return False  # older versions knew callbacks by their places
         return before.get("callbacks.names") == after.get("callbacks.names")
     return group != "data" or name.partition(".")[0] not in _TOLD_OTHERWISE
 

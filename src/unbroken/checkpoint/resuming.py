@@ -278,6 +278,7 @@ class Resumption:
         self._growth.keep()
         if self._attributes is not None:
             self._attributes.restore()
+            self._attributes.take_effect(self._differences)
         if self._unfinished is not None:
             self._unfinished.restore(found.gradients)
         if self._comparison is not None:
@@ -333,6 +334,7 @@ class Resumption:
         if self._attributes is not None:
             moved_on = self._attributes.differences(moved, found)
             found = gravest_first((*found, *moved_on))
+        found = gravest_first((*found, *comparison.came_or_went(tree)))
         is_here = reader.storage is self._run.storage
         own = is_here and reader.manifest.run_id == self._run.run_id  # not its parent's
         own = own and not self._is_beginning

@@ -8,6 +8,7 @@ from unbroken.fingerprint.facts import facts_of as facts_of
 from unbroken.fingerprint.facts import object_facts as object_facts
 from unbroken.fingerprint.keeping import changed_by_reading as changed_by_reading
 from unbroken.fingerprint.keeping import keeps_attributes as keeps_attributes
+from unbroken.fingerprint.keeping import names_in_class as names_in_class
 from unbroken.fingerprint.keeping import own_attributes as own_attributes
 from unbroken.fingerprint.model import model_facts as model_facts
 from unbroken.fingerprint.optimizer import optimizer_facts as optimizer_facts
@@ -35,6 +36,7 @@ __all__ = [
     "is_users_own",
     "keeps_attributes",
     "model_facts",
+    "names_in_class",
     "object_facts",
     "optimizer_facts",
     "own_attributes",

@@ -69,6 +69,20 @@ def changed_by_reading(data: object) -> tuple[frozenset[str], frozenset[str]]:
     return _changed_by_reading(_class_of(data))
 
 
+def names_in_class(thing: object, name: str) -> bool:
+    """Return whether code of an object's class names something, such as what ends a run.
+
+    Example:
+        >>> class Patience:
+        ...     def on_step_end(self, trainer):
+        ...         trainer.stop("enough")
+        >>> names_in_class(Patience(), "stop"), names_in_class(Patience(), "save")
+        (True, False)
+    """
+    values = (value for base in type(thing).__mro__[:-1] for value in vars(base).values())
+    return any(name in code.co_names for value in values for code in _codes(value))
+
+
 @functools.lru_cache(maxsize=256)
 def _changed_by_reading(kind: Any) -> tuple[frozenset[str], frozenset[str]]:
     functions: dict[str, Any] = {}

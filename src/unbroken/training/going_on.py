@@ -9,14 +9,16 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from unbroken.checkpoint import Difference, ResumeReport, ratio
+from unbroken.checkpoint import Difference, ResumeReport, may_go_on, ratio
 from unbroken.fingerprint import (
     begin_data_facts,
     callable_facts,
     is_users_own,
+    names_in_class,
     object_facts,
     qualified_name,
 )
+from unbroken.training.callback import Callback, named
 from unbroken.training.changes import (
     JUDGING_SETTINGS,
     METRIC_SETTINGS,
@@ -43,8 +45,8 @@ def run_fingerprint(
     """
     loss = {} if loss_fn is None else callable_facts(loss_fn)
     names = sorted(qualified_name(type(callback)) for callback in trainer.callbacks)
-    facts = [object_facts(callback) for callback in trainer.callbacks]
-    callbacks = {"names": names, **{str(place): one for place, one in enumerate(facts)}}
+    facts = {name: _callback_facts(one) for name, one in named(trainer.callbacks).items()}
+    callbacks = {"names": names, **facts}
     groups: dict[str, Any] = {"loss": loss, "callbacks": callbacks}
     groups["state"] = _of_own_objects(trainer)
     evaluation = None if trainer.eval_dataset is None else begin_data_facts(trainer.eval_dataset)
@@ -53,6 +55,17 @@ def run_fingerprint(
         return {**groups, "data": None}
     read = None if dataset is None else begin_data_facts(dataset, collate_fn)
     return {**groups, "data": {} if read is None else read}
+
+
+def _ended_otherwise(trainer: Trainer) -> bool:
+    """Return whether what may have ended the run is not what it was."""
+    now = trainer.checkpointer.comparison.facts["fingerprint"]["callbacks"]
+    return may_go_on(trainer.checkpointer.resumed_facts, now)
+
+
+def _callback_facts(callback: Callback) -> dict[str, Any]:
+    stops = any(names_in_class(callback, name) for name in ("stop", "stop_reason"))
+    return {**object_facts(callback), **({"stops": True} if stops else {})}
 
 
 def _of_own_objects(trainer: Trainer) -> dict[str, Any]:
@@ -75,7 +88,7 @@ def go_on(trainer: Trainer, report: ResumeReport) -> None:
     changed = {difference.path for difference in report.differences}
     trainer.progress = Progress(**values["progress"])
     again = changed & {*JUDGING_SETTINGS, "max_steps", "num_train_epochs"}
-    trainer.stop_reason = None if again else values["stop_reason"]
+    trainer.stop_reason = None if again or _ended_otherwise(trainer) else values["stop_reason"]
     if changed & METRIC_SETTINGS:
         trainer.statistics.forget_best()
     micro = values.get("micro_batch_size")

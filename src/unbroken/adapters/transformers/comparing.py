@@ -10,6 +10,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
+from transformers.trainer_callback import ExportableState
 
 from unbroken.adapters.transformers.arguments import (
     CUT_ARGUMENTS,
@@ -19,9 +20,17 @@ from unbroken.adapters.transformers.arguments import (
     argument_differences,
     plain_arguments,
 )
+from unbroken.adapters.transformers.callbacks import named
 from unbroken.adapters.transformers.reaching import Cut
 from unbroken.checkpoint import Difference, Policy, ratio
-from unbroken.fingerprint import callable_facts, data_facts, object_facts, qualified_name
+from unbroken.fingerprint import (
+    callable_facts,
+    data_facts,
+    names_in_class,
+    object_facts,
+    plain_items,
+    qualified_name,
+)
 from unbroken.training.changes import (
     LENGTH,
     LENGTH_SETTINGS,
@@ -53,16 +62,32 @@ def policy_of(trainer: Trainer, *, is_named: bool) -> Policy:
 def run_fingerprint(trainer: Trainer) -> dict[str, Any]:
     """Return the facts of a run that its arguments and objects do not hold."""
     collate, loss = trainer.data_collator, trainer.compute_loss_func
-    own = trainer.callback_handler.callbacks
-    callbacks = [one for one in own if not _is_of_host(one)]
     return {
         "data": data_facts(trainer.train_dataset, collate),
         "loss": {} if loss is None else callable_facts(loss),
-        "callbacks": {
-            "names": sorted(qualified_name(type(one)) for one in callbacks),
-            **{str(place): object_facts(one) for place, one in enumerate(callbacks)},
-        },
+        "callbacks": facts_of_callbacks(trainer),
     }
+
+
+def facts_of_callbacks(trainer: Trainer) -> dict[str, Any]:
+    """Return what callbacks are; of the host's own, those that keep a state."""
+    all_of_them = named(trainer.callback_handler.callbacks).items()
+    kept = {n: one for n, one in all_of_them if not _is_of_host(one) or _arguments(one)}
+    names = sorted(qualified_name(type(one)) for one in kept.values() if not _is_of_host(one))
+    return {"names": names, **{name: _callback_facts(one) for name, one in kept.items()}}
+
+
+def _callback_facts(callback: Any) -> dict[str, Any]:
+    facts = {"args": _arguments(callback)} if _is_of_host(callback) else object_facts(callback)
+    stops = names_in_class(callback, "should_training_stop")
+    return {**facts, **({"stops": True} if stops else {})}
+
+
+def _arguments(callback: Any) -> dict[str, Any]:
+    """Return what a callback of the host that keeps a state was built with."""
+    if not isinstance(callback, ExportableState):
+        return {}
+    return plain_items(callback.state().get("args", {}))
 
 
 def _is_of_host(callback: Any) -> bool:

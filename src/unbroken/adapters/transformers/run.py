@@ -37,7 +37,13 @@ from unbroken.adapters.transformers.stock_folder import read_state
 from unbroken.adapters.transformers.stock_place import place_of_stock
 from unbroken.adapters.transformers.wanted import choose_together
 from unbroken.capture import Stateful, capture_rng, restore_rng, unwrapped
-from unbroken.checkpoint import Checkpointer, Difference, Preemption, ResumeReport, Selection
+from unbroken.checkpoint import (
+    Checkpointer,
+    Difference,
+    Preemption,
+    ResumeReport,
+    Selection,
+)
 from unbroken.distributed import Alone, Group, join
 from unbroken.errors import CorruptCheckpointError
 from unbroken.storage import storage_at
