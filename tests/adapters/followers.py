@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import signal
@@ -124,3 +125,72 @@ class SeenBeside(Seen):
         super().on_step_end(args, state, control, **more)
         if state.global_step == self.release_at:
             self.released.set()
+
+
+class Raises(transformers.TrainerCallback):
+    """Sets an attribute of the data set, from a counter that it begins at the beginning."""
+
+    def __init__(self, every: int = 4) -> None:
+        self.every, self.count = every, 0
+
+    def on_train_begin(self, args, state, control, **more):
+        self.count = 0
+
+    def on_step_end(self, args, state, control, model=None, **more):
+        self.count += 1
+        with torch.no_grad():
+            next(model.parameters()).mul_(1 - 0.01 * (self.count // self.every))
+
+
+@torch.no_grad()
+def pull(trainer: Any, model: torch.nn.Module, how: str) -> None:
+    trainer.pulls += 1
+    if how == "a table":
+        own = model.named_parameters()
+        trainer.shadow = trainer.shadow or {name: p.clone() for name, p in own}
+        means = list(trainer.shadow.values())
+    elif how == "made late":
+        trainer.average = trainer.average or copy.deepcopy(model)
+        means = list(trainer.average.parameters())
+    else:
+        means = list(trainer.teacher.parameters())
+    for mean, p in zip(means, model.parameters(), strict=True):
+        mean.data.lerp_(p, 0.1)
+        p.lerp_(mean, 1 / (1 + trainer.pulls))
+
+
+def keeping(base: type, how: str) -> type:
+    """Return a Trainer that keeps a teacher, a table and a counter, which pull the weights."""
+
+    class Keeping(base):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self.pulls, self.shadow, self.average = 0, None, None
+            self.teacher = copy.deepcopy(self.model) if how == "a teacher" else None
+
+        def training_step(self, model: torch.nn.Module, *arguments: Any, **options: Any) -> Any:
+            loss = super().training_step(model, *arguments, **options)
+            pull(self, model, how)
+            return loss
+
+    if how != "a state of its own":
+        return Keeping
+
+    class WithState(Keeping):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self.teacher = copy.deepcopy(self.model)
+
+        def state_dict(self) -> dict:
+            return {"teacher": self.teacher.state_dict(), "pulls": self.pulls}
+
+        def load_state_dict(self, state: dict) -> None:
+            self.teacher.load_state_dict(state["teacher"])
+            self.pulls = state["pulls"]
+
+    return WithState
+
+
+def kept_by(trainer: transformers.Trainer) -> list:
+    teacher = getattr(trainer, "teacher", None)
+    return [getattr(trainer, "pulls", 0), teacher and digest_of(teacher)]

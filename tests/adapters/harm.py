@@ -17,6 +17,7 @@ from adapters.followers import SeenBeside
 def sabotage(part: str) -> None:
     """Take one part out of the adapter, so that the tests must fail."""
     from unbroken.adapters.transformers import batches, callbacks, losses, place, run
+    from unbroken.checkpoint import attributes
     from unbroken.data import KeyedRandom
 
     def nothing(*_: Any, **__: Any) -> None: ...
@@ -27,6 +28,7 @@ def sabotage(part: str) -> None:
         "callbacks": (callbacks.CallbackState, "load_state_dict"),
         "order": (batches.IndexBatches, "_draw_from"),
         "keys": (KeyedRandom, "seed"),
+        "attributes": (attributes.Attributes, "restore"),
         "place": (place.Follower, "on_substep_end"),
     }
     setattr(*targets[part], nothing)

@@ -38,10 +38,13 @@ from adapters.followers import (
     Counting,
     KilledAt,
     KilledBeside,
+    Raises,
     Seen,
     SeenBeside,
     StoppedInAWindow,
     digest_of,
+    keeping,
+    kept_by,
 )
 from adapters.harm import (
     hold_commit_until,
@@ -98,6 +101,8 @@ def trainer_class(order: dict) -> type:
     from unbroken.adapters.transformers import Trainer
 
     base = transformers.Trainer if order["trainer"] == "stock" else Trainer
+    if "keeps" in order:
+        return keeping(base, order["keeps"])
     if "overrides" in order:
         return with_own_way(base, order["overrides"])
     if order.get("sampler") != "own":
@@ -158,8 +163,15 @@ def callbacks_of(order: dict) -> list:
         "two counters": lambda: [Counting(1), Counting(10)],
         "patience": lambda: [EarlyStoppingCallback(3)],
     }
+    if isinstance(order.get("callbacks"), dict):
+        given = order["callbacks"].items()
+        made["given"] = lambda: [MADE[name](*values) for name, values in given]
+        order = {**order, "callbacks": "given"}
     kill = [(KilledBeside if order.get("beside") else KilledAt)({"kill_at": 0, **order})]
     return [*(made[order["callbacks"]]() if order.get("callbacks") else []), *kill]
+
+
+MADE = {"patience": EarlyStoppingCallback, "counter": Counting, "level": Raises}
 
 
 def train(order: dict) -> None:
@@ -219,6 +231,7 @@ def train(order: dict) -> None:
         and Path(trainer.state.best_model_checkpoint).name,
         "first_step": min(seen.rates, default=None),
         "read": getattr(data, "read", []),
+        "kept": kept_by(trainer),
         "report": trainer.resume_report.lines() if order["trainer"] == "ours" else [],
     }
     Path(order["result"]).write_text(json.dumps(result))

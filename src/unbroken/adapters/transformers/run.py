@@ -17,6 +17,7 @@ from unbroken.adapters.transformers.batches import Beginning
 from unbroken.adapters.transformers.callbacks import CallbackState, callback_states, named
 from unbroken.adapters.transformers.comparing import (
     compared,
+    facts_of_callbacks,
     policy_of,
     run_facts,
     run_fingerprint,
@@ -43,6 +44,7 @@ from unbroken.checkpoint import (
     Preemption,
     ResumeReport,
     Selection,
+    may_go_on,
 )
 from unbroken.distributed import Alone, Group, join
 from unbroken.errors import CorruptCheckpointError
@@ -149,6 +151,8 @@ class Run:
         self._state = json.loads(reader.read_file(STATE_NAME))
         self._facts = reader.manifest.facts
         self._stored = Stored.of(reader.step, self._facts)
+        if may_go_on(self._facts, facts_of_callbacks(self.trainer)):
+            self._stored = replace(self._stored, stopped=(False, False))
 
     def _examine(
         self, facts: Mapping[str, Any], found: tuple[Difference, ...]
