@@ -54,6 +54,7 @@ def status_of(way: str, end: str) -> int:
         ("trainer", "hangs error", 2),
         ("drop-in", "SIGTERM SIGTERM", 2),
         ("drop-in persistent", "normal", 2),
+        ("drop-in evaluating", "SIGTERM", 2),
         ("loop", "normal", 2),
         ("loop with", "SIGINT", 2),
         ("loop loader", "hangs SIGKILL", 2),
@@ -64,7 +65,7 @@ def test_a_process_ends_with_its_workers_and_the_right_status(way, end, workers,
     assert status == status_of(way, end), output
     assert "exited unexpectedly" not in output
     assert end == "hangs SIGKILL" or 2 in steps_in(tmp_path)  # its save was on the way
-    assert (3 in steps_in(tmp_path)) == (status == EXIT_STOPPED)
+    assert status != EXIT_STOPPED or f"step {steps_in(tmp_path)[-1]}; saved" in output
 
 
 @pytest.mark.sweep
@@ -75,6 +76,14 @@ def test_every_way_of_training_comes_to_every_end(way, end, workers, tmp_path):
     status, output = run(tmp_path, way, end.removeprefix("" if workers else "hangs "), workers)
     assert status == status_of(way, end), output
     assert hangs or "exited unexpectedly" not in output
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("end", STOPS)
+@pytest.mark.parametrize("way", ["trainer evaluating", "drop-in evaluating"])
+def test_a_signal_while_workers_evaluate_saves_too(way, end, tmp_path):
+    status, output = run(tmp_path, way, end, 2)
+    assert (status, "; saved: run the same command" in output) == (EXIT_STOPPED, True), output
 
 
 @pytest.mark.sweep

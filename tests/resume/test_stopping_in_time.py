@@ -134,6 +134,13 @@ def test_a_signal_that_a_destructor_swallowed_still_ends_the_start():
             preemption.training_begins()
 
 
+def test_a_second_signal_does_not_interrupt_the_end_of_a_start():
+    with Preemption(clock=time.monotonic, environment={}):
+        with pytest.raises(TrainingStopped):
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # while its files are being closed
+
+
 class Clocks:
     """A clock that a callback moves on by ten seconds a step."""
 

@@ -93,6 +93,7 @@ class Preemption:
         self._add_slurm_deadline(os.environ if environment is None else environment, wall_clock)
         self._received: str | None = None
         self._begins_in: int | None = None  # the process whose training has not begun
+        self._is_ending = False
         self._interrupts = 0
         self._previous: dict[int, object] = {}
 
@@ -152,5 +153,8 @@ class Preemption:
             if self._interrupts > 1:
                 raise KeyboardInterrupt
         self._received = signal.Signals(number).name
-        if self._begins_in == os.getpid():  # a worker that was just forked leaves it to its parent
+        # Once: what is being closed by then is not interrupted. A worker that was just forked
+        # leaves it to its parent.
+        if self._begins_in == os.getpid() and not self._is_ending:
+            self._is_ending = True
             raise TrainingStopped(None, self._received)

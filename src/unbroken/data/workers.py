@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import inspect
 import multiprocessing
 import multiprocessing.util  # its call at exit must be registered before ours: the last goes first
 import os
@@ -21,6 +22,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 _PID_BYTES = 4
+_LEFT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PATIENCE = 0.5  # seconds in which a worker that is told to end may finish what it reads
 
 
@@ -41,6 +43,7 @@ def leaving_signals(then: Callable[[int], None] | None = None) -> Callable[[int]
 
 def leave_signals_of(loader: Any) -> None:
     """Let the workers of a user's torch `DataLoader` leave signals to their parent."""
+    loader = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
     if not isinstance(loader, DataLoader) or loader.num_workers == 0:
         return
     own = loader.worker_init_fn
@@ -81,6 +84,7 @@ def _leave_signals(worker: int, *, tie: _Tie, then: Callable[[int], None] | None
     signal.signal(signal.SIGTERM, _obey_torch)
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _LEFT)
     tie.bind()
     if then is not None:
         then(worker)
@@ -145,17 +149,47 @@ def _roll_of_this_process() -> _Roll:
     return _roll
 
 
+_masks: dict[int, set[int | signal.Signals]] = {}  # of the threads that are making a worker
+
+
 def _before_fork() -> None:
-    if _roll is not None:  # a process that was forked itself needs one of its own
-        _roll_of_this_process().read()
+    if _roll is None:
+        return
+    _roll_of_this_process().read()  # a process that was forked itself needs one of its own
+    if _makes_a_worker(inspect.currentframe()):
+        # Signals wait until the worker has said how it takes them; they would kill it before.
+        _masks[threading.get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT)
 
 
-def _after_fork() -> None:
+def _after_fork_in_parent() -> None:
+    mask = _masks.pop(threading.get_ident(), None)
+    if mask is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _after_fork_in_child() -> None:
+    _masks.clear()
     if _roll is not None:
         _roll.leave_to_parent()
 
 
-os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
+def _makes_a_worker(frame: FrameType | None) -> bool:
+    """Return whether this fork becomes a worker that leaves signals to this process."""
+    while frame is not None:
+        if frame.f_code.co_name == "__init__":
+            made = getattr(frame.f_locals.get("self"), "__dict__", {})
+            init = made.get("_worker_init_fn")
+            if isinstance(init, partial):
+                return init.func is _leave_signals
+        frame = frame.f_back
+    return False
+
+
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=_after_fork_in_parent,
+    after_in_child=_after_fork_in_child,
+)
 
 
 class _Tie:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from unbroken.data import derive_key, keyed_random
+from unbroken.data.workers import leave_signals_of
 from unbroken.distributed.sharding import whole
 from unbroken.errors import ConfigError, DataError
 from unbroken.training.config import TrainerConfig
@@ -111,6 +112,7 @@ class Evaluator:
             own = getattr(dataset, "generator", None)
             if isinstance(own, torch.Generator):  # a shuffling loader: the same order each time
                 own.manual_seed(self._key % 2**63)
+            leave_signals_of(dataset)
             return dataset  # type: ignore[no-any-return]
         # Its own generator: iter(DataLoader) would otherwise draw from the global one.
         generator = torch.Generator().manual_seed(self._key % 2**63)

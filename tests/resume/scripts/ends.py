@@ -30,6 +30,13 @@ class Samples(torch.utils.data.Dataset):
         return {"x": torch.ones(4) * index, "y": torch.ones(4)}
 
 
+class Evaluated(Samples):
+    def __getitem__(self, index):
+        if index == 3:
+            signal_all()
+        return super().__getitem__(index)
+
+
 class Model(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -40,7 +47,7 @@ class Model(torch.nn.Module):
 
 
 def after_step(step):
-    if step != 3:
+    if step != 3 or "evaluating" in way:
         return
     if "error" in end:
         raise RuntimeError("a mistake of the user")
@@ -48,8 +55,13 @@ def after_step(step):
         sys.exit(7)
     if "SIGKILL" in end:
         os.kill(os.getpid(), signal.SIGKILL)
+    signal_all()
+
+
+def signal_all():
+    """Do as Slurm and a terminal do: signal every process of the job."""
     for name in end.split():
-        if name.startswith("SIG"):  # as Slurm and a terminal do it: to all processes
+        if name.startswith("SIG"):
             os.killpg(0, getattr(signal, name))
 
 
@@ -62,8 +74,14 @@ def own_trainer():
             after_step(trainer.progress.step)
 
     sizes = {"batch_size": 4, "max_steps": 6, "dataloader_num_workers": workers}
+    evaluated = {}
+    if "evaluating" in way:
+        sizes["eval_steps"] = 3
+        evaluated = {
+            "eval_dataset": torch.utils.data.DataLoader(Evaluated(), 4, num_workers=workers)
+        }
     config = TrainerConfig(output_dir=out, save_steps=2, **sizes)
-    Trainer(Model(), config, Samples(), callbacks=[Ending()]).train()
+    Trainer(Model(), config, Samples(), callbacks=[Ending()], **evaluated).train()
 
 
 def drop_in():
@@ -82,13 +100,16 @@ def drop_in():
         per_device_train_batch_size=4,
         dataloader_num_workers=workers,
         dataloader_persistent_workers="persistent" in way,
+        eval_strategy="steps" if "evaluating" in way else "no",
+        eval_steps=3,
         remove_unused_columns=False,
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
     )
     global trainer
-    trainer = Trainer(Model(), arguments, train_dataset=Samples(), callbacks=[Ending()])
+    data = {"train_dataset": Samples(), "eval_dataset": Evaluated()}
+    trainer = Trainer(Model(), arguments, **data, callbacks=[Ending()])
     trainer.train()
 
 

@@ -20,6 +20,7 @@ from unbroken.checkpoint import (
     SnapshotMode,
     TrainingStopped,
 )
+from unbroken.data.workers import leave_signals_of
 from unbroken.errors import ConfigError
 
 _log = logging.get_logger("transformers.unbroken")  # so that the host's verbosity counts
@@ -201,6 +202,12 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         if skip_scheduler and self._run is not None and self._run.report.resumed:
             return {}  # the evaluation at the start of the run has been
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+
+    def evaluation_loop(self, dataloader: Any, *arguments: Any, **options: Any) -> Any:
+        """Evaluate as the host does; a signal to all processes ends no worker in the middle."""
+        if self._run is not None:
+            leave_signals_of(dataloader)
+        return super().evaluation_loop(dataloader, *arguments, **options)
 
     def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
         run = self._run
