@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from scenarios import run_fresh
+from unbroken.cli.main import main
 from unbroken.errors import UnbrokenError
 from unbroken.storage import storage_at
 from unbroken.store import CheckpointReader
@@ -321,6 +322,36 @@ def test_what_training_depends_on_and_was_not_given_is_never_called_exact(what, 
     assert resumed["lines"][0].endswith("not known to be exact")
     (line,) = [line for line in resumed["lines"] if f"{name}: not covered: " in line]
     assert "give it: " in line
+
+
+STATEFUL = """
+from torch.utils.data import DataLoader
+class Stateful(DataLoader):
+    def state_dict(self):
+        return {}
+    def load_state_dict(self, state):
+        pass
+batches = Stateful(samples, 4, shuffle=True)
+given["batches"] = batches
+"""
+
+
+def test_a_loader_that_does_not_come_back_through_its_own_state_is_never_called_exact(loop):
+    resumed = loop.killed_and_resumed(script(setup=STATEFUL))
+    assert resumed["verdict"] == "not covered"
+    (line,) = [line for line in resumed["lines"] if line.startswith("batches: not covered: ")]
+    assert "give it as batch_source(batches, ...)" in line
+
+
+def test_show_says_what_a_checkpoint_covers(loop, capsys):
+    scheduled_by = "scheduler = schedules.StepLR(optimizer, 3)"
+    text = script(**NOT_GIVEN["bias"] | {"setup": f"{scheduled_by}\n{NOT_GIVEN['bias']['setup']}"})
+    loop.run(text, stop=KILLED)
+    assert main(["show", str(loop.folder / "run")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    covers = "data (MapSource), model (Sequential), optimizer (AdamW), scheduler (StepLR, found)"
+    assert f"covers {covers}, random generators" in shown
+    assert "not covered bias" in shown
 
 
 def test_exact_resume_require_refuses_it_at_the_first_save_and_at_a_resume(loop):

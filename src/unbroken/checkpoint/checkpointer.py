@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from unbroken.capture import capture, capture_rng
 from unbroken.checkpoint.agreeing import FACT, Other, agree_on_versions, others_of_ranks
 from unbroken.checkpoint.arguments import check_keywords, check_objects, loggable, tell_line
+from unbroken.checkpoint.as_built import named_objects
 from unbroken.checkpoint.attributes import NAME, Attributes, is_bare
 from unbroken.checkpoint.background import SaveCost
 from unbroken.checkpoint.beside import BesideTraining, SnapshotMode
@@ -50,7 +51,7 @@ from unbroken.errors import ConfigError, RankError, SaveError, UnbrokenError, on
 from unbroken.fingerprint import object_facts
 from unbroken.goodput import SaveInterval
 from unbroken.storage import Storage
-from unbroken.store import CheckpointWriter, KeepPolicy, RunDirectory
+from unbroken.store import CheckpointWriter, Json, KeepPolicy, RunDirectory
 from unbroken.store.run_directory import now_as_text
 
 _RESERVED = ("rng", "values", NAME, GRADIENTS)
@@ -533,11 +534,18 @@ class Checkpointer:
             "best_step": self.best_step,
             **self._line.facts(),
             **self.comparison.facts,
+            "covers": self._covers(),
             **self._buckets.facts(),
             **({"found": self._found.facts()} if self._found.found else {}),
             **({FACT: self._others} if self._others else {}),
             **({"not_judged": self.attributes.unknown} if self.attributes.unknown else {}),
         }
+
+    def _covers(self) -> dict[str, Json]:
+        """Return the objects that a checkpoint holds, each with its class."""
+        kinds = {path: type(one).__name__ for path, one in named_objects(self.objects)}
+        found = {name: f"{kinds[name]}, found" for name in self._found.found if name in kinds}
+        return {**kinds, **found}
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl: there exactly once, however often the run is killed.

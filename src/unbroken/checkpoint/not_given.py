@@ -25,6 +25,7 @@ from unbroken.checkpoint.differences import Difference
 from unbroken.checkpoint.loaders_seen import LoadersSeen, unwatch, watch
 from unbroken.checkpoint.surroundings import attributes, things_around
 from unbroken.data import BatchSource, LoaderSource
+from unbroken.data.replay import reason_to_replay
 from unbroken.errors import DataError
 
 FACT = "not_given"
@@ -101,8 +102,9 @@ class NotGiven:
         """
         for copy in self._copies:
             self._compare(copy)
+        inexact = tuple(self._inexact_loaders())
         if not self._seen and not self._loaders.trained:
-            return ()
+            return inexact
         names, kept = {id(value): name for name, value in things_around()}, list(_states_in(values))
         found = [
             _difference(_name(names.get(one), thing), thing, does)
@@ -116,8 +118,16 @@ class NotGiven:
             loader = next((one for one in loaders if one.dataset is dataset), None)
             name = _name(names.get(id(loader)), loader) if loader is not None else "DataLoader"
             found.append(Difference(name, None, None, _OF_LOADER.format(name), "not covered"))
-        unique = {one.path: one for one in found}
+        unique = {one.path: one for one in (*found, *inexact)}
         return tuple(unique.values())
+
+    def _inexact_loaders(self) -> Iterator[Difference]:
+        """Yield registered loaders that do not come back exactly through their own state."""
+        for name, one in named_objects(self._objects):
+            reason = reason_to_replay(one) if isinstance(one, DataLoader) else None
+            if reason is not None:
+                effect = f"{reason}; give it as batch_source({name}, ...), which reads it again"
+                yield Difference(name, None, None, effect, "not covered")
 
     def _is_read_beside(self, dataset: Any, given: set[int]) -> bool:
         return id(dataset) not in given or (self._handed_out() == 0 and self._has_sources())

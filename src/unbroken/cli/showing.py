@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from rich.console import Console
 
@@ -134,8 +134,29 @@ def _checkpoint_identity(story: Story, reader: CheckpointReader) -> dict[str, st
         "size": f"{size_text(manifest.nbytes)} in {len(manifest.tensors)} tensors",
         "format": f"version {manifest.version}",
         "state digest": manifest.state_digest,
+        **_covers(manifest),
         **_not_judged(manifest),
     }
+
+
+def _covers(manifest: Manifest) -> dict[str, str]:
+    """Return what a checkpoint holds, and what its training had that it does not hold."""
+    told = manifest.facts.get("covers")
+    covers = told if isinstance(told, Mapping) else {}
+    seen = manifest.facts.get("not_given")
+    lacks = [one.get("path") for one in seen if isinstance(one, Mapping)] if _is_list(seen) else []
+    prints = manifest.facts.get("fingerprint")
+    data = prints.get("data") if isinstance(prints, Mapping) else None
+    if isinstance(data, Mapping) and data.get("repeatable") is False:
+        lacks.append("data.repeatable")
+    held = [f"{name} ({kind})" for name, kind in covers.items()]
+    rows = {"covers": ", ".join([*held, "random generators"] if held else [])}
+    rows["not covered"] = ", ".join(map(str, lacks))
+    return {name: text for name, text in rows.items() if text}
+
+
+def _is_list(fact: Json) -> TypeGuard[list[Json]]:
+    return isinstance(fact, list)
 
 
 def _not_judged(manifest: Manifest) -> dict[str, str]:
