@@ -157,7 +157,10 @@ class _Decoder:
             key: self.value(fact, f"{path}:{key}", depth + 1)
             for key, fact in get(node, "facts", dict, path).items()
         }
-        return Captured(kind, class_name, self.value(node.get("state"), path, depth + 1), facts)
+        state = self.value(node.get("state"), path, depth + 1)
+        if kind in _SHAPES and not _SHAPES[kind](state, facts):
+            raise malformed(path, f"not what a {kind.replace('_', ' ')} is made of")
+        return Captured(kind, class_name, state, facts)
 
     def read_namedtuple(self, node: Json, path: str, depth: int) -> Any:
         kind = self._type(node, path)
@@ -270,6 +273,80 @@ def _hashable(key: Any, path: str) -> Any:
         else:
             return key
     raise malformed(path, "a key that cannot be one")
+
+
+def _is_module(state: Any, facts: Mapping[str, Any]) -> bool:
+    parts = (state, facts.get("buffers", {}), facts.get("extra_state", {}))
+    return (
+        all(map(_is_named, parts))
+        and all(hasattr(tensor, "shape") for part in parts[:2] for tensor in part.values())
+        and _is_names(facts.get("eval", []))
+    )
+
+
+def _is_optimizer(state: Any, facts: Mapping[str, Any]) -> bool:
+    groups = state.get("param_groups") if isinstance(state, dict) else None
+    more = (facts.get(name, {}) for name in ("devices", "shared", "more"))
+    return (
+        isinstance(groups, list)
+        and all(_is_named(group) and _is_names(group.get("params")) for group in groups)
+        and _is_named(state.get("state"))
+        and all(isinstance(one, dict) for one in more)
+    )
+
+
+def _is_scheduler(state: Any, facts: Mapping[str, Any]) -> bool:
+    rates = facts.get("lr")
+    return _is_named(state) and isinstance(rates, list) and all(map(_is_number, rates))
+
+
+def _is_grad_scaler(state: Any, _facts: Mapping[str, Any]) -> bool:
+    return _is_named(state) and (
+        not state or (_SCALER.issubset(state) and all(map(_is_number, state.values())))
+    )
+
+
+def _is_number(value: Any) -> bool:
+    is_stored = isinstance(value, StoredTensor | torch.Tensor) and tuple(value.shape) in ((), (1,))
+    return is_stored or (type(value) in (int, float) and abs(value) < 2**63) or value != value
+
+
+def _is_tensor(value: Any, _facts: Mapping[str, Any]) -> bool:
+    return isinstance(value, StoredTensor | torch.Tensor)
+
+
+def _is_torch_generator(state: Any, _facts: Mapping[str, Any]) -> bool:
+    return (
+        _is_named(state)
+        and isinstance(state.get("device"), str)
+        and _is_tensor(state.get("state"), {})
+    )
+
+
+def _is_numpy_generator(state: Any, _facts: Mapping[str, Any]) -> bool:
+    sequence = state.get("seed_sequence") if isinstance(state, dict) else ...
+    return _is_named(state) and _is_named(state.get("bits")) and _is_named(sequence or {})
+
+
+def _is_named(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(name, str) for name in value)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+_SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
+_SHAPES: Mapping[str, Callable[[Any, Mapping[str, Any]], bool]] = {
+    "module": _is_module,
+    "optimizer": _is_optimizer,
+    "scheduler": _is_scheduler,
+    "grad_scaler": _is_grad_scaler,
+    "tensor": _is_tensor,
+    "torch_generator": _is_torch_generator,
+    "numpy_generator": _is_numpy_generator,
+}
+"""What the state and the facts of an object look like, by its kind; of others any will do."""
 
 
 _Read = Callable[[_Decoder, Json, str, int], Any]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from unbroken.capture.mismatch import Mismatch
 from unbroken.capture.stored import load_tensors
 from unbroken.capture.tree import Captured, State
-from unbroken.errors import CaptureError
+from unbroken.errors import CaptureError, CorruptCheckpointError
 
 
 def capture_torch(generator: torch.Generator, _path: str, _names: object) -> State:
@@ -28,6 +29,9 @@ def check_torch(
     was, is_now = stored.state["device"], generator.device.type
     if was != is_now:
         yield Mismatch(path, "is a generator for another kind of device", was, is_now)
+    elif is_now == "cpu":
+        with _states_of(path):
+            restore_torch(torch.Generator(), stored)
 
 
 def restore_torch(generator: torch.Generator, stored: Captured, *_: object) -> None:
@@ -62,6 +66,31 @@ def restore_numpy(generator: np.random.Generator, stored: Captured, *_: object) 
         bits.__setstate__((state, np.random.SeedSequence(**sequence)))
 
 
+def check_numpy(
+    generator: np.random.Generator, stored: Captured, path: str, _names: object
+) -> Iterator[Mismatch]:
+    """Set another generator of its kind: that tells whether it is a state at all."""
+    bits: Any = type(generator.bit_generator)
+    if bits.__module__.startswith("numpy."):
+        with _states_of(path):
+            restore_numpy(np.random.Generator(bits(0)), stored)
+    return iter(())
+
+
+@contextmanager
+def _states_of(path: str) -> Iterator[None]:
+    """Turn what generators say of a state that is none into the error that names it."""
+    try:
+        yield
+    except NO_STATE as error:
+        what = "is not the state of a random generator"
+        raise CorruptCheckpointError(path, what, found=str(error)) from error
+
+
+NO_STATE = (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError)
+"""What the generators say of a state that is none; torch's has no class of its own."""
+
+
 def legacy_name(generator: np.random.RandomState) -> str:
     """Return the name of the class of its bit generator."""
     return str(generator.get_state(legacy=False)["bit_generator"])
@@ -77,6 +106,17 @@ def restore_legacy(generator: np.random.RandomState, stored: Captured, *_: objec
     generator.set_state(stored.state)
 
 
+def check_legacy(
+    generator: np.random.RandomState, stored: Captured, path: str, _names: object
+) -> Iterator[Mismatch]:
+    """As `check_numpy`."""
+    bits: Any = getattr(np.random, legacy_name(generator), None)
+    if bits is not None:
+        with _states_of(path):
+            restore_legacy(np.random.RandomState(bits(0)), stored)
+    return iter(())
+
+
 def capture_python(generator: random.Random, path: str, _names: object) -> State:
     """Return the state of a Python generator, its cached Gaussian included."""
     if isinstance(generator, random.SystemRandom):
@@ -84,6 +124,16 @@ def capture_python(generator: random.Random, path: str, _names: object) -> State
     if type(generator) is not random.Random:
         return generator.getstate(), {}
     return python_state(generator.getstate()), {}
+
+
+def check_python(
+    generator: random.Random, stored: Captured, path: str, _names: object
+) -> Iterator[Mismatch]:
+    """As `check_numpy`; what a class of the user's own takes is its own matter."""
+    if type(generator) is random.Random:
+        with _states_of(path):
+            restore_python(random.Random(0), stored)  # noqa: S311 (draws nothing)
+    return iter(())
 
 
 def restore_python(generator: random.Random, stored: Captured, *_: object) -> None:

@@ -88,6 +88,12 @@ class Growth:
         Args:
             tree: What `capture` returned, decoded with `lazy=True`.
         """
+        try:
+            self._grow(tree)
+        except (ValueError, KeyError, TypeError):  # torch refuses it: so does the check, by name
+            self.take_back()
+
+    def _grow(self, tree: Mapping[str, Any]) -> None:
         pairs = list(_pairs(self._objects, tree, ""))
         for path, value, stored in pairs:
             if isinstance(value, nn.Module) and stored.kind == "module":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,7 +22,7 @@ from unbroken.capture.names import ParameterNames
 from unbroken.capture.sharded import refuse_sharded, settle
 from unbroken.capture.stored import Filling, StoredTensor, home, load_tensors
 from unbroken.capture.tree import Captured, State, children
-from unbroken.errors import CaptureError, StateMismatchError
+from unbroken.errors import CaptureError, StateMismatchError, UnbrokenError
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def _check_stateful(
     look = getattr(value, "check_state_dict", None)
     homeless = list(_homeless(stored.state, path))
     if callable(look) and not homeless:
-        look(load_tensors(stored.state))
+        with _named(value, stored):
+            look(load_tensors(stored.state))
     return iter(())
 
 
@@ -105,11 +107,6 @@ def _restore_tensor(value: torch.Tensor, stored: Captured, _names: object, later
         value.requires_grad_(stored.state.requires_grad)
 
 
-def _accept(_value: object, _stored: Captured, _path: str, _names: object) -> Iterator[Mismatch]:
-    """Accept any state: the class, which is always compared, is all that can be checked."""
-    return iter(())
-
-
 KINDS = (
     Kind(
         "module",
@@ -152,7 +149,7 @@ KINDS = (
         "numpy_generator",
         np.random.Generator,
         generators.capture_numpy,
-        _accept,
+        generators.check_numpy,
         generators.restore_numpy,
         generators.bit_generator_name,
     ),
@@ -160,7 +157,7 @@ KINDS = (
         "numpy_random_state",
         np.random.RandomState,
         generators.capture_legacy,
-        _accept,
+        generators.check_legacy,
         generators.restore_legacy,
         generators.legacy_name,
     ),
@@ -168,7 +165,7 @@ KINDS = (
         "python_random",
         random.Random,
         generators.capture_python,
-        _accept,
+        generators.check_python,
         generators.restore_python,
     ),
     Kind("stateful", Stateful, _capture_stateful, _check_stateful, _restore_stateful),
@@ -259,7 +256,8 @@ def fill(objects: Mapping[str, object], tree: Mapping[str, Any]) -> None:
         kind = kind_of(value, "")
         if kind.type not in _FILLED_LATER:
             later.finish()  # what it does with its state may depend on the tensors before it
-        kind.restore(value, stored, names, later)
+        with _named(value, stored):
+            kind.restore(value, stored, names, later)
     later.finish()
 
 
@@ -316,6 +314,19 @@ def restore_beside(
 def _names_beside(objects: Mapping[str, object], beside: Mapping[str, object]) -> ParameterNames:
     modules = {path: one for path, one in beside.items() if isinstance(one, nn.Module)}
     return ParameterNames({**objects, "attributes": modules})
+
+
+@contextmanager
+def _named(value: object, stored: Captured) -> Iterator[None]:
+    """Say which object did not take its state back; the code that runs here is often a user's."""
+    try:
+        yield
+    except (UnbrokenError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        what = f"the {stored.kind.replace('_', ' ')} does not take back the state that is stored"
+        found = f"{type(error).__name__}: {error}"
+        raise StateMismatchError(type(value).__name__, what, found=found) from error
 
 
 def files_for(objects: Mapping[str, object]) -> FileOf:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from unbroken.capture.generators import python_getstate, python_state
+from unbroken.capture.generators import NO_STATE, python_getstate, python_state
 from unbroken.capture.stored import load_tensors
 from unbroken.errors import CorruptCheckpointError, StateMismatchError
 
@@ -95,7 +95,7 @@ def check_rng(tree: Mapping[str, Any], *, allow_missing_devices: bool = False) -
         random.Random().setstate(python_getstate(tree["python"]))  # noqa: S311 (draws nothing)
         torch.Generator().set_state(tree["torch"])
         devices, has_mps = len(cuda), tree["mps"] is not None
-    except _MALFORMED as error:
+    except NO_STATE as error:
         what = "is not the state of the random generators"
         raise CorruptCheckpointError("rng", what, found=str(error)) from error
     if not is_known and kind != np.random.get_state(legacy=False)["bit_generator"]:
@@ -103,10 +103,6 @@ def check_rng(tree: Mapping[str, Any], *, allow_missing_devices: bool = False) -
         raise StateMismatchError("rng.numpy", what, expected=kind)
     if not allow_missing_devices:
         _check_devices(devices, has_mps=has_mps)
-
-
-_MALFORMED = (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError)
-"""What the generators say of a state that is none; torch's has no class of its own."""
 
 
 def _check_devices(cuda: int, *, has_mps: bool) -> None:

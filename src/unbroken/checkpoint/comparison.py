@@ -210,7 +210,7 @@ class Comparison:
         others = {name for name, _ in named_objects(self._objects)} - self._told
         return {
             name: {key: v for key, v in facts.items() if key in others}
-            if name in self._told
+            if name in self._told and isinstance(facts, Mapping)
             else facts
             for name, facts in groups.items()
             if name not in ("code", "version")

@@ -59,12 +59,16 @@ def _told_by_the_gpus(stored: Sequence[str] | None, now: Sequence[str] | None) -
 
 
 def _in_plain_words(difference: Difference) -> Difference:
-    if difference.path != "gpus":
+    if difference.path != "gpus" or not all(map(_is_names, (difference.stored, difference.now))):
         return difference
     before, after = Counter(difference.stored), Counter(difference.now)
     return replace(
         difference, stored=_counted(before), now=_counted(after), effect=_gpu_effect(before, after)
     )
+
+
+def _is_names(gpus: object) -> bool:
+    return isinstance(gpus, list | tuple) and all(isinstance(name, str) for name in gpus)
 
 
 def _counted(gpus: Counter[str]) -> str:

@@ -292,7 +292,7 @@ def _alike(found: list[Difference]) -> set[str]:
     others = [d for d in found if d.verdict == "changed" and d not in layers]
     told = [d for d in others if d.path.startswith("model.")]
     unclear = [layer for layer in layers if not _is_told(layer, told)]
-    first = {(layer.stored, layer.now): layer.path for layer in reversed(unclear)}
+    first = {(str(layer.stored), str(layer.now)): layer.path for layer in reversed(unclear)}
     return {layer.path for layer in layers} - set(first.values())
 
 

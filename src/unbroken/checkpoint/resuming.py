@@ -357,6 +357,9 @@ class Resumption:
 
     def _tree(self, reader: Source) -> dict[str, Any]:
         tree = self._decoded(reader, STATE_FILE)
+        if not {"rng", "values"} <= tree.keys():
+            expected, found = "rng and values among them", sorted(map(str, tree))
+            raise CorruptCheckpointError(reader.folder, STATE_FILE, expected=expected, found=found)
         wanted = {n: v for n, v in tree.items() if n in _BESIDE or n in self._objects}
         own, self._begins_anew = own_state(
             wanted,
@@ -384,7 +387,9 @@ class Resumption:
         self.facts = facts
         self.best_step = facts.get("best_step")
         self.origin = self._candidates.origin or origin_in(facts)
-        self.skipped = tuple(dict.fromkeys([*(facts.get("skip") or ()), *self.skipped]))
+        before = facts.get("skip")
+        texts = [one for one in before if isinstance(one, str)] if isinstance(before, list) else []
+        self.skipped = tuple(dict.fromkeys([*texts, *self.skipped]))
 
     def _refuse_nothing_found(
         self, selection: Selection, reader: Source | None, rejected: list[Rejection]

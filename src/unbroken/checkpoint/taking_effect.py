@@ -87,4 +87,8 @@ def _of_type(objects: Mapping[str, Any], kind: type[Any]) -> list[tuple[str, Any
 def untrained_names(differences: Iterable[Difference]) -> frozenset[str]:
     """Return the parameters that were frozen or unfrozen: they have no state to load."""
     found = [d for d in differences if d.path == "model.frozen"]
-    return frozenset(name for d in found for name in {*d.stored} ^ {*d.now})
+    return frozenset(name for d in found for name in _names(d.stored) ^ _names(d.now))
+
+
+def _names(value: object) -> set[str]:
+    return {one for one in value if isinstance(one, str)} if isinstance(value, list) else set()

@@ -17,7 +17,14 @@ from unbroken.data.randomness import KeyedRandom
 from unbroken.data.reading import Grouping, Reader
 from unbroken.data.sampler import BatchShape
 from unbroken.data.seen import Seen, weights_of
-from unbroken.data.source import OF_THE_DATA, MicroBatch, OnePass, Position, require_same_facts
+from unbroken.data.source import (
+    OF_THE_DATA,
+    MicroBatch,
+    OnePass,
+    Position,
+    require_counts,
+    require_same_facts,
+)
 from unbroken.data.workers import shut_down
 from unbroken.errors import DataError
 
@@ -188,10 +195,12 @@ class LoaderSource:
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raise what `load_state_dict` would raise, and change nothing."""
-        require_same_facts(self._of_this_rank(state), self._facts(), self._may_change)
+        own = self._of_this_rank(state)
+        require_same_facts(own, self._facts(), self._may_change)
+        require_counts(own, "samples", "epoch", "taken", "pending")
 
-    def _of_this_rank(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
-        if self._grouping.samples or state.get("gives_samples"):
+    def _of_this_rank(self, state: Any) -> Any:
+        if not isinstance(state, Mapping) or self._grouping.samples or state.get("gives_samples"):
             return state
         if "ranks" not in state and state.get("world_size") == self.shape.world_size:
             return state  # each rank has stored its own

@@ -14,7 +14,14 @@ from unbroken.data.asking import declared
 from unbroken.data.keyed_dataset import KeyedDataset
 from unbroken.data.order import GlobalOrder
 from unbroken.data.sampler import BatchShape, MicroBatchSampler
-from unbroken.data.source import OF_THE_DATA, MicroBatch, OnePass, Position, require_same_facts
+from unbroken.data.source import (
+    OF_THE_DATA,
+    MicroBatch,
+    OnePass,
+    Position,
+    require_counts,
+    require_same_facts,
+)
 from unbroken.data.workers import leaving_signals, shut_down
 from unbroken.errors import ConfigError, DataError
 
@@ -177,8 +184,9 @@ class MapSource:
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raise what `load_state_dict` would raise, and change nothing."""
         require_same_facts(state, self._facts(), self._may_change)
+        require_counts({"steps_from": 0, **state}, "samples", "steps_from", "global_batch_size")
         size, now = state["global_batch_size"], self.shape.global_batch_size
-        if size != now and (state["samples"] - state.get("steps_from", 0)) % size:
+        if size != now and size and (state["samples"] - state.get("steps_from", 0)) % size:
             raise DataError(
                 "data.global_batch_size",
                 "cannot be changed in the middle of a step",

@@ -158,6 +158,8 @@ def require_same_facts(
     Example:
         >>> require_same_facts({"n": 10, "samples": 4}, {"n": 10})
     """
+    if not isinstance(stored, Mapping):
+        raise DataError("data", "the saved position is none", found=repr(stored)[:80])
     for name, value in now.items():
         found = stored.get(name)
         if name in may_change:
@@ -170,6 +172,22 @@ def require_same_facts(
                 found=repr(value),
                 hint=_HINTS.get(name, "Use the value of the saved run, or start a new run."),
             )
+
+
+def require_counts(stored: Mapping[str, Any], *names: str) -> None:
+    """Raise unless these entries of a saved position are numbers that count something.
+
+    Raises:
+        DataError: One is missing, or something else.
+
+    Example:
+        >>> require_counts({"samples": 4}, "samples")
+    """
+    for name in names:
+        found = stored.get(name)
+        if type(found) is not int or not 0 <= found < 2**63:
+            what = "the saved position is none"
+            raise DataError(f"data.{name}", what, expected="a count", found=repr(found)[:80])
 
 
 _HINTS = {

@@ -111,11 +111,14 @@ class Manifest:
             fields = Fields(from_strict(_checked_body(raw)), "manifest")
             _check_version(fields, where)
             manifest, state_digest = _read_manifest(fields)
+            spelled_again = manifest.to_bytes()
+        except CaptureError as error:  # facts that no writer can have been given
+            raise CorruptCheckpointError(where, f"{error.where[:80]}: {error.what}") from None
         except MalformedError as error:
             raise CorruptCheckpointError(
                 where, error.what, expected=error.expected, found=error.found
             ) from None
-        if manifest.state_digest != state_digest or manifest.to_bytes() != raw:
+        if manifest.state_digest != state_digest or spelled_again != raw:
             raise CorruptCheckpointError(where, "is not spelled as the format asks")
         return manifest
 

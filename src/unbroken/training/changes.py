@@ -101,7 +101,7 @@ _KERNEL = "another kernel rounds in another order; the optimizer's state is kept
 def _samples_of_epoch(n: int, config: Mapping[str, Any]) -> int | None:
     """Return how many samples are in each epoch; None where the settings are not there."""
     size, batch = config.get("samples_per_epoch") or n, config.get("batch_size")
-    if not isinstance(batch, int):
+    if not isinstance(batch, int) or not isinstance(size, int) or batch < 1:
         return None
     return size - size % batch if config.get("dataloader_drop_last") else size
 
@@ -148,7 +148,7 @@ class Examination:
         self, difference: Difference, stored: Mapping[str, Any], now: Mapping[str, Any]
     ) -> Difference:
         """Judge by both values what a setting alone cannot tell."""
-        if difference.path == "optim" and {difference.stored, difference.now} <= _ADAMW:
+        if difference.path == "optim" and {str(difference.stored), str(difference.now)} <= _ADAMW:
             return replace(difference, verdict="equivalent", effect=_KERNEL)
         order = getattr(self._trainer.source, "order", None)
         if difference.path in ("dataloader_drop_last", "samples_per_epoch") and order is not None:
@@ -200,7 +200,7 @@ class Examination:
     ) -> tuple[Difference, ...]:
         """Tell what a run of another length does to a schedule that falls to its end."""
         config = self._trainer.config
-        progress = Progress(**_mapping(facts, "progress"))
+        progress = Progress.of(facts.get("progress"))
         was, now = facts.get("max_steps"), count_steps(config, self._trainer.source, progress)
         if not isinstance(was, int) or now <= progress.step:
             return differences
@@ -260,7 +260,7 @@ def refuse_unfinished_step(trainer: Trainer, facts: Mapping[str, Any]) -> None:
         ConfigError: If the checkpoint with these facts lies inside an accumulation window.
     """
     shared = trainer.group.world_size > 1 or trainer.config.lanes is not None
-    if shared and Progress(**_mapping(facts, "progress")).pending:
+    if shared and Progress.of(facts.get("progress")).pending:
         raise ConfigError(
             "lanes" if trainer.config.lanes is not None else "world_size",
             "the checkpoint lies inside a step, which one rank without lanes began",

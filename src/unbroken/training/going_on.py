@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from unbroken.checkpoint import Difference, ResumeReport, may_go_on, ratio
+from unbroken.errors import CorruptCheckpointError
 from unbroken.fingerprint import (
     begin_data_facts,
     callable_facts,
@@ -86,13 +87,17 @@ def go_on(trainer: Trainer, report: ResumeReport) -> None:
     """
     values = trainer.checkpointer.values
     changed = {difference.path for difference in report.differences}
-    trainer.progress = Progress(**values["progress"])
+    if not isinstance(values, dict) or not isinstance(values.get("stop_reason"), str | None):
+        raise CorruptCheckpointError("values", "are not those of a run", found=repr(values)[:80])
+    trainer.progress = Progress.of(values.get("progress"))
     again = changed & {*JUDGING_SETTINGS, "max_steps", "num_train_epochs"}
-    trainer.stop_reason = None if again or _ended_otherwise(trainer) else values["stop_reason"]
+    stopped = values.get("stop_reason")
+    trainer.stop_reason = None if again or _ended_otherwise(trainer) else stopped
     if changed & METRIC_SETTINGS:
         trainer.statistics.forget_best()
     micro = values.get("micro_batch_size")
-    if trainer.portions.is_auto and micro and trainer.config.batch_size % micro == 0:
+    is_size = isinstance(micro, int) and micro > 0 and trainer.config.batch_size % micro == 0
+    if trainer.portions.is_auto and isinstance(micro, int) and is_size:
         trainer.portions.use(micro)
     _settle_length(trainer)
     _take_effect(trainer, {difference.path: difference for difference in report.differences})

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from unbroken.errors import CorruptCheckpointError
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,23 @@ class Progress:
     pending: int = 0
     epoch: float = 0.0
 
+    @classmethod
+    def of(cls, stored: object) -> Progress:
+        """Return what a checkpoint says; None: it says nothing, as before the first step.
+
+        Raises:
+            CorruptCheckpointError: No run can be there.
+        """
+        numbers = {} if stored is None else stored
+        names = [field.name for field in fields(cls)]
+        if not isinstance(numbers, Mapping) or not all(
+            name in names and _counts(value, is_whole=name != "epoch")
+            for name, value in numbers.items()
+        ):
+            what = "is not how far a run can be"
+            raise CorruptCheckpointError("progress", what, expected=names, found=stored)
+        return cls(**numbers)
+
     def after_micro_batch(self, *, samples: int, tokens: int) -> Progress:
         """Return the progress after one more forward and backward pass.
 
@@ -40,3 +61,8 @@ class Progress:
     def after_step(self, epoch: float) -> Progress:
         """Return the progress after the optimizer's step."""
         return Progress(self.step + 1, self.samples, self.tokens, 0, epoch)
+
+
+def _counts(value: object, *, is_whole: bool) -> bool:
+    kinds = (int,) if is_whole else (int, float)
+    return type(value) in kinds and 0 <= value < math.inf and value < 2**63  # type: ignore[operator]

@@ -10,10 +10,26 @@ import torch
 import xxhash
 from torch import Tensor
 
-from unbroken.errors import ConfigError, one_of
+from unbroken.errors import ConfigError, CorruptCheckpointError, one_of
 from unbroken.training.config import TrainerConfig
 from unbroken.training.progress import Progress
 from unbroken.training.step import Stepped
+
+_NUMBER, _COUNT, _TEXT = (int, float), (int,), (str,)
+_KINDS: Mapping[str, tuple[tuple[type, ...], bool]] = {
+    "best_metric": (_NUMBER, True),
+    "best_step": (_COUNT, True),
+    "evaluations_without_gain": (_COUNT, False),
+    "seconds": (_NUMBER, False),
+    "data_digest": (_TEXT, True),
+    "loss_sum": (_NUMBER, False),
+    "steps": (_COUNT, False),
+    "grad_norm": (_NUMBER, True),
+    "learning_rate": (_NUMBER, False),
+    "logged_tokens": (_COUNT, False),
+    "logged_seconds": (_NUMBER, False),
+}
+"""Of what kind each part of the state is, and whether it may be absent."""
 
 
 class Statistics:
@@ -121,6 +137,22 @@ class Statistics:
             "logged_tokens": self._logged_tokens,
             "logged_seconds": self._logged_seconds,
         }
+
+    def check_state_dict(self, state: Any) -> None:
+        """Raise unless `load_state_dict` can take a state.
+
+        Raises:
+            CorruptCheckpointError: It is not what `state_dict` returns.
+        """
+        own = self.state_dict()
+        if not isinstance(state, dict) or not own.keys() <= state.keys():
+            raise CorruptCheckpointError("statistics", "lack a number", expected=[*own])
+        for name in own:
+            kinds, may_be_none = _KINDS[name]
+            value = state[name]
+            if not (isinstance(value, kinds) or (may_be_none and value is None)):
+                what = "is not a number" if kinds != (str,) else "is not a text"
+                raise CorruptCheckpointError(f"statistics.{name}", what, found=repr(value)[:80])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""

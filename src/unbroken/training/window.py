@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from unbroken.capture import capture_gradients, restore_gradients
 from unbroken.data import MicroBatch
 from unbroken.distributed.sharding import whole
-from unbroken.errors import DataError
+from unbroken.errors import CorruptCheckpointError, DataError
 from unbroken.training.division import Division
 from unbroken.training.loss import tokens_of, weight_of
 
@@ -72,6 +72,18 @@ class Window:
         """Return the gradients by parameter name, the loss and the labels in all."""
         gradients = capture_gradients(self._model)
         return {"parameters": gradients, "loss": self.loss, "weight": self._weight}
+
+    def check_state_dict(self, state: Any) -> None:
+        """Raise unless `load_state_dict` can take a state.
+
+        Raises:
+            CorruptCheckpointError: It is not what `state_dict` returns.
+        """
+        own = {"parameters": dict, "loss": Tensor | None, "weight": int}
+        if not isinstance(state, dict) or not all(
+            name in state and isinstance(state[name], kind) for name, kind in own.items()
+        ):
+            raise CorruptCheckpointError("gradients", "are no window", expected=[*own])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned; parameters without a gradient have none."""
