@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import numpy as np
@@ -70,6 +71,17 @@ class Stream(torch.utils.data.IterableDataset):
         return (self.rows[int(i)] for i in list(order)[first::step])
 
 
+class OwnOrder(Stream):
+    """A stream in the order of a generator in the object."""
+
+    def __init__(self, rows: Text, shuffled: bool) -> None:
+        super().__init__(rows, shuffled)
+        self.rng = random.Random(4)
+
+    def __iter__(self):
+        return (self.rows[i] for i in self.rng.sample(range(len(self.rows)), len(self.rows)))
+
+
 class StreamWithState(Stream):
     """A stream that brings itself to its place, and notes what it has read."""
 
@@ -117,6 +129,32 @@ class OfARank:
     def __call__(self, samples: list[dict]) -> dict:
         rows = torch.stack([sample["input_ids"] for sample in samples])
         return {"input_ids": rows, "labels": (rows + self.rank) % 256}
+
+
+class CountingSampler(torch.utils.data.Sampler):
+    """Another order in each of its own passes."""
+
+    def __init__(self, length: int) -> None:
+        self.length, self.passes = length, 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self):
+        self.passes += 1
+        return iter(random.Random(self.passes).sample(range(self.length), self.length))
+
+
+class LossWeighted(CountingSampler):
+    """Draws by weights that differ from start to start, as if training had made them."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(length)
+        self.weights = torch.ones(length)
+        self.weights[0] += os.getpid() % 1000
+
+    def __iter__(self):
+        return iter(torch.multinomial(self.weights, self.length).tolist())
 
 
 class OwnSampler(torch.utils.data.Sampler):

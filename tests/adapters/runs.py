@@ -24,8 +24,11 @@ from adapters.data_sets import (
     BLOCK,
     SAMPLES,
     Augmented,
+    CountingSampler,
+    LossWeighted,
     Noisy,
     OfARank,
+    OwnOrder,
     OwnSampler,
     Ragged,
     Stream,
@@ -92,7 +95,8 @@ def data_of(order: dict) -> Any:
     make = kinds.get(order.get("data", ""), Text)
     rows = make(order["cache"], order.get("samples", SAMPLES), order.get("changed_data", False))
     if order.get("data", "").startswith("stream"):
-        kind = StreamWithState if order["data"] == "stream with state" else Stream
+        kinds = {"stream with state": StreamWithState, "stream of its own order": OwnOrder}
+        kind = kinds.get(order["data"], Stream)
         return kind(rows, order["data"] == "stream shuffled")
     return rows
 
@@ -105,12 +109,13 @@ def trainer_class(order: dict) -> type:
         return keeping(base, order["keeps"])
     if "overrides" in order:
         return with_own_way(base, order["overrides"])
-    if order.get("sampler") != "own":
+    kinds = {"own": OwnSampler, "counting": CountingSampler, "by loss": LossWeighted}
+    if (kind := kinds.get(order.get("sampler"))) is None:
         return base
 
     class WithSampler(base):
         def _get_train_sampler(self, train_dataset=None):
-            return OwnSampler(len(self.train_dataset))
+            return kind(len(self.train_dataset))
 
     return WithSampler
 

@@ -42,6 +42,33 @@ def test_data_that_draw_from_a_generator_of_their_own_are_never_called_exact(run
     assert "DifferenceError" in run(data="noisy", exact_resume="require").text
 
 
+READ_OTHERWISE = {
+    "a generator in a stream": ({"data": "stream of its own order"}, 21, "dataset.rng"),
+    "a sampler that counts its passes": ({"sampler": "counting"}, 21, "batches 0 to "),
+    "weights that training changes": ({"sampler": "by loss"}, 8, "batch_sampler.sampler.weights"),
+}
+
+
+@pytest.mark.parametrize("name", READ_OTHERWISE)
+def test_data_that_come_otherwise_when_they_are_read_again_are_refused(name, run):
+    case, kill_at, what = READ_OTHERWISE[name]
+    case = {**case, "args": {"max_steps": 30, "save_steps": 5}}
+    run(kill_at=kill_at, **case)
+    text = run(**case).text
+    assert "DataError: train_dataset: " in text
+    assert what in text
+    assert "what is read again is not what the run was trained on: expected digest" in text
+    named = run(allow=["data"], **case)
+    assert named.first_step == kill_at // 5 * 5 + 1, named.text
+
+
+def test_a_stream_of_its_own_order_goes_on_in_its_first_pass(run, uninterrupted):
+    case = {"data": "stream of its own order", "args": {"max_steps": 15, "save_steps": 5}}
+    run(kill_at=8, **case)
+    resumed = run(**case)
+    assert resumed.bits == uninterrupted(**case).bits
+
+
 @pytest.mark.slow
 @pytest.mark.stock
 def test_the_hosts_own_reads_it_all_again(run):

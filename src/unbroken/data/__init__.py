@@ -20,6 +20,7 @@ from unbroken.data.reading import Grouping as Grouping
 from unbroken.data.replay import reason_against_its_state as reason_against_its_state
 from unbroken.data.sampler import BatchShape as BatchShape
 from unbroken.data.sampler import MicroBatchSampler as MicroBatchSampler
+from unbroken.data.seen import Passed as Passed
 from unbroken.data.seen import drawn_from as drawn_from
 from unbroken.data.source import BatchSource as BatchSource
 from unbroken.data.source import MicroBatch as MicroBatch
@@ -47,6 +48,7 @@ __all__ = [
     "MapSource",
     "MicroBatch",
     "MicroBatchSampler",
+    "Passed",
     "Permutation",
     "Position",
     "SampleKey",

@@ -16,7 +16,7 @@ from unbroken.data.keys import derive_key
 from unbroken.data.randomness import KeyedRandom
 from unbroken.data.reading import Grouping, Reader
 from unbroken.data.sampler import BatchShape
-from unbroken.data.seen import Seen, weights_of
+from unbroken.data.seen import OR_ALLOW, Seen, read_otherwise, weights_of
 from unbroken.data.source import (
     OF_THE_DATA,
     MicroBatch,
@@ -36,11 +36,6 @@ _OWN_STATE = (
     "Its state_dict does not bring it back to the place that it was taken at: give its data set, "
     "or a loader without state_dict, whose epoch is read again."
 )
-_OTHERWISE = (
-    "Draw from random, numpy.random or torch, which are keyed, and take what an order depends on "
-    "once an epoch; or give the loader state_dict and load_state_dict that hold all of it."
-)
-_OR_ALLOW = 'To go on with what it gives now: allow=["data"].'
 
 
 @dataclass(frozen=True)
@@ -246,13 +241,12 @@ class LoaderSource:
         now = weights_of(self._loader.loader) if weights else {}
         for name, digest in weights.items():
             if now.get(name, digest) != digest:
-                hint = f"Save it with the run, by a name of its own. {_OR_ALLOW}"
                 raise DataError(
                     f"{type(self._loader.loader).__name__}.{name}",
                     "is not what it was when the checkpoint was saved",
                     expected=f"digest {digest}",
                     found=f"digest {now[name]}",
-                    hint=hint,
+                    hint=f"Save it with the run, by a name of its own. {OR_ALLOW}",
                 )
 
     def _next(self, reader: Reader, place: Position, rng: KeyedRandom) -> MicroBatch:
@@ -325,16 +319,8 @@ class LoaderSource:
         """What is to be known of the place before a micro-batch."""
         raise NotImplementedError
 
-    def _refuse_another(
-        self, batches: str, expected: object, found: object, hint: str = _OTHERWISE
-    ) -> None:
-        raise DataError(
-            type(self._loader.loader).__name__,
-            f"{batches}: what is read again is not what the run was trained on",
-            expected=f"digest {expected}",
-            found=f"digest {found}",
-            hint=f"{hint} {_OR_ALLOW}",
-        )
+    def _refuse_another(self, what: str, expected: object, found: object, *hint: str) -> None:
+        raise read_otherwise(type(self._loader.loader).__name__, what, expected, found, *hint)
 
 
 class StatefulSource(LoaderSource):

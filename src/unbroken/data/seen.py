@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import CellType, FunctionType, MethodType, ModuleType
@@ -14,11 +15,14 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from unbroken.errors import DataError
+
 _DEPTH = 6
 _ITEMS = 1024  # of a list, all that are looked at
 _NODES = 512
 _FEW = 32  # parts of a container that is looked into
 _WHOLE = 1 << 17  # bytes of a tensor that are all read: ids of 16 texts of 1,024 tokens
+_REMEMBERED = 4096  # of the batches read ahead, how many digests are kept
 _SAMPLE = 4096  # elements of a larger one
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 
@@ -143,6 +147,78 @@ def _some_of(shape: Sequence[int]) -> list[slice]:
         left /= step
         found.append(slice(step // 2, None, step))
     return found[::-1]
+
+
+class Passed:
+    """Digests of what has come of one pass, batch by batch, for a later start to be held against.
+
+    Args:
+        where: What gives the batches, for errors.
+        holders: The objects that draw them, by name.
+        trail: What `trail` returned at the place where a resumed run begins; {}: nothing.
+
+    Example:
+        >>> first = Passed("stream", {})
+        >>> first.add([1, 2]), first.add([3])
+        (None, None)
+        >>> again = Passed("stream", {}, first.trail(2))
+        >>> again.add([1, 2]), again.add([3])
+        (None, None)
+    """
+
+    def __init__(
+        self, where: str, holders: Mapping[str, Any], trail: Mapping[str, Any] | None = None
+    ) -> None:
+        self._where, self._holders = where, holders
+        self._expected = {} if trail is None else trail
+        self._seen, self._count = Seen(), 0
+        self._digests: deque[str | None] = deque(maxlen=_REMEMBERED)
+        self._drawn_from: dict[str, str] = {}
+
+    def add(self, batch: Any) -> None:
+        """Count a batch; raise if those so far are others than before."""
+        self._seen.add(batch)
+        self._digests.append(self._seen.text())
+        self._count += 1
+        if self._count == 1:
+            self._drawn_from = drawn_from(self._holders)
+            before = self._expected.get("drawn_from") or {}
+            for name, digest in before.items():
+                if (now := self._drawn_from.get(name, digest)) != digest:
+                    self._refuse(f"it was drawn from another state of {name}", digest, now)
+        digest, found = self._expected.get("digest"), self._digests[-1]
+        if self._count == self._expected.get("batches") and digest not in (None, found):
+            self._refuse(f"batches 0 to {self._count - 1} of the epoch", digest, found)
+
+    def trail(self, batches: int) -> dict[str, Any]:
+        """Return what is to be known of the place after so many batches; {}: nothing is."""
+        if not self._count - len(self._digests) < batches <= self._count:
+            return {}
+        digest = self._digests[batches - self._count - 1]
+        return {"batches": batches, "digest": digest, "drawn_from": self._drawn_from}
+
+    def _refuse(self, what: str, expected: object, found: object) -> None:
+        raise read_otherwise(self._where, what, expected, found)
+
+
+_OTHERWISE = (
+    "Draw from random, numpy.random or torch, which are keyed, and take what an order depends on "
+    "once an epoch; or give the loader state_dict and load_state_dict that hold all of it."
+)
+OR_ALLOW = 'To go on with what it gives now: allow=["data"].'
+
+
+def read_otherwise(
+    where: str, what: str, expected: object, found: object, hint: str = _OTHERWISE
+) -> DataError:
+    """Return the error of data that are others when they are read again."""
+    return DataError(
+        where,
+        f"{what}: what is read again is not what the run was trained on",
+        expected=f"digest {expected}",
+        found=f"digest {found}",
+        hint=f"{hint} {OR_ALLOW}",
+    )
 
 
 def drawn_from(loader: Any) -> dict[str, str]:

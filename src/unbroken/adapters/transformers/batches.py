@@ -19,7 +19,7 @@ from torch.utils.data import (
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from unbroken.capture import capture_rng, restore_rng
-from unbroken.data import KeyedDataset, SampleKey
+from unbroken.data import KeyedDataset, Passed, SampleKey
 
 _DRAW = (LengthGroupedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
@@ -35,6 +35,7 @@ class Beginning:
         order: What the order of the epoch was drawn from, as `IndexBatches.drawn_from` had it.
         data: The state of an iterable data set there, as `KeyedPasses.state_after` had it.
         seeds: As `IndexBatches.seeds` had them.
+        trail: What the batches that are over are held against, as `Passed` has it.
     """
 
     epoch: int
@@ -43,6 +44,7 @@ class Beginning:
     order: Mapping[str, Any] = field(default_factory=dict)
     data: Any = None
     seeds: Mapping[str, int] = field(default_factory=dict)
+    trail: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Records(KeyedDataset):
@@ -100,6 +102,12 @@ class IndexBatches(BatchSampler):
         self._samples, self._rank, self._world_size = samples, rank, world_size
         self._data = data
         self._epoch = 0
+        self._passed: tuple[int, Passed] | None = None
+
+    def trail(self, epoch: int, batches: int) -> dict[str, Any]:
+        """Return what the order of an epoch up to a place is to be held against."""
+        known = self._passed is not None and self._passed[0] == epoch
+        return self._passed[1].trail(batches) if self._passed and known else {}
 
     @property
     def sampler(self) -> Any:  # type: ignore[override]
@@ -158,14 +166,26 @@ class IndexBatches(BatchSampler):
         yield from repeat([], begin.batches)
         size = (self.batch_size or 1) * self._world_size
         first = self._epoch * self._samples + (begin.samples or begin.batches * size)
-        for number, indices in enumerate(self._lists(begin)):
+        passed = self._begin_pass(begin)
+        for number, indices in enumerate(self._lists(begin, passed)):
             place = first + number * size + self._rank * (self.batch_size or 1)
             yield [SampleKey(index, self._epoch, place + k) for k, index in enumerate(indices)]
 
-    def _lists(self, begin: Beginning) -> Iterator[list[int]]:
-        if begin.samples is None:
-            return islice(iter(self.inner), begin.batches, None)
-        return iter(_rest(self.inner, begin.samples))
+    def _begin_pass(self, begin: Beginning) -> Passed | None:
+        """Return what keeps digests of the order, where all of it is seen from its beginning."""
+        if begin.samples is not None or self._world_size > 1:
+            self._passed = None
+            return None
+        holders = {"batch_sampler": self.inner}
+        trail = begin.trail if begin.trail.get("batches") == begin.batches else {}
+        passed = Passed("train_dataset", holders, trail)
+        self._passed = (self._epoch, passed)
+        return passed
+
+    def _lists(self, begin: Beginning, passed: Passed | None) -> Iterator[list[int]]:
+        if begin.samples is not None:
+            return iter(_rest(self.inner, begin.samples))
+        return islice(_counted(iter(self.inner), passed), begin.batches, None)
 
     def _generators(self) -> dict[str, Any]:
         own = {str(i): generator.get_state() for i, generator in enumerate(self._own_generators())}
@@ -180,6 +200,13 @@ class IndexBatches(BatchSampler):
     def _own_generators(self) -> list[torch.Generator]:
         found = [getattr(part, "generator", None) for part in _parts(self.inner)]
         return [generator for generator in found if isinstance(generator, torch.Generator)]
+
+
+def _counted(lists: Iterator[list[int]], passed: Passed | None) -> Iterator[list[int]]:
+    for indices in lists:
+        if passed is not None:
+            passed.add(str(indices))
+        yield indices
 
 
 class _Rest(BatchSampler):

@@ -93,7 +93,8 @@ def keyed_loader(base: Any, *, seed: int, rank: int, world_size: int, ahead: int
 def begin_at(loader: Any, beginning: Beginning) -> None:
     """Let a loader of `keyed_loader` begin in the middle of an epoch."""
     if isinstance(loader.dataset, KeyedPasses):
-        loader.dataset.begin(beginning.epoch, beginning.batches, beginning.data)
+        at = (beginning.epoch, beginning.batches)
+        loader.dataset.begin(*at, beginning.data, beginning.trail)
     else:
         loader.batch_sampler.beginning = beginning
         loader.batch_sampler.seeds = beginning.seeds
@@ -103,6 +104,13 @@ def data_state(loader: Any, epoch: int, batches: int) -> Any:
     """Return the state of an iterable data set at a place; None: it has none that is exact."""
     passes = loader.dataset
     return passes.state_after(epoch, batches) if isinstance(passes, KeyedPasses) else None
+
+
+def trail_of(loader: Any, epoch: int, batches: int) -> dict[str, Any]:
+    """Return what the batches up to a place are to be held against; {}: nobody knows."""
+    holder = loader.dataset if isinstance(loader.dataset, KeyedPasses) else loader.batch_sampler
+    found: dict[str, Any] = holder.trail(epoch, batches)
+    return found
 
 
 def order_of(loader: Any) -> dict[str, Any]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import count, islice, repeat
 from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from unbroken.data import KeyedRandom, derive_key
+from unbroken.data import KeyedRandom, Passed, derive_key
 from unbroken.data.replay import reason_to_replay
 
 
@@ -57,19 +57,30 @@ class KeyedPasses(IterableDataset[Any]):
         self._state: Any = None
         self._seed, self._batch_size, self._drop_last = seed, batch_size, drop_last
         self._collate = collate_fn
+        self._passed: tuple[int, Passed] | None = None
+        self._trail: Mapping[str, Any] = {}
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call] # workers that live on
         self._over = (-1, 0)
 
-    def begin(self, epoch: int, batches: int, state: Any = None) -> None:
+    def begin(
+        self, epoch: int, batches: int, state: Any = None, trail: Mapping[str, Any] | None = None
+    ) -> None:
         """Take note that a resumed run skips so many batches of an epoch.
 
         Args:
             epoch: The epoch.
             batches: So many batches of it are over.
             state: What `state_after` returned for this place.
+            trail: What `trail` returned for it.
         """
+        self._trail = {} if trail is None else trail
         self._over = (epoch, batches)
         self._state = state
+
+    def trail(self, epoch: int, batches: int) -> dict[str, Any]:
+        """Return what the batches of an epoch up to a place are to be held against."""
+        known = self._passed is not None and self._passed[0] == epoch
+        return self._passed[1].trail(batches) if self._passed and known else {}
 
     def state_after(self, epoch: int, batches: int) -> Any:
         """Return the data set's state after so many batches; None: it must be read again."""
@@ -96,21 +107,32 @@ class KeyedPasses(IterableDataset[Any]):
             self._tell_epoch(epoch)
         over = self._over[1] if self._over[0] == epoch and not self._fills else 0
         first = over if self._state is not None and self._states.maxlen else 0
+        self._passed = None
         if first:
             self.dataset.load_state_dict(copy.deepcopy(self._state))
         with KeyedRandom() as rng:
             rng.seed(derive_key(self._seed, "pass", epoch, mine))
             samples = iter(self.dataset)
         yield from repeat(None, first)
+        passed = self._begin_pass(epoch) if worker is None and not first else None
         for number in count(first):
             with KeyedRandom() as rng:
                 rng.seed(derive_key(self._seed, "batch of a pass", epoch, mine, number))
                 batch = list(islice(samples, self._batch_size))
                 if not batch or (self._drop_last and len(batch) < self._batch_size):
                     return
+                if passed is not None:
+                    passed.add(batch)
                 # Workers take turns; one that has ended makes the others come earlier, not later.
                 is_over = number * of_all + mine < over
                 data = None if is_over else self._collate(batch)
             if self._states.maxlen:
                 self._states.append((epoch, number + 1, copy.deepcopy(self.dataset.state_dict())))
             yield data
+
+    def _begin_pass(self, epoch: int) -> Passed:
+        """Return what keeps digests of a pass that this process reads from its beginning."""
+        trail = self._trail if self._over == (epoch, self._trail.get("batches")) else {}
+        passed = Passed("train_dataset", {"dataset": self.dataset}, trail)
+        self._passed = (epoch, passed)
+        return passed

@@ -30,6 +30,7 @@ from unbroken.adapters.transformers.loading import (
     data_state,
     keyed_loader,
     order_of,
+    trail_of,
 )
 from unbroken.adapters.transformers.losses import Losses
 from unbroken.adapters.transformers.place import Follower, Place
@@ -157,7 +158,8 @@ class Run:
     def _examine(
         self, facts: Mapping[str, Any], found: tuple[Difference, ...]
     ) -> tuple[Difference, ...]:
-        if self._facts is not None and facts != self._facts:
+        read = self._facts  # as rank 0 has them; what is compared is as this rank has it
+        if read is not None and any(facts.get(name) != read.get(name) for name in _OF_THE_PLACE):
             what = "is another checkpoint than the one whose place was read"
             raise CorruptCheckpointError("resume", what)
         return compared(self, facts, found)
@@ -280,11 +282,19 @@ class Run:
         order = stored if self._reach.batches else {}
         reseeded = {"seed", "data_seed"} & {one.path for one in self.report.differences}
         seeds = {} if reseeded else stored.get("seeds", {})
-        given = {"data": self.values.get("data"), "seeds": seeds}
+        given = {"data": self.values.get("data"), "seeds": seeds, "trail": self._trail()}
         begin_at(self._loader, Beginning(epoch, self._reach.batches, samples, order, **given))
         self.bring_back()
         if "before" in order:  # the host restores its own after the first batch
             restore_rng(order["before"])
+
+    def _trail(self) -> Mapping[str, Any]:
+        """Return what the data are held against, unless other data are meant, or known to be."""
+        named = (name.partition(".")[0] for name in self.trainer.start.allow)
+        changed = (d for d in self.report.differences if d.verdict in ("changed", "not covered"))
+        groups = {*named, *(one.path.partition(".")[0] for one in changed)}
+        is_other = self.group.world_size > 1 or groups & {"data", "seed", "data_seed"}
+        return {} if is_other else self.values.get("trail", {})
 
     def bring_back(self) -> None:
         """Bring back, once, what the host sets to nothing when it begins to train."""
@@ -352,11 +362,13 @@ class Run:
         return self.checkpointer.save(state.global_step, self._values(), facts=run_facts(self))
 
     def _values(self) -> dict[str, Any]:
+        of_many = self.group.world_size > 1  # each reads its own part
         place = self.follower.place
         return {
             "loss": Losses(self.trainer).values(),
             "order": order_of(self._loader),
             "data": data_state(self._loader, place.epoch, place.batches),
+            "trail": {} if of_many else trail_of(self._loader, place.epoch, place.batches),
             "seconds": self.seconds,
         }
 
@@ -375,6 +387,9 @@ class Run:
         """The plain values of the checkpoint that was resumed."""
         return self._adopted or self.checkpointer.values
 
+
+_OF_THE_PLACE = ("cut", "max_steps", "metrics_bytes", "place", "shift", "stopped")
+"""The facts of a checkpoint that say where the run is."""
 
 _STATE = (
     *("epoch", "global_step", "num_input_tokens_seen", "total_flos", "log_history"),
