@@ -30,6 +30,14 @@ class Lines(IterableDataset):
         yield from (torch.tensor([float(line)]) for line in lines)
 
 
+class InOrder(Lines):
+    def __init__(self, path) -> None:
+        super().__init__(path, None)
+
+    def __iter__(self):
+        yield from (torch.tensor([float(line)]) for line in self.path.read_text().split())
+
+
 class ShuffleBuffer(Lines):
     def __iter__(self):
         buffer = []
@@ -144,6 +152,30 @@ def test_the_generator_that_differs_is_named(lines):
     assert 'allow=["data"]' in caught.value.hint
 
 
+class Noisy:
+    """A collator that draws from a generator of its own, or from one that is keyed."""
+
+    def __init__(self, own: bool) -> None:
+        self.rng = random.Random(3) if own else random
+
+    def __call__(self, samples):
+        return torch.stack(samples) + self.rng.random()
+
+
+@pytest.mark.parametrize("used", [3, 8])
+def test_a_collator_of_a_stream_makes_the_same_batch_again_or_is_refused(used, lines):
+    keyed = [source_of(InOrder(lines), collate_fn=Noisy(own=False)) for _ in range(3)]
+    whole = bytes_of(read(keyed[0], used + 4))
+    read(keyed[1], used)
+    keyed[2].load_state_dict(keyed[1].state_dict())
+    assert whole.endswith(bytes_of(read(keyed[2], 4)))
+    own = [source_of(InOrder(lines), collate_fn=Noisy(own=True)) for _ in range(2)]
+    read(own[0], used)
+    own[1].load_state_dict(own[0].state_dict())
+    with pytest.raises(DataError, match="the collator's batch of items up to"):
+        next(own[1].from_())
+
+
 @pytest.mark.parametrize("change", [1e-6, 5.0], ids=["hardly", "much"])
 @pytest.mark.parametrize(
     ("make", "name"),
@@ -221,16 +253,11 @@ def test_a_pass_that_was_read_further_than_used_is_read_again(caplog):
 
 @pytest.mark.parametrize(("line", "items"), [(0, "0 to 3"), (7, "4 to 7"), (9, None)])
 def test_a_file_that_changed_is_refused_where_it_was_read(line, items, lines):
-    class InOrder(Lines):
-        def __iter__(self):
-            for text in self.path.read_text().split():
-                yield torch.tensor([float(text)])
-
-    state = place_after(InOrder(lines, None), 2)
+    state = place_after(InOrder(lines), 2)
     numbers = [*map(str, range(N))]
     numbers[line] = "99"
     lines.write_text("\n".join(numbers))
-    again = source_of(InOrder(lines, None))
+    again = source_of(InOrder(lines))
     again.load_state_dict(state)
     if items is None:
         assert next(again.from_()).data[1] == 99

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar
 
 import torch
+from torch.utils.data import default_collate
 
 from unbroken.data.foreign import END, ForeignLoader
 from unbroken.data.keys import derive_key
@@ -91,6 +93,7 @@ class LoaderSource:
         self.first_items: list[Any] = []
         self._before: dict[str, Any] = {}
         self._weights: Mapping[str, str] = {}
+        self._batch: list[Any] = []
         self._left: _Left | None = None
 
     @property
@@ -270,6 +273,8 @@ class LoaderSource:
         first = begin + (shape.rank * own + place.pending) * size
         rng.seed(derive_key(self._loader.seed, "collate", first))
         data = self._grouping.collate(items)
+        if self._collates:
+            self._batch = [size, _digest_of(data)]
         if place.pending == own - 1:
             self._pass_over(reader, (shape.world_size - 1 - shape.rank) * own, rng)
         return MicroBatch(data, size, epoch, first, self._after(reader, place, size))
@@ -291,7 +296,25 @@ class LoaderSource:
         )
 
     def _trail(self, reader: Reader) -> dict[str, Any]:
-        return {"digest": reader.seen.text(), "before": self._before}
+        return {"digest": reader.seen.text(), "before": self._before, "batch": self._batch}
+
+    @property
+    def _collates(self) -> bool:
+        """Whether a collator of the user's makes batches of which this rank has every one."""
+        own = self._grouping.collate is not default_collate
+        return own and self._grouping.samples and self.shape.world_size == 1
+
+    def _collate_again(self, place: Position, items: list[Any], rng: KeyedRandom) -> None:
+        """Raise if the collator makes another batch of the last samples than it did."""
+        size, before = self.shape.micro_batch_size, place.trail.get("before") or {}
+        is_same = (place.trail.get("batch") or [None])[0] == size
+        if not self._collates or not is_same or before.get("epoch") != place.epoch:
+            return
+        rng.seed(derive_key(self._loader.seed, "collate", place.samples - size))
+        digest, found = place.trail["batch"][1], _digest_of(self._grouping.collate(items))
+        if digest != found:
+            what = f"the collator's batch of items up to {place.taken - 1} of epoch {place.epoch}"
+            self._refuse_another(what, digest, found)
 
     def _facts(self) -> dict[str, Any]:
         facts: dict[str, Any] = {
@@ -339,11 +362,12 @@ class StatefulSource(LoaderSource):
             return self._at(place.epoch, place.taken, place.loader_state, rng)
         reader = self._at(**before, rng=rng)
         size = self.shape.micro_batch_size if self._grouping.samples else 1
-        reader.take(size, self._grouping, rng)
+        items, _ = reader.take(size, self._grouping, rng)
         found = (reader.epoch, reader.taken, reader.seen.text())
         if found != (place.epoch, place.taken, place.trail["digest"]):
             batch = f"item {place.taken - 1} of epoch {place.epoch}, from its own state"
             self._refuse_another(batch, place.trail["digest"], found[2], _OWN_STATE)
+        self._collate_again(place, items, rng)
         return reader
 
     def _at(self, epoch: int, taken: int, loader_state: Any, rng: KeyedRandom) -> Reader:
@@ -410,10 +434,15 @@ class CountedSource(LoaderSource):
     def _resume(self, place: Position, rng: KeyedRandom) -> Reader:
         reader = Reader(self._loader, self._loader.begin(place.epoch, rng), place.epoch, taken=0)
         if place.taken:
-            self._skip(reader, place.taken, place.trail, rng)
+            last = self._skip(reader, place.taken, place.trail, rng)
+            self._collate_again(place, last, rng)
         return reader
 
-    def _skip(self, reader: Reader, count: int, trail: Mapping[str, Any], rng: KeyedRandom) -> None:
+    def _skip(
+        self, reader: Reader, count: int, trail: Mapping[str, Any], rng: KeyedRandom
+    ) -> list[Any]:
+        """Read up to a place again; return what a micro-batch is made of, as far as it is there."""
+        last: deque[Any] = deque(maxlen=self.shape.micro_batch_size if self._collates else 0)
         name = type(self._loader.loader).__name__
         _log.warning(
             "%s: reading and skipping %d items of epoch %d to come back to its place, because %s",
@@ -424,7 +453,7 @@ class CountedSource(LoaderSource):
         )
         start = reported = self._clock()
         while reader.taken < count:
-            if reader.read(rng) is END:
+            if (item := reader.read(rng)) is END:
                 raise DataError(
                     name,
                     f"epoch {reader.epoch} is shorter than when it was saved",
@@ -432,12 +461,14 @@ class CountedSource(LoaderSource):
                     found=reader.taken,
                 )
             self._hold_against(reader, trail, count)
+            last.append(item)
             now = self._clock()
             if now - reported >= _SECONDS_BETWEEN_REPORTS and reader.taken < count:
                 reported = now
                 self._report(reader.taken, count, now - start)
         self._report(count, count, self._clock() - start)
         _log.warning("skipped %d items in %.1f s", count, self._clock() - start)
+        return list(last)
 
     def _hold_against(self, reader: Reader, trail: Mapping[str, Any], count: int) -> None:
         """Raise if what is read again is not what was read; as early as it shows."""
@@ -478,6 +509,12 @@ class CountedSource(LoaderSource):
 
     def _trail(self, reader: Reader) -> dict[str, Any]:
         return {**super()._trail(reader), "drawn_from": dict(reader.drawn_from)}
+
+
+def _digest_of(batch: Any) -> str | None:
+    seen = Seen()
+    seen.add(batch)
+    return seen.text()
 
 
 def _samples_in(batch: Any, otherwise: int) -> int:
