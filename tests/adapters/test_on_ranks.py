@@ -101,7 +101,7 @@ def test_three_ranks_add_gradients_after_a_kill_in_the_order_in_which_they_did(r
     assert whole.bits == uninterrupted(trainer="stock", **THREE).bits
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.stock
 def test_three_ranks_of_the_hosts_own_add_in_another_order_and_so_do_ours_from_its_checkpoint(
     run, uninterrupted

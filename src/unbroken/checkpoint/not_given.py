@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import wraps
-from typing import Any
+from typing import Any, TypeGuard
 from weakref import WeakSet
 
 import torch
@@ -316,9 +316,15 @@ def _wraps(thing: object, optimizer: Optimizer) -> bool:
     return not state or state is attributes(optimizer).get("state")
 
 
+def _is_module(thing: object) -> TypeGuard[nn.Module]:
+    return issubclass(
+        type(thing), nn.Module
+    )  # some things warn when they are asked for their class
+
+
 def _parts(thing: object) -> Iterator[object]:
     """Yield what is saved with a registered object: its modules, and what it holds."""
-    if isinstance(thing, nn.Module):
+    if _is_module(thing):
         yield from thing.modules()
     for value in attributes(thing).values():
         yield value
@@ -327,7 +333,7 @@ def _parts(thing: object) -> Iterator[object]:
 
 
 def _tensors_in(thing: object) -> list[torch.Tensor]:
-    if isinstance(thing, nn.Module):
+    if _is_module(thing):
         return list(thing.parameters())
     values: Iterable[object] = ()
     if type(thing) is dict:
