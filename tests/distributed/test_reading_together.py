@@ -13,11 +13,12 @@ from distributed.views import (
     PIECE,
     PIECES,
     STEPS,
+    begin_elsewhere_and_go_on,
     flip,
     folders,
     measure_resume,
     resume_there,
-    resume_with_another_shape_on_rank_1,
+    resume_what_rank_1_refuses,
     starts,
     train_there,
 )
@@ -197,9 +198,16 @@ def test_a_rank_with_another_version_of_a_package_is_named(versions, code, copy,
 
 @pytest.mark.parametrize("load_from", ["all", "rank0"])
 def test_what_one_rank_refuses_has_changed_nothing_on_any(load_from, tmp_path):
-    codes = run_ranks(resume_with_another_shape_on_rank_1, str(tmp_path), load_from)
+    codes = run_ranks(resume_what_rank_1_refuses, str(tmp_path), load_from)
     told = [json.loads((tmp_path / f"told-{rank}").read_text()) for rank in range(2)]
     assert codes == [0, 0]
-    assert [one["error"] for one in told] == ["RankError", "StateMismatchError"]
+    assert [one["error"] for one in told] == ["RankError", "DataError"]
     assert [one["changed"] for one in told] == [False, False]
     assert (tmp_path / "run" / "checkpoint-2").exists()
+
+
+@pytest.mark.parametrize(("load_from", "how"), [("all", "copy"), ("rank0", "path")])
+def test_all_ranks_begin_elsewhere_and_then_go_on(load_from, how, tmp_path):
+    assert run_ranks(begin_elsewhere_and_go_on, str(tmp_path), load_from, how) == [0, 0]
+    told = [json.loads((tmp_path / f"told-{rank}").read_text()) for rank in range(2)]
+    assert told == [[8, 10], [8, 10]]

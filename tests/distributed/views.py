@@ -19,7 +19,7 @@ from distributed.training import Samples
 from unbroken import Checkpointer
 from unbroken.capture import capture, encode
 from unbroken.distributed import join
-from unbroken.errors import UnbrokenError
+from unbroken.errors import DataError, UnbrokenError
 from unbroken.store.digest import Digester
 from unbroken.training import Silence, Trainer, TrainerConfig
 from unbroken.training.ambient import seed_ambient
@@ -177,20 +177,37 @@ def measure_resume(folder: str, holds_all: bool) -> None:
     os._exit(0)
 
 
-def resume_with_another_shape_on_rank_1(folder: str, load_from: str) -> None:
-    """Save and resume; then with a model that does not fit on rank 1. Tell what rank 0 then has."""
+class Picky:
+    """An object that takes no state on one of the ranks, and says so before it does."""
+
+    def __init__(self, refuses: bool) -> None:
+        self._refuses = refuses
+
+    def state_dict(self) -> dict:
+        return {"any": 1}
+
+    def check_state_dict(self, state: dict) -> None:
+        if self._refuses:
+            raise DataError("picky", "takes no state")
+
+    def load_state_dict(self, state: dict) -> None:
+        self.check_state_dict(state)
+
+
+def resume_what_rank_1_refuses(folder: str, load_from: str) -> None:
+    """Save and resume; then with an object that refuses on rank 1. Tell what each rank then has."""
     group = join()
     seed_ambient(3)
 
-    def checkpointer(width: int) -> Checkpointer:
-        model = nn.Linear(width, 1)
-        return Checkpointer(f"{folder}/run", group=group, load_from=load_from, model=model)
+    def checkpointer(refuses: bool) -> Checkpointer:
+        objects = {"model": nn.Linear(2, 1), "picky": Picky(refuses)}
+        return Checkpointer(f"{folder}/run", group=group, load_from=load_from, **objects)
 
-    with checkpointer(2) as first:
+    with checkpointer(False) as first:
         nn.init.ones_(first.objects["model"].weight)
         first.save(1)
         first.save(2)
-    with checkpointer(2 + group.rank) as second:
+    with checkpointer(group.rank == 1) as second:
         error = None
         try:
             second.resume(1)
@@ -198,5 +215,29 @@ def resume_with_another_shape_on_rank_1(folder: str, load_from: str) -> None:
             error = type(caught).__name__
         weight = second.objects["model"].weight
         told = {"error": error, "changed": bool((weight == 1).all())}
+    (Path(folder) / f"told-{group.rank}").write_text(json.dumps(told))
+    group.close()
+
+
+def begin_elsewhere_and_go_on(folder: str, load_from: str, how: str) -> None:
+    """Begin a run in a checkpoint of another one, by its path or as a copy, and start it again."""
+    group = join()
+    seed_ambient(3)
+
+    def saved_at(place: str, which: str, step: int) -> list[object]:
+        torch.manual_seed(3)
+        model = nn.Linear(2, 1)
+        with Checkpointer(place, group=group, load_from=load_from, model=model) as checkpointer:
+            report = checkpointer.resume(which)
+            checkpointer.save(step)
+        return [report.step, *report.notes]
+
+    old, new = f"{folder}/old", f"{folder}/new"
+    saved_at(old, "auto", 8)
+    if how == "copy" and group.rank == 0:
+        shutil.copytree(f"{old}/checkpoint-8", f"{new}/checkpoint-8")
+    group.gather("copied", None)
+    which = "auto" if how == "copy" else f"{old}/checkpoint-8"
+    told = [saved_at(new, which, step)[0] for step in (10, 12)]
     (Path(folder) / f"told-{group.rank}").write_text(json.dumps(told))
     group.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 
 import pytest
 
@@ -211,3 +212,38 @@ def test_the_next_start_sweeps_staging_and_trash_but_not_strange_files(tmp_path)
     with RunDirectory.open(tmp_path) as run:
         assert run.left_over == (".trash/checkpoint-0.1",)
     assert list((tmp_path / ".staging").iterdir()) == []
+
+
+def test_a_start_that_is_cut_while_it_makes_a_run_json_anew_gives_the_same_run():
+    def damaged():
+        storage = FaultyStorage()
+        with open_run(storage) as run:
+            save(storage, 1)
+            run.history.append({"event": "saved"})
+            run.history.sync()
+        storage.truncate("run.json", 20)
+        storage.sync_file("run.json")
+        return storage
+
+    whole = damaged()
+    whole.arm()
+    open_run(whole).close()
+    for step in range(1, whole.steps + 1):
+        storage = damaged()
+        storage.arm(cut_at=step)
+        with pytest.raises(PowerCut):
+            open_run(storage)
+        for after in (storage.after_kill(), storage.after_power_cut("forget")):
+            with open_run(after) as run:
+                assert (run.run_id, run.catalog.folders()) == (RUN_ID, [(1, "checkpoint-1")])
+
+
+def test_copies_beside_what_else_a_run_has_are_where_a_run_begins(tmp_path):
+    with RunDirectory.open(tmp_path / "old") as old:
+        save(old.storage, 1, run_id=old.run_id)
+    new = shutil.copytree(tmp_path / "old", tmp_path / "new")
+    for name in ("run.json", "run.lock"):
+        (new / name).unlink()
+    (new / "branches").mkdir()
+    with RunDirectory.open(new) as run:
+        assert run.run_id != old.run_id

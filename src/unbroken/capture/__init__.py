@@ -35,6 +35,8 @@ from unbroken.capture.partial import keep_skipped as keep_skipped
 from unbroken.capture.pretrained import pretrained_files as pretrained_files
 from unbroken.capture.rng import capture_rng as capture_rng
 from unbroken.capture.rng import check_rng as check_rng
+from unbroken.capture.rng import missing_devices as missing_devices
+from unbroken.capture.rng import of_devices_here as of_devices_here
 from unbroken.capture.rng import restore_rng as restore_rng
 from unbroken.capture.sharded import class_of as class_of
 from unbroken.capture.sharded import how_cut as how_cut
@@ -86,9 +88,11 @@ __all__ = [
     "keep_skipped",
     "kind_of",
     "load_tensors",
+    "missing_devices",
     "named_buffers",
     "named_modules",
     "named_parameters",
+    "of_devices_here",
     "pretrained_files",
     "raw",
     "refuse_what_cannot_be_stored",

@@ -94,29 +94,43 @@ def check_rng(tree: Mapping[str, Any], *, allow_missing_devices: bool = False) -
             np.random.RandomState(_BIT_GENERATORS[kind]()).set_state(dict(tree["numpy"]))
         random.Random().setstate(python_getstate(tree["python"]))  # noqa: S311 (draws nothing)
         torch.Generator().set_state(tree["torch"])
-        devices, has_mps = len(cuda), tree["mps"] is not None
+        is_listed = all(isinstance(one, torch.Tensor) for one in cuda) and "mps" in tree
     except NO_STATE as error:
         what = "is not the state of the random generators"
         raise CorruptCheckpointError("rng", what, found=str(error)) from error
+    if not is_listed:
+        raise CorruptCheckpointError("rng", "is not the state of the random generators")
     if not is_known and kind != np.random.get_state(legacy=False)["bit_generator"]:
         what = "is of a kind of generator that is unknown here"
         raise StateMismatchError("rng.numpy", what, expected=kind)
     if not allow_missing_devices:
-        _check_devices(devices, has_mps=has_mps)
+        _check_devices(tree)
 
 
-def _check_devices(cuda: int, *, has_mps: bool) -> None:
-    hint = "go on without: restore_rng(..., allow_missing_devices=True); random numbers will differ"
-    if cuda > torch.cuda.device_count():
-        raise StateMismatchError(
-            "rng.cuda",
-            "has random states of more devices than are here",
-            expected=cuda,
-            found=torch.cuda.device_count(),
-            hint=hint,
-        )
-    if has_mps and not torch.backends.mps.is_available():
-        raise StateMismatchError("rng.mps", "this machine has no MPS device", hint=hint)
+def missing_devices(tree: Mapping[str, Any]) -> tuple[str, int, int] | None:
+    """Return of which devices there are states, how many, and how many are here; None: enough."""
+    cuda, here = len(tree["cuda"] or []), torch.cuda.device_count()
+    if cuda > here:
+        return "rng.cuda", cuda, here
+    if tree["mps"] is not None and not torch.backends.mps.is_available():
+        return "rng.mps", 1, 0
+    return None
+
+
+def of_devices_here(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return random states without those of devices that this machine lacks."""
+    cuda = (tree["cuda"] or [])[: torch.cuda.device_count()]
+    mps = tree["mps"] if torch.backends.mps.is_available() else None
+    return {**tree, "cuda": cuda, "mps": mps}
+
+
+def _check_devices(tree: Mapping[str, Any]) -> None:
+    missing = missing_devices(tree)
+    if missing is not None:
+        where, expected, found = missing
+        what = "has random states of more devices than are here"
+        hint = "restore_rng(..., allow_missing_devices=True) goes on without; random numbers differ"
+        raise StateMismatchError(where, what, expected=expected, found=found, hint=hint)
 
 
 def _set_numpy(state: Mapping[str, Any]) -> None:

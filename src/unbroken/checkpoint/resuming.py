@@ -16,6 +16,8 @@ from unbroken.capture import (
     decode,
     fill,
     load_tensors,
+    missing_devices,
+    of_devices_here,
     restore_rng,
     structure_from_bytes,
     types_in,
@@ -255,10 +257,12 @@ class Resumption:
         waiting = tree.pop(GRADIENTS, None)
         tree, objects, differences = self._fitting(reader, tree)
         self._growth = Growth(objects, partial(self._is_as_built, reader))
+        check_rng(rng, allow_missing_devices=self._comparison is not None)
+        differences = (*differences, *_of_devices(rng))
         tree = self._compared(reader, tree, differences, moved)
         check(objects, tree)
         gradients = {} if self._unfinished is None else self._unfinished.check(waiting)
-        check_rng(rng)
+        rng = of_devices_here(rng)
         if self._is_own(reader):
             _metrics_bytes(reader)
         self._examined = _Examined(reader, objects, tree, rng, values, gradients)
@@ -483,6 +487,16 @@ def _is_after(step: int, line: Mapping[str, Json]) -> bool:
     return isinstance(found, int | float) and found > step
 
 
+def _of_devices(rng: Mapping[str, Any]) -> tuple[Difference, ...]:
+    """Tell of random states that no device here can take."""
+    missing = missing_devices(rng)
+    if missing is None:
+        return ()
+    where, stored, now = missing
+    effect = "devices: what draws on them draws otherwise from here on"
+    return (Difference(where, stored, now, effect, "changed"),)
+
+
 def _metrics_bytes(reader: Source) -> int:
     """Return how long metrics.jsonl was when a checkpoint was saved."""
     found = reader.manifest.facts.get("metrics_bytes")
@@ -497,7 +511,8 @@ def _notes_on(
 ) -> tuple[str, ...]:
     """Say where a run began, where that is not what the selection says by itself."""
     if selection.kind == "begun":
-        return (f"this run began in {selection.path}: it goes on from its own newest checkpoint",)
+        goes_on = "it goes on from its own newest checkpoint"
+        return (f"this run began in {selection.path}: {goes_on}; another directory begins anew",)
     if reader is None or own or reader.storage is not run.storage:
         return ()
     return (f"{reader.folder} is of run {reader.manifest.run_id}: this run begins in it",)

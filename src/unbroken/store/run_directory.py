@@ -23,12 +23,15 @@ from unbroken.store.identity import (
 )
 from unbroken.store.journal import Journal
 from unbroken.store.layout import (
+    BRANCHES,
     HISTORY_NAME,
     LOCK_NAME,
     MANIFEST_NAME,
     METRICS_NAME,
     NEW_RUN_NAME,
     SET_ASIDE,
+    STAGING,
+    TRASH,
     step_of,
 )
 from unbroken.store.removal import copy_file, ensure_folder, free_name, sweep
@@ -37,6 +40,7 @@ from unbroken.store.verified import VerifiedCache
 
 # What a start that was killed before it wrote run.json may have left ...
 _OWN_BEGINNINGS = {LOCK_NAME, NEW_RUN_NAME}
+_OWN_FOLDERS = {STAGING, TRASH, SET_ASIDE, BRANCHES}
 # ... and what operating systems put into folders unasked.
 _TOLERATED = {".DS_Store", "Thumbs.db", "desktop.ini", "lost+found"}
 
@@ -225,10 +229,10 @@ def _refuse_foreign(storage: Storage) -> None:
     identity, _ = find_identity(storage)
     if identity is not None:
         return
-    ours = _OWN_BEGINNINGS | _TOLERATED
-    foreign = [
-        name for name in storage.list("") if name not in ours and not _is_copy(storage, name)
-    ]
+    others = [name for name in storage.list("") if name not in _OWN_BEGINNINGS | _TOLERATED]
+    foreign = [name for name in others if not _is_copy(storage, name)]
+    if foreign != others:  # beside copies, what else belongs to a run directory
+        foreign = [name for name in foreign if name not in _OWN_FOLDERS]
     if foreign:
         raise RunDirectoryError(
             storage.describe(),

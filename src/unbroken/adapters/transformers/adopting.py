@@ -13,6 +13,7 @@ from unbroken.adapters.transformers.reaching import Stored
 from unbroken.adapters.transformers.stock import (
     facts_of_stock,
     load_stock,
+    missing_devices_of_stock,
     refuse_what_does_not_fit,
 )
 from unbroken.adapters.transformers.wanted import state_of_any
@@ -54,9 +55,7 @@ def adopt(run: Run, folder: Path, stored: Stored, loader: Any) -> tuple[ResumeRe
     # The host draws the order of an epoch before it brings back its random states.
     values = {"loss": no_losses(stored.step), "order": {"before": capture_rng()}, "seconds": 0.0}
     objects, rank = checkpointer.objects, run.group.rank
-    run.group.together(
-        "check the checkpoint", lambda: refuse_what_does_not_fit(folder, objects, rank=rank)
-    )
+    run.group.together("check the checkpoint", lambda: refuse_what_does_not_fit(folder, objects))
     load_stock(folder, objects, rank=rank)
     report = ResumeReport(
         stored.step, checkpoint, run.chosen.rejected, differences=differences, notes=(_NOTE,)
@@ -79,4 +78,8 @@ def _differences(run: Run, folder: Path, stored: Stored, loader: Any) -> tuple[D
             found = (*found, Difference("world_size", was, now, effect, "equivalent"))
         else:
             found = (*found, *run.checkpointer.comparison.of_buckets({}))
+    missing = missing_devices_of_stock(folder, rank=run.group.rank)
+    if missing is not None:
+        effect = "devices: what draws on them draws otherwise from here on"
+        found = (*found, Difference("rng.cuda", *missing, effect, "changed"))
     return compared(run, facts, found)

@@ -34,24 +34,28 @@ from unbroken.adapters.transformers.stock_folder import (
 from unbroken.errors import StateMismatchError
 
 
-def refuse_what_does_not_fit(folder: Path, objects: Mapping[str, Any], *, rank: int = 0) -> None:
+def refuse_what_does_not_fit(folder: Path, objects: Mapping[str, Any]) -> None:
     """Raise unless `load_stock` can put the whole checkpoint into the objects; none is changed.
 
     Args:
         folder: It was looked through by `problem_of_stock`.
         objects: As `load_stock` takes them.
-        rank: As `load_stock` takes it.
 
     Raises:
-        StateMismatchError: Weights, optimizer or random states do not fit what is here.
+        StateMismatchError: Weights or optimizer do not fit what is here.
         CorruptCheckpointError: A file was damaged since.
     """
     _check_weights(folder, objects["model"])
     _check_optimizer(folder, objects["optimizer"])
-    devices, here = len(_cuda_states(_rng_states(folder, rank))), torch.cuda.device_count()
-    if torch.cuda.is_available() and devices > here:
-        what = "has random states of more devices than are here"
-        raise StateMismatchError(f"{folder}: rng.cuda", what, expected=devices, found=here)
+
+
+def missing_devices_of_stock(folder: Path, *, rank: int = 0) -> tuple[int, int] | None:
+    """Return of how many CUDA devices there are random states, and how many are here, if fewer.
+
+    On a machine that has none at all, the host leaves them alone without a word.
+    """
+    found, here = len(_cuda_states(_rng_states(folder, rank))), torch.cuda.device_count()
+    return (found, here) if torch.cuda.is_available() and found > here else None
 
 
 def load_stock(folder: Path, objects: Mapping[str, Any], *, rank: int = 0) -> None:
@@ -183,7 +187,8 @@ def _set_rng(states: Mapping[str, Any]) -> None:
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["cpu"])
     if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(_cuda_states(states))
+        here = torch.cuda.device_count()
+        torch.cuda.set_rng_state_all(_cuda_states(states)[:here])
 
 
 def facts_of_stock(folder: Path) -> dict[str, Any]:
