@@ -305,6 +305,10 @@ BATCHES = {
     "an object with slots": lambda x: Slotted(x),
     "an array": lambda x: x.numpy(),
     "half precision": lambda x: x.bfloat16(),
+    "no dimension": lambda x: x.sum(),
+    "with a gradient": lambda x: x.clone().requires_grad_(),
+    "truths": lambda x: x > 1.5,
+    "dates": lambda x: x.long().numpy().astype("datetime64[s]"),
     "a view": lambda x: x.repeat(4, 1).t(),
     "sparse": lambda x: torch.diag(x).to_sparse(),
     "complex": lambda x: torch.complex(x, x).conj(),
@@ -330,3 +334,4 @@ def test_batches_of_any_kind_are_told_apart(kind):
 def test_a_batch_with_nothing_to_compare_has_no_digest():
     assert digest(object()) is None
     assert digest([]) is None
+    assert digest(torch.ones(0, 3)) != digest(torch.ones(3, 0))

@@ -24,6 +24,10 @@ _FEW = 32  # parts of a container that is looked into
 _WHOLE = 1 << 17  # bytes of a tensor that are all read: ids of 16 texts of 1,024 tokens
 _REMEMBERED = 4096  # of the batches read ahead, how many digests are kept
 _SAMPLE = 4096  # elements of a larger one
+_OF_NUMPY = {
+    *(torch.float32, torch.float64, torch.float16, torch.bool, torch.uint8),
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+}
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 
 
@@ -113,6 +117,10 @@ def _names(slots: Any) -> list[str]:
 
 
 def _add_tensor(digest: Any, tensor: Tensor) -> None:
+    is_plain = type(tensor) is Tensor and tensor.dtype in _OF_NUMPY and not tensor.is_neg()
+    if is_plain and tensor.layout is torch.strided and tensor.device.type == "cpu":
+        _add_array(digest, tensor.detach().numpy())  # the quick way
+        return
     with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 (no code of a user's subclass)
         digest.update(f"{tensor.dtype}{tensor.shape}".encode())
         if tensor.device.type != "cpu" or tensor.is_quantized:
@@ -130,10 +138,13 @@ def _add_tensor(digest: Any, tensor: Tensor) -> None:
 
 
 def _add_array(digest: Any, array: np.ndarray) -> None:
-    digest.update(f"{array.dtype}{array.shape}".encode())
+    digest.update(f"{array.dtype.str}{array.shape}".encode())
     if array.nbytes > _WHOLE:
         array = array[tuple(_some_of(array.shape))]
-    digest.update(np.ascontiguousarray(array).tobytes() if array.dtype != object else b"")
+    if array.dtype.kind in "biufc":
+        digest.update(array if array.flags.c_contiguous else np.ascontiguousarray(array))
+    elif not array.dtype.hasobject:
+        digest.update(array.tobytes())
 
 
 def _some_of(shape: Sequence[int]) -> list[slice]:
@@ -269,12 +280,14 @@ def _held_by(part: Any) -> Iterable[tuple[str, Any]]:
     """Return what may hold generators: attributes, short lists, what a function reaches."""
     if isinstance(part, (Tensor, np.ndarray, type, nn.Module, ModuleType)):
         return []
-    if isinstance(part, list | tuple | Mapping) and len(part) > _FEW:
+    if type(part) in (list, tuple, dict) and len(part) > _FEW:
         return []
-    if isinstance(part, list | tuple):
+    if type(part) in (list, tuple):
         return [(str(place), one) for place, one in enumerate(part)]
-    if isinstance(part, Mapping):
-        return [(str(key), part[key]) for key in part]
+    if isinstance(part, dict):
+        return [(str(key), one) for key, one in part.items()]
+    if isinstance(part, Mapping):  # an open archive, say, which reads what it is asked for
+        return []
     if isinstance(part, partial):
         return [("func", part.func), ("args", part.args), ("keywords", part.keywords)]
     if isinstance(part, MethodType):
