@@ -67,7 +67,9 @@ def choose(run: RunDirectory, wanted: Any) -> Chosen:
 def state_of_any(folder: Path) -> str | None:
     """Return what tells a checkpoint from all others, wherever it lies, the host's own too."""
     try:
-        return state_of(folder) or f"stock {digest_of((folder / STATE).read_bytes())}"
+        stock = folder / STATE  # a named pipe would be waited for
+        own = state_of(folder)
+        return own or (f"stock {digest_of(stock.read_bytes())}" if stock.is_file() else None)
     except OSError:
         return None
 
