@@ -127,14 +127,31 @@ class SeenBeside(Seen):
             self.released.set()
 
 
+class Levels(transformers.TrainerCallback):
+    """Sets an attribute of the data set at each step, or at the edges of epochs."""
+
+    def __init__(self, at_edges: bool) -> None:
+        self.at_edges, self.data = at_edges, None
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **more):
+        self.data = train_dataloader.dataset.dataset
+
+    def on_step_end(self, args, state, control, **more):
+        if not self.at_edges:
+            self.data.level = state.global_step
+
+    def on_epoch_end(self, args, state, control, **more):
+        self.data.level = state.global_step
+
+
 class Raises(transformers.TrainerCallback):
     """Sets an attribute of the data set, from a counter that it begins at the beginning."""
 
     def __init__(self, every: int = 4) -> None:
-        self.every, self.count = every, 0
+        self.every, self.count = every, 3
 
     def on_train_begin(self, args, state, control, **more):
-        self.count = 0
+        self.count = 1
 
     def on_step_end(self, args, state, control, model=None, **more):
         self.count += 1

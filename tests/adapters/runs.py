@@ -41,6 +41,7 @@ from adapters.followers import (
     Counting,
     KilledAt,
     KilledBeside,
+    Levels,
     Raises,
     Seen,
     SeenBeside,
@@ -176,7 +177,7 @@ def callbacks_of(order: dict) -> list:
     return [*(made[order["callbacks"]]() if order.get("callbacks") else []), *kill]
 
 
-MADE = {"patience": EarlyStoppingCallback, "counter": Counting, "level": Raises}
+MADE = {"patience": EarlyStoppingCallback, "counter": Counting, "level": Raises, "data": Levels}
 
 
 def train(order: dict) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from adapters.cases import PATIENCE
+from adapters.cases import PATIENCE, WORKERS
 
 SHORT = {"args": {"max_steps": 8, "save_steps": 3}, "callbacks": {"level": [2]}}
 
@@ -30,6 +30,14 @@ def test_an_average_that_training_makes_is_named_and_the_resume_not_called_exact
     report = run(**case).report
     assert "not known to be exact" in report[0]
     assert any(line.startswith("trainer.average: not covered") for line in report)
+
+
+@pytest.mark.parametrize("at_edges", [True, False])
+def test_data_changed_while_workers_hold_copies_are_never_called_exact(at_edges, run):
+    case = {"callbacks": {"data": [at_edges]}, "args": WORKERS}
+    run(kill_at=17, **case)
+    report = run(**case).report
+    assert any(line.startswith("data.level: not covered") for line in report) is not at_edges
 
 
 def patient(patience: int, threshold: float = 0.0) -> dict:

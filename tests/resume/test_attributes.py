@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import logging
+import os
 import signal
+import sys
+import time
 from pathlib import Path
+from threading import Lock
 
 import pytest
+import torch
+from torch import nn
 
 import keepers
 from scenarios import run_fresh
+from unbroken.checkpoint import Checkpointer
+from unbroken.cli.showing import print_run
 
 HARM = {"by hand": keepers.loop, "with our Trainer": keepers.own}
 
@@ -39,3 +49,85 @@ def test_a_setting_of_the_user_wins_over_what_training_made_of_the_old_one(tmp_p
 
 def allowing_another_level(folder: str) -> None:
     keepers.own(folder, level=9, allow=["data"])
+
+
+class Cooling(nn.Linear):
+    """A layer with a temperature, and whatever a test gives it."""
+
+    def __init__(self, **more) -> None:
+        super().__init__(4, 4)
+        self.temperature = 1.0
+        vars(self).update(more)
+
+    def cool(self) -> None:
+        self.temperature *= 0.5
+
+
+def saved(folder, step: int, layer: Cooling, **objects):
+    """Resume a layer, cool it to a step, and save it; return what the resume said."""
+    with Checkpointer(folder, model=layer, **objects) as checkpointer:
+        report = checkpointer.resume()
+        for _ in range(report.step, step):
+            layer.cool()
+        checkpointer.save(step)
+        return report
+
+
+def test_a_second_start_in_the_same_process_is_no_change_of_a_setting(tmp_path):
+    layer = Cooling()
+    saved(tmp_path, 2, layer)
+    layer.cool()  # a step that no checkpoint has
+    assert saved(tmp_path, 3, layer).verdict == "exact"
+    assert layer.temperature == 0.5**3
+
+
+def test_what_says_where_and_when_a_process_runs_is_not_saved(tmp_path):
+    layer = Cooling()
+    saved(tmp_path, 1, layer)
+    layer.rank, layer.port, layer.device_name, layer.local_pid = 3, 29500, "cuda:1", os.getpid()
+    layer.began, layer.t0 = time.time(), time.perf_counter()
+    layer.file, layer.lock = sys.stdin, Lock()
+    layer.folder, layer.log = "/tmp/somewhere", logging.getLogger("x")
+    layer.temperature = 0.25
+    saved(tmp_path, 2, layer)
+    state = json.loads((tmp_path / "checkpoint-2/state.json").read_text())
+    assert list(state["attributes"]["plain"]) == ["model.temperature"]
+
+
+def test_a_value_that_cannot_be_judged_is_one_line_and_changes_no_verdict(tmp_path, capsys):
+    layer = Cooling()
+    saved(tmp_path, 1, layer)
+    layer.pages = iter([1, 2])
+    saved(tmp_path, 2, layer)
+    assert saved(tmp_path, 3, Cooling()).verdict == "exact"
+    print_run(str(tmp_path / "checkpoint-2"), with_history=False, as_json=False)
+    assert "model.pages (a builtins.list_iterator)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_cannot_be_saved_is_named_and_never_called_exact(tmp_path):
+    layer = Cooling()
+    saved(tmp_path, 1, layer)
+    vars(layer)["average"] = copy.deepcopy(layer)
+    saved(tmp_path, 2, layer)
+    report = saved(tmp_path, 3, Cooling())
+    assert "model.average: not covered: training changed it" in "\n".join(report.lines())
+
+
+def test_results_with_a_graph_and_caches_are_no_hindrance(tmp_path):
+    layer = Cooling(last=None, mask=None, weights=None)
+    saved(tmp_path, 1, layer)
+    layer.last, layer.mask = layer(torch.ones(400_000, 4)), torch.ones(3, 3)
+    layer.weights = list(layer.parameters())
+    saved(tmp_path, 2, layer)
+    again = Cooling(last=None, mask=None, weights=None)
+    assert saved(tmp_path, 2, again).verdict == "exact"
+    assert (again.last, tuple(again.mask.shape)) == (None, (3, 3))
+
+
+def test_an_attribute_that_is_no_more_is_a_line(tmp_path):
+    saved(tmp_path, 1, Cooling(), meter=keepers.Meter())
+    meter = keepers.Meter()
+    saved(tmp_path, 1, Cooling(), meter=meter)
+    meter.add(1)
+    saved(tmp_path, 2, Cooling(), meter=meter)
+    assert "meter.sum" in "\n".join(saved(tmp_path, 3, Cooling()).lines())

@@ -11,6 +11,7 @@ import dataclasses
 import re
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -44,6 +45,7 @@ from unbroken.checkpoint.looking import (
     look_at,
     value_of,
 )
+from unbroken.data import LoaderSource, MapSource
 from unbroken.errors import CaptureError, CheckpointError, CorruptCheckpointError
 from unbroken.fingerprint import changed_by_reading, keeps_attributes, own_attributes
 
@@ -131,6 +133,9 @@ class Attributes:
     def note(self) -> None:
         """Take note of everything as this start has built it, before a resume changes it."""
         self._noted = True
+        for _, one in named_objects(self._objects):
+            if isinstance(one, MapSource | LoaderSource):
+                one.on_workers = self.workers_begin
         self._built, self._before, self._put_back = {}, {}, set()
         registered = self._registered()
         owners = list(self._owners())
@@ -142,6 +147,31 @@ class Attributes:
             self._before |= {f"{owner.path}.{name}": look for name, look in looks.items()}
             first = _FIRST.of(owner.thing, looks)
             self._built |= {f"{owner.path}.{name}": look for name, look in first.items()}
+
+    @contextmanager
+    def as_built(self) -> Iterator[None]:
+        """Give objects the plain attributes of the first start in this process, for a while.
+
+        A second start takes the facts that a fresh process would take.
+        """
+        put_back: list[tuple[Any, str, Any]] = []
+        for owner in self._owners():
+            for name, value in own_attributes(owner.thing).items():
+                path = f"{owner.path}.{name}"
+                first, now = self._built.get(path), self._before.get(path, TOLD)
+                held = getattr(owner.thing, "__dict__", {})
+                if name not in held or (first is not None and first.mark == now.mark):
+                    continue
+                if first is None:
+                    del held[name]
+                elif first.kind == "plain":
+                    held[name] = copy.deepcopy(first.value)
+                put_back.append((held, name, value))
+        try:
+            yield
+        finally:
+            for held, name, value in put_back:
+                held[name] = value
 
     def covers(self, thing: object) -> bool:
         """Return whether an object is looked at, or held by one that is, as of the last look."""
@@ -166,8 +196,11 @@ class Attributes:
             self.note()
         self.unknown = {}
         found, live = _Stored(), {}
+        owners = list(self._owners())
+        if not owners:
+            return {}
         registered, covered = self._registered(), _names_in_states(tree)
-        for owner in self._owners():
+        for owner in owners:
             for name, value in own_attributes(owner.thing).items():
                 path = f"{owner.path}.{name}"
                 if name in covered.get(owner.path, ()):

@@ -258,8 +258,9 @@ class Checkpointer:
         self.wait()
         self._found.forget()
         comparison, lines = self.comparison, self._look()
-        comparison.note_what_is_here()
         self.attributes.note()
+        with self.attributes.as_built():
+            comparison.note_what_is_here()
         agree_on_versions(self.group)
         self._others = self._facts_of_others()
         self._rehearsal.at_the_start(self.group)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -44,6 +44,7 @@ class ForeignLoader:
     def __init__(self, loader: Any, seed: int) -> None:
         self.loader = loader
         self.seed = seed
+        self.on_workers: Callable[[], object] = lambda: None
         _require_repeatable(loader)
         base = getattr(loader, "base_dataloader", None) if is_of(loader, "accelerate") else None
         leave_signals_of(loader if base is None else base)
@@ -63,6 +64,8 @@ class ForeignLoader:
         rng.seed(derive_key(self.seed, "loader", epoch))
         if state is not None:
             self.loader.load_state_dict(deepcopy(state))
+        if getattr(self.loader, "num_workers", 0):
+            self.on_workers()
         return iter(self.loader() if _is_factory(self.loader) else self.loader)
 
     def next(self, batches: Iterator[Any], epoch: int, number: int, rng: KeyedRandom) -> Any:

@@ -107,6 +107,15 @@ class LoaderSource:
         return self._grouping.collate if self._grouping.samples else None
 
     @property
+    def on_workers(self) -> Callable[[], object]:
+        """Called before processes that read get copies of the data set; may be set."""
+        return self._loader.on_workers
+
+    @on_workers.setter
+    def on_workers(self, call: Callable[[], object]) -> None:
+        self._loader.on_workers = call
+
+    @property
     def gives_samples(self) -> bool:
         """Whether the loader gives single samples, which are dealt to the ranks here."""
         return self._grouping.samples

@@ -111,6 +111,7 @@ class MapSource:
         self._fingerprint = declared(dataset, "fingerprint")
         self._loading = Loading() if loading is None else loading
         self._running = OnePass()
+        self.on_workers: Callable[[], object] = lambda: None
 
     @property
     def steps_per_epoch(self) -> Fraction:
@@ -207,6 +208,8 @@ class MapSource:
             generator=torch.Generator(),  # else iter() would draw from the global generator
             **self._loading.arguments(),
         )
+        if self._loading.num_workers:
+            self.on_workers()
         size, used = self.shape.micro_batch_size, sampler.start
         batches = iter(loader)
         try:

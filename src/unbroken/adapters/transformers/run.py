@@ -92,7 +92,7 @@ class Run:
         self._reach: Reach | None = None
         self._rng: dict[str, Any] | None = None
         self._adopted: dict[str, Any] | None = None
-        self._is_back = False
+        self._is_back = self._has_workers = False
         self._callbacks: dict[str, Any] = {}
         self._began = time.monotonic()
         args = trainer.args
@@ -276,6 +276,7 @@ class Run:
         if self._is_back or self._reach is None:
             self.follower.place = Place(epoch)
             self.bring_back()
+            self._workers_begin()
             return
         samples = self._reach.place.samples if self._reach.in_samples else None
         stored = self.values["order"]
@@ -285,6 +286,7 @@ class Run:
         given = {"data": self.values.get("data"), "seeds": seeds, "trail": self._trail()}
         begin_at(self._loader, Beginning(epoch, self._reach.batches, samples, order, **given))
         self.bring_back()
+        self._workers_begin()
         if "before" in order:  # the host restores its own after the first batch
             restore_rng(order["before"])
 
@@ -296,12 +298,21 @@ class Run:
         is_other = self.group.world_size > 1 or groups & {"data", "seed", "data_seed"}
         return {} if is_other else self.values.get("trail", {})
 
+    def _workers_begin(self) -> None:
+        """Take note of the data set that processes which read get a copy of."""
+        args = self.trainer.args
+        lasting = args.dataloader_persistent_workers and self._has_workers
+        if args.dataloader_num_workers and not lasting:
+            self._has_workers = True
+            self.checkpointer.attributes.workers_begin()
+
     def bring_back(self) -> None:
         """Bring back, once, what the host sets to nothing when it begins to train."""
         if self._is_back:
             return
         self._is_back = True
         if self._stored is None:
+            self.checkpointer.attributes.restore(again=True)
             return
         Losses(self.trainer).bring_back(self.values["loss"])
         states = self.checkpointer.objects["callbacks"]
