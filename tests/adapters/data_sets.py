@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 
 import numpy as np
 import torch
@@ -172,3 +173,71 @@ class OwnSampler(torch.utils.data.Sampler):
     def __iter__(self):
         generator = torch.Generator().manual_seed(100 + self.epoch)
         return iter(torch.randperm(self.length, generator=generator).tolist())
+
+
+class UnevenBatches(torch.utils.data.Sampler):
+    """Lists of 2, 4, 6, ... indices, in another order in each epoch."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length // 4
+
+    def __iter__(self):
+        order = torch.randperm(self.length).tolist()
+        while order:
+            size = min(2 if len(order) % 8 == 0 else 6, len(order))
+            yield order[:size]
+            order = order[size:]
+
+
+class Batches:
+    """Batches of no DataLoader, shuffled by a generator of its own or by the global one."""
+
+    def __init__(self, rows, collate, generator=None) -> None:
+        self.rows, self.collate, self.generator = rows, collate, generator
+
+    def __len__(self) -> int:
+        return len(self.rows) // 4
+
+    def __iter__(self):
+        order = torch.randperm(len(self.rows), generator=self.generator).tolist()
+        for at in range(0, len(order), 4):
+            yield self.collate([self.rows[index] for index in order[at : at + 4]])
+
+
+class Wrapped:
+    """What another makes, with a look at each batch."""
+
+    def __init__(self, inner) -> None:
+        self.inner, self.seen = inner, 0
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __iter__(self):
+        for batch in self.inner:
+            self.seen += 1
+            yield batch
+
+
+def own_loader(trainer, kind: str, stock):
+    """Return the training loader of a subclass, of which only "wrapped" asks the host for one."""
+    rows, collate = trainer.train_dataset, trainer.data_collator
+    options = {"collate_fn": collate, "num_workers": trainer.args.dataloader_num_workers}
+    if kind == "wrapped":
+        return Wrapped(stock())
+    if kind == "uneven":
+        return torch.utils.data.DataLoader(rows, batch_sampler=UnevenBatches(len(rows)), **options)
+    own = {
+        "batches": lambda: None,
+        "batches with a generator": lambda: torch.Generator().manual_seed(1),
+        "batches of the hour": lambda: torch.Generator().manual_seed(time.time_ns()),
+    }
+    if kind in own:
+        return Batches(rows, collate, own[kind]())
+    if kind == "a list":
+        return [collate([rows[i + k] for k in range(4)]) for i in range(0, len(rows), 4)]
+    loader = torch.utils.data.DataLoader(rows, batch_size=4, shuffle=True, **options)
+    return trainer.accelerator.prepare(loader) if kind == "prepared" else loader

@@ -35,6 +35,7 @@ from adapters.data_sets import (
     StreamWithState,
     Text,
     masked,
+    own_loader,
     padded,
 )
 from adapters.followers import (
@@ -110,6 +111,8 @@ def trainer_class(order: dict) -> type:
         return keeping(base, order["keeps"])
     if "overrides" in order:
         return with_own_way(base, order["overrides"])
+    if "loader" in order:
+        return with_own_loader(base, order["loader"])
     kinds = {"own": OwnSampler, "counting": CountingSampler, "by loss": LossWeighted}
     if (kind := kinds.get(order.get("sampler"))) is None:
         return base
@@ -119,6 +122,16 @@ def trainer_class(order: dict) -> type:
             return kind(len(self.train_dataset))
 
     return WithSampler
+
+
+def with_own_loader(base: type, kind: str) -> type:
+    """Return a subclass that makes the training loader itself."""
+
+    class WithLoader(base):
+        def get_train_dataloader(self):
+            return own_loader(self, kind, super().get_train_dataloader)
+
+    return WithLoader
 
 
 def with_own_way(base: type, name: str) -> type:

@@ -96,7 +96,9 @@ def test_a_stream_that_rank_0_reads_is_another_run_without_its_keys(run, uninter
 def test_larger_batches_of_a_stream_begin_where_the_samples_are(run):
     run(kill_at=13, **KNOWS)
     larger = {"args": {**KNOWS["args"], "per_device_train_batch_size": 8, "max_steps": 14}}
-    resumed = run(data="stream", allow=["per_device_train_batch_size", "data"], **larger)
+    resumed = run(
+        data="stream", allow=["per_device_train_batch_size", "data", "max_steps"], **larger
+    )
     assert (resumed.first_step, resumed.step) == (11, 14), resumed.text
 
 

@@ -45,6 +45,7 @@ from unbroken.capture.stored import LeafSource as LeafSource
 from unbroken.capture.stored import StoredTensor as StoredTensor
 from unbroken.capture.stored import load_tensors as load_tensors
 from unbroken.capture.subclasses import classes_at_hand as classes_at_hand
+from unbroken.capture.subclasses import comes_apart as comes_apart
 from unbroken.capture.text import structure_from_bytes as structure_from_bytes
 from unbroken.capture.text import structure_to_bytes as structure_to_bytes
 from unbroken.capture.tree import Captured as Captured
@@ -76,6 +77,7 @@ __all__ = [
     "check_rng",
     "class_of",
     "classes_at_hand",
+    "comes_apart",
     "decode",
     "distance",
     "encode",

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Sampler
@@ -26,6 +27,7 @@ from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Sampler
 from unbroken.capture import (
     Captured,
     capture_beside,
+    comes_apart,
     is_sharded,
     kind_of,
     load_tensors,
@@ -646,7 +648,7 @@ def _uncovered(path: str, why: str) -> Difference:
 def _has_memory(tensor: torch.Tensor) -> bool:
     if tensor.is_meta or tensor.layout is not torch.strided or is_sharded(tensor):
         return False
-    return tensor.numel() > 0
+    return not is_lazy(tensor) and not comes_apart(tensor) and tensor.numel() > 0
 
 
 def _tensors_in(value: Any) -> list[Any]:

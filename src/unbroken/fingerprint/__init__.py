@@ -22,6 +22,7 @@ from unbroken.fingerprint.plain import plain_items as plain_items
 from unbroken.fingerprint.plain import plain_or_text as plain_or_text
 from unbroken.fingerprint.records import record_digest as record_digest
 from unbroken.fingerprint.sampling import sampled_records as sampled_records
+from unbroken.fingerprint.source import names_in as names_in
 from unbroken.fingerprint.source import source_digest as source_digest
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "is_users_own",
     "keeps_attributes",
     "model_facts",
+    "names_in",
     "names_in_class",
     "object_facts",
     "optimizer_facts",

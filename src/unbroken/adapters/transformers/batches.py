@@ -86,6 +86,7 @@ class IndexBatches(BatchSampler):
         rank: This rank.
         world_size: Number of ranks.
         data: The data set; told the epoch if it wants to know.
+        tells_epochs: Whether the samplers are told it, too.
 
     Attributes:
         drawn_from: The seeds, and the states of all generators when the order of this epoch was
@@ -94,13 +95,20 @@ class IndexBatches(BatchSampler):
     """
 
     def __init__(
-        self, inner: Any, samples: int, *, rank: int = 0, world_size: int = 1, data: Any = None
+        self,
+        inner: Any,
+        samples: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        data: Any = None,
+        tells_epochs: bool = True,
     ) -> None:
         self.inner = inner
         self.drawn_from: dict[str, Any] = {}
         self.beginning: Beginning | None = None
         self._samples, self._rank, self._world_size = samples, rank, world_size
-        self._data = data
+        self._data, self._tells_epochs = data, tells_epochs
         self._epoch = 0
         self._passed: tuple[int, Passed] | None = None
 
@@ -145,14 +153,23 @@ class IndexBatches(BatchSampler):
             if isinstance(part, SeedableRandomSampler) and str(i) in seeds:
                 part.initial_seed = seeds[str(i)]
 
-    def left_after(self, samples: int) -> int:
-        """Return how many batches of this rank are left of an epoch after so many samples."""
+    def left_after(self, samples: int) -> int | None:
+        """Return how many batches of this rank are left of an epoch after so many samples.
+
+        None: nobody knows, for the batches are made in a way of their own.
+        """
+        shared = getattr(self.inner, "batch_sampler", self.inner)
+        if not isinstance(getattr(shared, "batch_size", None), int) or not hasattr(
+            shared, "sampler"
+        ):
+            return None
         return len(_rest(self.inner, samples))
 
     def set_epoch(self, epoch: int) -> None:
         """Tell all parts that draw the order which epoch it is."""
         self._epoch = epoch
-        for part in (*_parts(self.inner), self._data):
+        told = _parts(self.inner) if self._tells_epochs else []
+        for part in (*told, self._data):
             if callable(getattr(part, "set_epoch", None)):
                 part.set_epoch(epoch)
 

@@ -59,11 +59,17 @@ def policy_of(trainer: Trainer, *, is_named: bool) -> Policy:
     return Policy((*start.allow, *meant, *follows), start.skip, start.exact_resume, parts)
 
 
-def run_fingerprint(trainer: Trainer) -> dict[str, Any]:
-    """Return the facts of a run that its arguments and objects do not hold."""
+def run_fingerprint(trainer: Trainer, own_loader: Any = None) -> dict[str, Any]:
+    """Return the facts of a run that its arguments and objects do not hold.
+
+    Args:
+        trainer: The trainer.
+        own_loader: The loader of the training data, if the host did not make it.
+    """
     collate, loss = trainer.data_collator, trainer.compute_loss_func
+    data = (trainer.train_dataset, collate) if own_loader is None else (own_loader,)
     return {
-        "data": data_facts(trainer.train_dataset, collate),
+        "data": data_facts(*data),
         "loss": {} if loss is None else callable_facts(loss),
         "callbacks": facts_of_callbacks(trainer),
     }

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
@@ -51,11 +51,12 @@ def keyed_loader(base: Any, *, seed: int, rank: int, world_size: int, ahead: int
     Raises:
         ConfigError: The host has made a loader of another kind.
     """
+    if not _is_plain(base):
+        return _replayed(base, seed)
     dispatches = isinstance(base, DataLoaderDispatcher)
     is_stream = isinstance(base.dataset, IterableDataset)
-    if not isinstance(base, DataLoaderShard) and not (
-        dispatches and (is_stream or world_size == 1)
-    ):
+    is_prepared = isinstance(base, DataLoaderShard | DataLoaderDispatcher)
+    if dispatches and not (is_stream or world_size == 1):
         raise ConfigError(
             "accelerator_config",
             "its kind of data loader cannot be continued exactly",
@@ -74,20 +75,61 @@ def keyed_loader(base: Any, *, seed: int, rank: int, world_size: int, ahead: int
     else:
         source = Records(base.dataset, seed, _declared(base.collate_fn))
         inner, samples = base.batch_sampler, len(base.dataset)
+        told = base.dataset if is_prepared else None
         options["batch_sampler"] = IndexBatches(
-            inner, samples, rank=rank, world_size=world_size, data=base.dataset
+            inner, samples, rank=rank, world_size=world_size, data=told, tells_epochs=is_prepared
         )
+    state = getattr(base, "state", None)
     return DataLoaderShard(
         source,
-        device=base.device if isinstance(base, DataLoaderShard) else base.state.device,
+        device=getattr(base, "device", None) if state is None or not dispatches else state.device,
         rng_types=getattr(base, "rng_types", None),
         synchronized_generator=getattr(base, "synchronized_generator", None),
-        _drop_last=base._drop_last,  # noqa: SLF001 (the host's own, handed on)
-        _non_blocking=base._non_blocking,  # noqa: SLF001
+        _drop_last=getattr(base, "_drop_last", False),
+        _non_blocking=getattr(base, "_non_blocking", False),
         collate_fn=_as_it_is,
         worker_init_fn=leave,
         **options,
     )
+
+
+def is_of_host(base: Any, dataset: Any) -> bool:
+    """Return whether the host may have made a loader, of this data set."""
+    made = isinstance(base, DataLoaderShard | DataLoaderDispatcher)
+    return made and _same_data(base.dataset, dataset)
+
+
+def _same_data(one: Any, dataset: Any) -> bool:
+    """Return whether data are this data set, or a part of it that the host or `datasets` makes."""
+    inner = getattr(one, "dataset", one)  # of a rank's part of a stream
+    return inner is dataset or (dataset is not None and type(inner) is type(dataset))
+
+
+def batch_size_of(own_loader: Any) -> int | None:
+    """Return how many samples a loader of the user's own has in a batch; None: it does not say."""
+    sampler = getattr(own_loader, "batch_sampler", None)
+    sizes = (getattr(own_loader, "batch_size", None), getattr(sampler, "batch_size", None))
+    return next((size for size in sizes if isinstance(size, int) and size > 0), None)
+
+
+def _is_plain(base: Any) -> bool:
+    """Return whether a loader is one of torch or accelerate that makes its batches as they do."""
+    kinds = (DataLoader, DataLoaderShard, DataLoaderDispatcher)
+    if not isinstance(base, DataLoader) or type(base).__iter__ not in [k.__iter__ for k in kinds]:
+        return False
+    if isinstance(base.dataset, IterableDataset):
+        return base.batch_size is not None
+    return base.batch_sampler is not None
+
+
+def _replayed(base: Any, seed: int) -> DataLoaderShard:
+    """Return a loader of the batches that any iterable gives, which is read again to its place."""
+    passes = KeyedPasses(base, seed, batch_size=1, collate_fn=_only, reads_epochs_before=True)
+    return DataLoaderShard(passes, device=None, batch_size=None, collate_fn=_as_it_is)
+
+
+def _only(batches: list[Any]) -> Any:
+    return batches[0]
 
 
 def begin_at(loader: Any, beginning: Beginning) -> None:

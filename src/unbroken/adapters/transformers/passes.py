@@ -14,6 +14,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from unbroken.data import KeyedRandom, Passed, derive_key
 from unbroken.data.replay import reason_to_replay
 
+_LOADER = "get_train_dataloader"
+
 
 class KeyedPasses(IterableDataset[Any]):
     """Passes over an iterable data set, each the same whenever the same epoch is read.
@@ -33,6 +35,8 @@ class KeyedPasses(IterableDataset[Any]):
         drop_last: Leave out a last batch that is smaller.
         fills: Whether batches that are over are made all the same.
         remembers: After how many of the last batches the data set's state is kept.
+        reads_epochs_before: Whether a resumed run reads all epochs from the first: nothing is
+            known of the data set, and it is not told the epoch.
 
     Example:
         >>> list(KeyedPasses([1, 2, 3], 0, batch_size=2, collate_fn=tuple))
@@ -49,6 +53,7 @@ class KeyedPasses(IterableDataset[Any]):
         drop_last: bool = False,
         fills: bool = False,
         remembers: int = 0,
+        reads_epochs_before: bool = False,
     ) -> None:
         self.dataset = dataset
         self._fills = fills
@@ -61,6 +66,7 @@ class KeyedPasses(IterableDataset[Any]):
         self._trail: Mapping[str, Any] = {}
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call] # workers that live on
         self._over = (-1, 0)
+        self._reads_epochs_before = self._is_foreign = reads_epochs_before
 
     def begin(
         self, epoch: int, batches: int, state: Any = None, trail: Mapping[str, Any] | None = None
@@ -76,6 +82,29 @@ class KeyedPasses(IterableDataset[Any]):
         self._trail = {} if trail is None else trail
         self._over = (epoch, batches)
         self._state = state
+
+    def _read_epochs_before(self, epoch: int) -> None:
+        """Bring an iterable of no known kind to the beginning of an epoch: by reading it again."""
+        done = self._trail.get("batches")
+        whole = self._trail if not hasattr(self.dataset, "__len__") or done == len(self) else {}
+        for before in range(epoch):
+            is_last = before == epoch - 1 and self._over in ((epoch, 0), (before, done))
+            passed = Passed(_LOADER, {"dataset": self.dataset}, whole if is_last else {})
+            for batch in self._read(before):
+                passed.add(batch)
+
+    def _read(self, epoch: int) -> Iterator[Any]:
+        """Yield the batches of a whole epoch, keyed as they are in it."""
+        with KeyedRandom() as rng:
+            rng.seed(derive_key(self._seed, "pass", epoch, 0))
+            samples = iter(self.dataset)
+        for number in count():
+            with KeyedRandom() as rng:
+                rng.seed(derive_key(self._seed, "batch of a pass", epoch, 0, number))
+                batch = list(islice(samples, self._batch_size))
+            if not batch:
+                return
+            yield batch
 
     def trail(self, epoch: int, batches: int) -> dict[str, Any]:
         """Return what the batches of an epoch up to a place are to be held against."""
@@ -95,6 +124,9 @@ class KeyedPasses(IterableDataset[Any]):
         if callable(getattr(self.dataset, "set_epoch", None)):
             self.dataset.set_epoch(epoch)
 
+    def _follows_epochs(self) -> bool:
+        return callable(getattr(self.dataset, "set_epoch", None))
+
     def __len__(self) -> int:
         samples = len(self.dataset)
         size = self._batch_size
@@ -106,6 +138,9 @@ class KeyedPasses(IterableDataset[Any]):
         if worker is not None:
             self._tell_epoch(epoch)
         over = self._over[1] if self._over[0] == epoch and not self._fills else 0
+        if self._reads_epochs_before and not self._follows_epochs():
+            self._read_epochs_before(epoch)
+        self._reads_epochs_before = False
         first = over if self._state is not None and self._states.maxlen else 0
         self._passed = None
         if first:
@@ -133,6 +168,7 @@ class KeyedPasses(IterableDataset[Any]):
     def _begin_pass(self, epoch: int) -> Passed:
         """Return what keeps digests of a pass that this process reads from its beginning."""
         trail = self._trail if self._over == (epoch, self._trail.get("batches")) else {}
-        passed = Passed("train_dataset", {"dataset": self.dataset}, trail)
+        where = _LOADER if self._is_foreign else "train_dataset"
+        passed = Passed(where, {"dataset": self.dataset}, trail)
         self._passed = (epoch, passed)
         return passed

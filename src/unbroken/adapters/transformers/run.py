@@ -25,9 +25,11 @@ from unbroken.adapters.transformers.comparing import (
 )
 from unbroken.adapters.transformers.folder import STATE_NAME, Folder
 from unbroken.adapters.transformers.loading import (
+    batch_size_of,
     batches_left,
     begin_at,
     data_state,
+    is_of_host,
     keyed_loader,
     order_of,
     trail_of,
@@ -48,7 +50,8 @@ from unbroken.checkpoint import (
     may_go_on,
 )
 from unbroken.distributed import Alone, Group, join
-from unbroken.errors import CorruptCheckpointError
+from unbroken.errors import ConfigError, CorruptCheckpointError
+from unbroken.fingerprint import names_in
 from unbroken.storage import storage_at
 from unbroken.store import CheckpointReader, KeepPolicy
 from unbroken.training.ranks import agreed_reason
@@ -74,6 +77,7 @@ class Run:
         cut: How this start cuts an epoch into steps.
         shift: As in `Stored`.
         given_up: The place in an epoch that is begun anew; None: none is.
+        own_loader: The loader of the training data, if it is the user's own.
     """
 
     def __init__(self, trainer: Trainer, wanted: Any) -> None:
@@ -81,6 +85,7 @@ class Run:
         self.report = ResumeReport(step=0)
         self.shift = 0
         self.given_up: Place | None = None
+        self.own_loader: Any = None
         self.saved_step: int | None = None
         self._wanted = wanted
         self._begins_epochs_anew = trainer.args.ignore_data_skip
@@ -104,7 +109,7 @@ class Run:
             args.output_dir,
             keep=KeepPolicy(last=args.save_total_limit),
             policy=policy_of(trainer, is_named=Selection.parse(wanted).kind in _NAMES),
-            fingerprint=lambda: run_fingerprint(trainer),
+            fingerprint=lambda: run_fingerprint(trainer, self.own_loader),
             examine=self._examine,
             told=[name for name, by_arguments in made.items() if by_arguments],
             group=self.group,
@@ -117,9 +122,10 @@ class Run:
         attributes = self.checkpointer.attributes
         attributes.more, attributes.reads_ahead = self._followers, True
 
-    def _cut(self, length: int | None) -> Cut:
+    def _cut(self, length: int | None, batch_size: int | None = None) -> Cut:
         args = self.trainer.args
-        batch = self.trainer._train_batch_size  # noqa: SLF001 (auto_find_batch_size changes it)
+        by_host = self.trainer._train_batch_size  # noqa: SLF001 (auto_find_batch_size changes it)
+        batch = by_host if batch_size is None else batch_size
         return Cut(batch, args.gradient_accumulation_steps, args.world_size, length)
 
     def __enter__(self) -> Run:
@@ -167,8 +173,10 @@ class Run:
     # What follows is called by the host's loop, in this order.
 
     def loader(self, base: Any) -> Any:
-        """Return the host's loader with batches that continue exactly at any place."""
+        """Return the loader of the training data with batches that continue at any place."""
         args = self.trainer.args
+        self.own_loader = None if is_of_host(base, self.trainer.train_dataset) else base
+        self.cut = self._cut(None, batch_size_of(self.own_loader))
         self._loader = keyed_loader(
             base,
             seed=args.seed if args.data_seed is None else args.data_seed,
@@ -178,11 +186,16 @@ class Run:
         )
         return self._loader
 
+    @property
+    def continued_loader(self) -> Any:
+        """What `loader` returned last."""
+        return self._loader
+
     def settled(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return the host's numbers as they follow from the place where the run is."""
         numbers = Numbers(*values)
         args = self.trainer.args
-        self.cut = self._cut(_length(self._loader.dataset))
+        self.cut = replace(self.cut, length=_length(self._loader.dataset))
         self.follower.samples_per_batch = self.cut.batch * self.cut.world_size
         if self.folder is not None and self._stored is None:
             self._stored = place_of_stock(
@@ -196,6 +209,8 @@ class Run:
         self._reach, numbers = reach(self._stored, self.cut, numbers, left, by_epochs=by_epochs)
         self.shift = self._reach.shift
         self.follower.place = self._reach.place
+        if self._reach.place.batches % self.cut.accumulation:
+            refuse_own_windows(self.trainer)
         return tuple(getattr(numbers, name) for name in Numbers.__dataclass_fields__)
 
     def _leave_out_the_skip(self, numbers: Numbers) -> None:
@@ -407,6 +422,20 @@ _STATE = (
     *("best_metric", "best_global_step", "train_batch_size"),
 )
 """What of the host's stored state goes on; all else follows from the arguments of this start."""
+
+
+def refuse_own_windows(trainer: Trainer) -> None:
+    """Raise where a subclass fetches the batches of a step, and the next step has fewer of them.
+
+    Raises:
+        ConfigError: Its `get_batch_samples` does not call that of the class above.
+    """
+    own: Any = type(trainer).get_batch_samples
+    if own.__module__ == __name__.rpartition(".")[0] + ".trainer" or "super" in names_in(own):
+        return
+    what = "does not call super(): the checkpoint lies inside of a step, whose rest it must fetch"
+    hint = "call super().get_batch_samples(...), or resume from a checkpoint between two steps"
+    raise ConfigError(own.__qualname__, what, hint=hint)
 
 
 def _length(dataset: Any) -> int | None:

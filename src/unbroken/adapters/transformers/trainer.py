@@ -140,15 +140,16 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         if self._run is None:  # else the weights come with everything else
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-    def get_train_dataloader(self) -> Any:
-        """Return the host's loader, with batches that continue exactly at any place."""
-        base = super().get_train_dataloader()
-        return base if self._run is None else self._run.loader(base)
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
+        """Return the numbers that the host counts by, as they follow from the place of the run.
 
-    def set_initial_training_values(self, *arguments: Any, **options: Any) -> Any:
-        """Return the numbers that the host counts by, as they follow from the place of the run."""
-        values = super().set_initial_training_values(*arguments, **options)
-        return values if self._run is None else self._run.settled(values)
+        Whatever `get_train_dataloader` has returned, of the host or of a subclass, is from here on
+        a loader whose batches continue exactly at any place.
+        """
+        if self._run is None:
+            return super().set_initial_training_values(args, dataloader)
+        loader = self._run.loader(dataloader)
+        return self._run.settled(super().set_initial_training_values(args, loader))
 
     def _init_training_state(
         self,
@@ -166,16 +167,19 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
-        folder = resume_from_checkpoint if self._run is None else None
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, folder)
-        if self._run is not None:
-            self._run.resume()
-            self.resume_report = self._run.report
-            if self.is_world_process_zero():
-                _tell(self.resume_report)
-                step = self.state.global_step
-                if self.resume_report.resumed and step >= max_steps:
-                    _log.warning(f"finished at step {step} of {max_steps} already; nothing to do")
+        run = self._run
+        if run is None:
+            return super()._prepare_for_training(
+                max_steps, train_dataloader, resume_from_checkpoint
+            )
+        prepared = super()._prepare_for_training(max_steps, run.continued_loader, None)
+        run.resume()
+        self.resume_report = run.report
+        if self.is_world_process_zero():
+            _tell(self.resume_report)
+            step = self.state.global_step
+            if self.resume_report.resumed and step >= max_steps:
+                _log.warning(f"finished at step {step} of {max_steps} already; nothing to do")
         return prepared
 
     def _run_epoch(self, *arguments: Any, **options: Any) -> None:
