@@ -18,7 +18,13 @@ import torch
 from unbroken.capture.encode import FACTORIES, type_name
 from unbroken.capture.nodes import get, get_bytes, get_flag, get_int, get_shape, join, malformed
 from unbroken.capture.scalars import DECODE, decode_dtype
-from unbroken.capture.stored import Blocks, LeafSource, StoredTensor, load_tensors
+from unbroken.capture.stored import (
+    Blocks,
+    LeafSource,
+    StoredSubclass,
+    StoredTensor,
+    load_tensors,
+)
 from unbroken.capture.tensors import build_quantized, read_subclass, read_tensor
 from unbroken.capture.text import MAX_DEPTH, TAG, Json
 from unbroken.capture.tree import Captured, is_namedtuple
@@ -312,7 +318,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_tensor(value: Any, _facts: Mapping[str, Any]) -> bool:
-    return isinstance(value, StoredTensor | torch.Tensor)
+    return isinstance(value, StoredTensor | StoredSubclass | torch.Tensor)
 
 
 def _is_torch_generator(state: Any, _facts: Mapping[str, Any]) -> bool:

@@ -20,7 +20,7 @@ from unbroken.capture.leaves import FileOf, file_layout, own_file
 from unbroken.capture.mismatch import Mismatch, raise_all
 from unbroken.capture.names import ParameterNames
 from unbroken.capture.sharded import refuse_sharded, settle
-from unbroken.capture.stored import Filling, StoredTensor, home, load_tensors
+from unbroken.capture.stored import Filling, StoredSubclass, StoredTensor, home, load_tensors
 from unbroken.capture.tree import Captured, State, children
 from unbroken.errors import CaptureError, StateMismatchError, UnbrokenError
 
@@ -76,11 +76,11 @@ def _homeless(tree: Any, path: str) -> Iterator[Mismatch]:
             return
 
 
-def _stored_in(tree: Any) -> Iterator[StoredTensor]:
+def _stored_in(tree: Any) -> Iterator[StoredTensor | StoredSubclass]:
     todo, seen = [tree], set[int]()
     while todo:
         value = todo.pop()
-        if isinstance(value, StoredTensor):
+        if isinstance(value, StoredTensor | StoredSubclass):
             yield value
         elif id(value) not in seen:
             seen.add(id(value))
