@@ -176,6 +176,22 @@ def test_a_schedule_that_no_frame_shows_is_found_too(loop):
     assert resumed["bits"] == loop.run(text, out="whole")["bits"]
 
 
+def test_a_schedule_that_accelerate_has_wrapped_is_found_too(loop):
+    setup = """
+from accelerate import Accelerator
+accelerator = Accelerator(cpu=True)
+plain = schedules.CosineAnnealingLR(optimizer, T_max=12)
+model, optimizer, scheduler = accelerator.prepare(model, optimizer, plain)
+del plain
+given |= {"model": accelerator.unwrap_model(model), "optimizer": optimizer}
+"""
+    parts = {"backward": "accelerator.backward(loss)", "step": "optimizer.step()\nscheduler.step()"}
+    text = script(setup=setup, **parts)
+    resumed = loop.killed_and_resumed(text)
+    assert resumed["bits"] == loop.run(text, out="whole")["bits"]
+    assert resumed["verdict"] == "exact"
+
+
 def test_one_of_two_optimizers_and_a_warmup_beside_a_given_schedule_are_found(loop):
     setup = """
 other = torch.optim.SGD([model[2].bias], lr=0.1)
@@ -277,6 +293,17 @@ class Ema:
             self.shadow[name] = 0.9 * self.shadow[name] + 0.1 * p.detach()
 ema = Ema(model)
 """
+NOAM = """
+class Noam:
+    def __init__(self, optimizer):
+        self.optimizer, self.n = optimizer, 0
+    def step(self):
+        self.n += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.01 / (1 + self.n)
+        self.optimizer.step()
+noam = Noam(optimizer)
+"""
 NOT_GIVEN = {
     "scaler": {
         "setup": "scaler = torch.amp.GradScaler('cpu', init_scale=4.0)",
@@ -301,6 +328,7 @@ NOT_GIVEN = {
         "after": "if step % 2 == 0:\n    target.load_state_dict(model.state_dict())",
     },
     "ema": {"setup": EMA, "after": "ema.update(model)"},
+    "noam": {"setup": NOAM, "step": "noam.step()"},
     "loader": {
         "setup": f"{LOADER}\nepochs = (x for _ in range(9) for x in loader)",
         "before": "x = next(epochs)",

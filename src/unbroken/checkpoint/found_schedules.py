@@ -76,7 +76,8 @@ class FoundSchedules:
         if not steered:
             return []
         covered = set(_covered(self._objects))
-        known = {id(attributes(one).get("optimizer")) for one in all_objects(self._objects)}
+        others = [one for one in all_objects(self._objects) if not isinstance(one, Optimizer)]
+        known = {id(attributes(one).get("optimizer")) for one in others}
         schedules = [one for one in _schedules(steered, known) if id(one) not in covered]
         inner = {id(part) for one in schedules for part in _parts(one)}
         lines = [self._add(one, steered) for one in schedules if id(one) not in inner]
@@ -258,12 +259,12 @@ def _parts(value: object) -> Iterator[object]:
     """Yield the objects that another one holds: schedules of schedules, what a wrapper wraps."""
     for held in attributes(value).values():
         for part in held if type(held) in (list, tuple) else (held,):
-            if isinstance(part, LRScheduler) or _steers(part):
+            if isinstance(part, LRScheduler) or steers(part):
                 yield part
                 yield from _parts(part)
 
 
-def _steers(thing: object) -> bool:
+def steers(thing: object) -> bool:
     """Return whether an object of the user's own is a schedule: it has an optimizer and steps.
 
     One that has modules, too, is the loop itself.
@@ -288,15 +289,22 @@ def _schedules(steered: Mapping[int, tuple[str, Optimizer]], known: set[int]) ->
     around: Iterable[Any] = (one for _, one in things_around())
     found = [one for one in around if _is_on(one, steered) and _is_savable(one)]
     seen = known | {id(one.optimizer) for one in found}
+    seen |= {id(part) for _, one in steered.values() for part in _faces(one) if id(one) in seen}
     hidden = [one for _, one in steered.values() if _is_marked(one) and id(one) not in seen]
     if hidden:
-        schedules = [one for one in _referrers(hidden) if isinstance(one, LRScheduler)]
+        everyone = [one for _, one in steered.values()]  # a wrapper may stand in its place
+        schedules = [one for one in _referrers(everyone) if isinstance(one, LRScheduler)]
         found += [one for one in schedules if _is_on(one, steered)]
     return list({id(one): one for one in found}.values())
 
 
+def _faces(optimizer: Optimizer) -> Iterator[Optimizer]:
+    """Yield the optimizers that one wraps."""
+    return (part for part in attributes(optimizer).values() if isinstance(part, Optimizer))
+
+
 def _is_on(thing: object, steered: Mapping[int, Any]) -> bool:
-    if not isinstance(thing, LRScheduler) and not _steers(thing):
+    if not isinstance(thing, LRScheduler) and not steers(thing):
         return False
     return id(attributes(thing).get("optimizer")) in steered
 

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from unbroken.checkpoint.as_built import all_objects, named_objects
 from unbroken.checkpoint.differences import Difference
+from unbroken.checkpoint.found_schedules import steers
 from unbroken.checkpoint.loaders_seen import LoadersSeen, unwatch, watch
 from unbroken.checkpoint.surroundings import attributes, things_around
 from unbroken.data import BatchSource, LoaderSource
@@ -52,25 +53,33 @@ class NotGiven:
         self._steps_of_sources: dict[str, tuple[Any, int]] = {}
         self._marks: list[torch.Tensor] = []
         self._copies: list[_Copy] = []
+        self._steering: list[tuple[Any, dict[str, Any]]] = []
         self._is_in_evaluation = False  # at the last step
+        self._stepping: dict[int, Optimizer | None] = {}  # None: one that is not registered
+        self._trained: list[nn.Module] = []
 
     def begin(self) -> None:
         """Look from now on, until `end`."""
         _open.add(self)
         _hear_of_averages()
         watch(self._loaders)
-        self._marks = [tensor for one in self._modules() for tensor in _some_parameters(one)]
+        self._trained = self._modules()
+        self._marks = [tensor for one in self._trained for tensor in _some_parameters(one)]
 
     def end(self) -> None:
         """Look no longer."""
-        self._copies = []
+        self._copies, self._steering, self._stepping = [], [], {}
         _open.discard(self)
         _hear_of_averages()
         unwatch(self._loaders)
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Take note of who steps, and what is around a step."""
-        if not self._holds(optimizer):
+        if self._stepping.get(id(optimizer)) is not optimizer:
+            self._stepping[id(optimizer)] = optimizer if self._holds(optimizer) else None
+        if self._stepping[id(optimizer)] is None:
+            if id(optimizer) in self._seen:
+                return
             if not any(one._holds(optimizer) for one in list(_open)):  # noqa: SLF001 (of its own)
                 self._see(optimizer, f"steps {_count(optimizer)} and keeps a state of its own")
             return
@@ -78,10 +87,12 @@ class NotGiven:
             self._look_for_a_scaler()
         if self.steps == 0:
             self._copies = list(self._copies_around())
+            around = (value for _, value in things_around())
+            self._steering = [(one, _numbers_of(one)) for one in around if steers(one)]
         for copy in self._copies if self.steps < _SAMPLE else ():
             self._compare(copy)
         self._loaders.stepped()
-        self._is_in_evaluation = not any(one.training for one in self._modules())
+        self._is_in_evaluation = not any(one.training for one in self._trained)
         self.steps += 1
 
     def averaged(self, average: AveragedModel) -> None:
@@ -102,6 +113,9 @@ class NotGiven:
         """
         for copy in self._copies:
             self._compare(copy)
+        for one, numbers in self._steering:
+            if numbers != _numbers_of(one):
+                self._see(one, "steers the optimizer by numbers of its own")
         inexact = tuple(self._inexact_loaders())
         if not self._seen and not self._loaders.trained:
             return inexact
@@ -172,7 +186,7 @@ class NotGiven:
     def _trains(self) -> bool:
         if not torch.is_grad_enabled():
             return False
-        return self._is_in_evaluation or any(one.training for one in self._modules())
+        return self._is_in_evaluation or any(one.training for one in self._trained)
 
     def _sign(self) -> tuple[object, ...]:
         grads = (tensor.grad for tensor in self._marks)
@@ -212,6 +226,7 @@ class NotGiven:
                 tensors = _tensors_of(value, name)
                 model = shapes.get(_shapes(tensors)) if tensors else None
                 if model is not None and not any(id(tensor) in known for tensor in tensors):
+                    known.update(map(id, tensors))  # what holds it comes before it
                     yield _Copy(value, name, model)
 
     def _compare(self, copy: _Copy) -> None:
@@ -234,6 +249,11 @@ class _Copy:
         return before != self._last and (
             is_module or self._last != _sample(list(self._model.parameters()))
         )
+
+
+def _numbers_of(thing: object) -> dict[str, Any]:
+    held = attributes(thing)
+    return {name: one for name, one in held.items() if isinstance(one, bool | int | float)}
 
 
 def _places_of_tensors(thing: object) -> tuple[str | None, ...]:

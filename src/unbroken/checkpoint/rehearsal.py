@@ -45,7 +45,7 @@ class Rehearsal:
         """Let each optimizer be looked at after its first step, whoever calls that."""
         self.end()
         self._begun_at = step
-        for one in flattened(self._objects):
+        for one in map(_stepping, flattened(self._objects)):
             if isinstance(one, Optimizer) and one not in self._hooks:
                 begins = one.register_step_pre_hook(self._step_begins)
                 self._hooks[one] = begins, one.register_step_post_hook(self._step_is_over)
@@ -112,3 +112,9 @@ class Rehearsal:
         for hook in self._hooks.pop(optimizer, ()):
             hook.remove()
         self._open.pop(optimizer, None)
+
+
+def _stepping(value: object) -> object:
+    """Return the optimizer in a wrapper that has no hooks of its own, as accelerate's has none."""
+    is_face = isinstance(value, Optimizer) and not hasattr(value, "_optimizer_step_pre_hooks")
+    return getattr(value, "optimizer", value) if is_face else value

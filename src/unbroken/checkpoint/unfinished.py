@@ -42,12 +42,18 @@ class UnfinishedGradients:
         self._objects = objects
         self._at_step: dict[int, list[Any]] = {}
         self._clears: dict[int, bool] = {}
+        self._marked: dict[int, tuple[Optimizer, int, list[torch.Tensor]]] = {}
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Take note of the gradients that a registered optimizer uses now."""
-        if not any(one is optimizer for one in all_objects(self._objects)):
+        known = self._marked.get(id(optimizer))
+        if known is None or known[0] is not optimizer or known[1] != len(optimizer.param_groups):
+            is_own = any(one is optimizer for one in all_objects(self._objects))
+            known = (optimizer, len(optimizer.param_groups), _marks(optimizer) if is_own else [])
+            self._marked[id(optimizer)] = known
+        if not known[2]:
             return
-        marks = [one.grad for one in _marks(optimizer)]
+        marks = [one.grad for one in known[2]]
         before = self._at_step.get(id(optimizer))
         if before is not None:
             pairs = zip(before, marks, strict=False)
