@@ -56,7 +56,11 @@ class Run:
         for path, entry in reader.manifest.tensors.items():
             found[path] = bytearray(entry.nbytes)
             reader.read_leaf_into(path, memoryview(found[path]))
-        return {path: bytes(data) for path, data in found.items() if not path.startswith("rng.")}
+        return {
+            path: bytes(data)
+            for path, data in found.items()
+            if not path.startswith(("rng.", "unfinished_gradients."))
+        }
 
 
 class Wrapped:

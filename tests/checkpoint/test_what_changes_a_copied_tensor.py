@@ -51,7 +51,7 @@ def bytes_of(objects) -> dict[str, bytes]:
 def stored(checkpointer, step) -> dict[str, bytes]:
     reader, found = CheckpointReader(checkpointer.run.storage, f"checkpoint-{step}"), {}
     for path, entry in reader.manifest.tensors.items():
-        if not path.startswith("rng."):
+        if not path.startswith(("rng.", "unfinished_gradients.")):
             found[path] = bytearray(entry.nbytes)
             reader.read_leaf_into(path, memoryview(found[path]))
     return {path: bytes(data) for path, data in found.items()}

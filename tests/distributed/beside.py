@@ -218,6 +218,8 @@ def save_on_a_full_disk(folder: str, layout: str, mode: str) -> None:
 def ask_while_a_save_runs(folder: str, layout: str) -> None:
     """Ask at each step whether it is over; tell what that asked of the other rank, and when."""
     run = Run(folder, layout, "sync", save_steps=MANY)
+    run.train_step()
+    run.checkpointer.is_due(run.step)  # after the first step all hear whether it can be saved
     run.save()
     run.group.made.clear()
     heard = []
