@@ -1,0 +1,430 @@
+"""Small ordinary programs, as their users write them: each resumes exactly, and nothing is said.
+
+Each text follows PRELUDE and is a script by itself. It trains `model` to the end, calls `at(step)`
+after each step (where it may be killed), and leaves `report`; `also` holds what else must be equal.
+"""
+
+from __future__ import annotations
+
+PRELUDE = """
+import argparse, copy, dataclasses, logging, math, os, random, signal, sys, time
+from collections import defaultdict, deque
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
+from unbroken import Callback, Checkpointer, Trainer, TrainerConfig, batch_source
+
+FOLDER, KILL_AT = sys.argv[1], int(sys.argv[2])
+also = []
+torch.set_num_threads(1)
+torch.manual_seed(0)
+
+
+def at(step):
+    if step == KILL_AT:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+x = torch.randn(48, 6, generator=torch.Generator().manual_seed(1))
+y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
+pairs = [(a, b) for a, b in zip(x, y)]
+
+
+class Net(nn.Module):
+    def __init__(self, width=12, p=0.1):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Dropout(p))
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+"""
+
+LOOP = """
+model = Net()
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+{before}
+data = batch_source({data}, seed=0, global_batch_size=4{options})
+objects = dict(model=model, optimizer=optimizer, data=data{given})
+with Checkpointer(FOLDER, save_steps=4, **objects) as checkpointer:
+    report = checkpointer.resume()
+    step = report.step
+    for batch in data.from_():
+        if step == 14:
+            break
+        inputs, labels = batch.data
+        {forward}
+        optimizer.step()
+        {stepped}
+        optimizer.zero_grad()
+        data.used(batch)
+        step += 1
+        {after}
+        checkpointer.save_if_due(step)
+        at(step)
+"""
+
+FORWARD = "loss = F.cross_entropy(model(inputs), labels); loss.backward()"
+
+
+def loop(**parts: str) -> str:
+    """Return the loop with these parts in it; a part of several lines is indented as its place."""
+    text = LOOP
+    for name, default in PARTS.items():
+        lines = parts.get(name, default).strip("\n").split("\n")
+        place = next(line for line in text.split("\n") if f"{{{name}}}" in line)
+        spaces = " " * (len(place) - len(place.lstrip()))
+        text = text.replace(f"{{{name}}}", f"\n{spaces}".join(lines))
+    return text
+
+
+PARTS = {
+    **dict.fromkeys(("before", "options", "given", "stepped", "after"), ""),
+    "data": "pairs",
+    "forward": FORWARD,
+}
+
+
+TRAINER = """
+class Kill(Callback):
+    def on_step_end(self, trainer):
+        at(trainer.progress.step)
+
+
+{before}
+model = {model}
+config = TrainerConfig(
+    output_dir=FOLDER, batch_size=4, max_steps=14, save_steps=4, logging_steps=5,
+    learning_rate=1e-2{config},
+)
+trainer = Trainer(
+    model, config, {data}, loss_fn={loss}, callbacks=[Kill(){callbacks}]{given},
+)
+report = trainer.train().resume_report
+"""
+
+
+def trainer(**parts: str) -> str:
+    defaults = {"before": "", "model": "Net()", "config": "", "data": "pairs", "callbacks": ""}
+    text = TRAINER
+    for name, part in {**defaults, "loss": "nn.CrossEntropyLoss()", "given": "", **parts}.items():
+        text = text.replace(f"{{{name}}}", part)
+    return text
+
+
+PROGRAMS = {
+    "a loss meter": loop(
+        before="""
+class Meter:
+    def __init__(self):
+        self.total, self.count = 0.0, 0
+    def update(self, value):
+        self.total += value
+        self.count += 1
+meter = Meter()
+""",
+        after="meter.update(loss.item())",
+    ),
+    "timers": loop(
+        before="started = time.time(); times = deque(maxlen=5)",
+        after="times.append(time.perf_counter()); elapsed = time.time() - started",
+    ),
+    "a progress bar": loop(
+        before="from tqdm import tqdm\nbar = tqdm(total=14, file=open(os.devnull, 'w'))",
+        after="bar.update(1); bar.set_postfix(loss=loss.item())",
+    ),
+    "lists of losses and a dict of metrics": loop(
+        before="losses, metrics = [], defaultdict(list)",
+        after="losses.append(loss.item()); metrics['lr'].append(optimizer.param_groups[0]['lr'])",
+    ),
+    "validation between steps by a loader": loop(
+        before="val_loader = DataLoader(pairs[:16], batch_size=8)\nbest = math.inf",
+        after="""
+if step % 3 == 0:
+    model.eval()
+    with torch.no_grad():
+        val = sum(F.cross_entropy(model(a), b).item() for a, b in val_loader)
+    best = min(best, val)
+    model.train()
+""",
+    ),
+    "validation on shuffled data with a generator of its own": loop(
+        before="val_loader = DataLoader(pairs[:16], 8, shuffle=True, generator=torch.Generator())",
+        after="""
+if step % 4 == 0:
+    model.eval()
+    with torch.no_grad():
+        accuracy = np.mean([(model(a).argmax(1) == b).float().mean().item() for a, b in val_loader])
+    model.train()
+""",
+    ),
+    "a scheduler that is registered": loop(
+        before="scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=14)",
+        given=", scheduler=scheduler",
+        stepped="scheduler.step()",
+    ),
+    "warmup and then a plateau, both registered": loop(
+        before="""
+warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=3)
+plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1)
+""",
+        given=", warmup=warmup, plateau=plateau",
+        stepped="warmup.step()",
+        after="if step % 3 == 0: plateau.step(loss.item())",
+    ),
+    "an average of the weights, registered": loop(
+        before="ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn="
+        "torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))\nalso.append(ema)",
+        given=", ema=ema",
+        stepped="ema.update_parameters(model)",
+    ),
+    "mixed precision with a scaler": loop(
+        before="scaler = torch.amp.GradScaler('cpu')",
+        given=", scaler=scaler",
+        forward="""
+with torch.autocast("cpu", dtype=torch.bfloat16):
+    loss = F.cross_entropy(model(inputs), labels)
+scaler.scale(loss).backward()
+scaler.unscale_(optimizer)
+nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+scaler.step(optimizer)
+scaler.update()
+""",
+    ).replace("        optimizer.step()\n", ""),
+    "clipped gradients and smoothed labels": loop(
+        forward="""
+loss = F.cross_entropy(model(inputs), labels, label_smoothing=0.1)
+loss.backward()
+norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+""",
+    ),
+    "accumulated gradients": loop(
+        options=", micro_batch_size=4",
+        forward="""
+for part, label in zip(inputs.chunk(2), labels.chunk(2)):
+    loss = F.cross_entropy(model(part), label) / 2
+    loss.backward()
+""",
+    ),
+    "two optimizers, as a GAN has": loop(
+        before="""
+critic = nn.Sequential(nn.Linear(3, 8), nn.LeakyReLU(0.2), nn.Linear(8, 1))
+critic_optimizer = torch.optim.RMSprop(critic.parameters(), lr=1e-3)
+also.append(critic)
+""",
+        given=", critic=critic, critic_optimizer=critic_optimizer",
+        forward="""
+score = critic(model(inputs).detach()).mean() + critic(F.one_hot(labels, 3).float()).mean().neg()
+score.backward()
+critic_optimizer.step()
+critic_optimizer.zero_grad()
+loss = -critic(model(inputs)).mean()
+loss.backward()
+""",
+    ),
+    "a data set with a cache": loop(
+        before="""
+class Cached(Dataset):
+    def __init__(self, items):
+        self.items, self.cache = items, {}
+    def __len__(self):
+        return len(self.items)
+    def __getitem__(self, index):
+        if index not in self.cache:
+            self.cache[index] = self.items[index]
+        return self.cache[index]
+""",
+        data="Cached(pairs)",
+    ),
+    "augmentation from the global generators": loop(
+        before="""
+class Augmented(Dataset):
+    def __len__(self):
+        return len(pairs)
+    def __getitem__(self, index):
+        a, b = pairs[index]
+        if random.random() < 0.5:
+            a = a.flip(0)
+        return a + 0.1 * torch.randn_like(a) * float(np.random.rand()), b
+""",
+        data="Augmented()",
+    ),
+    "workers with seeds of their own": loop(
+        options=", num_workers=1",
+        before="""
+class Read(Dataset):
+    def __len__(self):
+        return len(pairs)
+    def __getitem__(self, index):
+        return pairs[index]
+def seed_worker(worker_id):
+    np.random.seed(torch.initial_seed() % 2**32)
+""",
+        data="Read()",
+    ),
+    "a shuffling DataLoader, as for MNIST": loop(
+        before="loader = DataLoader(pairs, batch_size=4, shuffle=True)",
+        data="loader",
+    ),
+    "a weighted sampler": loop(
+        before="""
+weights = [1.0] * 24 + [3.0] * 24
+loader = DataLoader(pairs, 4, sampler=WeightedRandomSampler(weights, 48))
+""",
+        data="loader",
+    ),
+    "nanoGPT's get_batch": """
+block, tokens = 8, np.random.default_rng(1).integers(0, 31, 2000).astype(np.uint16)
+tokens.tofile(FOLDER + ".bin")
+
+
+def get_batch():
+    data = np.memmap(FOLDER + ".bin", dtype=np.uint16, mode="r")
+    ix = torch.randint(len(data) - block, (4,))
+    a = torch.stack([torch.from_numpy(data[i : i + block].astype(np.int64)) for i in ix])
+    b = torch.stack([torch.from_numpy(data[i + 1 : i + 1 + block].astype(np.int64)) for i in ix])
+    return a, b
+
+
+def get_lr(it):
+    return 1e-2 * min(1.0, (it + 1) / 4) * (0.5 + 0.5 * math.cos(math.pi * it / 14))
+
+
+model = nn.Sequential(nn.Embedding(31, 16), nn.Dropout(0.1), nn.Linear(16, 31))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95))
+with Checkpointer(FOLDER, save_steps=4, model=model, optimizer=optimizer) as checkpointer:
+    report = checkpointer.resume()
+    iter_num, best_val_loss, t0 = report.step, 1e9, time.time()
+    while iter_num < 14:
+        for group in optimizer.param_groups:
+            group["lr"] = get_lr(iter_num)
+        X, Y = get_batch()
+        loss = F.cross_entropy(model(X).view(-1, 31), Y.view(-1))
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        t1 = time.time()
+        dt, t0 = t1 - t0, t1
+        iter_num += 1
+        checkpointer.save_if_due(iter_num)
+        at(iter_num)
+""",
+    "arguments in a namespace": loop(
+        before="""
+args = argparse.Namespace(epochs=2, lr=1e-2, run_name=time.strftime("%Y%m%d-%H%M%S"))
+for group in optimizer.param_groups:
+    group["lr"] = args.lr
+""",
+        after="args.global_step = step",
+    ),
+    "a dataclass of arguments, and a log file": loop(
+        before="""
+@dataclasses.dataclass
+class Args:
+    weight_decay: float = 0.01
+    output: str = FOLDER + "-logs"
+args = Args()
+logging.basicConfig(filename=FOLDER + ".log", level=logging.INFO)
+log = logging.getLogger("train")
+""",
+        after='log.info("step %d loss %.4f", step, loss.item())',
+    ),
+    "a logger like W&B's": loop(
+        before="""
+class Run:
+    def __init__(self):
+        self.id, self.step, self.history = os.urandom(4).hex(), 0, []
+    def log(self, values):
+        self.step += 1
+        self.history.append(values)
+wandb = Run()
+""",
+        after='wandb.log({"loss": loss.item(), "time": time.time()})',
+    ),
+    "early stopping that never stops": loop(
+        before="""
+class EarlyStopping:
+    def __init__(self, patience=100):
+        self.patience, self.best, self.bad = patience, math.inf, 0
+    def __call__(self, value):
+        self.best, self.bad = (value, 0) if value < self.best else (self.best, self.bad + 1)
+        return self.bad >= self.patience
+stopping = EarlyStopping()
+""",
+        after="if stopping(loss.item()): break",
+    ),
+    "the best weights kept beside": loop(
+        before="best_loss, best_state = math.inf, None",
+        after="""
+if loss.item() < best_loss:
+    best_loss, best_state = loss.item(), copy.deepcopy(model.state_dict())
+""",
+    ),
+    "BatchNorm, frozen layers and weight init by hand": loop(
+        before="""
+model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+nn.init.xavier_uniform_(model[0].weight)
+model[0].bias.requires_grad_(False)
+trained = [p for p in model.parameters() if p.requires_grad]
+optimizer = torch.optim.SGD(trained, lr=0.05, momentum=0.9)
+""",
+    ),
+    "a search for the learning rate before": loop(
+        before="""
+probe, losses = copy.deepcopy(model), []
+for rate in (1e-4, 1e-3):
+    probe_optimizer = torch.optim.SGD(probe.parameters(), lr=rate)
+    F.cross_entropy(probe(x[:8]), y[:8]).backward()
+    probe_optimizer.step()
+""",
+    ),
+    "seeds by hand": loop(
+        before="""
+def seed_everything(seed):
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+seed_everything(7)
+""",
+        after="noise = random.random() + np.random.rand()",
+    ),
+    "hooks that look at activations": loop(
+        before="""
+activations = {}
+def keep(module, inputs, output):
+    activations["head"] = output.detach().mean().item()
+model.head.register_forward_hook(keep)
+""",
+    ),
+    "our Trainer": trainer(),
+    "our Trainer with a schedule, clipping and evaluation": trainer(
+        config=', lr_scheduler_type="cosine", warmup_steps=3, max_grad_norm=0.5, eval_steps=5',
+        given=", eval_dataset=pairs[:8]",
+    ),
+    "our Trainer with callbacks that count": trainer(
+        before="""
+class Timer(Callback):
+    def __init__(self):
+        self.began = time.time()
+    def on_log(self, trainer, statistics):
+        self.seconds = time.time() - self.began
+""",
+        callbacks=", Timer()",
+    ),
+    "our Trainer subclassed, with a loss of its own": trainer(
+        before="""
+class Smooth(nn.Module):
+    def __init__(self, by=0.1):
+        super().__init__()
+        self.by = by
+    def forward(self, logits, labels):
+        return F.cross_entropy(logits, labels, label_smoothing=self.by)
+""",
+        loss="Smooth()",
+        config=", micro_batch_size=2",
+    ),
+}
+"""By what is ordinary about them."""
