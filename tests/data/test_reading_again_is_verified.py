@@ -227,6 +227,42 @@ def test_weights_that_training_changes_and_nobody_saves_are_refused():
     assert "Save it with the run" in caught.value.hint
 
 
+class NotingSampler(Counting):
+    """Notes numbers of each of its passes, which draw nothing."""
+
+    def __iter__(self):
+        self.noted = np.random.rand(3)
+        return iter(range(N))
+
+
+@pytest.mark.parametrize("used", [3, 5])
+@pytest.mark.parametrize("make", [NotingSampler, LossWeighted])
+def test_a_save_in_an_epoch_when_the_next_one_has_begun_is_no_fault(make, used):
+    """As a loop does that looks at the next batch before it breaks."""
+    source = source_of(numbered(make()))
+    batches = source.from_()
+    for _ in range(used):
+        source.used(next(batches))
+    ahead, place = next(batches).data, source.state_dict()
+    again = source_of(numbered(make()))
+    again.load_state_dict(place)
+    assert torch.equal(next(again.from_()).data, ahead)
+
+
+def test_weights_that_nobody_saves_are_refused_when_the_next_epoch_has_begun():
+    sampler = LossWeighted()
+    source = source_of(numbered(sampler))
+    batches = source.from_()
+    for _ in range(5):
+        source.used(next(batches))
+    sampler.losses[:10] += 5.0
+    next(batches)
+    again = source_of(numbered(LossWeighted()))
+    again.load_state_dict(source.state_dict())
+    with pytest.raises(DataError, match=r"epoch 1 was drawn from another state of sampler\.losses"):
+        next(again.from_())
+
+
 def test_a_pass_that_is_left_off_between_two_batches_goes_on_there(caplog, lines):
     """As a loop does that asks for the batches of each epoch anew."""
     whole = bytes_of(read(source_of(Lines(lines, random.Random(1))), 9))

@@ -21,6 +21,7 @@ from unbroken.data.replay import reason_against_its_state as reason_against_its_
 from unbroken.data.sampler import BatchShape as BatchShape
 from unbroken.data.sampler import MicroBatchSampler as MicroBatchSampler
 from unbroken.data.seen import Passed as Passed
+from unbroken.data.seen import Seen as Seen
 from unbroken.data.seen import drawn_from as drawn_from
 from unbroken.data.source import BatchSource as BatchSource
 from unbroken.data.source import MicroBatch as MicroBatch
@@ -52,6 +53,7 @@ __all__ = [
     "Permutation",
     "Position",
     "SampleKey",
+    "Seen",
     "StatefulSource",
     "TokenDataset",
     "Tokenizer",

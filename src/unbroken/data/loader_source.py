@@ -94,6 +94,7 @@ class LoaderSource:
         self._before: dict[str, Any] = {}
         self._weights: Mapping[str, str] = {}
         self._batch: list[Any] = []
+        self._reader: Reader | None = None
         self._left: _Left | None = None
 
     @property
@@ -177,8 +178,15 @@ class LoaderSource:
             "taken": place.taken,
             "pending": place.pending,
             "loader_state": place.loader_state,
-            "trail": {**place.trail, "weights": weights_of(self._loader.loader)},
+            "trail": {**place.trail, **self._what_draws_next(place)},
         }
+
+    def _what_draws_next(self, place: Position) -> dict[str, Any]:
+        """Return the weights that the next epoch is drawn from; or what it was, if it has begun."""
+        reader = self._reader
+        if reader is None or reader.epoch == place.epoch:
+            return {"weights": weights_of(self._loader.loader)}
+        return {"next": {"epoch": reader.epoch, "drawn_from": dict(reader.drawn_from)}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to a saved place.
@@ -193,7 +201,7 @@ class LoaderSource:
         names = ("samples", "epoch", "taken", "pending", "loader_state")
         is_same = "trail" not in self._may_change and all(state.get(n) == facts[n] for n in facts)
         trail = state.get("trail", {}) if is_same else {}
-        self._weights = trail.get("weights") or {}
+        self._weights, self._reader = trail.get("weights") or {}, None
         self.position = Position(**{name: state[name] for name in names}, trail=trail)
 
     def accept_other_data(self) -> None:
@@ -232,7 +240,9 @@ class LoaderSource:
         if reader is None:
             with KeyedRandom() as rng:
                 reader = self._resume(place, rng)
+            reader.expected = place.trail.get("next") or {}
             self._refuse_other_weights()
+        self._reader = reader
         try:
             while True:
                 with KeyedRandom() as rng:  # closed before each yield: the trainer draws too

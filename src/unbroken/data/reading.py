@@ -10,7 +10,7 @@ from torch.utils.data import default_collate
 
 from unbroken.data.foreign import END, ForeignLoader
 from unbroken.data.randomness import KeyedRandom
-from unbroken.data.seen import Seen
+from unbroken.data.seen import Seen, read_otherwise
 from unbroken.errors import DataError
 
 
@@ -42,6 +42,8 @@ class Reader:
         taken: Items taken in it.
         seen: The digest of those taken since the epoch began, or since it was set anew.
         drawn_from: What the loader held when the first item of this epoch had come.
+        expected: What it must hold then in an epoch that the run had begun to read before it was
+            killed: `epoch`, `drawn_from`.
     """
 
     loader: ForeignLoader
@@ -50,6 +52,7 @@ class Reader:
     taken: int
     seen: Seen = field(default_factory=Seen)
     drawn_from: Mapping[str, str] = field(default_factory=dict)
+    expected: Mapping[str, Any] = field(default_factory=dict)
 
     def read(self, rng: KeyedRandom) -> Any:
         """Return the next item of this epoch, or END."""
@@ -58,8 +61,17 @@ class Reader:
             self.seen.add(item)
             if self.taken == 0:
                 self.drawn_from = self.loader.drawn_from()
+                if self.expected.get("epoch") == self.epoch:
+                    self._hold_against(self.expected["drawn_from"])
             self.taken += 1
         return item
+
+    def _hold_against(self, before: Mapping[str, str]) -> None:
+        for name, digest in before.items():
+            if (now := self.drawn_from.get(name, digest)) != digest:
+                where = type(self.loader.loader).__name__
+                what = f"epoch {self.epoch} was drawn from another state of {name}"
+                raise read_otherwise(where, what, digest, now)
 
     def take(self, count: int, grouping: Grouping, rng: KeyedRandom) -> tuple[list[Any], int]:
         """The next `count` items, and the epoch of the first one."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Subset, TensorDataset
 
-from unbroken.data import KeyedRandom, Permutation, derive_key, drawn_from
+from unbroken.data import KeyedRandom, Permutation, Seen, derive_key, drawn_from
 from unbroken.fingerprint.apart import Apart, Heard
 from unbroken.fingerprint.asking import Failed, tried
 from unbroken.fingerprint.owners import qualified_name
@@ -131,7 +131,9 @@ def _draws_by_itself(collate: Callable[..., Any], records: list[Any], rng: Keyed
         batch = tried(collate, own)
         if isinstance(own, Failed) or isinstance(batch, Failed):
             return False  # of records that do not go together, say
-        found.append((tried(record_digest, batch), drawn_from(collate)))
+        seen = Seen()
+        seen.add(batch)
+        found.append((seen.text(), drawn_from(collate)))
     return bool(found[0] != found[1])
 
 
