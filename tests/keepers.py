@@ -9,6 +9,7 @@ import json
 import os
 import signal
 from collections import deque
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import nn
 
 from unbroken.checkpoint import Checkpointer
 from unbroken.checkpoint.attributes import Attributes
+from unbroken.distributed import join
 from unbroken.training import Callback, Silence, Trainer, TrainerConfig
 
 STEPS = 6
@@ -223,3 +225,37 @@ def own(
     follower = trainer.callbacks[0]
     more = [follower.count, follower.meter.n, follower.started == os.getpid(), data.level]
     write(folder, report, seen_in(trainer.model, trainer.teacher, more=more))
+
+
+class Followed(nn.Linear):
+    """A model that each rank follows in its own way: rank 0 alone keeps an average."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(4, 4)
+        self.of_mine, self.average, self.table = 0.0, None, {}
+        if rank == 0:
+            self.__dict__["average"] = copy.deepcopy(nn.Linear(4, 4))
+
+
+def on_ranks(folder: str, steps: int) -> None:
+    """Train by hand on several ranks, from where a checkpoint is; each tells what it has."""
+    torch.manual_seed(0)
+    with closing(join()) as group:
+        model = Followed(group.rank)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with Checkpointer(folder, group=group, model=model, optimizer=optimizer) as checkpointer:
+            report = checkpointer.resume()
+            for step in range(report.step, steps):
+                model(torch.ones(4) * step).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                model.of_mine += group.rank + 0.5
+                if model.average is not None:
+                    torch.nn.utils.vector_to_parameters(
+                        torch.full((20,), float(step)), model.average.parameters()
+                    )
+                model.table["w"] = model.weight.detach().clone() * (1 + group.rank)
+                checkpointer.save(step + 1)
+        mean = None if model.average is None else model.average.weight.tolist()
+        told = [model.of_mine, mean, model.table["w"].tolist(), report.verdict]
+        Path(f"{folder}.{group.rank}.json").write_text(json.dumps(told))
