@@ -144,11 +144,11 @@ class Raises(Callback):
     """Makes the data harder, counts, and has what a run shows to people besides."""
 
     def __init__(self) -> None:
-        self.count, self.started, self.meter = 0, None, Meter()
+        self.count, self.own_pid, self.meter = 0, None, Meter()
 
     def on_train_begin(self, trainer) -> None:
         self.count = 0
-        self.started = self.started or os.getpid()
+        self.own_pid = self.own_pid or os.getpid()
 
     def on_step_end(self, trainer) -> None:
         self.count += 1
@@ -223,7 +223,7 @@ def own(
     trainer.data_set, trainer.kill_at = data, kill_at
     report = trainer.train().resume_report
     follower = trainer.callbacks[0]
-    more = [follower.count, follower.meter.n, follower.started == os.getpid(), data.level]
+    more = [follower.count, follower.meter.n, follower.own_pid == os.getpid(), data.level]
     write(folder, report, seen_in(trainer.model, trainer.teacher, more=more))
 
 

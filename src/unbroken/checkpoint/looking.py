@@ -42,7 +42,7 @@ _MOST_TENSORS = 4096
 _SMALL = 1 << 20
 _SAMPLE = 1024
 _DAY = 86400.0
-_FIRST_PID = 99  # below, a number is rather a count than one of these
+_BEGAN = time.time() - 60  # seconds since 1970, before this process
 _ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes))
 _PURE = frozenset((list, tuple, dict))
 _CONTAINERS = frozenset((*_PURE, set, frozenset, OrderedDict, Counter, deque, bytearray))
@@ -57,6 +57,9 @@ _TOLD = (
     *(weakref.ReferenceType, torch.utils.hooks.RemovableHandle, types.SimpleNamespace),
 )
 """What is no state of a training, or is told elsewhere: code, files, threads, clocks, data."""
+
+_BARS = ("tqdm", "rich", "progressbar", "alive_progress", "wandb", "tensorboard", "tensorboardX")
+"""Whose objects only show what a run does."""
 
 _NEVER = re.compile(
     r"_*((\w+_)?(pid|ppid|port|fd|fileno|timestamp|device|devices|hostname)"
@@ -126,9 +129,9 @@ def look_at(name: str, value: Any, registered: Mapping[int, Any]) -> Look:
             if id(inner) in registered and not isinstance(value, LRScheduler)
             else Look("object", object(), value)
         )
-    if isinstance(value, _TOLD) or (
-        keeps_attributes(value) and not isinstance(value, Enum | tuple)
-    ):
+    is_owner = keeps_attributes(value) and not isinstance(value, Enum | tuple)
+    is_bar = type(value).__module__.partition(".")[0] in _BARS
+    if is_owner or is_bar or isinstance(value, _TOLD):
         return TOLD
     if isinstance(value, np.ndarray):
         return _of_array(value)
@@ -151,13 +154,12 @@ def _passes(name: str, value: Any) -> bool:
         return os.path.isabs(value) or _DEVICE.fullmatch(value) is not None
     if not isinstance(value, int | float):
         return False
-    if value in (os.getpid(), os.getppid()):
-        return value > _FIRST_PID
-    named = _OF_A_CLOCK.fullmatch(name) is not None
-    if is_passing_number(value) and (named or isinstance(value, float)):
+    if _OF_A_CLOCK.fullmatch(name) is None:  # a count may pass by any number
+        return isinstance(value, float) and value % 1 != 0 and _BEGAN <= value <= time.time()
+    if is_passing_number(value):
         return True
     clocks = time.perf_counter(), time.monotonic()
-    return named and isinstance(value, float) and any(0 <= c - value < _DAY for c in clocks)
+    return isinstance(value, float) and any(0 <= clock - value < _DAY for clock in clocks)
 
 
 def _of_module(module: nn.Module, registered: Mapping[int, Any]) -> Look:

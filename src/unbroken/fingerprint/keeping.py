@@ -54,7 +54,9 @@ def own_attributes(thing: object) -> dict[str, Any]:
 
 
 def changed_by_reading(data: object) -> tuple[frozenset[str], frozenset[str]]:
-    """Return which attributes of a data set its own reading sets, and to which it adds.
+    """Return which attributes of a data set its own reading counts on, and to which it adds.
+
+    What it only sets, once, is rather made when it is first needed.
 
     Example:
         >>> class Rows:
@@ -96,7 +98,7 @@ def _changed_by_reading(kind: Any) -> tuple[frozenset[str], frozenset[str]]:
             continue
         seen.add(name)
         for code in _codes(functions[name]):
-            sets |= {*_stored_by(code)}
+            sets |= {*_counted_by(code)}
             adds |= {*_added_to_by(code)}
             todo += [other for other in code.co_names if other in functions]
     return frozenset(sets), frozenset(adds - sets)
@@ -104,6 +106,18 @@ def _changed_by_reading(kind: Any) -> tuple[frozenset[str], frozenset[str]]:
 
 _READING = ("__getitem__", "__getitems__", "__iter__", "__next__", "__call__")
 _ADDING = frozenset({"append", "appendleft", "extend", "add", "insert", "update"})
+
+
+def _counted_by(code: CodeType) -> Iterator[str]:
+    """Yield the names of attributes that a line of code computes from what they were."""
+    lines: dict[int | None, list[dis.Instruction]] = {}
+    for step in dis.get_instructions(code):
+        lines.setdefault(step.positions.lineno if step.positions else None, []).append(step)
+    for steps in lines.values():
+        if any(step.opname == "BINARY_OP" for step in steps):
+            loaded = {step.argval for step in steps if step.opname in _LOADS}
+            stored = {step.argval for step in steps if step.opname == "STORE_ATTR"}
+            yield from loaded & stored
 
 
 def _added_to_by(code: CodeType) -> Iterator[str]:
