@@ -50,7 +50,6 @@ def status_of(way: str, end: str) -> int:
     ("way", "end", "workers"),
     [
         ("trainer", "SIGTERM SIGTERM", 2),
-        ("trainer", "SIGINT SIGINT", 2),
         ("trainer", "hangs error", 2),
         ("drop-in", "SIGTERM SIGTERM", 2),
         ("drop-in persistent", "normal", 2),

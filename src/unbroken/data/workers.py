@@ -136,7 +136,9 @@ class _Roll:
 
     def leave_to_parent(self) -> None:
         """Close the end that reads, in a process that has just been forked."""
-        os.close(self._read)
+        read, self._read = self._read, -1
+        if read >= 0:
+            os.close(read)
 
 
 _roll: _Roll | None = None
