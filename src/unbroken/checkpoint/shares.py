@@ -188,6 +188,8 @@ def _are_alike(name: str, value: Any) -> bool:
 def _is_common(value: Any) -> bool:
     """Return whether a registered object is, or holds, one that the ranks have in common."""
     if isinstance(value, Captured):
+        if value.kind == "gradients":  # whole ones are each rank's own, until they are added
+            return any(map(is_sharded, value.state["parameters"].values()))
         return value.kind in ("module", "optimizer") or is_sharded(value.state)
     if isinstance(value, Mapping):
         return any(_is_common(item) for item in value.values())
