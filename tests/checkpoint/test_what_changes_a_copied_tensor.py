@@ -240,13 +240,25 @@ def test_weights_that_are_clipped_after_each_step_are_saved_as_they_were(wide, s
         assert all(stored(checkpointer, step) == found[step] for step in made)
 
 
-def test_between_saves_that_look_at_all_bytes_a_sample_shows_an_edit(wide, tmp_path):
+def test_between_saves_that_look_at_all_bytes_a_sample_shows_an_edit(wide, tmp_path, monkeypatch):
+    monkeypatch.setattr(snapshot, "_FEW", 0)  # as if they were many
     with Checkpointer(tmp_path, snapshot="overlap", model=wide) as checkpointer:
         checkpointer.save(1)
         checkpointer.wait()
         checkpointer.save(2)
         clip(wide)
         with pytest.raises(SaveError, match=r"were changed while they were being copied"):
+            checkpointer.wait()
+
+
+def test_of_a_small_model_each_save_looks_at_all_bytes(wide, tmp_path):
+    with Checkpointer(tmp_path, snapshot="overlap", model=wide) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step)
+            checkpointer.wait()
+        checkpointer.save(3)
+        wide[2].weight.data[300, 300] += 1
+        with pytest.raises(SaveError, match=r"2\.weight"):
             checkpointer.wait()
 
 

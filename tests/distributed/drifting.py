@@ -21,7 +21,7 @@ from unbroken.checkpoint import Checkpointer
 from unbroken.distributed import Group, join
 from unbroken.errors import RankError
 
-LARGE = 700  # its square is more than is compared whole
+LARGE = 3000  # its square is more than is compared whole
 STEPS, CUT = 4, 2
 
 
@@ -70,6 +70,13 @@ def drifted_weight(rank: int) -> Loop:
     )
     with torch.no_grad():
         loop.model[1].weight += 1e-3 * (rank == 1)
+    return loop
+
+
+def one_element(rank: int) -> Loop:
+    loop = Loop(nn.Linear(300, 300), rank)
+    with torch.no_grad():
+        loop.model.weight[123, 45] += rank
     return loop
 
 
@@ -130,6 +137,7 @@ CASES = {
         ("rank 1: model.expert.", 'of_each_rank=["model", "optimizer", "rng", "values"]'),
     ),
     "a weight that drifted": Case(drifted_weight, ("rank 1: model.1.weight",)),
+    "one element": Case(one_element, ("rank 1: model.weight: is not what",)),
     "moments that drifted": Case(drifted_moments, ("rank 1: optimizer.state.weight.exp_avg",)),
     "another learning rate": Case(other_learning_rate, ("optimizer",)),
     "statistics that nobody gives to all": Case(

@@ -2,8 +2,8 @@
 
 A local expert, a head for each rank, or replicas that a bug let drift apart would be stored as rank
 0 has them; an optimizer's state, of which each rank stores a share, would even be mixed. A digest
-of every byte would cost a tenth of a save. So a sample is compared: of each tensor blocks at even
-distances, other ones at each save; small tensors whole.
+of every byte would cost a tenth of the save of a large model. There a sample is compared: of each
+tensor blocks at even distances, other ones at each save.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from unbroken.capture import TensorLeaf, raw
 from unbroken.distributed import Group, name_ranks
 from unbroken.errors import RankError
 
+_FEW = 32 << 20  # bytes of all tensors: as many are compared as a whole, in 3 ms
+_ALL = 1 << 62  # bytes: more than a tensor has
 _BLOCK = 1024  # bytes
 _EVERY = 512  # blocks, one is compared: other ones at each save
 _FEWEST = 4  # blocks of a tensor
@@ -41,7 +43,8 @@ def agree_on_replicas(
         >>> from unbroken.distributed import Alone
         >>> agree_on_replicas(Alone(), [], save=0)
     """
-    samples = [sample_of(leaf.tensor, save) for leaf in leaves]
+    block = _ALL if sum(leaf.nbytes for leaf in leaves) <= _FEW else _BLOCK
+    samples = [sample_of(leaf.tensor, save, block=block) for leaf in leaves]
     host = _on_the_host(samples)
     digests = group.gather("what is stored once", xxhash.xxh3_128_hexdigest(host.numpy().data))
     if len(set(map(str, digests))) > 1:

@@ -31,6 +31,7 @@ _SMALL = 1 << 20  # bytes that are copied sooner than PyTorch has begun
 _PIECE = 1 << 20  # copied, and then hashed while it is in the processor's cache
 _PLAIN = (torch.Tensor, nn.Parameter)
 _ALL = 64  # saves: in the first of as many the digest is of all bytes, in others of a sample
+_FEW = 8 << 20  # bytes of all tensors, of which the digest is of all bytes in each save: 1 ms
 _BLOCK = 256  # bytes at each place of a sample
 Steady = Mapping[tuple[int, int], Sequence[torch.Tensor]]
 """Tensors that only an optimizer's step is expected to change, by address and length."""
@@ -72,7 +73,8 @@ class Seen:
     @classmethod
     def of(cls, leaves: Sequence[TensorLeaf], number: int) -> list[Seen]:
         """Look at tensors that are to be copied in the save of this number."""
-        if number % _ALL == 0 and not any(leaf.tensor.is_cuda for leaf in leaves):
+        is_whole = number % _ALL == 0 or sum(leaf.nbytes for leaf in leaves) <= _FEW
+        if is_whole and not any(leaf.tensor.is_cuda for leaf in leaves):
             return [cls(leaves, None)] if leaves else []
         alike: dict[tuple[torch.device, bool], list[tuple[TensorLeaf, torch.Tensor]]] = {}
         for leaf in leaves:
