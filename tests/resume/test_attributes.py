@@ -18,8 +18,11 @@ from torch import nn
 
 import keepers
 from scenarios import run_fresh
+from small_trainers import PAIRS
 from unbroken.checkpoint import Checkpointer
 from unbroken.cli.showing import print_run
+from unbroken.errors import DifferenceError
+from unbroken.training import Silence, Trainer, TrainerConfig
 
 HARM = {"by hand": keepers.loop, "with our Trainer": keepers.own}
 
@@ -131,3 +134,46 @@ def test_an_attribute_that_is_no_more_is_a_line(tmp_path):
     meter.add(1)
     saved(tmp_path, 2, Cooling(), meter=meter)
     assert "meter.sum" in "\n".join(saved(tmp_path, 3, Cooling()).lines())
+
+
+class Pulled(Trainer):
+    """Keeps a number that training changes, and gives its state itself."""
+
+    start = 0
+
+    def __init__(self, *arguments, **options) -> None:
+        super().__init__(*arguments, **options)
+        self.pulls, self.left = 0, self.start
+
+    def state_dict(self) -> dict:
+        return {"pulls": self.pulls}
+
+    def load_state_dict(self, state) -> None:
+        self.pulls = state["pulls"]
+
+    def save_checkpoint(self) -> str:
+        self.pulls, self.left = self.pulls + 1, self.left + 2
+        return super().save_checkpoint()
+
+
+def pulled(folder, steps: int, **settings) -> Pulled:
+    config = TrainerConfig(output_dir=str(folder), max_steps=steps, save_steps=1, **settings)
+    loss = nn.CrossEntropyLoss()
+    trainer = Pulled(nn.Linear(6, 4), config, PAIRS, loss_fn=loss, display=Silence())
+    trainer.train()
+    return trainer
+
+
+def test_a_state_that_a_subclass_of_our_trainer_gives_comes_back_and_wins(tmp_path, monkeypatch):
+    settings = {"lr_scheduler_type": "constant"}
+    pulled(tmp_path, 2, **settings)
+    again = pulled(tmp_path, 4, **settings)
+    assert (again.pulls, again.left, again.resume_report.verdict) == (
+        5,
+        10,
+        "exact",
+    )  # one at the start, too
+    monkeypatch.setattr(Pulled, "start", 100)
+    with pytest.raises(DifferenceError, match=r"trainer\.left: stored 0, now 100"):
+        pulled(tmp_path, 6, **settings)
+    assert pulled(tmp_path, 6, allow=["trainer"], **settings).left == 100 + 4

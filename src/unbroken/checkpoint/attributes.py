@@ -621,7 +621,7 @@ def _is_told(path: str, told: Collection[Difference]) -> bool:
     """Return whether a difference of facts says already that a setting is another one."""
     group, name = path.partition(".")[0], path.rpartition(".")[2]
     paths = (difference.path.split(".") for difference in told)
-    return any(parts[0] == group and name in parts for parts in paths)
+    return any(group in parts[:2] and name in parts for parts in paths)
 
 
 def _pair(entry: Any) -> tuple[str, str]:

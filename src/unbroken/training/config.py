@@ -434,6 +434,7 @@ _GROUPS = (
     "schedule",
     "loss",
     "code",
+    "trainer",
     "callbacks",
     "environment",
     "state",

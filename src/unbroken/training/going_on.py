@@ -75,7 +75,7 @@ def _of_own_objects(trainer: Trainer) -> dict[str, Any]:
     return {
         name: object_facts(one)
         for name, one in {**checkpointer.objects, **checkpointer.attributes.bare}.items()
-        if is_users_own(type(one)) and not isinstance(one, told)
+        if is_users_own(type(one)) and not isinstance(one, told) and one is not trainer
     }
 
 
