@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -151,5 +152,6 @@ def train_all(folder: str, part: int | None) -> None:
         ends = (STEPS,) if part is None else (*loop.cuts, STEPS)
         if part is None or part < len(ends):
             train(folder, name, loop, group, ends[part or 0])
-    dist.barrier()
+    with contextlib.suppress(RuntimeError):  # another rank may be dead already
+        dist.barrier()
     os.kill(os.getpid(), signal.SIGKILL)
