@@ -263,6 +263,14 @@ def test_a_schedule_that_stands_elsewhere_at_the_first_step_is_refused(how, loop
     assert loop.run(text)["bits"] == loop.run(text, out="whole")["bits"]  # nothing was lost
 
 
+def test_a_schedule_that_is_meant_to_be_gone_is_named(loop):
+    gone = script()
+    refused = loop.killed_and_resumed(scheduled(SCHEDULES["CosineAnnealingLR"]), gone)
+    assert "to go on without it: policy=Policy(skip=['scheduler'])" in refused["message"]
+    named = loop.run(gone.replace("**given", "policy=Policy(skip=['scheduler']), **given"))
+    assert (named["began"], named["rate"]) == (SAVED, pytest.approx(0.0075))
+
+
 def test_a_schedule_may_be_given_later_or_no_longer(loop):
     found = scheduled(SCHEDULES["CosineAnnealingLR"])
     whole = loop.run(found, out="whole")

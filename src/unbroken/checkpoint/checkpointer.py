@@ -418,7 +418,9 @@ class Checkpointer:
         return self._found.look()
 
     def _before_step(self, optimizer: Optimizer) -> None:
-        for line in self._found.before_step(optimizer):
+        with self._spelled():
+            lines = self._found.before_step(optimizer)
+        for line in lines:
             self._tell(line)
         self._not_given.before_step(optimizer)
         self._unfinished.before_step(optimizer)

@@ -234,6 +234,11 @@ class Comparison:
         )
 
     @property
+    def skipped(self) -> set[str]:
+        """The names of what is not loaded."""
+        return self._policy.not_loaded
+
+    @property
     def is_strict(self) -> bool:
         """Whether nothing is accepted that is less than exact."""
         return self._policy.exact_resume == "require"

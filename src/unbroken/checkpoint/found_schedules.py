@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,7 +112,7 @@ class FoundSchedules:
         }
 
     def fit(
-        self, tree: Mapping[str, Any], stored: Mapping[str, Any]
+        self, tree: Mapping[str, Any], stored: Mapping[str, Any], skipped: Collection[str] = ()
     ) -> tuple[dict[str, Any], dict[str, object], tuple[Difference, ...]]:
         """Return the tree and the objects that are to be loaded now, and what differs in them.
 
@@ -122,11 +122,14 @@ class FoundSchedules:
         Args:
             tree: The stored state.
             stored: What `facts` returned when it was saved.
+            skipped: Names of what is not loaded, and need not be here either.
         """
         self._waiting, self._has_resumed = {}, True
         objects, rest = dict(self._objects), dict(tree)
         told: list[Difference] = []
         for name, facts in stored.items():
+            if name in skipped:
+                continue
             if name in rest and name not in objects:
                 self._waiting[name] = (_in_memory(rest.pop(name)), facts)
             elif name in rest:
@@ -136,7 +139,7 @@ class FoundSchedules:
         for name in self.found:
             if name not in rest:
                 del objects[name]
-                told.append(_not_stored(name, self.found[name]))
+                told += [] if name in skipped else [_not_stored(name, self.found[name])]
         return rest, objects, tuple(told)
 
     def has_resumed(self) -> None:
@@ -178,7 +181,7 @@ class FoundSchedules:
                 name,
                 "the checkpoint has a schedule, and none is on the optimizer at the first step",
                 expected=stored.class_name,
-                hint="build it before resume(); or begin a new run",
+                hint=f"build it before resume(); to go on without it: skip=[{name!r}]",
             )
         live: Any = self._objects[name]
         changed = _changed(facts, live)

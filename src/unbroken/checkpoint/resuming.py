@@ -303,7 +303,8 @@ class Resumption:
             return tree, self._objects, ()
         facts = reader.manifest.facts
         known = facts.get("found")
-        fit = self._found.fit(tree, known if isinstance(known, Mapping) else {})
+        skipped = () if self._comparison is None else self._comparison.skipped
+        fit = self._found.fit(tree, known if isinstance(known, Mapping) else {}, skipped)
         tree, objects, told = fit
         missing = of_checkpoint(facts)
         self._given_since = [name for name in objects if missing and name not in tree]
