@@ -211,3 +211,15 @@ def keeping(base: type, how: str) -> type:
 def kept_by(trainer: transformers.Trainer) -> list:
     teacher = getattr(trainer, "teacher", None)
     return [getattr(trainer, "pulls", 0), teacher and digest_of(teacher)]
+
+
+class Raising(transformers.TrainerCallback):
+    """Raises once, in the middle of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.at = step
+
+    def on_substep_end(self, args, state, control, **_):
+        if state.global_step == self.at:
+            self.at = -1
+            raise RuntimeError("of the user's")

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from adapters.followers import (
     KilledBeside,
     Levels,
     Raises,
+    Raising,
     Seen,
     SeenBeside,
     StoppedInAWindow,
@@ -226,6 +228,10 @@ def train(order: dict) -> None:
         torch.manual_seed(order["reseed"])
     if "stop_in_window_after" in order:
         trainer.add_callback(StoppedInAWindow(order["stop_in_window_after"], trainer))
+    if "raises_at" in order:
+        trainer.add_callback(Raising(order["raises_at"]))
+        with suppress(RuntimeError):
+            trainer.train()
     output = trainer.train(
         **({"resume_from_checkpoint": order["resume"]} if "resume" in order else {})
     )

@@ -77,3 +77,20 @@ def test_a_part_that_is_left_out_is_seen(part, run, uninterrupted):
     case = CASES[SABOTAGE[part]]
     run(kill_at=18, sabotage=part, **case)
     assert run(sabotage=part, **case).bits != uninterrupted(**case).bits
+
+
+ACCUMULATED = {"gradient_accumulation_steps": 2, "include_num_input_tokens_seen": "all"}
+
+
+@pytest.mark.parametrize("raises_at", [3, 8])
+def test_what_an_exception_left_of_a_step_is_not_counted_when_the_same_trainer_goes_on(
+    raises_at, run, uninterrupted
+):
+    case = {"callbacks": "two counters", "args": ACCUMULATED | {"save_steps": 2}}
+    again = run(raises_at=raises_at, **case)
+    assert again.bits == uninterrupted(**case).bits
+    assert again.flos > 0
+
+
+def test_a_finished_run_says_what_transformers_own_would_make_of_its_checkpoints(run):
+    assert "unbroken export RUN TARGET --to transformers" in run().text

@@ -37,8 +37,10 @@ from unbroken.checkpoint.fingerprints import (
 from unbroken.checkpoint.taking_effect import NOT_LOADED, take_effect, untrained_names
 from unbroken.data import LoaderSource, MapSource, reason_against_its_state
 from unbroken.fingerprint import (
+    MAX_REACHED,
     Plain,
     begin_source_facts,
+    cut_off,
     model_facts,
     optimizer_facts,
     plain_or_text,
@@ -185,6 +187,7 @@ class Comparison:
             *environment_differences(_group(stored, "environment"), self.facts["environment"]),
             *self.of_buckets(stored),
             *self._of_loaders(),
+            *_of_code(),
         )
         if self._examine is not None:
             found = self._examine(stored, found)
@@ -221,7 +224,7 @@ class Comparison:
         facts = self._untold(self.facts["fingerprint"])
         facts.pop("eval_data", None)  # `examine` tells whether anything depends on it
         hooks = () if self._buckets is None else self._buckets.uncovered()
-        return (*uncovered_facts(facts), *hooks, *self._of_loaders())
+        return (*uncovered_facts(facts), *hooks, *self._of_loaders(), *_of_code())
 
     def _of_loaders(self) -> tuple[Difference, ...]:
         """Tell of loaders whose state, saved by itself, does not bring them back exactly."""
@@ -346,6 +349,14 @@ def fingerprint_of(objects: Mapping[str, object]) -> dict[str, Plain]:
                 facts = describe(value)
                 groups.setdefault(group, {}).update(facts if name == group else {name: facts})
     return groups
+
+
+def _of_code() -> tuple[Difference, ...]:
+    """Tell of code that is too much to be followed to its end."""
+    effect = f"it runs more than {MAX_REACHED} functions and classes of your own: the rest of them "
+    effect += "is not compared"
+    names = sorted(cut_off)
+    return tuple(Difference(f"code.{n}", None, None, effect, "not covered") for n in names)
 
 
 def _structures(objects: Mapping[str, object]) -> dict[str, Any]:

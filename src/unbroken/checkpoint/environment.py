@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from unbroken.checkpoint.environment_rules import PACKAGES, VARIABLES
+from unbroken.checkpoint.git import changes_digest, read_commit
 from unbroken.store import Json
 
 _BACKENDS: Any = torch.backends  # its switches are values that the type checker takes for classes
@@ -96,13 +97,26 @@ def _packages() -> dict[str, Json]:
 @cache
 def _version(module: str, package: str) -> str | None:
     # Not getattr: modules that load their parts when asked may load a lot.
-    version = vars(sys.modules[module]).get("__version__")
-    if isinstance(version, str):
-        return version
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:  # on the path, but never installed
-        return None
+    known = vars(sys.modules[module])
+    version = known.get("__version__")
+    if not isinstance(version, str):
+        try:
+            version = metadata.version(package)
+        except metadata.PackageNotFoundError:  # on the path, but never installed
+            return None
+    return version + _checkout(known.get("__file__"))
+
+
+def _checkout(file: object) -> str:
+    """Return the commit and the changes of a package that is used from a checkout of its own."""
+    if not isinstance(file, str) or "-packages" in file:
+        return ""
+    folder = Path(file).resolve().parent
+    commit = None if "-packages" in str(folder) else read_commit(folder)
+    if commit is None:
+        return ""
+    changes = changes_digest(folder)
+    return f" at commit {commit[:12]}" + (f" with changes {changes[:8]}" if changes else "")
 
 
 @cache

@@ -7,6 +7,8 @@ import re
 import subprocess
 from pathlib import Path
 
+from unbroken.store.digest import digest_of
+
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _MAX_LINKS = 5  # a reference that names a reference
 
@@ -47,6 +49,14 @@ def is_dirty(folder: Path, *, seconds: float = 1.0) -> bool | None:
         return None
     listed = _ask(folder, seconds, "status", "--porcelain", "--untracked-files=no")
     return None if listed is None else listed != ""
+
+
+def changes_digest(folder: Path, *, seconds: float = 1.0) -> str | None:
+    """Return a digest of how tracked files around a folder differ from the commit; None: not."""
+    if not is_dirty(folder, seconds=seconds):
+        return None
+    text = _ask(folder, seconds, "diff", "--no-ext-diff", "--no-color", "HEAD")
+    return None if text is None else digest_of(text.encode())
 
 
 def _git_folder(folder: Path) -> Path | None:

@@ -22,16 +22,20 @@ from unbroken.fingerprint.plain import plain_items as plain_items
 from unbroken.fingerprint.plain import plain_or_text as plain_or_text
 from unbroken.fingerprint.records import record_digest as record_digest
 from unbroken.fingerprint.sampling import sampled_records as sampled_records
+from unbroken.fingerprint.source import MAX_REACHED as MAX_REACHED
+from unbroken.fingerprint.source import cut_off as cut_off
 from unbroken.fingerprint.source import names_in as names_in
 from unbroken.fingerprint.source import source_digest as source_digest
 
 __all__ = [
+    "MAX_REACHED",
     "NOT_COMPARED",
     "Plain",
     "begin_data_facts",
     "begin_source_facts",
     "callable_facts",
     "changed_by_reading",
+    "cut_off",
     "data_facts",
     "facts_of",
     "is_users_own",

@@ -50,6 +50,9 @@ def reached(thing: object, leave_out: frozenset[str] = frozenset()) -> list[Any]
         one = waiting.pop(0)
         if id(one) in found or not is_users_own(one):
             continue
+        if len(found) >= MAX_REACHED:
+            cut_off.add(qualified_name(owner_of(thing)))
+            break
         found[id(one)] = one
         waiting += one.__mro__[1:] if isinstance(one, type) else ()
         for function in functions_of(one, leave_out):
@@ -58,6 +61,11 @@ def reached(thing: object, leave_out: frozenset[str] = frozenset()) -> list[Any]
             named = (called_by(value)[0] for value in globals_of(function).values())
             waiting += [value for value in named if isinstance(value, FunctionType | type)]
     return [*found.values()]
+
+
+MAX_REACHED = 2000
+cut_off: set[str] = set()
+"""The names of what runs more of the user's own functions and classes than are followed."""
 
 
 def owner_of(thing: object) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
@@ -125,7 +126,9 @@ def _is_plain(base: Any) -> bool:
 def _replayed(base: Any, seed: int) -> DataLoaderShard:
     """Return a loader of the batches that any iterable gives, which is read again to its place."""
     passes = KeyedPasses(base, seed, batch_size=1, collate_fn=_only, reads_epochs_before=True)
-    return DataLoaderShard(passes, device=None, batch_size=None, collate_fn=_as_it_is)
+    plain = {"batch_size": None, "collate_fn": _as_it_is}
+    own = torch.Generator()  # torch draws from it once an epoch; nothing does where there is a list
+    return DataLoaderShard(passes, device=None, generator=own, **plain)
 
 
 def _only(batches: list[Any]) -> Any:

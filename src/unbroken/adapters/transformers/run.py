@@ -237,6 +237,7 @@ class Run:
 
     def resume(self) -> None:
         """Bring back all objects, now that the host has built them."""
+        self.trainer.current_flos = 0  # of steps since the last save, if an exception ended those
         self.checkpointer.objects.update(self._objects())
         scheduler: Any = self.checkpointer.objects["scheduler"]
         wrapped = getattr(scheduler, "optimizer", None)

@@ -25,6 +25,12 @@ from unbroken.errors import ConfigError
 
 _log = logging.get_logger("transformers.unbroken")  # so that the host's verbosity counts
 
+GOING_BACK = (
+    "these checkpoints are unbroken's: transformers' own Trainer would take their weights alone, "
+    "and train on with a fresh optimizer; `unbroken export RUN TARGET --to transformers` makes one "
+    "that it resumes"
+)
+
 
 @dataclass(frozen=True)
 class Start:
@@ -261,9 +267,12 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # it deletes nothing
         try:
             begin = start_time - run.seconds_before
-            return super()._finalize_training(trial, num_train_samples, begin)
+            result = super()._finalize_training(trial, num_train_samples, begin)
         finally:
             self.args.save_total_limit = limit
+        if self.is_world_process_zero():
+            _log.warning(GOING_BACK)
+        return result
 
 
 def fsdp_version(trainer: Trainer) -> int | None:
