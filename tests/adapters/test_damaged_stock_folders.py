@@ -27,7 +27,7 @@ from unbroken.adapters.transformers.stock import (
     refuse_what_does_not_fit,
 )
 from unbroken.adapters.transformers.stock_folder import problem_of_stock
-from unbroken.errors import StateMismatchError
+from unbroken.errors import StateMismatchError, UnbrokenError
 
 GIB = 1 << 30
 
@@ -294,3 +294,45 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(harm, folder):
     with pytest.raises(StateMismatchError):
         refuse_what_does_not_fit(folder, held)
     assert all(map(torch.equal, bits(held), before))
+
+
+JUNK = [None, -1, 2**40, 1.5, "x", [], {}, [None], torch.zeros(0), torch.zeros(2, 2), b"x"]
+
+
+def with_junk(content, draw):
+    """Put something else in one place of a content, or take it out."""
+    places = list(places_in(content))
+    holder, key = draw.choice(places)
+    if draw.random() < 0.3 and isinstance(holder, dict):
+        del holder[key]
+    else:
+        holder[key] = draw.choice(JUNK)
+    return content
+
+
+def places_in(value):
+    if isinstance(value, dict | list):
+        for key in list(value) if isinstance(value, dict) else range(len(value)):
+            yield value, key
+            yield from places_in(value[key])
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_odd_content_in_a_whole_archive_is_an_error_of_ours_or_harmless(name, made, tmp_path):
+    draw = random.Random(name)
+    folder = shutil.copytree(made, tmp_path / "checkpoint-8")
+    for _ in range(15):
+        if name.endswith(".json"):
+            content = with_junk(json.loads((made / name).read_text()), draw)
+            (folder / name).write_text(json.dumps(content, default=str))
+        else:
+            content = torch.load(made / name, weights_only=False)
+            torch.save(with_junk(content, draw), folder / name)
+        if problem_of_stock(folder) is None:
+            held = objects()
+            try:
+                refuse_what_does_not_fit(folder, held)
+                load_stock(folder, held)
+                facts_of_stock(folder)
+            except UnbrokenError:
+                continue

@@ -73,8 +73,9 @@ def load_stock(folder: Path, objects: Mapping[str, Any], *, rank: int = 0) -> No
     scaler = read_stock(folder, SCALER) if (folder / SCALER).exists() else None
     states = _rng_states(folder, rank)
     _load_weights(folder, objects["model"])
-    objects["optimizer"].load_state_dict(read_stock(folder, OPTIMIZER))
-    with warnings.catch_warnings():
+    with reading(folder / OPTIMIZER):
+        objects["optimizer"].load_state_dict(read_stock(folder, OPTIMIZER))
+    with reading(folder / SCHEDULER), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of loading a schedule without its optimizer
         objects["scheduler"].load_state_dict(schedule)
     if scaler is not None and "scaler" in objects:

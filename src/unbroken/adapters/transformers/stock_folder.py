@@ -75,7 +75,7 @@ def problem_of_stock(folder: Path) -> str | None:
         for file in weight_files(folder):
             shapes_in(file)
         _look_into(folder / OPTIMIZER, _is_of_optimizer)
-        _look_into(folder / SCHEDULER, lambda state: isinstance(state, dict))
+        _look_into(folder / SCHEDULER, _is_schedule)
         if (folder / SCALER).exists():
             _look_into(folder / SCALER, lambda state: isinstance(state, dict))
         if not rng_files(folder):
@@ -307,6 +307,37 @@ def _is_of_optimizer(state: Any) -> bool:
     return (
         isinstance(moments, dict)
         and isinstance(groups, list)
+        and bool(groups)
         and all(isinstance(one, dict) for one in (*moments.values(), *groups))
-        and all(isinstance(group.get("params"), list) for group in groups)
+        and all(map(_is_group, groups))
+        and all(_is_number(one.get("step", 0)) for one in moments.values())
     )
+
+
+def _is_group(group: dict[str, Any]) -> bool:
+    numbers = [group.get(name, 0.0) for name in ("lr", "weight_decay", "eps")]
+    betas = group.get("betas", (0.0, 0.0))
+    is_pair = isinstance(betas, list | tuple) and len(betas) == 2
+    return (
+        isinstance(params := group.get("params"), list)
+        and all(type(one) is int for one in params)
+        and is_pair
+        and all(map(_is_number, (*numbers, *betas)))
+        and ("betas" not in group or "eps" in group)
+    )
+
+
+def _is_schedule(state: Any) -> bool:
+    rates = state.get("base_lrs", []) if isinstance(state, dict) else None
+    return (
+        isinstance(rates, list)
+        and all(map(_is_number, rates))
+        and type(state.get("last_epoch", 0)) is int
+        and isinstance(state.get("lr_lambdas", []), list)
+    )
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1
+    return isinstance(value, int | float)
