@@ -35,7 +35,7 @@ from unbroken.checkpoint.fingerprints import (
     uncovered_facts,
 )
 from unbroken.checkpoint.taking_effect import NOT_LOADED, take_effect, untrained_names
-from unbroken.data import LoaderSource, MapSource, reason_against_its_state
+from unbroken.data import LoaderSource, MapSource
 from unbroken.fingerprint import (
     MAX_REACHED,
     Plain,
@@ -186,7 +186,6 @@ class Comparison:
             *code_differences(_group(before, "code")),
             *environment_differences(_group(stored, "environment"), self.facts["environment"]),
             *self.of_buckets(stored),
-            *self._of_loaders(),
             *_of_code(),
         )
         if self._examine is not None:
@@ -224,17 +223,7 @@ class Comparison:
         facts = self._untold(self.facts["fingerprint"])
         facts.pop("eval_data", None)  # `examine` tells whether anything depends on it
         hooks = () if self._buckets is None else self._buckets.uncovered()
-        return (*uncovered_facts(facts), *hooks, *self._of_loaders(), *_of_code())
-
-    def _of_loaders(self) -> tuple[Difference, ...]:
-        """Tell of loaders whose state, saved by itself, does not bring them back exactly."""
-        loaders = sources_in(self._objects).items()
-        reasons = {n: reason_against_its_state(x) for n, x in loaders if isinstance(x, DataLoader)}
-        return tuple(
-            Difference(f"{name}.order", None, None, f"{reason}; {_AS_A_SOURCE}", "not covered")
-            for name, reason in reasons.items()
-            if reason is not None
-        )
+        return (*uncovered_facts(facts), *hooks, *_of_code())
 
     @property
     def skipped(self) -> set[str]:
@@ -369,7 +358,6 @@ def _structures(objects: Mapping[str, object]) -> dict[str, Any]:
     }
 
 
-_AS_A_SOURCE = "give it as batch_source(loader, ...), which comes back to its place exactly"
 _CAME = ("no such callback", "as built here", "it came, and begins anew")
 _WENT = ("with a state", "no such callback", "it went, and its state with it")
 _NAMING: Mapping[str, Rule] = {

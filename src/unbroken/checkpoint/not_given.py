@@ -26,7 +26,7 @@ from unbroken.checkpoint.found_schedules import steers
 from unbroken.checkpoint.loaders_seen import LoadersSeen, unwatch, watch
 from unbroken.checkpoint.surroundings import attributes, things_around
 from unbroken.data import BatchSource, LoaderSource
-from unbroken.data.replay import reason_to_replay
+from unbroken.data.replay import reason_against_its_state
 from unbroken.errors import DataError
 
 FACT = "not_given"
@@ -138,7 +138,7 @@ class NotGiven:
     def _inexact_loaders(self) -> Iterator[Difference]:
         """Yield registered loaders that do not come back exactly through their own state."""
         for name, one in named_objects(self._objects):
-            reason = reason_to_replay(one) if isinstance(one, DataLoader) else None
+            reason = reason_against_its_state(one) if isinstance(one, DataLoader) else None
             if reason is not None:
                 effect = f"{reason}; give it as batch_source({name}, ...), which reads it again"
                 yield Difference(name, None, None, effect, "not covered")
