@@ -32,3 +32,21 @@ def test_a_link_to_a_file_leads_somewhere(path):
     links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text())
     missing = [link for link in links if "://" not in link and not (path.parent / link).exists()]
     assert missing == []
+
+
+CLAIMS = ROOT / "docs/exactness.md"
+ROWS = [
+    line
+    for line in CLAIMS.read_text().splitlines()
+    if re.match(r"\| (?!what \||---|\*\*|word)", line)
+]
+
+
+def test_each_row_of_what_could_make_a_resume_differ_names_tests_that_are_there():
+    source = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    there = set(re.findall(r"^def (test_\w+)", source, re.MULTILINE))
+    assert len(ROWS) > 40
+    for row in ROWS:
+        named = re.findall(r"`(test_\w+)`", row.rsplit("|", 2)[1])
+        assert named, row
+        assert set(named) <= there, set(named) - there
