@@ -520,7 +520,16 @@ def _names_in_states(tree: Mapping[str, Any]) -> dict[str, Collection[Any]]:
             found |= {f"{path}.{name}" if name else path: state for name, state in extra}
         else:
             found[path] = one.facts.get("more") if one.kind == "optimizer" else one.state
-    return {path: state.keys() for path, state in found.items() if isinstance(state, Mapping)}
+    states = {path: state for path, state in found.items() if isinstance(state, Mapping)}
+    return {path: {*state, *_of_loader(state)} for path, state in states.items()}
+
+
+def _of_loader(state: Mapping[str, Any]) -> Collection[Any]:
+    """Return the names in the state that the loader behind a source of batches gives itself."""
+    ranks = state.get("ranks")
+    place = ranks[0] if isinstance(ranks, list) and ranks else state
+    inner = place.get("loader_state") if isinstance(place, Mapping) else None
+    return inner.keys() if isinstance(inner, Mapping) else ()
 
 
 def _is_owner(thing: object) -> bool:
