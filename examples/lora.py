@@ -49,6 +49,7 @@ def main() -> None:
             max_steps=given.max_steps,
             per_device_train_batch_size=8,
             learning_rate=1e-2,
+            lr_scheduler_type="constant",  # so that a later --max_steps only makes the run longer
             save_steps=given.save_steps,
             logging_steps=10,
             report_to="none",
