@@ -13,7 +13,7 @@ BEFORE_THE_FIRST_SAVE, IN_EPOCH_1, AT_AN_EPOCH_END, IN_EPOCH_3 = 3, 8, 12, 29
 KILLS = dict.fromkeys(CASES, (IN_EPOCH_3,))
 KILLS["random masks"] = KILLS["augmentation, two workers"] = (IN_EPOCH_1, AT_AN_EPOCH_END + 6)
 KILLS["shuffled"] = (1, BEFORE_THE_FIRST_SAVE, IN_EPOCH_1, AT_AN_EPOCH_END, 18, IN_EPOCH_3)
-KILLS["accumulation with a remainder"] = (3, 7)
+KILLS["accumulation with a remainder"] = KILLS["batches of no loader, accumulated"] = (3, 7)
 KILLS["evaluation at epoch ends"] = (AT_AN_EPOCH_END + 1, IN_EPOCH_3)
 KILLS["saves at epoch ends"] = (AT_AN_EPOCH_END + 1, IN_EPOCH_3)
 KILLS["patience, and the best at the end"] = (5,)
@@ -76,7 +76,16 @@ SABOTAGE = {
 def test_a_part_that_is_left_out_is_seen(part, run, uninterrupted):
     case = CASES[SABOTAGE[part]]
     run(kill_at=18, sabotage=part, **case)
-    assert run(sabotage=part, **case).bits != uninterrupted(**case).bits
+    resumed = run(sabotage=part, allow=["data"], **case)  # else another order is refused
+    assert resumed.bits != uninterrupted(**case).bits
+
+
+def test_an_order_that_was_not_brought_back_is_refused(run):
+    case = CASES[SABOTAGE["order"]]
+    run(kill_at=18, sabotage="order", **case)
+    refused = run(sabotage="order", **case)
+    assert refused.status == 1
+    assert "what is read again is not what the run was trained on" in refused.text
 
 
 ACCUMULATED = {"gradient_accumulation_steps": 2, "include_num_input_tokens_seen": "all"}

@@ -47,7 +47,7 @@ def test_two_ranks_then_one_give_the_metrics_of_one(tmp_path):
     first = torchrun(tmp_path / "two", 2, "--max_steps", "4", "--lr_scheduler_type", "constant")
     assert first.returncode == 0, first.stderr
     assert first.stdout.count("step 4/4") == 1
-    again = torchrun(tmp_path / "two", 1, "--allow", "lr_scheduler_type")
+    again = torchrun(tmp_path / "two", 1, "--allow", "lr_scheduler_type", "max_steps")
     assert again.returncode == 0, again.stderr
     digests = [
         [line["data_digest"] for line in metrics(tmp_path / name / "run")]
