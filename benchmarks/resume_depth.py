@@ -43,6 +43,7 @@ def make_trainer(folder: str, max_steps: int, callbacks=()):
         output_dir=folder,
         batch_size=BATCH,
         max_steps=max_steps,
+        lr_scheduler_type="constant",  # the length of the run is another one after a resume
         save_steps=None,
         save_at_start=False,
         logging_steps=10,

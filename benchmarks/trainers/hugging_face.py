@@ -29,6 +29,7 @@ def make(work: Work, trainer_class: type[Trainer] = Trainer) -> Trainer:
         per_device_train_batch_size=1,
         max_steps=work.max_steps,
         learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",  # the length of the run is another one after a resume
         save_strategy="no" if work.save_steps is None else "steps",
         save_steps=work.save_steps or 1,
         save_total_limit=work.keep,

@@ -23,6 +23,7 @@ def make(work: Work) -> Trainer:
         batch_size=1,
         max_steps=work.max_steps,
         learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",  # the length of the run is another one after a resume
         save_steps=work.save_steps,
         save_total_limit=work.keep,
         save_at_start=False,
