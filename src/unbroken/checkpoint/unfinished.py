@@ -24,7 +24,7 @@ GRADIENTS = "unfinished_gradients"
 """Where they stand in a state tree: no registered object has this name."""
 
 _MARKS = 8  # parameters of each optimizer that are looked at in each step
-_BEGINNING = 64
+_PART = 1 << 21  # bytes looked at at once: the first part that is not zero ends the search
 
 
 class UnfinishedGradients:
@@ -158,6 +158,7 @@ def _is_zero(gradient: torch.Tensor) -> bool:
     """Return whether a gradient is cleared in place; of parts on other ranks nobody asks."""
     if is_sharded(gradient) or gradient.layout is not torch.strided:
         return False
-    if gradient.reshape(-1)[:_BEGINNING].any():
-        return False
-    return not gradient.any() and not torch.signbit(gradient).any()
+    flat = gradient.detach().reshape(-1).view(torch.uint8)  # -0.0 is not 0.0
+    is_aligned = len(flat) % 8 == 0 and flat.storage_offset() % 8 == 0
+    words = flat.view(torch.int64) if is_aligned else flat  # eight at once take a fifth of the time
+    return not any(bool(part.any()) for part in words.split(_PART // words.element_size()))
