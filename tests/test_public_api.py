@@ -57,7 +57,7 @@ PARAMETERS = {
     unbroken.Trainer.stop: "self reason",
     unbroken.Checkpointer: "directory branch save_steps save_minutes max_lost_minutes mtbf_hours "
     "keep types clock wall_clock settings policy fingerprint examine told group load_from "
-    "of_each_rank snapshot objects",
+    "of_each_rank snapshot tell objects",
     unbroken.Checkpointer.resume: "self which",
     unbroken.Checkpointer.adopt: "self step values facts came",
     unbroken.Checkpointer.load: "self step names",

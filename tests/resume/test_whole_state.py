@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from scenarios import outcome, run_fresh
 from small_trainers import PAIRS, bits, small_model, small_trainer, steps_in
-from unbroken.errors import CaptureError, SaveError, StateMismatchError
+from unbroken.errors import CaptureError, DifferenceError, SaveError
 from unbroken.storage import LocalStorage
 from unbroken.testing import FaultyStorage
 from unbroken.training import Callback
@@ -209,5 +209,5 @@ def test_state_that_cannot_be_stored_is_named_by_its_path(tmp_path):
 
 def test_a_callback_taken_out_is_not_forgotten_silently(tmp_path):
     small_trainer(tmp_path, trainer={"callbacks": [Counter(1)]}, max_steps=2).train()
-    with pytest.raises(StateMismatchError, match="0-Counter"):
+    with pytest.raises(DifferenceError, match="0-Counter"):
         small_trainer(tmp_path).train()

@@ -18,6 +18,8 @@ GENERATORS = {
     "torch": lambda: float(torch.rand(())),
 }
 STEPS, PORTIONS = 6, 2  # micro-batches in a step
+FORWARD: list[tuple[float, ...]] = []  # notes of one run; an attribute would come back in a resume
+HOOKED: list[tuple[str, tuple[float, ...]]] = []
 HOOKS = ("on_micro_batch_end", "on_step_end", "on_log", "on_evaluate", "on_save")
 
 
@@ -30,25 +32,21 @@ class Noted(nn.Linear):
 
     def __init__(self) -> None:
         super().__init__(6, 4)
-        self.draws: list[tuple[float, ...]] = []
 
     def forward(self, x):
         if self.training:
-            self.draws.append(all_draws())
+            FORWARD.append(all_draws())
         return super().forward(x)
 
 
 class NotedHooks(Callback):
     """Notes what each call of each hook draws."""
 
-    def __init__(self) -> None:
-        self.draws: list[tuple[str, tuple[float, ...]]] = []
-
 
 for hook in HOOKS:
 
     def noted(self, trainer, *more, hook=hook):
-        self.draws.append((hook, all_draws()))
+        HOOKED.append((hook, all_draws()))
 
     setattr(NotedHooks, hook, noted)
 
@@ -56,12 +54,13 @@ for hook in HOOKS:
 def train(folder, until=STEPS, **settings):
     """Train; return what forward passes drew, and what hooks drew."""
     torch.manual_seed(5)
-    model, hooks = Noted(), NotedHooks()
+    FORWARD.clear()
+    HOOKED.clear()
     settings = {"max_steps": until, "micro_batch_size": 4, "eval_steps": 1, **settings}
-    parts = {"callbacks": [hooks], "eval_dataset": [(torch.ones(6), torch.tensor(0))]}
+    parts = {"callbacks": [NotedHooks()], "eval_dataset": [(torch.ones(6), torch.tensor(0))]}
     constant = {"lr_scheduler_type": "constant", "save_steps": 1}
-    small_trainer(folder, model=model, trainer=parts, **constant, **settings).train()
-    return model.draws, hooks.draws
+    small_trainer(folder, model=Noted(), trainer=parts, **constant, **settings).train()
+    return [*FORWARD], [*HOOKED]
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +105,6 @@ def test_another_seed_draws_other_numbers(whole, tmp_path):
 
 def test_a_hook_that_draws_leaves_the_forward_passes_their_numbers(whole, tmp_path):
     torch.manual_seed(5)
-    model = Noted()
-    small_trainer(tmp_path, model=model, max_steps=STEPS, micro_batch_size=4).train()
-    assert model.draws == whole[0]
+    FORWARD.clear()
+    small_trainer(tmp_path, model=Noted(), max_steps=STEPS, micro_batch_size=4).train()
+    assert whole[0] == FORWARD

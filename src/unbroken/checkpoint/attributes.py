@@ -496,9 +496,8 @@ def is_bare(value: object) -> bool:
     """Return whether an object is of the user's own class, and all its state is in attributes.
 
     Example:
-        >>> class Meter: ...
-        >>> is_bare(Meter()), is_bare(nn.Linear(1, 1))
-        (True, False)
+        >>> is_bare(nn.Linear(1, 1)), is_bare([])
+        (False, False)
     """
     if isinstance(value, list | tuple | dict) or not keeps_attributes(value):
         return False
