@@ -47,25 +47,29 @@ class Counting(transformers.TrainerCallback, transformers.trainer_callback.Expor
         return {"args": {"by": self.by}, "attributes": {"count": self.count}}
 
 
+KILL: dict[str, Any] = {}  # of this process: in an attribute, it would be a change of the callback
+
+
 class KilledAt(transformers.TrainerCallback):
     """Ends the process with a signal after a step; kill -9 by default."""
 
-    def __init__(self, order: dict) -> None:
-        self.step, self.number = order["kill_at"], order.get("signal", signal.SIGKILL)
-        self.after_save = order.get("after_save", False)
-        self.is_here = os.environ.get("RANK", "0") == str(order.get("on_rank", 0))
+    @classmethod
+    def by(cls, order: dict) -> KilledAt:
+        is_here = os.environ.get("RANK", "0") == str(order.get("on_rank", 0))
+        KILL.update({"signal": signal.SIGKILL, "after_save": False, **order, "is_here": is_here})
+        return cls()
 
     def on_epoch_begin(self, args, state, control, **more):
-        if self.step == "no step":
-            os.kill(os.getpid(), self.number)
+        if KILL["kill_at"] == "no step":
+            os.kill(os.getpid(), KILL["signal"])
 
     def on_step_end(self, args, state, control, **more):
-        if state.global_step == self.step and not self.after_save and self.is_here:
-            os.kill(os.getpid(), self.number)
+        if state.global_step == KILL["kill_at"] and not KILL["after_save"] and KILL["is_here"]:
+            os.kill(os.getpid(), KILL["signal"])
 
     def on_save(self, args, state, control, **more):
-        if state.global_step == self.step and self.after_save:
-            os.kill(os.getpid(), self.number)
+        if state.global_step == KILL["kill_at"] and KILL["after_save"]:
+            os.kill(os.getpid(), KILL["signal"])
 
 
 class StoppedInAWindow(transformers.TrainerCallback):

@@ -188,7 +188,7 @@ def callbacks_of(order: dict) -> list:
         given = order["callbacks"].items()
         made["given"] = lambda: [MADE[name](*values) for name, values in given]
         order = {**order, "callbacks": "given"}
-    kill = [(KilledBeside if order.get("beside") else KilledAt)({"kill_at": 0, **order})]
+    kill = [(KilledBeside if order.get("beside") else KilledAt).by({"kill_at": 0, **order})]
     return [*(made[order["callbacks"]]() if order.get("callbacks") else []), *kill]
 
 
