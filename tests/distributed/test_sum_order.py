@@ -31,7 +31,8 @@ def sums_in_order(arrival):
         asked = {}
         for rank in arrival:
             asked[rank] = pool.submit(ranks[rank].sum, [VALUES[rank]])
-            store.wait([f"1/{rank}"])
+            if rank != arrival[-1]:  # what the last one tells may be read by all, and gone, at once
+                store.wait([f"1/{rank}"])
         sums = [asked[rank].result() for rank in range(len(VALUES))]
     for group in ranks:
         group.close()
