@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+import traceback
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,7 +25,10 @@ def limited(seconds: float, name: str):
         for process in descendants_since(began):
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
-        pytest.fail(f"{name} took more than {seconds} s")
+        traceback.print_stack(frame)
+        # a traceback from within a signal's handler may have no line numbers, and pytest can't
+        # show such a one: its worker would end
+        pytest.fail(f"{name} took more than {seconds} s", pytrace=False)
 
     before = signal.signal(signal.SIGALRM, give_up)
     left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
