@@ -5,7 +5,7 @@ from __future__ import annotations
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
-from unbroken.data import builtin_text
+from unbroken.language_model import builtin_text
 
 
 def learned_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:

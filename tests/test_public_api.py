@@ -37,7 +37,6 @@ NAMES = [
     "RunDirectoryError",
     "SaveError",
     "StateMismatchError",
-    "TokenDataset",
     "TrainResult",
     "Trainer",
     "TrainerConfig",

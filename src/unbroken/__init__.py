@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from unbroken.checkpoint import Policy as Policy
     from unbroken.checkpoint import ResumeReport as ResumeReport
     from unbroken.checkpoint import TrainingStopped as TrainingStopped
-    from unbroken.data import TokenDataset as TokenDataset
     from unbroken.data import batch_source as batch_source
     from unbroken.errors import CaptureError as CaptureError
     from unbroken.errors import CheckpointError as CheckpointError
@@ -58,7 +57,7 @@ _HOMES = {
         "ResumeReport",
         "TrainingStopped",
     ),
-    "unbroken.data": ("TokenDataset", "batch_source"),
+    "unbroken.data": ("batch_source",),
     "unbroken.errors": (
         "CaptureError",
         "CheckpointError",

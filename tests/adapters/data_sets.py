@@ -9,7 +9,7 @@ import time
 import numpy as np
 import torch
 
-from unbroken.data import ByteTokenizer, TokenDataset, builtin_text
+from unbroken.language_model import ByteTokenizer, TokenDataset, builtin_text
 
 BLOCK = 16
 SAMPLES = 48

@@ -20,7 +20,7 @@ def make_pretrained(order: dict) -> None:
     """Save a model and a tokenizer, as if they came from the hub: dropout is on."""
     from tokenizers import ByteLevelBPETokenizer
 
-    from unbroken.data import builtin_text
+    from unbroken.language_model import builtin_text
 
     learned = ByteLevelBPETokenizer()
     end = "<|endoftext|>"
@@ -35,7 +35,7 @@ def make_pretrained(order: dict) -> None:
 
 
 def load_dataset(tokenizer: Any) -> dict:
-    from unbroken.data import builtin_text
+    from unbroken.language_model import builtin_text
 
     ids = tokenizer(builtin_text().read_text()[:6000])["input_ids"]
     blocks = [torch.tensor(ids[i : i + 32]) for i in range(0, len(ids) - 31, 32)]

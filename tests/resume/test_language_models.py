@@ -11,7 +11,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from scenarios import outcome, run_fresh
-from unbroken.data import TokenDataset, builtin_text
+from unbroken.language_model import TokenDataset, builtin_text
 from unbroken.training import Callback, Silence, Trainer, TrainerConfig
 
 STEPS = 8

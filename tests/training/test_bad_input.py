@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from small_trainers import PAIRS, small_model, small_trainer, steps_in
-from unbroken.data import TokenDataset
 from unbroken.errors import (
     ConfigError,
     DataError,
@@ -21,6 +20,7 @@ from unbroken.errors import (
     SaveError,
     UnbrokenError,
 )
+from unbroken.language_model import TokenDataset
 from unbroken.testing import FaultyStorage
 
 

@@ -77,7 +77,7 @@ def _train() -> Callable[[Sequence[str]], int]:
     was_on = gc.isenabled()
     gc.disable()
     try:
-        from unbroken.cli.train import train
+        from unbroken.language_model.train import train
     finally:
         if was_on:
             gc.enable()

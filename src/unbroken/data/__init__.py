@@ -26,19 +26,10 @@ from unbroken.data.seen import drawn_from as drawn_from
 from unbroken.data.source import BatchSource as BatchSource
 from unbroken.data.source import MicroBatch as MicroBatch
 from unbroken.data.source import Position as Position
-from unbroken.data.text import TokenDataset as TokenDataset
-from unbroken.data.text import builtin_text as builtin_text
-from unbroken.data.tokenizer import BpeTokenizer as BpeTokenizer
-from unbroken.data.tokenizer import ByteTokenizer as ByteTokenizer
-from unbroken.data.tokenizer import Tokenizer as Tokenizer
-from unbroken.data.tokenizer import gpt2_tokenizer as gpt2_tokenizer
-from unbroken.data.tokenizer import learned_bpe as learned_bpe
 
 __all__ = [
     "BatchShape",
     "BatchSource",
-    "BpeTokenizer",
-    "ByteTokenizer",
     "CountedSource",
     "GlobalOrder",
     "Grouping",
@@ -55,15 +46,10 @@ __all__ = [
     "SampleKey",
     "Seen",
     "StatefulSource",
-    "TokenDataset",
-    "Tokenizer",
     "batch_source",
-    "builtin_text",
     "derive_key",
     "drawn_from",
-    "gpt2_tokenizer",
     "has",
     "keyed_random",
-    "learned_bpe",
     "reason_against_its_state",
 ]

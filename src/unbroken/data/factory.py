@@ -167,7 +167,7 @@ def _refuse_what_is_no_data(data: Any) -> None:
             "data set",
             "a string is no data set",
             found=repr(data[:80]),
-            hint="For text files: TokenDataset.from_files(...).",
+            hint="For text files: unbroken.language_model.TokenDataset.from_files(...).",
         )
     if isinstance(data, Mapping):
         raise DataError(

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from unbroken.data.tokenizer import Tokens
+from unbroken.language_model.tokenizer import Tokens
 from unbroken.storage import LocalStorage
 
 _FORMAT = b"UNBTOK-1"
@@ -26,7 +26,7 @@ _TAIL = 8 + 16 + len(_FORMAT)
 _LARGEST_FACTS = 1 << 28
 _CHUNK = 1 << 24
 
-_log = logging.getLogger("unbroken.data")
+_log = logging.getLogger("unbroken.language_model")
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from unbroken import errors
-from unbroken.cli.language_model import make_model
-from unbroken.cli.settings import DataSettings, parse_settings
+from unbroken.language_model.model import make_model
+from unbroken.language_model.settings import DataSettings, parse_settings
 from unbroken.training import TrainerConfig
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "cli.md"
@@ -22,6 +22,12 @@ max_steps: 50
 model: {n_layer: 2, n_head: 2}
 data: {train: [a.txt, b.txt], block_size: 32}
 """
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture

