@@ -52,8 +52,8 @@ class Alternate:
 
 def measure(method: str, size: str) -> None:
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    from unbroken.check.recorder.plan import Plan
-    from unbroken.check.recorder.watch import Watch
+    from unbroken.check.recorder.protocol import Plan
+    from unbroken.check.recorder.recorder import Watch
 
     with tempfile.TemporaryDirectory() as folder:
         recorder = None

@@ -23,7 +23,7 @@ from torch import nn
 from protocol import Protocol
 from unbroken import Checkpointer
 from unbroken.capture import capture, encode
-from unbroken.checkpoint.snapshot import Staging
+from unbroken.checkpoint.save.staging import Staging
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH, LAYERS, TOKENS = 2048, 20, 256

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from unbroken.checkpoint import Checkpointer
-from unbroken.checkpoint.attributes import Attributes
+from unbroken.checkpoint.coverage.attributes import Attributes
 from unbroken.distributed import join
 from unbroken.training import Callback, Silence, Trainer, TrainerConfig
 

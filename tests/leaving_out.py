@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from unbroken.checkpoint import ResumeReport, resuming
+from unbroken.checkpoint import ResumeReport
+from unbroken.checkpoint.resume import resume
 from unbroken.training import Progress, Trainer
 
 if TYPE_CHECKING:
@@ -91,11 +92,11 @@ def _progress(trainer: Trainer) -> None:
 
 
 def _end_of_the_metrics(trainer: Trainer) -> None:
-    resuming.Resumption._cut_metrics = lambda *_, **__: ()
+    resume.Resumption._cut_metrics = lambda *_, **__: ()
 
 
 def _random_generators(trainer: Trainer) -> None:
-    resuming.restore_rng = lambda tree: None
+    resume.restore_rng = lambda tree: None
 
 
 def _order_of_the_data(trainer: Trainer) -> None:

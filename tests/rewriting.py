@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from unbroken.storage import MemoryStorage, Storage
-from unbroken.store.digest import digest_of
+from unbroken.store.format.digest import digest_of
 
 _OPENING = b'{"digest":"'
 Change = Callable[[Any], Any]
@@ -71,7 +71,7 @@ class Kept:
 
 def _state_digest(body: Any) -> Any:
     """Return the digest of the state, as a manifest with these files has it."""
-    from unbroken.store.manifest import FileEntry, Manifest
+    from unbroken.store.format.manifest import FileEntry, Manifest
 
     try:
         files = tuple(FileEntry.from_json(file) for file in body["files"])

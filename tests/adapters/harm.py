@@ -16,20 +16,20 @@ from adapters.followers import SeenBeside
 
 def sabotage(part: str) -> None:
     """Take one part out of the adapter, so that the tests must fail."""
-    from unbroken.adapters.transformers import batches, callbacks, losses, place, run
-    from unbroken.checkpoint import attributes
+    from unbroken.adapters.transformers import changes, dataloader, position, session
+    from unbroken.checkpoint.coverage import attributes
     from unbroken.data import KeyedRandom
 
     def nothing(*_: Any, **__: Any) -> None: ...
 
     targets = {
-        "random states": (run.Run, "restore_random_states"),
-        "losses": (losses.Losses, "bring_back"),
-        "callbacks": (callbacks.CallbackState, "load_state_dict"),
-        "order": (batches.IndexBatches, "_draw_from"),
+        "random states": (session.Run, "restore_random_states"),
+        "losses": (session.Losses, "bring_back"),
+        "callbacks": (changes.CallbackState, "load_state_dict"),
+        "order": (dataloader.IndexBatches, "_draw_from"),
         "keys": (KeyedRandom, "seed"),
         "attributes": (attributes.Attributes, "restore"),
-        "place": (place.Follower, "on_substep_end"),
+        "place": (position.Follower, "on_substep_end"),
     }
     setattr(*targets[part], nothing)
 
@@ -59,7 +59,7 @@ def kill_before_write(name: str) -> None:
 def hold_commit_until(step: int) -> None:
     """Let the commit of checkpoint-5 wait until training has come to a step, or fail."""
     from unbroken.storage import LocalStorage
-    from unbroken.store import run_directory
+    from unbroken.store.run import directory
 
     SeenBeside.release_at = step
 
@@ -69,7 +69,7 @@ def hold_commit_until(step: int) -> None:
                 raise OSError(5, "training stands still", target)
             super().rename(source, target)
 
-    run_directory.storage_at = Holding
+    directory.storage_at = Holding
 
 
 def kill_when_rotated() -> None:
@@ -90,11 +90,11 @@ def kill_when_rotated() -> None:
 
 def kill_at_storage_step(step: int) -> None:
     """End the process with kill -9 at a step of what our Trainer does to the disk."""
-    from unbroken.store import run_directory
+    from unbroken.store.run import directory
     from unbroken.testing import KillingStorage
 
     class Killing(KillingStorage):
         def __init__(self, root: str, *, create: bool = True) -> None:
             super().__init__(root, kill_at=step)
 
-    run_directory.storage_at = Killing
+    directory.storage_at = Killing

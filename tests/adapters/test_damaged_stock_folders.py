@@ -21,12 +21,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from unbroken.adapters.transformers.stock import (
+from unbroken.adapters.transformers.stock_checkpoint import (
     facts_of_stock,
     load_stock,
+    problem_of_stock,
     refuse_what_does_not_fit,
 )
-from unbroken.adapters.transformers.stock_folder import problem_of_stock
 from unbroken.errors import StateMismatchError, UnbrokenError
 
 GIB = 1 << 30

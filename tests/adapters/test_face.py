@@ -7,7 +7,7 @@ import inspect
 import pytest
 
 import unbroken.adapters.transformers as adapter
-from unbroken.adapters.transformers.versions import NEWEST_TESTED, OLDEST, require_supported_version
+from unbroken.adapters.transformers.trainer import NEWEST_TESTED, OLDEST, require_supported_version
 from unbroken.cli.main import main
 from unbroken.errors import ConfigError
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import TrainingArguments
 
-from unbroken.adapters.transformers.arguments import (
+from unbroken.adapters.transformers.changes import (
     _OF_THE_START,
     argument_differences,
     plain_arguments,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from capture.round_trip import stored
-from unbroken.capture.values import distance, stored_distance
+from unbroken.capture.tensor_distance import distance, stored_distance
 from unbroken.errors import CorruptCheckpointError, StateMismatchError
 from unbroken.storage import LocalStorage
 
@@ -166,7 +166,7 @@ def test_pieces_add_up_to_the_whole(monkeypatch):
     a = torch.randn(1000, generator=generator)
     b = torch.where(torch.rand(1000, generator=generator) < 0.05, a * 1.01, a)
     whole = distance(a, b)
-    monkeypatch.setattr("unbroken.capture.values._CHUNK", 7)
+    monkeypatch.setattr("unbroken.capture.tensor_distance._CHUNK", 7)
     assert distance(a, b) == whole
 
 

@@ -7,9 +7,8 @@ from dataclasses import replace
 import pytest
 
 from unbroken.check import Culprit, Status
-from unbroken.check.judging import Reference, judge_resumed, make_reference
+from unbroken.check.judge import Kill, Reference, judge_resumed, make_reference
 from unbroken.check.recording import Batch, Fetch, Recording, State, Step
-from unbroken.check.restored_state import Kill
 
 KILL = Kill(after=6, saved=True)
 

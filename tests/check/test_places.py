@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from unbroken.check.places import Places, Separation, choose_separation
+from unbroken.check.isolation import Places, Separation, choose_separation
 from unbroken.errors import ConfigError
 
 
@@ -65,7 +65,7 @@ def test_what_the_user_has_is_never_removed(current, name):
 
 
 def test_a_folder_that_is_too_large_is_not_copied(current, monkeypatch):
-    monkeypatch.setattr("unbroken.check.places.MAX_COPY_BYTES", 50)
+    monkeypatch.setattr("unbroken.check.isolation.MAX_COPY_BYTES", 50)
     with pytest.raises(ConfigError, match="too large to be copied"):
         choose_separation([["python", "train.py"]], current, ())
 

@@ -11,9 +11,9 @@ import sys
 import pytest
 
 from check.trials import SCRIPTS
-from unbroken.check.launching import launch, processes_of
-from unbroken.check.places import Place
-from unbroken.check.recorder.plan import Plan
+from unbroken.check.isolation import Place
+from unbroken.check.launch import launch, processes_of
+from unbroken.check.recorder.protocol import Plan
 from unbroken.check.recording import read_recordings
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -11,13 +11,12 @@ from pathlib import Path
 
 from check.fork_server import ForkServer
 from unbroken.check import Verdict
-from unbroken.check.judging import Reference, judge_killed, make_reference
-from unbroken.check.launching import Launch, launch
-from unbroken.check.outcomes import judge_launch
-from unbroken.check.places import Place
-from unbroken.check.recorder.plan import Plan
+from unbroken.check.isolation import Place
+from unbroken.check.judge import Kill, Reference, judge_killed, make_reference
+from unbroken.check.launch import Launch, launch
+from unbroken.check.prove import judge_launch
+from unbroken.check.recorder.protocol import Plan
 from unbroken.check.recording import read_recordings
-from unbroken.check.restored_state import Kill
 
 SCRIPTS = Path(__file__).parent / "scripts"
 TIMEOUT = 120.0

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from unbroken.capture import capture, encode
-from unbroken.checkpoint import Checkpointer, snapshot
+from unbroken.checkpoint import Checkpointer
+from unbroken.checkpoint.save import staging
 from unbroken.cli.main import main
 from unbroken.errors import SaveError
 from unbroken.store import CheckpointReader
@@ -22,7 +23,7 @@ class Slow:
 
     def __init__(self, monkeypatch, seconds=0.01) -> None:
         self.go, self.began = threading.Event(), threading.Event()
-        real = snapshot.ctypes.memmove
+        real = staging.ctypes.memmove
 
         def copy(*where) -> None:
             if threading.current_thread() is not threading.main_thread():
@@ -30,7 +31,7 @@ class Slow:
                 self.go.wait(seconds)
             real(*where)
 
-        monkeypatch.setattr(snapshot.ctypes, "memmove", copy)
+        monkeypatch.setattr(staging.ctypes, "memmove", copy)
 
 
 class Run:

@@ -11,10 +11,9 @@ from types import ModuleType
 
 import pytest
 
+from unbroken.changes.code_version import CODE_RULES, facts_of, is_dirty, read_commit
 from unbroken.checkpoint import code_differences, code_facts
-from unbroken.checkpoint.code import CODE_RULES, facts_of
-from unbroken.checkpoint.git import is_dirty, read_commit
-from unbroken.store.digest import digest_of
+from unbroken.store.format.digest import digest_of
 
 ONE, TWO = "1" * 40, "2" * 40
 SCRIPT = "import json; from unbroken.checkpoint import code_facts; print(json.dumps(code_facts()))"

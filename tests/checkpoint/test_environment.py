@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from unbroken.changes.environment import _gpu_count_before_use, _gpu_software, _gpus
+from unbroken.changes.rules import ENVIRONMENT_RULES, VARIABLES
 from unbroken.checkpoint import environment_differences, environment_facts
-from unbroken.checkpoint.environment import _gpu_count_before_use, _gpu_software, _gpus
-from unbroken.checkpoint.environment_rules import ENVIRONMENT_RULES, VARIABLES
-from unbroken.store.canonical import to_canonical
+from unbroken.store.format.canonical_json import to_canonical
 
 
 def fresh_process(code):

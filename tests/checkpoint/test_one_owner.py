@@ -12,7 +12,7 @@ from torch import nn
 from small_trainers import steps_in
 from unbroken.checkpoint import Checkpointer
 from unbroken.errors import LockHeldError, RunDirectoryError
-from unbroken.storage import process_lock
+from unbroken.storage import file_lock
 
 
 def checkpointer(folder) -> Checkpointer:
@@ -63,7 +63,7 @@ def test_a_run_keeps_its_lock_when_its_directory_is_read(touch, tmp_path):
 
 
 def test_where_reading_loses_the_lock_the_first_owner_commits_nothing_more(tmp_path, monkeypatch):
-    monkeypatch.setattr(process_lock, "_HAS_OFD_LOCKS", False)  # as on other systems than Linux
+    monkeypatch.setattr(file_lock, "_HAS_OFD_LOCKS", False)  # as on other systems than Linux
     first = checkpointer(tmp_path)
     by_reading(tmp_path, None)
     assert in_child(lambda: checkpointer(tmp_path).save(1) and None) == 0  # the second, killed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from store.small_runs import leaves_of, save
-from unbroken.checkpoint.relay import SentCheckpoint
+from unbroken.checkpoint.resume.readers import SentCheckpoint
 from unbroken.distributed import Alone, ByteStream
 from unbroken.storage import MemoryStorage
 from unbroken.store import CheckpointReader

@@ -15,7 +15,7 @@ from clocks import Jumping
 from scenarios import run_fresh
 from small_trainers import bits, small_trainer, steps_in
 from unbroken.checkpoint import Checkpointer, SaveCost
-from unbroken.checkpoint.save_timer import LeastLost
+from unbroken.checkpoint.cadence import LeastLost
 from unbroken.errors import ConfigError, SaveError
 from unbroken.goodput import FailureRate, Rhythm, SaveInterval, UsualCost
 from unbroken.storage import MemoryStorage

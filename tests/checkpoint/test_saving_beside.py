@@ -13,7 +13,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from small_trainers import bits, small_trainer, steps_in
 from unbroken.capture import capture, encode
-from unbroken.checkpoint import Checkpointer, snapshot
+from unbroken.checkpoint import Checkpointer
+from unbroken.checkpoint.save import staging
 from unbroken.errors import SaveError
 from unbroken.storage import LocalStorage
 from unbroken.store import CheckpointReader
@@ -100,7 +101,7 @@ class Held:
 
     def __init__(self, monkeypatch, seconds=None) -> None:
         self.go, self.began, self.copies = threading.Event(), threading.Event(), 0
-        real = snapshot.ctypes.memmove
+        real = staging.ctypes.memmove
 
         def copy(*where) -> None:
             if threading.current_thread() is threading.main_thread():  # what is copied at once
@@ -110,7 +111,7 @@ class Held:
             self.copies += 1
             return real(*where)
 
-        monkeypatch.setattr(snapshot.ctypes, "memmove", copy)
+        monkeypatch.setattr(staging.ctypes, "memmove", copy)
 
 
 def test_the_next_step_of_the_optimizer_waits_for_the_copy(tmp_path, monkeypatch):
@@ -142,8 +143,8 @@ def test_without_that_hook_the_copy_would_be_torn(tmp_path, monkeypatch):
     held = Held(monkeypatch)
     data = training.save()
     training.checkpointer._beside._hook.remove()
-    monkeypatch.setattr(snapshot.Snapshot, "edited", lambda _self: ())
-    monkeypatch.setattr(snapshot.Seen, "differing", lambda *_: [])
+    monkeypatch.setattr(staging.Snapshot, "edited", lambda _self: ())
+    monkeypatch.setattr(staging.Seen, "differing", lambda *_: [])
     training.train_step()
     held.go.set()
     training.checkpointer.wait()

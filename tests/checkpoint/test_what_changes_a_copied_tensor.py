@@ -14,7 +14,8 @@ from torch import nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks as hooks
 
 from unbroken.capture import capture, encode
-from unbroken.checkpoint import Checkpointer, snapshot
+from unbroken.checkpoint import Checkpointer
+from unbroken.checkpoint.save import staging
 from unbroken.errors import SaveError
 from unbroken.store import CheckpointReader
 
@@ -30,7 +31,7 @@ class Slowly:
                 self.go.wait(self.seconds)
             real(*where)
 
-        monkeypatch.setattr(snapshot.ctypes, "memmove", copy)
+        monkeypatch.setattr(staging.ctypes, "memmove", copy)
 
 
 @pytest.fixture(autouse=True)
@@ -89,8 +90,9 @@ def test_a_fused_step_of_an_optimizer_that_is_not_saved_waits_for_the_copy(model
 
 
 def test_without_waiting_such_a_step_would_tear_the_copy(model, slowly, tmp_path, monkeypatch):
-    monkeypatch.setattr("unbroken.checkpoint.beside.BesideTraining._before_step", lambda *_: None)
-    monkeypatch.setattr(snapshot.Seen, "differing", lambda *_: [])
+    before_step = "unbroken.checkpoint.save.async_saver.BesideTraining._before_step"
+    monkeypatch.setattr(before_step, lambda *_: None)
+    monkeypatch.setattr(staging.Seen, "differing", lambda *_: [])
     slowly.seconds = None  # until it is let go
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     optimizer.register_step_post_hook(lambda *_: slowly.go.set())
@@ -247,7 +249,7 @@ def test_weights_that_are_clipped_after_each_step_are_saved_as_they_were(wide, s
 
 
 def test_between_saves_that_look_at_all_bytes_a_sample_shows_an_edit(wide, tmp_path, monkeypatch):
-    monkeypatch.setattr(snapshot, "_FEW", 0)  # as if they were many
+    monkeypatch.setattr(staging, "_FEW", 0)  # as if they were many
     with Checkpointer(tmp_path, snapshot="overlap", model=wide) as checkpointer:
         checkpointer.save(1)
         checkpointer.wait()
@@ -270,6 +272,6 @@ def test_of_a_small_model_each_save_looks_at_all_bytes(wide, tmp_path):
 
 def test_without_the_digests_such_a_checkpoint_would_be_torn(model, tmp_path, monkeypatch):
     """The negative control."""
-    monkeypatch.setattr(snapshot.Seen, "differing", lambda *_: [])
+    monkeypatch.setattr(staging.Seen, "differing", lambda *_: [])
     with pytest.raises(AssertionError):
         save_and(lambda: clip(model), tmp_path, model=model)

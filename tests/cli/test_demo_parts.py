@@ -11,11 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cli.sample_run import make_run
-from unbroken.cli.demo.child import Child, ChildFailedError, Watch
 from unbroken.cli.demo.comparison import compare
-from unbroken.cli.demo.kill import Start
-from unbroken.cli.demo.recipe import plan_kills, save_steps_for
-from unbroken.cli.demo.siege import start_lines
+from unbroken.cli.demo.demo import start_lines
+from unbroken.cli.demo.kills import (
+    Child,
+    ChildFailedError,
+    Start,
+    Watch,
+    plan_kills,
+    save_steps_for,
+)
 from unbroken.errors import CorruptCheckpointError
 
 

@@ -16,9 +16,7 @@ from rich.console import Console
 from cli.sample_run import BEGUN, in_a_process, make_run
 from cli.test_file_commands import check_golden, damage, sealed
 from store.small_runs import PlainLeaf
-from unbroken.cli.diff_page import print_page
-from unbroken.cli.diffing import compare, distances_of
-from unbroken.cli.sides import open_side
+from unbroken.cli.diff import compare, distances_of, open_side, print_page
 from unbroken.storage import LocalStorage
 from unbroken.store import CheckpointWriter
 

@@ -17,12 +17,10 @@ import torch
 from rich.console import Console
 
 from unbroken.checkpoint import environment_facts
-from unbroken.cli.doctor.diagnosis import Diagnosis, _print
-from unbroken.cli.doctor.disk import Disk, check_disk
+from unbroken.cli.doctor.checks import Machine, check_switches
 from unbroken.cli.doctor.experiment import Answer, run_experiments, train, train_in_a_process
-from unbroken.cli.doctor.machine import Machine
-from unbroken.cli.doctor.mounts import mount_of
-from unbroken.cli.doctor.switches import check_switches
+from unbroken.cli.doctor.filesystem import Disk, check_disk, mount_of
+from unbroken.cli.doctor.report import Diagnosis, _print
 from unbroken.errors import UnbrokenError
 from unbroken.storage import LocalStorage
 

@@ -14,10 +14,10 @@ import pytest
 from rich.console import Console
 
 from cli.sample_run import in_a_process, make_run
-from unbroken.cli.listing import rows_of
-from unbroken.cli.places import open_place
+from unbroken.cli.ls import rows_of
+from unbroken.cli.run_paths import open_place
 from unbroken.cli.tables import make_table
-from unbroken.store.digest import digest_of
+from unbroken.store.format.digest import digest_of
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -11,8 +11,8 @@ import sys
 
 import pytest
 
-from unbroken.cli.demo.child import Child, ChildFailedError, Watch
 from unbroken.cli.demo.comparison import compare
+from unbroken.cli.demo.kills import Child, ChildFailedError, Watch
 
 CONFIG = """\
 output_dir: run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from unbroken.cli.typed_text import text_of, texts_of
+from unbroken.cli.diff import text_of, texts_of
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ import torch
 
 from distributed.sharded import build, train
 from unbroken.capture import capture, encode
-from unbroken.checkpoint import Checkpointer, background, snapshot
+from unbroken.checkpoint import Checkpointer
+from unbroken.checkpoint.save import async_saver, staging
 from unbroken.distributed import join
-from unbroken.distributed.sharding import local_part
+from unbroken.distributed.dtensors import local_part
 from unbroken.errors import RankError, SaveError, UnbrokenError
 from unbroken.store import CheckpointReader
 
@@ -123,7 +124,7 @@ class Held:
                     self.go.wait(seconds)
                 real(*where)
 
-        snapshot.ctypes = Slow
+        staging.ctypes = Slow
 
 
 def save_at_full_speed(folder: str, layout: str, mode: str) -> None:
@@ -146,8 +147,8 @@ def save_without_waiting_for_the_copy(folder: str, layout: str) -> None:
     run.train_step()
     wanted = run.save()
     run.checkpointer._beside._hook.remove()
-    snapshot.Snapshot.edited = lambda _self: ()
-    snapshot.Seen.differing = lambda *_: []
+    staging.Snapshot.edited = lambda _self: ()
+    staging.Seen.differing = lambda *_: []
     run.train_step()
     held.go.set()
     run.checkpointer.wait()
@@ -232,7 +233,7 @@ def ask_while_a_save_runs(folder: str, layout: str) -> None:
 
 def fail_on_one_rank(folder: str, layout: str) -> None:
     """Rank 1 fails between two steps while a save runs; the others wait for it in theirs."""
-    background._PATIENCE = 0.5
+    async_saver._PATIENCE = 0.5
     run, began = Run(folder, layout, "overlap"), time.monotonic()
     try:
         with run.checkpointer:

@@ -18,7 +18,7 @@ from distributed.training import make_trainer
 from unbroken.distributed import join
 from unbroken.errors import UnbrokenError
 from unbroken.storage import LocalStorage
-from unbroken.store.layout import MANIFEST_NAME, STAGING
+from unbroken.store.format.names import MANIFEST_NAME, STAGING
 from unbroken.training import Callback
 
 BEFORE, AT = 3, 6  # the checkpoint that was made before, and the save in which the kill comes

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from distributed.sharded import build, checkpointer_in, digest, facts, train
 from unbroken.checkpoint import Checkpointer, Policy
 from unbroken.distributed import join
-from unbroken.distributed.sharding import local_part
+from unbroken.distributed.dtensors import local_part
 from unbroken.errors import CheckpointError, ConfigError, RankError, SaveError
 
 LAYOUT = "fsdp-2"

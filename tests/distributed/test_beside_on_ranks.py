@@ -13,7 +13,7 @@ from torch.distributed import HashStore
 
 from distributed import beside as acts
 from distributed.ranks import run_ranks
-from unbroken.checkpoint.appointment import Appointment
+from unbroken.checkpoint.save.async_saver import Appointment
 from unbroken.distributed import Ranks
 from unbroken.storage import LocalStorage
 from unbroken.store import CheckpointReader

@@ -13,7 +13,7 @@ from distributed.ranks import run_ranks
 from scenarios import metrics, outcome
 from unbroken.data import BatchShape, CountedSource, Position
 from unbroken.distributed import Ranks
-from unbroken.training.own_data import tell_places
+from unbroken.training.per_rank_loaders import tell_places
 
 FAILED = 3
 

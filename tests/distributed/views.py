@@ -20,9 +20,9 @@ from unbroken import Checkpointer
 from unbroken.capture import capture, encode
 from unbroken.distributed import join
 from unbroken.errors import DataError, UnbrokenError
-from unbroken.store.digest import Digester
+from unbroken.store.format.digest import Digester
 from unbroken.training import Silence, Trainer, TrainerConfig
-from unbroken.training.ambient import seed_ambient
+from unbroken.training.rng import seed_ambient
 
 RUN = "/proc/self/cwd/run"
 STEPS = 6

@@ -11,9 +11,9 @@ import pytest
 from torch import nn
 
 from unbroken import Checkpointer
-from unbroken.checkpoint import environment
-from unbroken.fingerprint import cut_off, is_users_own, model_facts, source, source_digest
-from unbroken.fingerprint.owners import _installation, _is_library
+from unbroken.changes import environment
+from unbroken.fingerprint import cut_off, is_users_own, model_facts, source_code, source_digest
+from unbroken.fingerprint.source_code import _installation, _is_library
 
 MODULE = """
 from torch import nn
@@ -125,7 +125,7 @@ class Calls(nn.Module):
 
 
 def test_a_walk_that_reaches_its_bound_is_not_called_exact(monkeypatch, tmp_path):
-    monkeypatch.setattr(source, "MAX_REACHED", 2)
+    monkeypatch.setattr(source_code, "MAX_REACHED", 2)
     try:
         for _ in range(2):
             with Checkpointer(tmp_path, model=Calls()) as checkpointer:

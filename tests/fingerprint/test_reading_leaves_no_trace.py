@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 
 from unbroken.fingerprint import NOT_COMPARED, begin_data_facts, data_facts
-from unbroken.fingerprint.apart import Apart
+from unbroken.fingerprint.forked_reader import Apart
 
 
 class Data(Dataset):

@@ -20,7 +20,7 @@ import keepers
 from scenarios import run_fresh
 from small_trainers import PAIRS
 from unbroken.checkpoint import Checkpointer
-from unbroken.cli.showing import print_run
+from unbroken.cli.show import print_run
 from unbroken.errors import DifferenceError
 from unbroken.training import Silence, Trainer, TrainerConfig
 

@@ -13,7 +13,7 @@ from scenarios import metrics
 from small_trainers import PAIRS, bits, small_model, small_trainer
 from unbroken.errors import DifferenceError
 from unbroken.training import Trainer, TrainerConfig
-from unbroken.training.changes import RULES
+from unbroken.training.config_rules import RULES
 
 CHANGES = {
     "learning_rate": 0.02,

@@ -11,7 +11,7 @@ from torch import nn
 
 from small_trainers import PAIRS, bits, small_model, small_trainer, steps_in
 from unbroken import Checkpointer
-from unbroken.checkpoint.comparison import Policy
+from unbroken.changes.compare import Policy
 from unbroken.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,

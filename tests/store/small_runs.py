@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from unbroken.storage import Storage
 from unbroken.store import Catalog, CheckpointReader, CheckpointWriter, Manifest, RunDirectory
-from unbroken.store.leaf import Copied
+from unbroken.store.format.safetensors_file import Copied
 
 RUN_ID = "0123456789abcdef" * 2
 

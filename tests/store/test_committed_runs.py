@@ -10,7 +10,7 @@ import pytest
 
 from committed_runs.make import contents, trainer
 from unbroken.store import CheckpointReader, RunDirectory
-from unbroken.store.manifest import VERSION
+from unbroken.store.format.manifest import VERSION
 
 RUNS = Path(__file__).parent.parent / "committed_runs"
 FORMATS = sorted(RUNS.glob("format-*"))

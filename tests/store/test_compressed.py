@@ -15,9 +15,15 @@ from xxhash import xxh3_64_intdigest
 from store.plain_unpacker import unpack_file
 from unbroken.errors import ConfigError, NewerFormatError
 from unbroken.storage import CompressedStorage, LocalStorage, MemoryStorage
-from unbroken.storage.compressed import PlainView
-from unbroken.storage.compressed_file import MAGIC, CompressedWriteHandle
-from unbroken.storage.planes import AS_IT_IS, load_zstd, pack, unpack
+from unbroken.storage.compressed import (
+    AS_IT_IS,
+    MAGIC,
+    CompressedWriteHandle,
+    PlainView,
+    load_zstd,
+    pack,
+    unpack,
+)
 from unbroken.testing import FaultyStorage
 
 ZSTD = load_zstd("the tests")

@@ -14,9 +14,8 @@ from store.small_runs import PlainLeaf
 from unbroken.errors import CorruptCheckpointError
 from unbroken.storage import MemoryStorage
 from unbroken.store import CheckpointReader, CheckpointWriter, diff_checkpoints, diff_facts
-from unbroken.store.canonical import MalformedError
-from unbroken.store.value_diff import diff_trees
-from unbroken.store.value_tree import plain_tree, state_tree
+from unbroken.store.diff import diff_trees, plain_tree, state_tree
+from unbroken.store.format.canonical_json import MalformedError
 
 CLOCK = itertools.count(1e9, 60.0)  # no two checkpoints are made at the same time
 

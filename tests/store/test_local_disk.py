@@ -144,9 +144,9 @@ def test_a_file_is_never_created_or_appended_through_a_link(storage, tmp_path):
 def test_where_the_system_cannot_rename_without_replacing_it_is_checked_first(
     storage, monkeypatch, tmp_path
 ):
-    from unbroken.storage import rename
+    from unbroken.storage import local
 
-    monkeypatch.setattr(rename, "_renameat2", lambda: lambda *names: errno.EINVAL)
+    monkeypatch.setattr(local, "_renameat2", lambda: lambda *names: errno.EINVAL)
     save(storage, 1, "x")
     storage.make_folder("empty")
     with pytest.raises(FileExistsError):

@@ -8,8 +8,8 @@ import tempfile
 
 import pytest
 
-from unbroken.storage import LocalStorage, past_cache
-from unbroken.storage.past_cache import LongRead, aligned_buffer, is_cached
+from unbroken.storage import LocalStorage, direct_io
+from unbroken.storage.direct_io import LongRead, aligned_buffer, is_cached
 
 LENGTH = (9 << 20) + 4099
 DATA = os.urandom(1 << 20) * 9 + os.urandom(4099)
@@ -122,7 +122,7 @@ def refusing(call):
     """Return the call of a file system that takes no direct access, and says so only now."""
 
     def refused(fd, data, *rest):
-        if past_cache.fcntl.fcntl(fd, past_cache.fcntl.F_GETFL) & os.O_DIRECT:
+        if direct_io.fcntl.fcntl(fd, direct_io.fcntl.F_GETFL) & os.O_DIRECT:
             raise OSError(errno.EINVAL, "Invalid argument")
         return call(fd, data, *rest)
 
@@ -130,8 +130,8 @@ def refusing(call):
 
 
 def test_a_file_system_that_refuses_late_gets_the_same_bytes(storage, monkeypatch):
-    monkeypatch.setattr(past_cache.os, "pwrite", refusing(os.pwrite))
-    monkeypatch.setattr(past_cache.os, "preadv", refusing(os.preadv))
+    monkeypatch.setattr(direct_io.os, "pwrite", refusing(os.pwrite))
+    monkeypatch.setattr(direct_io.os, "preadv", refusing(os.preadv))
     put(storage)
     drop_from_cache(storage)
     assert get(storage) == DATA
@@ -139,7 +139,7 @@ def test_a_file_system_that_refuses_late_gets_the_same_bytes(storage, monkeypatc
 
 def test_short_direct_writes_are_completed(storage, monkeypatch):
     real = os.pwrite
-    monkeypatch.setattr(past_cache.os, "pwrite", lambda fd, data, at: real(fd, data[:8192], at))
+    monkeypatch.setattr(direct_io.os, "pwrite", lambda fd, data, at: real(fd, data[:8192], at))
     put(storage, DATA[: 3 << 20])
     assert get(storage, 3 << 20) == DATA[: 3 << 20]
 
@@ -150,7 +150,7 @@ def failing(*_):
 
 def test_a_write_that_failed_in_the_background_is_told_and_stays_failed(storage, monkeypatch):
     file = storage.create("long", LENGTH)
-    monkeypatch.setattr(past_cache.os, "pwrite", failing)
+    monkeypatch.setattr(direct_io.os, "pwrite", failing)
     with pytest.raises(OSError, match=r"Input/output.*long"):
         file.write(DATA * 3)
     monkeypatch.undo()
@@ -163,7 +163,7 @@ def test_a_write_that_failed_in_the_background_is_told_and_stays_failed(storage,
 def test_closing_tells_of_a_failure_that_nobody_heard_of(storage, monkeypatch):
     file = storage.create("long", LENGTH)
     file.write(DATA[: 2 << 20])
-    monkeypatch.setattr(past_cache.os, "pwrite", failing)
+    monkeypatch.setattr(direct_io.os, "pwrite", failing)
     with pytest.raises(OSError, match="Input/output"):
         file.close()
     file.close()
@@ -173,7 +173,7 @@ def test_a_full_disk_is_told_before_the_first_byte(storage, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(past_cache.os, "posix_fallocate", full)
+    monkeypatch.setattr(direct_io.os, "posix_fallocate", full)
     with pytest.raises(OSError, match=r"No space.*long"):
         storage.create("long", LENGTH)
 

@@ -13,7 +13,7 @@ import pytest
 from unbroken.errors import CheckpointNotFoundError, CorruptCheckpointError
 from unbroken.storage import LocalStorage
 from unbroken.store import CheckpointReader, CheckpointWriter
-from unbroken.store.side_by_side import side_by_side
+from unbroken.store.checkpoint.reader import side_by_side
 
 SIZES = [3 << 20, 5, 0, 2 << 20, (6 << 20) + 7, 1 << 20]
 

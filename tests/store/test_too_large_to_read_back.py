@@ -11,7 +11,9 @@ from unbroken import Checkpointer
 from unbroken.capture import encode
 from unbroken.errors import CaptureError
 from unbroken.storage import MemoryStorage
-from unbroken.store import CheckpointReader, CheckpointWriter, manifest, reader, staged
+from unbroken.store import CheckpointReader, CheckpointWriter
+from unbroken.store.checkpoint import reader, writer
+from unbroken.store.format import manifest
 
 
 class Watched(MemoryStorage):
@@ -83,7 +85,7 @@ def test_a_manifest_of_the_very_limit_is_committed_and_read(monkeypatch):
 
 
 def test_a_file_that_could_not_be_read_whole_is_not_written(monkeypatch):
-    for module in (reader, staged):
+    for module in (reader, writer):
         monkeypatch.setattr(module, "MAX_WHOLE_BYTES", 1000)
     with Checkpointer(storage := MemoryStorage(), model=nn.Linear(2, 1)) as checkpointer:
         with pytest.raises(CaptureError, match="too large to be read back"):

@@ -11,7 +11,7 @@ from torch import nn
 
 from unbroken.distributed import Alone, RankSums, Tree
 from unbroken.errors import ConfigError
-from unbroken.training.lanes import LaneSum
+from unbroken.training.gradient_sums.lanes import LaneSum
 
 NUMEL = 1013  # of no other tensor
 

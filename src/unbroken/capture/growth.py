@@ -18,18 +18,18 @@ import xxhash
 from torch import nn
 from torch.optim import Optimizer
 
-from unbroken.capture.modules import (
+from unbroken.capture.kinds.modules import (
     lazy_tensors,
     named_modules,
     stored_tensors,
     tensors_of,
     unwrapped,
 )
-from unbroken.capture.names import ParameterNames
+from unbroken.capture.kinds.optimizers import ParameterNames
 from unbroken.capture.sharded import is_sharded
-from unbroken.capture.stored import StoredTensor, load_tensors
-from unbroken.capture.subclasses import comes_apart
-from unbroken.capture.tree import Captured
+from unbroken.capture.state_tree import Captured
+from unbroken.capture.stored_tensor import StoredTensor, load_tensors
+from unbroken.capture.tensor_subclasses import comes_apart
 
 PREPARE = "prepare_to_load"
 """The method by which a module of the user's own brings itself to a stored structure."""

@@ -15,13 +15,13 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from unbroken.capture import generators, modules, optimizers, schedulers
-from unbroken.capture.leaves import FileOf, file_layout, own_file
-from unbroken.capture.mismatch import Mismatch, raise_all
-from unbroken.capture.names import ParameterNames
+from unbroken.capture.codec.leaves import FileOf, file_layout, own_file
+from unbroken.capture.kinds import modules, optimizers, random_state, schedulers
+from unbroken.capture.kinds.mismatch import Mismatch, raise_all
+from unbroken.capture.kinds.optimizers import ParameterNames
 from unbroken.capture.sharded import refuse_sharded, settle
-from unbroken.capture.stored import Filling, StoredSubclass, StoredTensor, home, load_tensors
-from unbroken.capture.tree import Captured, State, children
+from unbroken.capture.state_tree import Captured, State, children
+from unbroken.capture.stored_tensor import Filling, StoredSubclass, StoredTensor, home, load_tensors
 from unbroken.errors import CaptureError, StateMismatchError, UnbrokenError
 
 
@@ -141,32 +141,32 @@ KINDS = (
     Kind(
         "torch_generator",
         torch.Generator,
-        generators.capture_torch,
-        generators.check_torch,
-        generators.restore_torch,
+        random_state.capture_torch,
+        random_state.check_torch,
+        random_state.restore_torch,
     ),
     Kind(
         "numpy_generator",
         np.random.Generator,
-        generators.capture_numpy,
-        generators.check_numpy,
-        generators.restore_numpy,
-        generators.bit_generator_name,
+        random_state.capture_numpy,
+        random_state.check_numpy,
+        random_state.restore_numpy,
+        random_state.bit_generator_name,
     ),
     Kind(
         "numpy_random_state",
         np.random.RandomState,
-        generators.capture_legacy,
-        generators.check_legacy,
-        generators.restore_legacy,
-        generators.legacy_name,
+        random_state.capture_legacy,
+        random_state.check_legacy,
+        random_state.restore_legacy,
+        random_state.legacy_name,
     ),
     Kind(
         "python_random",
         random.Random,
-        generators.capture_python,
-        generators.check_python,
-        generators.restore_python,
+        random_state.capture_python,
+        random_state.check_python,
+        random_state.restore_python,
     ),
     Kind("stateful", Stateful, _capture_stateful, _check_stateful, _restore_stateful),
 )

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from unbroken.capture.dtypes import SAFETENSORS_DTYPES
-from unbroken.capture.tree import children
+from unbroken.capture.state_tree import children
 from unbroken.errors import CaptureError
 
 if TYPE_CHECKING:

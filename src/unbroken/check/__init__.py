@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from unbroken.check.proving import Answer as Answer
-from unbroken.check.proving import Question as Question
-from unbroken.check.proving import prove as prove
+from unbroken.check.prove import Answer as Answer
+from unbroken.check.prove import Question as Question
+from unbroken.check.prove import prove as prove
 from unbroken.check.verdict import Culprit as Culprit
 from unbroken.check.verdict import Status as Status
 from unbroken.check.verdict import Verdict as Verdict

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from unbroken.checkpoint.comparison import Policy
+from unbroken.changes.compare import Policy
 from unbroken.data import has
 from unbroken.errors import ConfigError
 from unbroken.store import KeepPolicy

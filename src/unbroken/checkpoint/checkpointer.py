@@ -18,41 +18,36 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from unbroken.capture import capture, capture_rng
-from unbroken.checkpoint.agreeing import FACT, Other, agree_on_versions, others_of_ranks
+from unbroken.changes.apply import named_objects
+from unbroken.changes.compare import Comparison, Examine, Policy
+from unbroken.changes.ddp_buckets import DdpBuckets
+from unbroken.changes.differences import Difference
+from unbroken.changes.report import ResumeReport
 from unbroken.checkpoint.arguments import check_keywords, check_objects, loggable, tell_line
-from unbroken.checkpoint.as_built import named_objects
-from unbroken.checkpoint.attributes import NAME, Attributes, is_bare
-from unbroken.checkpoint.background import SaveCost
-from unbroken.checkpoint.beside import BesideTraining, SnapshotMode
-from unbroken.checkpoint.candidates import Origin
-from unbroken.checkpoint.comparison import Comparison, Examine, Policy
-from unbroken.checkpoint.ddp_buckets import DdpBuckets
-from unbroken.checkpoint.differences import Difference
-from unbroken.checkpoint.found_schedules import FoundSchedules
-from unbroken.checkpoint.generators import rng_digest
-from unbroken.checkpoint.layout import Layout
-from unbroken.checkpoint.line import Line
-from unbroken.checkpoint.not_given import FACT as NOT_GIVEN
-from unbroken.checkpoint.not_given import NotGiven
-from unbroken.checkpoint.opening import RunPlace, reader_of
-from unbroken.checkpoint.readers import LoadFrom
-from unbroken.checkpoint.reading_ahead import ReadAhead
-from unbroken.checkpoint.rehearsal import Rehearsal
-from unbroken.checkpoint.report import ResumeReport
-from unbroken.checkpoint.resuming import Resumption
-from unbroken.checkpoint.save_timer import SaveSteps, SaveTimer
-from unbroken.checkpoint.saving import Saving
-from unbroken.checkpoint.selection import ResumeFrom, Selection
-from unbroken.checkpoint.shares import Plan, share_of
-from unbroken.checkpoint.unfinished import GRADIENTS, UnfinishedGradients
-from unbroken.checkpoint.writing import Writing
+from unbroken.checkpoint.cadence import SaveSteps, SaveTimer
+from unbroken.checkpoint.coverage.attributes import NAME, Attributes, is_bare
+from unbroken.checkpoint.coverage.schedules import FoundSchedules
+from unbroken.checkpoint.coverage.unregistered import FACT as NOT_GIVEN
+from unbroken.checkpoint.coverage.unregistered import NotGiven
+from unbroken.checkpoint.resume.agreement import FACT, Other, agree_on_versions, others_of_ranks
+from unbroken.checkpoint.resume.prefetch import ReadAhead
+from unbroken.checkpoint.resume.readers import LoadFrom
+from unbroken.checkpoint.resume.resume import Resumption
+from unbroken.checkpoint.resume.selection import Origin, ResumeFrom, Selection
+from unbroken.checkpoint.run_access import RunPlace, reader_of
+from unbroken.checkpoint.save.async_saver import BesideTraining, SaveCost, SnapshotMode
+from unbroken.checkpoint.save.layout import Layout
+from unbroken.checkpoint.save.rank_shares import Plan, rng_digest, share_of
+from unbroken.checkpoint.save.rehearsal import Rehearsal
+from unbroken.checkpoint.save.session import Line, Saving, Writing
+from unbroken.checkpoint.save.unfinished_gradients import GRADIENTS, UnfinishedGradients
 from unbroken.distributed import Alone, Group
 from unbroken.errors import ConfigError, RankError, SaveError, UnbrokenError, one_of, spelled
 from unbroken.fingerprint import object_facts
 from unbroken.goodput import SaveInterval
 from unbroken.storage import Storage
 from unbroken.store import CheckpointWriter, Json, KeepPolicy, RunDirectory
-from unbroken.store.run_directory import now_as_text
+from unbroken.store.run.directory import now_as_text
 
 _RESERVED = ("rng", "values", NAME, GRADIENTS)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, cast
 
+import tyro
 from tyro.conf import Positional, Suppress, UseAppendAction, arg
 
 from unbroken.errors import ConfigError
@@ -26,7 +28,7 @@ class Ls:
 
     def run(self) -> int:
         """Print the lists; return the exit status."""
-        from unbroken.cli.listing import print_listing
+        from unbroken.cli.ls import print_listing
 
         return print_listing(self.runs, as_json=self.as_json)
 
@@ -44,7 +46,7 @@ class Show:
 
     def run(self) -> int:
         """Print the story; return the exit status."""
-        from unbroken.cli.showing import print_run
+        from unbroken.cli.show import print_run
 
         return print_run(self.path, with_history=self.history, as_json=self.as_json)
 
@@ -62,7 +64,7 @@ class Verify:
 
     def run(self) -> int:
         """Print what was found; return the exit status."""
-        from unbroken.cli.verifying import print_verdicts
+        from unbroken.cli.verify import print_verdicts
 
         return print_verdicts(self.path, step=self.step, as_json=self.as_json)
 
@@ -89,7 +91,7 @@ class Diff:
 
     def run(self) -> int:
         """Print the differences; return the exit status."""
-        from unbroken.cli.diffing import print_diff
+        from unbroken.cli.diff import print_diff
 
         return print_diff(
             self.a,
@@ -123,7 +125,7 @@ class Export:
 
     def run(self) -> int:
         """Write the files; return the exit status."""
-        from unbroken.cli.exporting import print_export, print_export_to_transformers
+        from unbroken.cli.export import print_export, print_export_to_transformers
 
         if self.to == "transformers":
             return print_export_to_transformers(self.path, self.out)
@@ -164,7 +166,7 @@ class Check:
 
     def run(self) -> int:
         """Print the verdict; return the exit status."""
-        from unbroken.cli.checking import print_check, question_of
+        from unbroken.cli.check import print_check, question_of
 
         return print_check(question_of(self), as_json=self.as_json)
 
@@ -256,7 +258,7 @@ class Plan:
 
     def run(self) -> int:
         """Print the plan; return the exit status."""
-        from unbroken.cli.planning import make_plan, number_of, print_plan
+        from unbroken.cli.plan import make_plan, number_of, print_plan
         from unbroken.goodput import PUBLISHED_FAILURES, Cluster
 
         gpu_days = PUBLISHED_FAILURES.gpu_days if self.gpu_days is None else self.gpu_days
@@ -298,3 +300,42 @@ COMMANDS = {
     "doctor": Doctor,
     "plan": Plan,
 }
+
+
+# From the words of a command line to the command.
+
+
+_DESCRIPTION = (
+    "A PyTorch training run that is killed at any moment and started again is the same run, "
+    "bit for bit."
+)
+
+
+def parse_command(given: Sequence[str]) -> Check | Demo | Diff | Doctor | Ls | Plan | Show | Verify:
+    """Return the command that the words ask for.
+
+    Raises:
+        SystemExit: With status 0 after `--help`, with 2 if the words ask for nothing known.
+
+    Example:
+        >>> parse_command(["verify", "runs/gpt2", "--step", "10"]).step
+        10
+    """
+    classes = cast("dict[str, Any]", COMMANDS)
+    own, command = _before_and_after_dashes(given)
+    found = cast(
+        "Check | Demo | Diff | Doctor | Ls | Plan | Show | Verify",
+        tyro.extras.subcommand_cli_from_dict(
+            classes, prog="unbroken", description=_DESCRIPTION, args=own
+        ),
+    )
+    return replace(found, command=tuple(command)) if isinstance(found, Check) else found
+
+
+def _before_and_after_dashes(given: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return our own words, and those of the command that `check` is to run."""
+    words = list(given)
+    if words[:1] != ["check"] or "--" not in words:
+        return words, []
+    dashes = words.index("--")
+    return words[:dashes], words[dashes + 1 :]

@@ -67,7 +67,7 @@ def _run(given: list[str]) -> int:
 
         sys.stdout.write(f"unbroken {__version__}\n")
         return 0
-    from unbroken.cli.parsing import parse_command
+    from unbroken.cli.commands import parse_command
 
     return parse_command(given).run()
 

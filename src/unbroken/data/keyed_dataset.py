@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from torch.utils.data import Subset, TensorDataset, default_collate
 
-from unbroken.data.asking import declared, has
-from unbroken.data.keys import derive_key
-from unbroken.data.order import SampleKey
-from unbroken.data.randomness import KeyedRandom
+from unbroken.data.introspection import declared, has
+from unbroken.data.keyed_rng import KeyedRandom, derive_key
+from unbroken.data.order.global_order import SampleKey
 
 _WITHOUT_RANDOMNESS = (list, tuple, range, np.ndarray, torch.Tensor, TensorDataset)
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from unbroken.distributed.alone import Alone as Alone
-from unbroken.distributed.disagreement import disagreement as disagreement
-from unbroken.distributed.disagreement import name_ranks as name_ranks
+from unbroken.distributed.all_reduce import RankSums as RankSums
+from unbroken.distributed.all_reduce import Tree as Tree
+from unbroken.distributed.broadcast import ByteStream as ByteStream
+from unbroken.distributed.group import Alone as Alone
 from unbroken.distributed.group import Group as Group
-from unbroken.distributed.joining import join as join
-from unbroken.distributed.planning import divide as divide
-from unbroken.distributed.ranks import Ranks as Ranks
-from unbroken.distributed.sums import RankSums as RankSums
-from unbroken.distributed.tensors import ByteStream as ByteStream
-from unbroken.distributed.tree import Tree as Tree
+from unbroken.distributed.save_plan import divide as divide
+from unbroken.distributed.store_group import Ranks as Ranks
+from unbroken.distributed.store_group import disagreement as disagreement
+from unbroken.distributed.store_group import name_ranks as name_ranks
+from unbroken.distributed.torchrun import join as join
 
 __all__ = [
     "Alone",

@@ -1,31 +1,31 @@
 """What a run is made of, as plain values that a later start can compare: never its state."""
 
-from unbroken.fingerprint.data import begin_data_facts as begin_data_facts
-from unbroken.fingerprint.data import begin_source_facts as begin_source_facts
-from unbroken.fingerprint.data import data_facts as data_facts
-from unbroken.fingerprint.facts import callable_facts as callable_facts
-from unbroken.fingerprint.facts import facts_of as facts_of
-from unbroken.fingerprint.facts import object_facts as object_facts
-from unbroken.fingerprint.keeping import changed_by_reading as changed_by_reading
-from unbroken.fingerprint.keeping import keeps_attributes as keeps_attributes
-from unbroken.fingerprint.keeping import names_in_class as names_in_class
-from unbroken.fingerprint.keeping import own_attributes as own_attributes
+from unbroken.fingerprint.dataset import begin_data_facts as begin_data_facts
+from unbroken.fingerprint.dataset import begin_source_facts as begin_source_facts
+from unbroken.fingerprint.dataset import data_facts as data_facts
+from unbroken.fingerprint.dataset import sampled_records as sampled_records
+from unbroken.fingerprint.digests import record_digest as record_digest
 from unbroken.fingerprint.model import model_facts as model_facts
 from unbroken.fingerprint.optimizer import optimizer_facts as optimizer_facts
 from unbroken.fingerprint.optimizer import scheduler_facts as scheduler_facts
-from unbroken.fingerprint.owners import is_users_own as is_users_own
-from unbroken.fingerprint.owners import qualified_name as qualified_name
-from unbroken.fingerprint.plain import NOT_COMPARED as NOT_COMPARED
-from unbroken.fingerprint.plain import Plain as Plain
-from unbroken.fingerprint.plain import plain_attributes as plain_attributes
-from unbroken.fingerprint.plain import plain_items as plain_items
-from unbroken.fingerprint.plain import plain_or_text as plain_or_text
-from unbroken.fingerprint.records import record_digest as record_digest
-from unbroken.fingerprint.sampling import sampled_records as sampled_records
-from unbroken.fingerprint.source import MAX_REACHED as MAX_REACHED
-from unbroken.fingerprint.source import cut_off as cut_off
-from unbroken.fingerprint.source import names_in as names_in
-from unbroken.fingerprint.source import source_digest as source_digest
+from unbroken.fingerprint.own_attributes import changed_by_reading as changed_by_reading
+from unbroken.fingerprint.own_attributes import keeps_attributes as keeps_attributes
+from unbroken.fingerprint.own_attributes import names_in_class as names_in_class
+from unbroken.fingerprint.own_attributes import own_attributes as own_attributes
+from unbroken.fingerprint.source_code import MAX_REACHED as MAX_REACHED
+from unbroken.fingerprint.source_code import cut_off as cut_off
+from unbroken.fingerprint.source_code import is_users_own as is_users_own
+from unbroken.fingerprint.source_code import names_in as names_in
+from unbroken.fingerprint.source_code import qualified_name as qualified_name
+from unbroken.fingerprint.source_code import source_digest as source_digest
+from unbroken.fingerprint.values import NOT_COMPARED as NOT_COMPARED
+from unbroken.fingerprint.values import Plain as Plain
+from unbroken.fingerprint.values import callable_facts as callable_facts
+from unbroken.fingerprint.values import facts_of as facts_of
+from unbroken.fingerprint.values import object_facts as object_facts
+from unbroken.fingerprint.values import plain_attributes as plain_attributes
+from unbroken.fingerprint.values import plain_items as plain_items
+from unbroken.fingerprint.values import plain_or_text as plain_or_text
 
 __all__ = [
     "MAX_REACHED",

@@ -8,12 +8,16 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from unbroken.fingerprint.asking import attributes_of
-from unbroken.fingerprint.facts import callable_facts, facts_of_items
-from unbroken.fingerprint.hooks import ON_OPTIMIZERS, hooks_on
-from unbroken.fingerprint.owners import is_users_own, qualified_name
-from unbroken.fingerprint.plain import Plain, plain_attributes, plain_items
-from unbroken.fingerprint.source import source_digest
+from unbroken.fingerprint.introspection import attributes_of
+from unbroken.fingerprint.model import ON_OPTIMIZERS, hooks_on
+from unbroken.fingerprint.source_code import is_users_own, qualified_name, source_digest
+from unbroken.fingerprint.values import (
+    Plain,
+    callable_facts,
+    facts_of_items,
+    plain_attributes,
+    plain_items,
+)
 
 _MOVED = {"params", "param_names", "lr", "initial_lr"}
 _MOVING = {"_last_lr", "_schedulers", "lr_lambdas"}

@@ -2,17 +2,249 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from datetime import datetime
+from typing import Any, Literal
 
-from unbroken.goodput.durations import seconds_text
-from unbroken.goodput.failing import FailureRate
-from unbroken.goodput.interval import best_interval
+from unbroken.errors import ConfigError
+from unbroken.goodput.interval import Rhythm, best_interval, seconds_text
+
+# A cluster and a model, as few numbers: how much there is to save, and how often it fails.
+
+
+DAY = 24 * 3600.0
+
+Optimizer = Literal["adamw", "adamw-bf16", "adamw-8bit", "lion", "momentum", "sgd"]
+"""What is kept for each parameter: two moments in fp32, bf16 or one byte, one moment, nothing."""
+
+MOMENT_BYTES: dict[Optimizer, int] = {
+    "adamw": 8,
+    "adamw-bf16": 4,
+    "adamw-8bit": 2,
+    "lion": 4,
+    "momentum": 4,
+    "sgd": 0,
+}
+
+
+@dataclass(frozen=True)
+class Failures:
+    """How many interruptions were counted, on how many GPUs, in how many days.
+
+    Example:
+        >>> round(PUBLISHED_FAILURES.gpu_days)
+        2112
+    """
+
+    count: int
+    gpus: int
+    days: float
+
+    @property
+    def gpu_days(self) -> float:
+        """Mean days between failures of one GPU and its part of everything else."""
+        return self.gpus * self.days / self.count
+
+
+PUBLISHED_FAILURES = Failures(419, 16_384, 54)
+"""Unexpected interruptions of Llama 3 405B's pre-training (arXiv 2407.21783, section 3.3.4)."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster, and what it trains.
+
+    Args:
+        gpus: How many; each brings its part of hosts, network and power.
+        parameters: Of the model.
+        bandwidth: Of the storage, for the whole cluster together: bytes a second.
+        optimizer: Which moments belong to the state.
+        parameter_bytes: Of one parameter as it is saved; 4: fp32 masters.
+        gpu_days: Mean days between failures of one GPU.
+        lost: Seconds of training that one save costs; None: it blocks until it is durable.
+        starting: Seconds from a failure until the state is read: find it, replace, start.
+
+    Raises:
+        ConfigError: A field is negative, endless or, where that makes no sense, 0.
+
+    Example:
+        >>> cluster = Cluster(gpus=16_384, parameters=405e9, bandwidth=2e12)
+        >>> f"{cluster.state_bytes / 1e12:.2f} TB, {cluster.between_failures / 3600:.1f} h"
+        '4.86 TB, 3.1 h'
+        >>> rhythm = cluster.rhythm()
+        >>> f"{rhythm.interval / 60:.1f} min, {rhythm.goodput:.1%}"
+        '3.9 min, 95.3%'
+    """
+
+    gpus: int
+    parameters: float
+    bandwidth: float
+    optimizer: Optimizer = "adamw"
+    parameter_bytes: int = 4
+    gpu_days: float = PUBLISHED_FAILURES.gpu_days
+    lost: float | None = None
+    starting: float = 300.0
+
+    def __post_init__(self) -> None:
+        if not self.bandwidth > 0:  # as much as one likes: saving then costs what `lost` says
+            raise ConfigError("bandwidth", "must be positive", found=self.bandwidth)
+        for name in ("gpus", "parameters", "parameter_bytes", "gpu_days"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(name, "must be positive and finite", found=getattr(self, name))
+        for name in ("lost", "starting"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
+                what = "must be a number of seconds, at least 0"
+                raise ConfigError(name, what, found=getattr(self, name))
+
+    @property
+    def state_bytes(self) -> float:
+        """Bytes of one checkpoint."""
+        return self.parameters * (self.parameter_bytes + MOMENT_BYTES[self.optimizer])
+
+    @property
+    def transfer(self) -> float:
+        """Seconds to write or to read one checkpoint, all ranks together."""
+        return self.state_bytes / self.bandwidth
+
+    @property
+    def between_failures(self) -> float:
+        """Mean seconds from one failure anywhere to the next."""
+        return self.gpu_days * DAY / self.gpus
+
+    def rhythm(self, interval: float | None = None) -> Rhythm:
+        """Return the seconds of training, saving and starting.
+
+        Args:
+            interval: Seconds of training between saves; None: the best. A save has to be
+                durable before the next one begins, so it is never less than that takes.
+        """
+        lost = self.transfer if self.lost is None else self.lost
+        until_durable = 0.0 if self.lost is None else self.transfer
+        if interval is None:
+            interval = best_interval(max(lost, _LEAST_LOST), self.between_failures)
+        return Rhythm(
+            max(interval, until_durable),
+            lost,
+            until_durable,
+            self.starting + self.transfer,
+            self.between_failures,
+        )
+
+
+_LEAST_LOST = 1e-3  # seconds: a save that costs nothing would be made all the time
+
+
+# How often a run fails: as told, as its own history says, or as is assumed until then.
+
+
+_LEAST_MEAN = 60.0  # seconds: a run that hardly ever lives for so long is not helped by saves
+
+
+@dataclass(frozen=True)
+class FailureRate:
+    """The mean time between failures (MTBF), and how it is known.
+
+    Attributes:
+        seconds: From one failure to the next, on average.
+        source: "given" by the user, "observed" in the history of the run, or "assumed".
+        count: How many failures were observed.
+
+    Example:
+        >>> print(FailureRate(11124, "observed", 7))
+        failures every 3.1 h (7 observed)
+    """
+
+    seconds: float
+    source: Literal["given", "observed", "assumed"]
+    count: int = 0
+
+    def __str__(self) -> str:
+        """Return it for people."""
+        told = f"{self.count} observed" if self.source == "observed" else self.source
+        return f"failures every {seconds_text(self.seconds)} ({told})"
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a run went through.
+
+    Attributes:
+        seconds: For which it ran, over all its starts.
+        failures: How many of them ended without being asked to.
+    """
+
+    seconds: float = 0.0
+    failures: int = 0
+
+    @classmethod
+    def of(cls, history: Iterable[Mapping[str, object]]) -> Observed:
+        """Read it from the records of history.jsonl, the oldest first.
+
+        A start is a failure of the one before if that did not give the run's lock back, or says
+        itself that it failed. What a segment did after its last record is not seen, so the time
+        is rather too short: by half an interval between saves for each failure, on average. Starts
+        without a date, of earlier versions, are left out.
+
+        Example:
+            >>> Observed.of([
+            ...     {"event": "started", "at": "2026-01-31T12:00:00+00:00"},
+            ...     {"event": "saved", "at": "2026-01-31T13:00:00+00:00"},
+            ...     {"event": "started", "at": "2026-01-31T14:00:00+00:00", "previous_owner": "a"},
+            ... ])
+            Observed(seconds=3600.0, failures=1)
+        """
+        seconds, failures = 0.0, 0
+        began: float | None = None
+        latest, failed = 0.0, False
+        for record in history:
+            at = _date_of(record)
+            if record.get("event") == "started":
+                if began is not None:
+                    seconds += latest - began
+                    failures += failed or record.get("previous_owner") is not None
+                began, latest, failed = at, at or 0.0, False
+            elif at is not None:
+                latest = max(latest, at)
+            failed = failed or record.get("event") == "failed"
+        return cls(seconds if began is None else seconds + latest - began, failures)
+
+    def rate(self, ranks: int, running: float) -> FailureRate:
+        """Return how often the run fails.
+
+        With no failure observed it is assumed: what was published of large clusters for so many
+        GPUs, but once a day at least, since those figures hold no spot machines, no time limits
+        and nobody who stops his own run.
+
+        Args:
+            ranks: How many GPUs, or processes, fail together.
+            running: Seconds since the last start.
+
+        Example:
+            >>> print(Observed(7200, 2).rate(ranks=1, running=3600))
+            failures every 90.0 min (2 observed)
+            >>> print(Observed().rate(ranks=8, running=0))
+            failures every 24.0 h (assumed)
+            >>> print(Observed().rate(ranks=16_384, running=0))
+            failures every 3.1 h (assumed)
+        """
+        if self.failures:
+            mean = (self.seconds + running) / self.failures
+            return FailureRate(max(mean, _LEAST_MEAN), "observed", self.failures)
+        return FailureRate(min(PUBLISHED_FAILURES.gpu_days * DAY / ranks, DAY), "assumed")
+
+
+def _date_of(record: Mapping[str, object]) -> float | None:
+    """Return when it was, in seconds since 1970; None: it does not say so."""
+    try:
+        return datetime.fromisoformat(str(record["at"])).timestamp()
+    except (KeyError, ValueError, OverflowError, OSError):  # none, or one of no calendar
+        return None
+
 
 _MOST = 1e9  # seconds of a save: what is more was not measured
 
-_LEAST_LOST = 1e-3  # seconds: a save that costs nothing would be made all the time
 _UNMEASURED_LOST = 1.0  # seconds: until a save was measured, one is taken to cost so much
 _FIRST_INTERVAL = 600.0  # seconds: the longest wait for something to measure
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from unbroken.config_file import nearest
 from unbroken.errors import ConfigError
-from unbroken.store.config_file import nearest
 
 _SIZES = ("_size", "_positions", "_embeddings", "_dim", "_layers", "_heads")
 

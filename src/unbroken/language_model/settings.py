@@ -12,8 +12,8 @@ import typeguard
 import tyro
 from tyro.conf import Positional, arg
 
+from unbroken.config_file import nearest, read_mapping
 from unbroken.errors import ConfigError
-from unbroken.store.config_file import nearest, read_mapping
 from unbroken.training import TrainerConfig
 from unbroken.training.config import in_words
 

@@ -8,9 +8,8 @@ from types import TracebackType
 from typing import NoReturn, Self, TypeAlias
 
 from unbroken.errors import LockHeldError
-from unbroken.storage.interface import Bytes, Stat, WriteHandle
-from unbroken.storage.paths import check_path, parent_of
-from unbroken.storage.process_lock import held_error
+from unbroken.storage.file_lock import held_error
+from unbroken.storage.protocol import Bytes, Stat, WriteHandle, check_path, parent_of
 
 
 class MemoryFile:

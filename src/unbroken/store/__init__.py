@@ -2,43 +2,43 @@
 
 from __future__ import annotations
 
-from unbroken.store.boxes import Box as Box
-from unbroken.store.branches import branch as branch
-from unbroken.store.branches import check_branch_name as check_branch_name
-from unbroken.store.branches import has_branch as has_branch
-from unbroken.store.canonical import Json as Json
-from unbroken.store.catalog import Catalog as Catalog
-from unbroken.store.catalog import Rejection as Rejection
+from unbroken.store.checkpoint.reader import CheckpointReader as CheckpointReader
+from unbroken.store.checkpoint.reader import Damage as Damage
+from unbroken.store.checkpoint.reader import VerifiedCache as VerifiedCache
+from unbroken.store.checkpoint.reader import divided as divided
+from unbroken.store.checkpoint.writer import CheckpointWriter as CheckpointWriter
+from unbroken.store.checkpoint.writer import places_in_files as places_in_files
+from unbroken.store.checkpoint.writer import store_leaves as store_leaves
 from unbroken.store.diff import Diff as Diff
 from unbroken.store.diff import TensorDifference as TensorDifference
+from unbroken.store.diff import ValueDifference as ValueDifference
+from unbroken.store.diff import ValueGroup as ValueGroup
 from unbroken.store.diff import diff_checkpoints as diff_checkpoints
 from unbroken.store.diff import diff_facts as diff_facts
 from unbroken.store.diff import tensor_types as tensor_types
-from unbroken.store.division import divided as divided
 from unbroken.store.export import Exported as Exported
 from unbroken.store.export import export_weights as export_weights
-from unbroken.store.journal import Journal as Journal
-from unbroken.store.leaf import Leaf as Leaf
-from unbroken.store.lineage import Lineage as Lineage
-from unbroken.store.manifest import FileEntry as FileEntry
-from unbroken.store.manifest import Manifest as Manifest
-from unbroken.store.manifest import Region as Region
-from unbroken.store.reader import CheckpointReader as CheckpointReader
-from unbroken.store.reader import Damage as Damage
-from unbroken.store.retention import Interval as Interval
-from unbroken.store.retention import KeepPolicy as KeepPolicy
-from unbroken.store.retention import Pruned as Pruned
-from unbroken.store.retention import prune as prune
-from unbroken.store.run_directory import RunDirectory as RunDirectory
-from unbroken.store.run_directory import this_machine as this_machine
-from unbroken.store.shards import Shard as Shard
-from unbroken.store.shards import TensorEntry as TensorEntry
-from unbroken.store.staged import places_in_files as places_in_files
-from unbroken.store.staged import store_leaves as store_leaves
-from unbroken.store.value_diff import ValueDifference as ValueDifference
-from unbroken.store.value_diff import ValueGroup as ValueGroup
-from unbroken.store.verified import VerifiedCache as VerifiedCache
-from unbroken.store.writer import CheckpointWriter as CheckpointWriter
+from unbroken.store.format.canonical_json import Json as Json
+from unbroken.store.format.entries import Box as Box
+from unbroken.store.format.entries import Shard as Shard
+from unbroken.store.format.entries import TensorEntry as TensorEntry
+from unbroken.store.format.manifest import FileEntry as FileEntry
+from unbroken.store.format.manifest import Manifest as Manifest
+from unbroken.store.format.manifest import Region as Region
+from unbroken.store.format.safetensors_file import Leaf as Leaf
+from unbroken.store.run.branches import branch as branch
+from unbroken.store.run.branches import check_branch_name as check_branch_name
+from unbroken.store.run.branches import has_branch as has_branch
+from unbroken.store.run.catalog import Catalog as Catalog
+from unbroken.store.run.catalog import Lineage as Lineage
+from unbroken.store.run.catalog import Rejection as Rejection
+from unbroken.store.run.directory import RunDirectory as RunDirectory
+from unbroken.store.run.directory import this_machine as this_machine
+from unbroken.store.run.journal import Journal as Journal
+from unbroken.store.run.retention import Interval as Interval
+from unbroken.store.run.retention import KeepPolicy as KeepPolicy
+from unbroken.store.run.retention import Pruned as Pruned
+from unbroken.store.run.retention import prune as prune
 
 __all__ = [
     "Box",

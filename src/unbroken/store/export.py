@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unbroken.errors import CaptureError, CheckpointNotFoundError, ConfigError, SaveError
-from unbroken.store.canonical import Json, from_strict
-from unbroken.store.reader import CheckpointReader
-from unbroken.store.safetensors import header_of, in_file_order
-from unbroken.store.shards import TensorEntry
-from unbroken.store.value_tree import Node, state_tree
+from unbroken.store.checkpoint.reader import CheckpointReader
+from unbroken.store.diff import Node, state_tree
+from unbroken.store.format.canonical_json import Json, from_strict
+from unbroken.store.format.entries import TensorEntry
+from unbroken.store.format.safetensors_file import header_of, in_file_order
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_FILE_BYTES = 50_000_000_000  # as transformers cuts models

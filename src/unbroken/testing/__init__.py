@@ -6,30 +6,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from unbroken.testing.faulty import POWER_CUT_MODES as POWER_CUT_MODES
-    from unbroken.testing.faulty import FaultyStorage as FaultyStorage
-    from unbroken.testing.faulty import PowerCut as PowerCut
-    from unbroken.testing.faulty import PowerCutMode as PowerCutMode
-    from unbroken.testing.killing import KillingStorage as KillingStorage
-    from unbroken.testing.loaders import (
+    from unbroken.testing.assertions import (
         assert_loader_resumes_at_every_step as assert_loader_resumes_at_every_step,
     )
-    from unbroken.testing.resuming import assert_resumes_exactly as assert_resumes_exactly
-    from unbroken.testing.shared_storage_contract import (
-        SharedStorageContract as SharedStorageContract,
-    )
+    from unbroken.testing.assertions import assert_resumes_exactly as assert_resumes_exactly
+    from unbroken.testing.faulty_storage import POWER_CUT_MODES as POWER_CUT_MODES
+    from unbroken.testing.faulty_storage import FaultyStorage as FaultyStorage
+    from unbroken.testing.faulty_storage import PowerCut as PowerCut
+    from unbroken.testing.faulty_storage import PowerCutMode as PowerCutMode
+    from unbroken.testing.killing_storage import KillingStorage as KillingStorage
+    from unbroken.testing.storage_contract import SharedStorageContract as SharedStorageContract
     from unbroken.testing.storage_contract import StorageContract as StorageContract
 
 _HOME = {
-    "POWER_CUT_MODES": "faulty",
-    "FaultyStorage": "faulty",
-    "KillingStorage": "killing",
-    "PowerCut": "faulty",
-    "PowerCutMode": "faulty",
-    "SharedStorageContract": "shared_storage_contract",
+    "POWER_CUT_MODES": "faulty_storage",
+    "FaultyStorage": "faulty_storage",
+    "KillingStorage": "killing_storage",
+    "PowerCut": "faulty_storage",
+    "PowerCutMode": "faulty_storage",
+    "SharedStorageContract": "storage_contract",
     "StorageContract": "storage_contract",
-    "assert_loader_resumes_at_every_step": "loaders",
-    "assert_resumes_exactly": "resuming",
+    "assert_loader_resumes_at_every_step": "assertions",
+    "assert_resumes_exactly": "assertions",
 }
 
 __all__ = [

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from unbroken.check import Answer
-from unbroken.testing.resuming import assert_resumes_exactly
+from unbroken.testing.assertions import assert_resumes_exactly
 
 
 @pytest.fixture

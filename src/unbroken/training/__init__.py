@@ -5,7 +5,7 @@ from unbroken.training.config import TrainerConfig as TrainerConfig
 from unbroken.training.display import Display as Display
 from unbroken.training.display import Silence as Silence
 from unbroken.training.progress import Progress as Progress
-from unbroken.training.result import TrainResult as TrainResult
+from unbroken.training.progress import TrainResult as TrainResult
 from unbroken.training.trainer import Trainer as Trainer
 
 __all__ = [

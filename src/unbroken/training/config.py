@@ -13,9 +13,9 @@ from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get
 import typeguard
 
 from unbroken.checkpoint import ExactResume, LoadFrom, SnapshotMode
+from unbroken.config_file import nearest, read_mapping, write_mapping
 from unbroken.errors import ConfigError, one_of
 from unbroken.store import check_branch_name
-from unbroken.store.config_file import nearest, read_mapping, write_mapping
 
 Schedule = Literal[
     "linear",

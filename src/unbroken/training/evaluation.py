@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from unbroken.data import derive_key, keyed_random
-from unbroken.data.workers import leave_signals_of
-from unbroken.distributed.sharding import whole
+from unbroken.data.worker_signals import leave_signals_of
+from unbroken.distributed.dtensors import whole
 from unbroken.errors import ConfigError, DataError
 from unbroken.training.config import TrainerConfig
-from unbroken.training.division import Division
-from unbroken.training.loss import LossFn, compute_loss, to_device, weight_of
-from unbroken.training.precision import Precision
+from unbroken.training.gradient_sums.data_parallel import Division
+from unbroken.training.step import LossFn, Precision, compute_loss, to_device, weight_of
 
 
 class Evaluator:

@@ -4,24 +4,45 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from typing import Any, NoReturn
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from unbroken.checkpoint import Cadence, Preemption, ResumeFrom, ResumeReport, Selection, Timer
+from unbroken.checkpoint import (
+    Cadence,
+    Preemption,
+    ResumeFrom,
+    ResumeReport,
+    Selection,
+    Timer,
+    TrainingStopped,
+)
 from unbroken.data import BatchSource, MicroBatch, derive_key
 from unbroken.distributed import Group
-from unbroken.errors import ConfigError
+from unbroken.errors import ConfigError, DeviceMemoryError
 from unbroken.storage import Storage
-from unbroken.training import ranks
-from unbroken.training.ambient import Randomness
-from unbroken.training.assembly import (
+from unbroken.training import rank_agreement
+from unbroken.training.callback import Callback, overridden
+from unbroken.training.config import TrainerConfig
+from unbroken.training.display import Display
+from unbroken.training.gradient_sums.data_parallel import Division, without_ddp
+from unbroken.training.memory import keep_freed_memory
+from unbroken.training.metrics import DataDigest, Statistics
+from unbroken.training.model_init import Construction, MakeModel
+from unbroken.training.oom_retry import Halving, is_out_of_memory
+from unbroken.training.optim import make_optimizer, make_scheduler, refuse_closures
+from unbroken.training.per_rank_loaders import rightly_dealt, tell_places
+from unbroken.training.progress import Pace, Progress, TrainResult, count_steps, epoch_at
+from unbroken.training.rank_agreement import agree_on_buffers, shared_metrics
+from unbroken.training.resume import already_over, go_on, run_fingerprint
+from unbroken.training.rng import Randomness, deterministic_kernels
+from unbroken.training.setup import (
     for_loader,
     for_ranks,
     joined,
@@ -37,30 +58,139 @@ from unbroken.training.assembly import (
     refuse_missing_evaluation_data,
     refuse_to_save,
 )
-from unbroken.training.callback import Callback, overridden
-from unbroken.training.config import TrainerConfig
-from unbroken.training.construction import Construction, MakeModel
-from unbroken.training.counting import count_steps, epoch_at
-from unbroken.training.data_digest import DataDigest
-from unbroken.training.determinism import deterministic_kernels
-from unbroken.training.display import Display
-from unbroken.training.division import Division
-from unbroken.training.going_on import already_over, go_on, run_fingerprint
-from unbroken.training.halving import Halving
-from unbroken.training.judging import eval_is_due, evaluate_and_judge, load_best, place_of
-from unbroken.training.loss import LossFn, tokens_of
-from unbroken.training.memory import keep_freed_memory
-from unbroken.training.optimizers import make_optimizer, refuse_closures
-from unbroken.training.own_data import rightly_dealt
-from unbroken.training.pace import Pace
-from unbroken.training.precision import Precision
-from unbroken.training.progress import Progress
-from unbroken.training.result import TrainResult
-from unbroken.training.saving import hear_of_saves, save_now, stopped, telling_of_an_early_stop
-from unbroken.training.schedules import make_scheduler
-from unbroken.training.statistics import Statistics
-from unbroken.training.window import Window
-from unbroken.training.wrapped import without_ddp
+from unbroken.training.step import LossFn, Precision, Window, tokens_of
+
+# How a Trainer saves: what stands in a checkpoint, who hears of it, the save before a stop.
+
+
+def save_now(trainer: Trainer) -> str:
+    """Save everything as it is now; return the folder of the checkpoint."""
+    trainer.checkpointer.best_step = trainer.statistics.best_step
+    values, facts = _what_to_save(trainer)
+    deterministic = deterministic_kernels(trainer.config.full_determinism, trainer.device)
+    with trainer.randomness.ambient(), deterministic:
+        return trainer.checkpointer.save(trainer.progress.step, values, facts=facts)
+
+
+def _what_to_save(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the values that `go_on` needs, and the facts that the next start compares."""
+    agree_on_buffers(trainer)
+    tell_places(trainer.source, trainer.group)
+    progress = asdict(trainer.progress)
+    values = {
+        "progress": progress,
+        "stop_reason": trainer.stop_reason,
+        "micro_batch_size": trainer.config.per_forward,
+    }
+    config = trainer.config.to_dict()
+    return values, {"progress": progress, "config": config, "max_steps": trainer.max_steps}
+
+
+def hear_of_saves(trainer: Trainer, *, wait: bool = False) -> None:
+    """Tell of the checkpoints that became durable since the last call.
+
+    Args:
+        trainer: The trainer.
+        wait: Until all that was saved is durable.
+
+    Raises:
+        SaveError: What a save failed at.
+    """
+    if wait:
+        trainer.checkpointer.wait()
+    committed = trainer.checkpointer.committed()
+    for path in committed:
+        cost = trainer.checkpointer.cost
+        trainer.pace.save_took(0.0 if cost is None else cost.durable)
+        trainer.call("on_save", path)
+    cadence = trainer.checkpointer.cadence
+    if cadence is not None:
+        trainer.display.saves(cadence, saved=bool(committed))
+
+
+@contextmanager
+def telling_of_an_early_stop(trainer: Trainer) -> Iterator[None]:
+    """Say it where a signal ends a start before its first step."""
+    try:
+        yield
+    except TrainingStopped as end:
+        if end.step is None:
+            trainer.display.note(str(end))
+        raise
+
+
+def stopped(trainer: Trainer, reason: str) -> TrainingStopped:
+    """Return the end of a run that was asked to stop, told when all that was saved is durable.
+
+    Raises:
+        SaveError: What a save failed at.
+    """
+    hear_of_saves(trainer, wait=True)
+    end = TrainingStopped(trainer.progress.step, reason)
+    trainer.checkpointer.note_event({"event": "stopped", "step": end.step, "by": reason})
+    trainer.display.note(str(end))
+    return end
+
+
+# Evaluations in the middle of a run, and what follows from them.
+
+
+def place_of(trainer: Trainer) -> dict[str, Any]:
+    """Return where the run is, for a line of statistics."""
+    return {"step": trainer.progress.step, "epoch": round(trainer.progress.epoch, 6)}
+
+
+def eval_is_due(trainer: Trainer) -> bool:
+    """Return whether to evaluate now; the ranks need not see the same time."""
+    due = trainer.eval_timer.due(trainer.progress.step)
+    return due if trainer.config.eval_minutes is None else trainer.group.any(due)
+
+
+def evaluate_and_judge(trainer: Trainer) -> bool:
+    """Evaluate, and do what follows from it; return whether the model is the best so far."""
+    config, step = trainer.config, trainer.progress.step
+    trainer.randomness.seed(derive_key(config.seed, "evaluate", step))
+    own = {name: float(value) for name, value in _evaluated(trainer).items()}
+    metrics = shared_metrics(trainer.group, own)
+    trainer.eval_timer.done()
+    trainer.record({**place_of(trainer), **metrics})
+    best = trainer.statistics.consider(metrics, step, config)
+    if isinstance(trainer.scheduler, ReduceLROnPlateau):
+        trainer.scheduler.step(metrics[config.metric_for_best_model])
+    patience = config.early_stopping_patience
+    if patience is not None and trainer.statistics.evaluations_without_gain >= patience:
+        trainer.stop(f"early stopping: {patience} evaluations without a better metric")
+    trainer.call("on_evaluate", metrics)
+    return best
+
+
+def _evaluated(trainer: Trainer) -> dict[str, float]:
+    """Return the metrics.
+
+    Raises:
+        DeviceMemoryError: If there is not memory enough for it.
+    """
+    try:
+        return trainer.evaluate()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        size = trainer.config.eval_batch_size or trainer.config.per_forward
+        raise DeviceMemoryError(
+            f"evaluation after step {trainer.progress.step}",
+            f"does not fit into the memory of {trainer.device}",
+            found=f"eval_batch_size {size}: {error}",
+            hint=f"choose a smaller portion: eval_batch_size={max(1, size // 2)}",
+        ) from error
+
+
+def load_best(trainer: Trainer) -> bool:
+    """Put the best weights into the model, if asked for; return whether they are there now."""
+    best = trainer.statistics.best_step
+    if not trainer.config.load_best_model_at_end or best is None:
+        return False
+    trainer.checkpointer.load(best, ["model"])
+    return True
 
 
 class Trainer:
@@ -232,7 +362,7 @@ class Trainer:
                 self._at_step_edge()
                 self.pace.step_is_over()
                 preemption.margin_seconds = self.pace.seconds_to_stop()
-                reason = ranks.agreed_reason(self.group, preemption.reason())
+                reason = rank_agreement.agreed_reason(self.group, preemption.reason())
                 if reason is not None and not self._finished():
                     self._stop(reason)
 
@@ -279,13 +409,13 @@ class Trainer:
         hear_of_saves(self)
         step, self._at_edge = self.progress.step, True
         self.call("on_step_end")
-        ranks.agree_on_wishes(self)
+        rank_agreement.agree_on_wishes(self)
         if self._log_timer.due(step) or self._finished():
             self._log()
         if self.config.evaluates and (eval_is_due(self) or self._finished()):
             improved = evaluate_and_judge(self)
             self.save_wanted |= improved and self.config.load_best_model_at_end
-        ranks.agree_on_wishes(self)
+        rank_agreement.agree_on_wishes(self)
         self._at_edge = False
         if self.checkpointer.is_due(step) or self.save_wanted or self._finished():
             self.save_checkpoint()
@@ -330,7 +460,7 @@ class Trainer:
         the step is finished first. Asked for between two steps, by a callback, it is made when
         all that belongs to the step has happened.
         """
-        if self._at_edge or ranks.is_in_shared_window(self):
+        if self._at_edge or rank_agreement.is_in_shared_window(self):
             self.save_wanted = True
             return self.checkpointer.path(self.progress.step + (not self._at_edge))
         refuse_to_save(best_is_loaded=self._best_is_loaded)
@@ -372,7 +502,7 @@ class Trainer:
             make_ready(self)
             if self.config.save_at_start:
                 self.save_checkpoint()
-        ranks.agree_on_the_beginning(self)
+        rank_agreement.agree_on_the_beginning(self)
         self.call("on_train_begin")
         self.checkpointer.attributes.restore(again=True)
         return self.resume_report

@@ -5,7 +5,7 @@
 Everything else in a script stays as it is.
 """
 
-from unbroken.adapters.transformers.versions import require_supported_version
+from unbroken.adapters.transformers.trainer import require_supported_version
 
 require_supported_version()
 

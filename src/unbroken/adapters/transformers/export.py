@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from unbroken.adapters.transformers.stock_folder import OPTIMIZER, SCALER, SCHEDULER
+from unbroken.adapters.transformers.stock_checkpoint import OPTIMIZER, SCALER, SCHEDULER
 from unbroken.capture import decode, load_tensors, structure_from_bytes
-from unbroken.capture.generators import python_getstate
-from unbroken.checkpoint.shares import own_key, own_state_file
+from unbroken.capture.kinds.random_state import python_getstate
+from unbroken.checkpoint.save.rank_shares import own_key, own_state_file
 from unbroken.errors import ConfigError
 from unbroken.store import CheckpointReader, export_weights
 

@@ -6,13 +6,13 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import transformers
 from transformers.utils import logging
 
-from unbroken.adapters.transformers.run import Run
-from unbroken.adapters.transformers.versions import require_supported_version
+from unbroken.adapters.transformers.session import Run
 from unbroken.checkpoint import (
     ExactResume,
     ResumeFrom,
@@ -20,8 +20,50 @@ from unbroken.checkpoint import (
     SnapshotMode,
     TrainingStopped,
 )
-from unbroken.data.workers import leave_signals_of
+from unbroken.data.worker_signals import leave_signals_of
 from unbroken.errors import ConfigError
+
+# Which versions of transformers this adapter fits.
+
+
+OLDEST = "5.3.0"
+"""The first version whose training loop has the hooks that are used here."""
+
+NEWEST_TESTED = "5.23.0"
+
+
+def require_supported_version(found: str | None = None) -> None:
+    """Raise unless this adapter knows the training loop of the transformers that is installed.
+
+    Args:
+        found: The version; None: of the one that is installed.
+
+    Raises:
+        ConfigError: It is older than 5.3.0, or of another major version than 5.
+
+    Example:
+        >>> require_supported_version("5.4.0")
+    """
+    found = _installed() if found is None else found
+    numbers = tuple(int(part) for part in found.split(".")[:2] if part.isdecimal())
+    oldest = tuple(int(part) for part in OLDEST.split(".")[:2])
+    if numbers[:1] != oldest[:1] or numbers < oldest:
+        raise ConfigError(
+            "transformers",
+            "its training loop is not known to this version of unbroken",
+            expected=f"{OLDEST} to 5.x (tested up to {NEWEST_TESTED})",
+            found=found,
+            hint="install a version that is, or use transformers' own Trainer",
+        )
+
+
+def _installed() -> str:
+    try:
+        return version("transformers")
+    except PackageNotFoundError:
+        hint = "pip install 'unbroken[transformers]'"
+        raise ConfigError("transformers", "is not installed", hint=hint) from None
+
 
 _log = logging.get_logger("transformers.unbroken")  # so that the host's verbosity counts
 

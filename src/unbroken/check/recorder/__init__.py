@@ -8,15 +8,15 @@ stands in a plan (`plan.py`); what it sees goes to one file of JSON lines for ea
 
 from __future__ import annotations
 
-from .importing import after_import
-from .plan import Plan
+from .import_hook import after_import
+from .protocol import Plan
 
 
 def enter(path: str) -> None:
     """Wait in this process until torch is imported, then record as the plan at `path` says."""
 
     def attach() -> None:
-        from .watch import Watch
+        from .recorder import Watch
 
         Watch(Plan.read(path)).attach()
 

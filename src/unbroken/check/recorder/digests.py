@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import random
+import sys
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 SAMPLE_FROM = 256 * 1024
 BLOCKS = 8
@@ -136,3 +140,181 @@ def _hash_memory(tensor: Tensor) -> bytes:
     if nbytes == 0:
         return hash_of(b"")
     return hash_of((ctypes.c_char * nbytes).from_address(here.data_ptr()))
+
+
+# Digests of batches: of the whole, and of each sample in it.
+
+
+MAX_ROWS = 256
+_MAX_DEPTH = 6
+_ROW_DIGITS = 12
+_NO_MEMORY = ("FakeTensor", "FunctionalTensor")
+
+
+def batch_digest(batch: Any, digester: TensorDigester) -> list[Any] | None:
+    """Return the digest of a batch and those of its samples; None if it holds no data.
+
+    Data are tensors that are no parameters and that no operation with gradients has made, numpy
+    arrays, numbers and text, in any nesting of mappings, sequences and dataclasses. The
+    samples are the rows of the tensors that are as long as the first one; of more than 256 rows
+    none is told apart.
+    """
+    parts = list(_parts(batch, 0))
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    rest = repr([part for part in parts if not isinstance(part, Tensor)]).encode()
+    if not tensors and not any(not isinstance(part, Tensor) for part in parts):
+        return None
+    pieces = [digester.of(tensor) + str(tuple(tensor.shape)).encode() for tensor in tensors]
+    return [digest_of(b"".join(pieces) + rest), _rows(tensors, digester)]
+
+
+def _parts(value: Any, depth: int) -> Iterator[Any]:
+    if isinstance(value, Tensor):
+        if _is_data(value):
+            yield value
+    elif isinstance(value, (str, bytes, int, float)):
+        yield value
+    elif _is_array(value):
+        yield torch.from_numpy(value.copy())
+    elif depth < _MAX_DEPTH:
+        for inner in _inner(value):
+            yield from _parts(inner, depth + 1)
+
+
+def _inner(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        return iter(value.values())
+    if isinstance(value, (list, tuple)):
+        return iter(value)
+    return iter(vars(value).values()) if is_dataclass(type(value)) else iter(())
+
+
+def _is_data(tensor: Tensor) -> bool:
+    if type(tensor).__name__ in _NO_MEMORY or torch._C._functorch.is_functorch_wrapped_tensor(  # noqa: SLF001
+        tensor
+    ):
+        return False
+    return tensor.grad_fn is None and not isinstance(tensor, nn.Parameter)
+
+
+def _is_array(value: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray) and value.dtype.kind in "biuf"
+
+
+def _rows(tensors: list[Tensor], digester: TensorDigester) -> list[str]:
+    tall = [tensor for tensor in tensors if tensor.dim() > 0]
+    count = len(tall[0]) if tall else 0
+    if not 0 < count <= MAX_ROWS:
+        return []
+    same = [tensor for tensor in tall if len(tensor) == count]
+    per_tensor = [[digester.of(row) for row in tensor] for tensor in same]
+    return [hash_of(b"".join(row)).hex()[:_ROW_DIGITS] for row in zip(*per_tensor, strict=True)]
+
+
+# Digests of the global random generators. Looking at a generator does not draw from it.
+
+
+def generator_digests() -> dict[str, str]:
+    """Return a digest for each global generator that this process has.
+
+    Example:
+        >>> before = generator_digests()
+        >>> before == generator_digests()
+        True
+        >>> _ = torch.rand(1)
+        >>> sorted(name for name, digest in generator_digests().items() if digest != before[name])
+        ['torch']
+    """
+    digests = {"python": _python(), "torch": digest_of(torch.get_rng_state().numpy().data)}
+    if "numpy.random" in sys.modules:
+        digests["numpy"] = _numpy()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        for index in range(torch.cuda.device_count()):
+            state = torch.cuda.get_rng_state(index)
+            digests[f"cuda:{index}"] = digest_of(state.numpy().data)
+    return digests
+
+
+def _python() -> str:
+    version, words, next_gauss = random.getstate()
+    return digest_of(array("Q", words).tobytes() + f"{version} {next_gauss}".encode())
+
+
+def _numpy() -> str:
+    import numpy as np
+
+    state: Any = np.random.get_state(legacy=True)
+    kind, key, position, has_gauss, gauss = state
+    return digest_of(key.tobytes() + f"{kind} {position} {has_gauss} {gauss}".encode())
+
+
+# What an optimizer holds: parameters, gradients, moments, step counts, settings.
+
+
+_COUNT = "step"
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """Return the parameters, in the order of the groups."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def gradients_of(optimizer: Optimizer) -> list[Tensor | None]:
+    """Return the gradient of each parameter, None where there is none."""
+    return [parameter.grad for parameter in parameters_of(optimizer)]
+
+
+def learning_rates_of(optimizer: Optimizer) -> list[float]:
+    """Return the learning rate of each group."""
+    return [float(group.get("lr", 0.0)) for group in optimizer.param_groups]
+
+
+def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return the other settings of each group that are plain values (weight decay, betas, ...)."""
+    left_out = ("params", "lr", "initial_lr", "param_names")
+    return [
+        {name: _plain(value) for name, value in group.items() if name not in left_out}
+        for group in optimizer.param_groups
+    ]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    return value if isinstance(value, (bool, int, float, str, type(None))) else repr(value)
+
+
+def moments_digest(optimizer: Optimizer, digester: TensorDigester) -> GroupDigest:
+    """Return the digest of all tensors of the state but the step counts."""
+    return digester.of_all(_moments(optimizer))
+
+
+def has_moments(optimizer: Optimizer) -> bool:
+    """Return whether any tensor of the state but the step counts has an element that is not 0."""
+    return any(bool(moment.any()) for moment in _moments(optimizer))
+
+
+def counts_digest(optimizer: Optimizer) -> str:
+    """Return the digest of the step counts and of all other numbers of the state."""
+    numbers: list[tuple[str, bool | float | str]] = []
+    for state in _states(optimizer):
+        for name in sorted(state, key=str):
+            value = state[name]
+            if isinstance(value, Tensor) and name == _COUNT:
+                numbers.append((name, float(value)))
+            elif isinstance(value, (bool, int, float, str)):
+                numbers.append((name, float(value) if name == _COUNT else value))
+    return digest_of(repr(numbers).encode())
+
+
+def _moments(optimizer: Optimizer) -> Iterator[Tensor]:
+    for state in _states(optimizer):
+        for name in sorted(state, key=str):
+            if isinstance(state[name], Tensor) and name != _COUNT:
+                yield state[name]
+
+
+def _states(optimizer: Optimizer) -> Iterator[dict[Any, Any]]:
+    for parameter in parameters_of(optimizer):
+        yield optimizer.state.get(parameter, {})  # get: reading a missing one would make it

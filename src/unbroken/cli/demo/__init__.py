@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from unbroken.cli.demo.story import tell as tell
+from unbroken.cli.demo.demo import tell as tell
 
 __all__ = ["tell"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unbroken.cli.demo.child import Watch
+from unbroken.cli.demo.kills import Watch
 from unbroken.storage import LocalStorage
 from unbroken.store import CheckpointReader, Json
 

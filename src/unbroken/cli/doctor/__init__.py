@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from unbroken.cli.doctor.diagnosis import print_diagnosis as print_diagnosis
+from unbroken.cli.doctor.report import print_diagnosis as print_diagnosis
 
 __all__ = ["print_diagnosis"]

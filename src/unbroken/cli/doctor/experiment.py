@@ -12,8 +12,8 @@ from torch import nn
 
 from unbroken.cli.doctor.finding import Finding
 from unbroken.errors import UnbrokenError
-from unbroken.store.digest import Digester
-from unbroken.training.determinism import deterministic_kernels
+from unbroken.store.format.digest import Digester
+from unbroken.training.rng import deterministic_kernels
 
 _STEPS, _BATCH, _LENGTH, _WORDS, _WIDTH = 3, 64, 64, 64, 32
 _IN_A_PROCESS = "from unbroken.cli.doctor.experiment import train; print(train('{device}'))"

@@ -1,0 +1,172 @@
+"""The files of a checkpoint that other programs read: weights, configuration, tokenizer, state."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers.trainer_callback import ExportableState
+
+from unbroken.capture import FileOf, files_for, named_parameters
+from unbroken.checkpoint import Layout
+from unbroken.store.format.names import is_file_name
+
+if TYPE_CHECKING:
+    from unbroken.adapters.transformers.trainer import Trainer
+
+
+# Models with PEFT adapters: the adapter as its own tools read it, the frozen base stored once.
+
+
+FROZEN = "frozen.safetensors"
+ADAPTER = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+
+def peft_layout(
+    model: Any, objects: Mapping[str, object], more: Callable[[], Mapping[str, bytes]]
+) -> Layout:
+    """Return the layout of a model that trains an adapter.
+
+    What is trained stands in adapter_model.safetensors under the names that PEFT gives it, so
+    that `PeftModel.from_pretrained(base, checkpoint)` and `base.load_adapter(checkpoint)` read it.
+    All else of the model stands in frozen.safetensors, which is linked from checkpoint to
+    checkpoint as long as it is the same.
+
+    Args:
+        model: The `PeftModel`, or a model of transformers with `add_adapter` called on it.
+        objects: All objects of the run.
+        more: More files.
+    """
+    names, usual = _names_in_adapter(model), files_for(objects)
+
+    def file_of(path: str) -> tuple[str, str]:
+        file, name = usual(path)
+        if file != "model.safetensors":
+            return file, name
+        return (ADAPTER, names[name]) if name in names else (FROZEN, name)
+
+    place: FileOf = file_of
+    return Layout(
+        place, constant=frozenset({FROZEN}), files=lambda: {**_description(model), **more()}
+    )
+
+
+def _names_in_adapter(model: Any) -> dict[str, str]:
+    """Return for each tensor of the adapter the name that PEFT stores it under."""
+    names = {id(tensor): name for name, tensor in tensors_of_adapter(model).items()}
+    pairs = ((name, names.get(id(parameter))) for name, parameter in named_parameters(model))
+    return {name: own for name, own in pairs if own is not None}
+
+
+def tensors_of_adapter(model: Any) -> dict[str, Any]:
+    """Return the tensors of the active adapter by the names that PEFT stores them under."""
+    from peft import get_peft_model_state_dict
+
+    live = model.state_dict(keep_vars=True)
+    active = {"adapter_name": _active_adapter(model)}
+    stored = get_peft_model_state_dict(model, state_dict=live, **active)
+    prefix = "" if _is_wrapped(model) else _PREFIX  # as transformers itself adds it
+    return {prefix + name: tensor for name, tensor in stored.items()}
+
+
+def load_adapter(model: Any, stored: Mapping[str, Any]) -> None:
+    """Put tensors of a file of PEFT's into the active adapter."""
+    from peft import set_peft_model_state_dict
+
+    cut = "" if _is_wrapped(model) else _PREFIX
+    bare = {name.removeprefix(cut): tensor for name, tensor in stored.items()}
+    set_peft_model_state_dict(model, bare, adapter_name=_active_adapter(model))
+
+
+def _is_wrapped(model: Any) -> bool:
+    """Return whether it is a `PeftModel`, and no model that has adapters in itself."""
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
+def _active_adapter(model: Any) -> str:
+    if _is_wrapped(model):
+        return str(model.active_adapter)
+    return str(model.active_adapters()[0])
+
+
+def _description(model: Any) -> dict[str, bytes]:
+    """Return adapter_config.json, written by PEFT itself, and what else the host puts there."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = model.peft_config[_active_adapter(model)]
+        before, config.inference_mode = config.inference_mode, True
+        try:
+            config.save_pretrained(folder)
+        finally:
+            config.inference_mode = before
+        if not _is_wrapped(model) and model.can_generate():
+            model.generation_config.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).glob("*.json")}
+
+
+STATE_NAME = "trainer_state.json"
+ARGUMENTS_NAME = "training_args.json"
+
+
+class Folder:
+    """Says what a checkpoint's folder holds besides the state of the run.
+
+    Args:
+        trainer: The trainer of this start.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._tokenizer: dict[str, bytes] | None = None
+
+    def layout(self, objects: Mapping[str, object]) -> Layout:
+        """Return where each tensor stands, and all other files."""
+        model = objects["model"]
+        if hasattr(model, "peft_config"):
+            return peft_layout(model, objects, self._files)
+        usual = Layout.of(objects)
+        return dataclasses.replace(usual, files=lambda: {**usual.files(), **self._files()})
+
+    def _files(self) -> dict[str, bytes]:
+        if self._tokenizer is None:
+            self._tokenizer = _tokenizer_files(self._trainer)
+        arguments: str = self._trainer.args.to_json_string()
+        return {
+            **self._tokenizer,
+            STATE_NAME: state_as_json(self._trainer),
+            ARGUMENTS_NAME: arguments.encode(),
+        }
+
+
+def state_as_json(trainer: Trainer) -> bytes:
+    """Return trainer_state.json as the host writes it, with each callback's state once."""
+    callbacks: dict[str, Any] = {}
+    for one in (*trainer.callback_handler.callbacks, trainer.control):
+        if isinstance(one, ExportableState):
+            callbacks.setdefault(type(one).__name__, []).append(one.state())
+    trainer.state.stateful_callbacks = {
+        name: states if len(states) > 1 else states[0] for name, states in callbacks.items()
+    }
+    values = dataclasses.asdict(trainer.state)
+    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _tokenizer_files(trainer: Trainer) -> dict[str, bytes]:
+    tokenizer = trainer.processing_class
+    if tokenizer is None:
+        tokenizer = getattr(trainer.data_collator, "tokenizer", None)
+    if tokenizer is None:
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {
+            path.name: path.read_bytes()
+            for path in sorted(Path(folder).iterdir())
+            if path.is_file() and is_file_name(path.name)
+        }

@@ -1,0 +1,666 @@
+"""The host's training loader rebuilt around batches that continue exactly at any place."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import count, islice, repeat
+from typing import Any
+
+import torch
+from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard, SeedableRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+    get_worker_info,
+)
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    DefaultDataCollator,
+    default_data_collator,
+)
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from unbroken.adapters.transformers.position import Place
+from unbroken.capture import capture_rng, restore_rng
+from unbroken.checkpoint import Difference
+from unbroken.data import KeyedDataset, KeyedRandom, Passed, SampleKey, derive_key
+from unbroken.data.sources.iterable import reason_to_replay
+from unbroken.data.worker_signals import leaving_signals
+from unbroken.errors import ConfigError
+
+# Batches of a map-style data set: in the host's order, from any place, with keyed randomness.
+
+
+_DRAW = (LengthGroupedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where in an epoch a resumed run begins.
+
+    Attributes:
+        epoch: The epoch.
+        batches: So many batches of it are over, as the host's loop counts them.
+        samples: Begin after so many samples instead, where batches were cut otherwise before.
+        order: What the order of the epoch was drawn from, as `IndexBatches.drawn_from` had it.
+        data: The state of an iterable data set there, as `KeyedPasses.state_after` had it.
+        seeds: As `IndexBatches.seeds` had them.
+        trail: What the batches that are over are held against, as `Passed` has it.
+    """
+
+    epoch: int
+    batches: int
+    samples: int | None = None
+    order: Mapping[str, Any] = field(default_factory=dict)
+    data: Any = None
+    seeds: Mapping[str, int] = field(default_factory=dict)
+    trail: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Records(KeyedDataset):
+    """The user's data set as whole batches; all else is asked of the data set itself."""
+
+    def __init__(self, dataset: Any, seed: int, collate_fn: Any) -> None:
+        super().__init__(dataset, seed, collate_fn)
+        self._deterministic |= _is_plain_table(dataset)
+        self._nothing_random = self._deterministic and bool(
+            getattr(collate_fn, "deterministic", False)
+        )
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "dataset":
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+
+def _is_plain_table(dataset: Any) -> bool:
+    """Whether a data set is a table of `datasets` that transforms nothing as it is read."""
+    if type(dataset).__module__ != "datasets.arrow_dataset":
+        return False
+    return bool(dataset.format["type"] != "custom")
+
+
+class IndexBatches(BatchSampler):
+    """The lists of indices that the host's batch sampler deals out, each index with its place.
+
+    What the sampler draws its order from is taken note of when an epoch begins, so that a
+    resumed run deals the same order without having seen the epochs before. The batches that
+    are over are dealt out empty: the host skips them unread.
+
+    Args:
+        inner: The host's batch sampler.
+        samples: Samples in one epoch.
+        rank: This rank.
+        world_size: Number of ranks.
+        data: The data set; told the epoch if it wants to know.
+        tells_epochs: Whether the samplers are told it, too.
+
+    Attributes:
+        drawn_from: The seeds, and the states of all generators when the order of this epoch was
+            drawn.
+        beginning: Where the first epoch of a resumed run begins.
+    """
+
+    def __init__(
+        self,
+        inner: Any,
+        samples: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        data: Any = None,
+        tells_epochs: bool = True,
+    ) -> None:
+        self.inner = inner
+        self.drawn_from: dict[str, Any] = {}
+        self.beginning: Beginning | None = None
+        self._samples, self._rank, self._world_size = samples, rank, world_size
+        self._data, self._tells_epochs = data, tells_epochs
+        self._epoch = 0
+        self._passed: tuple[int, Passed] | None = None
+
+    def trail(self, epoch: int, batches: int) -> dict[str, Any]:
+        """Return what the order of an epoch up to a place is to be held against."""
+        known = self._passed is not None and self._passed[0] == epoch
+        return self._passed[1].trail(batches) if self._passed and known else {}
+
+    @property
+    def sampler(self) -> Any:  # type: ignore[override]
+        """Itself, which is where the host looks for `set_epoch`."""
+        return self
+
+    @property
+    def batch_size(self) -> Any:  # type: ignore[override]
+        """The batch size of the host's sampler."""
+        return getattr(self.inner, "batch_size", None)
+
+    @property
+    def drop_last(self) -> bool:  # type: ignore[override]
+        """Whether the host's sampler leaves out the last, smaller batch."""
+        return bool(getattr(self.inner, "drop_last", False))
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    @property
+    def drawn_by(self) -> str | None:
+        """What draws the order from the state of a generator; None: it follows from the epoch."""
+        kinds = [type(part) for part in _parts(self.inner) if isinstance(part, _DRAW)]
+        return next((k.__name__ for k in kinds if not issubclass(k, SeedableRandomSampler)), None)
+
+    @property
+    def seeds(self) -> dict[str, int]:
+        """The seeds that the samplers draw the order of each epoch from, by place."""
+        parts = enumerate(_parts(self.inner))
+        return {str(i): p.initial_seed for i, p in parts if isinstance(p, SeedableRandomSampler)}
+
+    @seeds.setter
+    def seeds(self, seeds: Mapping[str, int]) -> None:
+        for i, part in enumerate(_parts(self.inner)):
+            if isinstance(part, SeedableRandomSampler) and str(i) in seeds:
+                part.initial_seed = seeds[str(i)]
+
+    def left_after(self, samples: int) -> int | None:
+        """Return how many batches of this rank are left of an epoch after so many samples.
+
+        None: nobody knows, for the batches are made in a way of their own.
+        """
+        shared = getattr(self.inner, "batch_sampler", self.inner)
+        if not isinstance(getattr(shared, "batch_size", None), int) or not hasattr(
+            shared, "sampler"
+        ):
+            return None
+        return len(_rest(self.inner, samples))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell all parts that draw the order which epoch it is."""
+        self._epoch = epoch
+        told = _parts(self.inner) if self._tells_epochs else []
+        for part in (*told, self._data):
+            if callable(getattr(part, "set_epoch", None)):
+                part.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:  # type: ignore[override]
+        begin = self.beginning
+        if begin is None or begin.epoch != self._epoch:
+            begin = Beginning(self._epoch, 0)
+        if "own" in begin.order:
+            self._draw_from(begin.order)
+        self.drawn_from = self._generators()
+        yield from repeat([], begin.batches)
+        size = (self.batch_size or 1) * self._world_size
+        first = self._epoch * self._samples + (begin.samples or begin.batches * size)
+        passed = self._begin_pass(begin)
+        for number, indices in enumerate(self._lists(begin, passed)):
+            place = first + number * size + self._rank * (self.batch_size or 1)
+            yield [SampleKey(index, self._epoch, place + k) for k, index in enumerate(indices)]
+
+    def _begin_pass(self, begin: Beginning) -> Passed | None:
+        """Return what keeps digests of the order, where all of it is seen from its beginning."""
+        if begin.samples is not None or self._world_size > 1:
+            self._passed = None
+            return None
+        holders = {"batch_sampler": self.inner}
+        trail = begin.trail if begin.trail.get("batches") == begin.batches else {}
+        passed = Passed("train_dataset", holders, trail)
+        self._passed = (self._epoch, passed)
+        return passed
+
+    def _lists(self, begin: Beginning, passed: Passed | None) -> Iterator[list[int]]:
+        if begin.samples is not None:
+            return iter(_rest(self.inner, begin.samples))
+        return islice(_counted(iter(self.inner), passed), begin.batches, None)
+
+    def _generators(self) -> dict[str, Any]:
+        own = {str(i): generator.get_state() for i, generator in enumerate(self._own_generators())}
+        return {"ambient": capture_rng(), "own": own, "seeds": self.seeds}
+
+    def _draw_from(self, states: Mapping[str, Any]) -> None:
+        restore_rng(states["ambient"])
+        for i, generator in enumerate(self._own_generators()):
+            if str(i) in states["own"]:
+                generator.set_state(states["own"][str(i)])
+
+    def _own_generators(self) -> list[torch.Generator]:
+        found = [getattr(part, "generator", None) for part in _parts(self.inner)]
+        return [generator for generator in found if isinstance(generator, torch.Generator)]
+
+
+def _counted(lists: Iterator[list[int]], passed: Passed | None) -> Iterator[list[int]]:
+    for indices in lists:
+        if passed is not None:
+            passed.add(str(indices))
+        yield indices
+
+
+class _Rest(BatchSampler):
+    """What is left of an epoch, cut into batches from a sample on."""
+
+    def __init__(self, inner: Any, samples: int) -> None:
+        self.inner, self.samples = inner, samples
+        self.batch_size, self.drop_last = inner.batch_size, inner.drop_last
+
+    def __iter__(self) -> Iterator[list[int]]:
+        left = islice(iter(self.inner.sampler), self.samples, None)
+        while batch := list(islice(left, self.batch_size)):
+            if len(batch) == self.batch_size or not self.drop_last:
+                yield batch
+
+    def __len__(self) -> int:
+        left = max(0, len(self.inner.sampler) - self.samples)
+        return left // self.batch_size if self.drop_last else -(-left // self.batch_size)
+
+
+def _rest(inner: Any, samples: int) -> Any:
+    """Return the rest of an epoch; of one that ranks share, each one's part of it."""
+    shared = getattr(inner, "batch_sampler", None)
+    if shared is None:
+        return _Rest(inner, samples)
+    part = copy.copy(inner)
+    part.batch_sampler = _Rest(shared, samples)
+    return part
+
+
+def _parts(inner: Any) -> list[Any]:
+    """Return a batch sampler and all that it is made of, each once."""
+    found: list[Any] = []
+    waiting = [inner]
+    while waiting:
+        part = waiting.pop()
+        if part is None or any(part is one for one in found):
+            continue
+        found.append(part)
+        waiting += [getattr(part, name, None) for name in ("sampler", "batch_sampler")]
+    return found
+
+
+# Batches of an iterable data set, with randomness keyed by epoch and batch.
+
+
+_LOADER = "get_train_dataloader"
+
+
+class KeyedPasses(IterableDataset[Any]):
+    """Passes over an iterable data set, each the same whenever the same epoch is read.
+
+    Reading and collating draw from generators keyed by (seed, epoch, worker, batch), and leave
+    the ambient ones as they were. The batches that are over when a run is resumed are read, but
+    not collated: their places are filled with None, which the host skips.
+
+    A data set that brings itself to its place exactly (`state_dict`, `load_state_dict`) is not
+    read again, where this process reads it; what a worker has read is out of reach.
+
+    Args:
+        dataset: The user's data set, or this rank's part of it.
+        seed: The seed of the data.
+        batch_size: Samples in a batch.
+        collate_fn: Makes a batch of a list of samples.
+        drop_last: Leave out a last batch that is smaller.
+        fills: Whether batches that are over are made all the same.
+        remembers: After how many of the last batches the data set's state is kept.
+        reads_epochs_before: Whether a resumed run reads all epochs from the first: nothing is
+            known of the data set, and it is not told the epoch.
+
+    Example:
+        >>> list(KeyedPasses([1, 2, 3], 0, batch_size=2, collate_fn=tuple))
+        [(1, 2), (3,)]
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        seed: int,
+        *,
+        batch_size: int,
+        collate_fn: Callable[[list[Any]], Any],
+        drop_last: bool = False,
+        fills: bool = False,
+        remembers: int = 0,
+        reads_epochs_before: bool = False,
+    ) -> None:
+        self.dataset = dataset
+        self._fills = fills
+        keeps = remembers if reason_to_replay(dataset) is None else 0
+        self._states: deque[tuple[int, int, Any]] = deque(maxlen=keeps)
+        self._state: Any = None
+        self._seed, self._batch_size, self._drop_last = seed, batch_size, drop_last
+        self._collate = collate_fn
+        self._passed: tuple[int, Passed] | None = None
+        self._trail: Mapping[str, Any] = {}
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call] # workers that live on
+        self._over = (-1, 0)
+        self._reads_epochs_before = self._is_foreign = reads_epochs_before
+
+    def begin(
+        self, epoch: int, batches: int, state: Any = None, trail: Mapping[str, Any] | None = None
+    ) -> None:
+        """Take note that a resumed run skips so many batches of an epoch.
+
+        Args:
+            epoch: The epoch.
+            batches: So many batches of it are over.
+            state: What `state_after` returned for this place.
+            trail: What `trail` returned for it.
+        """
+        self._trail = {} if trail is None else trail
+        self._over = (epoch, batches)
+        self._state = state
+
+    def _read_epochs_before(self, epoch: int) -> None:
+        """Bring an iterable of no known kind to the beginning of an epoch: by reading it again."""
+        done = self._trail.get("batches")
+        whole = self._trail if not hasattr(self.dataset, "__len__") or done == len(self) else {}
+        for before in range(epoch):
+            is_last = before == epoch - 1 and self._over in ((epoch, 0), (before, done))
+            passed = Passed(_LOADER, {"dataset": self.dataset}, whole if is_last else {})
+            for batch in self._read(before):
+                passed.add(batch)
+
+    def _read(self, epoch: int) -> Iterator[Any]:
+        """Yield the batches of a whole epoch, keyed as they are in it."""
+        with KeyedRandom() as rng:
+            rng.seed(derive_key(self._seed, "pass", epoch, 0))
+            samples = iter(self.dataset)
+        for number in count():
+            with KeyedRandom() as rng:
+                rng.seed(derive_key(self._seed, "batch of a pass", epoch, 0, number))
+                batch = list(islice(samples, self._batch_size))
+            if not batch:
+                return
+            yield batch
+
+    def trail(self, epoch: int, batches: int) -> dict[str, Any]:
+        """Return what the batches of an epoch up to a place are to be held against."""
+        known = self._passed is not None and self._passed[0] == epoch
+        return self._passed[1].trail(batches) if self._passed and known else {}
+
+    def state_after(self, epoch: int, batches: int) -> Any:
+        """Return the data set's state after so many batches; None: it must be read again."""
+        return next((s for e, n, s in self._states if (e, n) == (epoch, batches)), None)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin the next pass as this one."""
+        self._epoch.fill_(epoch)
+        self._tell_epoch(epoch)
+
+    def _tell_epoch(self, epoch: int) -> None:
+        if callable(getattr(self.dataset, "set_epoch", None)):
+            self.dataset.set_epoch(epoch)
+
+    def _follows_epochs(self) -> bool:
+        return callable(getattr(self.dataset, "set_epoch", None))
+
+    def __len__(self) -> int:
+        samples = len(self.dataset)
+        size = self._batch_size
+        return samples // size if self._drop_last else -(-samples // size)
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch, worker = int(self._epoch), get_worker_info()
+        mine, of_all = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        if worker is not None:
+            self._tell_epoch(epoch)
+        over = self._over[1] if self._over[0] == epoch and not self._fills else 0
+        if self._reads_epochs_before and not self._follows_epochs():
+            self._read_epochs_before(epoch)
+        self._reads_epochs_before = False
+        first = over if self._state is not None and self._states.maxlen else 0
+        self._passed = None
+        if first:
+            self.dataset.load_state_dict(copy.deepcopy(self._state))
+        with KeyedRandom() as rng:
+            rng.seed(derive_key(self._seed, "pass", epoch, mine))
+            samples = iter(self.dataset)
+        yield from repeat(None, first)
+        passed = self._begin_pass(epoch) if worker is None and not first else None
+        for number in count(first):
+            with KeyedRandom() as rng:
+                rng.seed(derive_key(self._seed, "batch of a pass", epoch, mine, number))
+                batch = list(islice(samples, self._batch_size))
+                if not batch or (self._drop_last and len(batch) < self._batch_size):
+                    return
+                if passed is not None:
+                    passed.add(batch)
+                # Workers take turns; one that has ended makes the others come earlier, not later.
+                is_over = number * of_all + mine < over
+                data = None if is_over else self._collate(batch)
+            if self._states.maxlen:
+                self._states.append((epoch, number + 1, copy.deepcopy(self.dataset.state_dict())))
+            yield data
+
+    def _begin_pass(self, epoch: int) -> Passed:
+        """Return what keeps digests of a pass that this process reads from its beginning."""
+        trail = self._trail if self._over == (epoch, self._trail.get("batches")) else {}
+        where = _LOADER if self._is_foreign else "train_dataset"
+        passed = Passed(where, {"dataset": self.dataset}, trail)
+        self._passed = (epoch, passed)
+        return passed
+
+
+_OPTIONS = (
+    *("num_workers", "pin_memory", "timeout", "multiprocessing_context", "generator"),
+    *("prefetch_factor", "persistent_workers", "in_order"),
+)
+_DRAW_NOTHING = (
+    DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    DefaultDataCollator,
+)
+
+
+def keyed_loader(base: Any, *, seed: int, rank: int, world_size: int, ahead: int) -> Any:
+    """Return the host's loader with the same batches in the same order, which can begin anywhere.
+
+    What is random in samples and collators is keyed by (seed, epoch, sample): it depends neither
+    on workers nor on what was read before. What draws nothing gives the very same batches.
+
+    Args:
+        base: What the host made of the data set, the sampler and the collator.
+        seed: The seed of the data.
+        rank: This rank.
+        world_size: Number of ranks.
+        ahead: How many batches the host reads before it uses them.
+
+    Raises:
+        ConfigError: The host has made a loader of another kind.
+    """
+    if not _is_plain(base):
+        return _replayed(base, seed)
+    dispatches = isinstance(base, DataLoaderDispatcher)
+    is_stream = isinstance(base.dataset, IterableDataset)
+    is_prepared = isinstance(base, DataLoaderShard | DataLoaderDispatcher)
+    if dispatches and not (is_stream or world_size == 1):
+        raise ConfigError(
+            "accelerator_config",
+            "its kind of data loader cannot be continued exactly",
+            expected="each rank reads its own batches (dispatch_batches=False)",
+            found=type(base).__name__,
+        )
+    options = {name: getattr(base, name) for name in _OPTIONS if hasattr(base, name)}
+    leave = leaving_signals(base.worker_init_fn) if options["num_workers"] else None
+    source: Any
+    if is_stream:
+        shared = dispatches and world_size > 1
+        source = _passes(base, seed, fills=shared, remembers=0 if shared else ahead + 2)
+        options["batch_size"] = None
+        if shared:
+            return _dispatched(base, source, options, leave)
+    else:
+        source = Records(base.dataset, seed, _declared(base.collate_fn))
+        inner, samples = base.batch_sampler, len(base.dataset)
+        told = base.dataset if is_prepared else None
+        options["batch_sampler"] = IndexBatches(
+            inner, samples, rank=rank, world_size=world_size, data=told, tells_epochs=is_prepared
+        )
+    state = getattr(base, "state", None)
+    return DataLoaderShard(
+        source,
+        device=getattr(base, "device", None) if state is None or not dispatches else state.device,
+        rng_types=getattr(base, "rng_types", None),
+        synchronized_generator=getattr(base, "synchronized_generator", None),
+        _drop_last=getattr(base, "_drop_last", False),
+        _non_blocking=getattr(base, "_non_blocking", False),
+        collate_fn=_as_it_is,
+        worker_init_fn=leave,
+        **options,
+    )
+
+
+def is_of_host(base: Any, dataset: Any) -> bool:
+    """Return whether the host may have made a loader, of this data set."""
+    made = isinstance(base, DataLoaderShard | DataLoaderDispatcher)
+    return made and _same_data(base.dataset, dataset)
+
+
+def _same_data(one: Any, dataset: Any) -> bool:
+    """Return whether data are this data set, or a part of it that the host or `datasets` makes."""
+    inner = getattr(one, "dataset", one)  # of a rank's part of a stream
+    return inner is dataset or (dataset is not None and type(inner) is type(dataset))
+
+
+def batch_size_of(own_loader: Any) -> int | None:
+    """Return how many samples a loader of the user's own has in a batch; None: it does not say."""
+    sampler = getattr(own_loader, "batch_sampler", None)
+    sizes = (getattr(own_loader, "batch_size", None), getattr(sampler, "batch_size", None))
+    return next((size for size in sizes if isinstance(size, int) and size > 0), None)
+
+
+def _is_plain(base: Any) -> bool:
+    """Return whether a loader is one of torch or accelerate that makes its batches as they do."""
+    kinds = (DataLoader, DataLoaderShard, DataLoaderDispatcher)
+    if not isinstance(base, DataLoader) or type(base).__iter__ not in [k.__iter__ for k in kinds]:
+        return False
+    if isinstance(base.dataset, IterableDataset):
+        return base.batch_size is not None
+    return base.batch_sampler is not None
+
+
+def _replayed(base: Any, seed: int) -> DataLoaderShard:
+    """Return a loader of the batches that any iterable gives, which is read again to its place."""
+    passes = KeyedPasses(base, seed, batch_size=1, collate_fn=_only, reads_epochs_before=True)
+    plain = {"batch_size": None, "collate_fn": _as_it_is}
+    own = torch.Generator()  # torch draws from it once an epoch; nothing does where there is a list
+    return DataLoaderShard(passes, device=None, generator=own, **plain)
+
+
+def _only(batches: list[Any]) -> Any:
+    return batches[0]
+
+
+def begin_at(loader: Any, beginning: Beginning) -> None:
+    """Let a loader of `keyed_loader` begin in the middle of an epoch."""
+    if isinstance(loader.dataset, KeyedPasses):
+        at = (beginning.epoch, beginning.batches)
+        loader.dataset.begin(*at, beginning.data, beginning.trail)
+    else:
+        loader.batch_sampler.beginning = beginning
+        loader.batch_sampler.seeds = beginning.seeds
+
+
+def data_state(loader: Any, epoch: int, batches: int) -> Any:
+    """Return the state of an iterable data set at a place; None: it has none that is exact."""
+    passes = loader.dataset
+    return passes.state_after(epoch, batches) if isinstance(passes, KeyedPasses) else None
+
+
+def trail_of(loader: Any, epoch: int, batches: int) -> dict[str, Any]:
+    """Return what the batches up to a place are to be held against; {}: nobody knows."""
+    holder = loader.dataset if isinstance(loader.dataset, KeyedPasses) else loader.batch_sampler
+    found: dict[str, Any] = holder.trail(epoch, batches)
+    return found
+
+
+def order_of(loader: Any) -> dict[str, Any]:
+    """Return what the order of the epoch under way was drawn from."""
+    return {} if isinstance(loader.dataset, KeyedPasses) else loader.batch_sampler.drawn_from
+
+
+def unknown_order(loader: Any, place: Place) -> tuple[Difference, ...]:
+    """Tell of an order that a stock checkpoint does not hold, and nothing else tells.
+
+    Args:
+        loader: One of `keyed_loader`.
+        place: Where the checkpoint is. The order of the first epoch follows from the seed.
+    """
+    if not (place.epoch and place.batches) or isinstance(loader.dataset, KeyedPasses):
+        return ()
+    kind = loader.batch_sampler.drawn_by
+    if kind is None:
+        return ()
+    effect = "some samples of this epoch come twice, others not at all, as in transformers' own"
+    was = f"an order of epoch {place.epoch} that the checkpoint does not hold"
+    return (Difference("data.order", was, f"drawn anew by {kind}", effect, "changed"),)
+
+
+def batches_left(loader: Any, samples: int) -> int | None:
+    """Return how many batches are left of an epoch after so many samples; None: nobody knows."""
+    if isinstance(loader.dataset, KeyedPasses):
+        return None
+    return loader.batch_sampler.left_after(samples)  # type: ignore[no-any-return]
+
+
+def _dispatched(base: Any, source: KeyedPasses, options: dict[str, Any], leave: Any) -> Any:
+    """Return a loader that reads on rank 0 for all ranks, as the host's does."""
+    return DataLoaderDispatcher(
+        source,
+        split_batches=base.split_batches,
+        _drop_last=base._drop_last,  # noqa: SLF001 (the host's own, handed on)
+        _non_blocking=base._non_blocking,  # noqa: SLF001
+        slice_fn=base.slice_fn,
+        collate_fn=_as_it_is,
+        worker_init_fn=leave,
+        **options,
+    )
+
+
+def _passes(base: Any, seed: int, *, fills: bool, remembers: int) -> KeyedPasses:
+    return KeyedPasses(
+        base.dataset,
+        seed,
+        batch_size=base.batch_size,
+        collate_fn=base.collate_fn,
+        drop_last=base.drop_last,
+        fills=fills,
+        remembers=remembers,
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+class _DrawsNothing:
+    """A collator of the host that is known to draw no random numbers."""
+
+    deterministic = True
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self._collate = collate
+
+    def __call__(self, samples: list[Any]) -> Any:
+        return self._collate(samples)
+
+
+def _declared(collate: Any) -> Any:
+    """Return a collator, with a mark if it is known to draw no random numbers."""
+    inner = collate
+    while type(inner).__name__ == "RemoveColumnsCollator":
+        inner = inner.data_collator
+    plain = inner is default_data_collator or type(inner) in _DRAW_NOTHING
+    if type(inner) is DataCollatorForLanguageModeling:
+        plain = not inner.mlm
+    return _DrawsNothing(collate) if plain else collate

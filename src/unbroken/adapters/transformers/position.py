@@ -1,0 +1,204 @@
+"""Where in the data a run of the host's Trainer is, counted as batches are used."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import TrainerCallback
+
+from unbroken.errors import ConfigError
+
+
+@dataclass
+class Place:
+    """A place between two steps of a run.
+
+    Attributes:
+        epoch: The pass over the data that is under way, from 0.
+        batches: Micro-batches of this pass that are done, on each rank.
+        samples: Samples of this pass that are done, on all ranks together.
+        is_even: Whether all of them were cut in the way that this start cuts them.
+        is_over: Whether the end of the pass has been told to callbacks.
+    """
+
+    epoch: int = 0
+    batches: int = 0
+    samples: int = 0
+    is_even: bool = True
+    is_over: bool = False
+
+
+class Follower(TrainerCallback):  # type: ignore[misc]
+    """Moves the place as the host's training loop goes on.
+
+    Args:
+        samples_per_batch: Samples that all ranks use in one micro-batch; may be set.
+
+    Attributes:
+        place: Where the run is.
+    """
+
+    def __init__(self, samples_per_batch: int) -> None:
+        self.place = Place()
+        self.samples_per_batch = samples_per_batch
+
+    def on_substep_end(self, *_: Any, **__: Any) -> None:
+        """Count a micro-batch inside an accumulation window."""
+        self.place.batches += 1
+        self.place.samples += self.samples_per_batch
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Count the last micro-batch of a step."""
+        self.on_substep_end()
+
+    def on_epoch_end(self, *_: Any, **__: Any) -> None:
+        """Take note that the pass is over: an evaluation or a save may follow."""
+        self.place.is_over = True
+
+
+# How the host's loop is brought to a place: the numbers that it counts epochs and steps by.
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the samples of an epoch are cut into steps.
+
+    Attributes:
+        batch: Samples in a micro-batch of one rank.
+        accumulation: Micro-batches in a step.
+        world_size: Number of ranks.
+        length: Samples in the data set; None: nobody knows.
+    """
+
+    batch: int
+    accumulation: int
+    world_size: int
+    length: int | None
+
+    @property
+    def samples_in_step(self) -> int:
+        """Samples in a step, on all ranks together."""
+        return self.batch * self.accumulation * self.world_size
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What the host counts before its loop begins, in its own order."""
+
+    num_train_epochs: int
+    steps_per_epoch: int
+    num_examples: int
+    num_train_samples: int
+    total_batch_size: int
+    batches_per_epoch: int
+    max_steps: int
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a checkpoint says of its place.
+
+    Attributes:
+        step: Optimizer steps so far.
+        place: Where in the data.
+        cut: How epochs were cut; None: nobody knows, so as now.
+        shift: Steps so far, less those that as many epochs have.
+        stopped: Whether a callback has ended the run, or the epoch.
+    """
+
+    step: int
+    place: Place
+    cut: Cut | None
+    shift: int = 0
+    stopped: tuple[bool, bool] = (False, False)
+
+    @classmethod
+    def of(cls, step: int, facts: Mapping[str, Any]) -> Stored:
+        """Read what `run_facts` wrote."""
+        place, cut = Place(**facts["place"]), Cut(**facts["cut"])
+        return cls(step, place, cut, facts["shift"], tuple(facts["stopped"]))
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Where the host's loop begins.
+
+    Attributes:
+        epoch: The first epoch that it runs.
+        batches: Batches of it that are over, as the host counts them.
+        place: The same, to go on counting from.
+        in_samples: Whether the rest of the epoch is dealt from a sample on.
+        shift: As in `Stored`.
+        ends_at_once: Whether the loop has nothing left to train in this epoch.
+    """
+
+    epoch: int
+    batches: int
+    place: Place
+    in_samples: bool
+    shift: int
+    ends_at_once: bool
+
+
+def reach(
+    stored: Stored, now: Cut, numbers: Numbers, left: int | None, *, by_epochs: bool
+) -> tuple[Reach, Numbers]:
+    """Return where the loop begins, and its numbers as they follow from there.
+
+    Where nothing about the cut has changed, the numbers are the host's own.
+
+    Args:
+        stored: What the checkpoint says.
+        now: How epochs are cut from now on.
+        numbers: What the host has counted.
+        left: Batches that the samples left in the epoch give; None: nobody knows.
+        by_epochs: Whether the run's length is given in epochs.
+    """
+    is_over = stored.place.is_over
+    place = Place(stored.place.epoch + 1) if is_over else replace(stored.place)
+    sliced = ("batch", "world_size", "length")
+    same_lists = stored.cut is None or all(
+        getattr(stored.cut, name) == getattr(now, name) for name in sliced
+    )
+    place.is_even = place.batches == 0 or (place.is_even and same_lists)
+    in_samples = not place.is_even and left is not None
+    if in_samples:
+        batches = max(0, numbers.batches_per_epoch - (left or 0))
+    else:
+        batches = place.batches if place.is_even else _batches_of_stream(place, now)
+    before = place.epoch * numbers.steps_per_epoch + batches // now.accumulation
+    changed = stored.cut is not None and stored.cut != now
+    shift = stored.step - before if changed else stored.shift
+    numbers = _lengthened(numbers, stored.step, before, shift, by_epochs=by_epochs)
+    run_ends = stored.stopped[0] or stored.step >= numbers.max_steps
+    empty = not is_over and (run_ends or stored.stopped[1] or batches >= numbers.batches_per_epoch)
+    place.batches = batches
+    epoch = numbers.num_train_epochs if is_over and run_ends else place.epoch
+    whole = numbers.steps_per_epoch * now.accumulation
+    shown = max(whole, numbers.batches_per_epoch) if empty else batches
+    return Reach(epoch, shown, place, in_samples, shift, empty), numbers
+
+
+def _batches_of_stream(place: Place, now: Cut) -> int:
+    """Return how many batches, as they are cut now, the samples make that a stream has given."""
+    size = now.batch * now.world_size
+    if place.samples % size:
+        what = "a stream can begin between two batches only: another size goes on inside of one"
+        where = "per_device_train_batch_size"
+        found = f"{place.samples} samples done"
+        raise ConfigError(where, what, expected=f"a multiple of {size}", found=found)
+    return place.samples // size
+
+
+def _lengthened(
+    numbers: Numbers, step: int, before: int, shift: int, *, by_epochs: bool
+) -> Numbers:
+    if by_epochs:
+        return replace(numbers, max_steps=numbers.max_steps + shift)
+    if numbers.num_train_epochs == sys.maxsize:
+        return numbers
+    needed = -(-(before + numbers.max_steps - step) // numbers.steps_per_epoch)
+    return replace(numbers, num_train_epochs=max(numbers.num_train_epochs, needed))

@@ -1,0 +1,563 @@
+"""One call of `Trainer.train`: its run directory, what it resumes, and what it saves."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unbroken.adapters.transformers.changes import (
+    RULES,
+    CallbackState,
+    callback_states,
+    compared,
+    facts_of_callbacks,
+    named,
+    plain_arguments,
+    policy_of,
+    run_facts,
+    run_fingerprint,
+    take_effect,
+)
+from unbroken.adapters.transformers.checkpoint_files import STATE_NAME, Folder
+from unbroken.adapters.transformers.dataloader import (
+    Beginning,
+    batch_size_of,
+    batches_left,
+    begin_at,
+    data_state,
+    is_of_host,
+    keyed_loader,
+    order_of,
+    trail_of,
+    unknown_order,
+)
+from unbroken.adapters.transformers.position import (
+    Cut,
+    Follower,
+    Numbers,
+    Place,
+    Reach,
+    Stored,
+    reach,
+)
+from unbroken.adapters.transformers.selection import choose_together, state_of_any
+from unbroken.adapters.transformers.stock_checkpoint import (
+    facts_of_stock,
+    load_stock,
+    missing_devices_of_stock,
+    place_of_stock,
+    read_state,
+    refuse_what_does_not_fit,
+)
+from unbroken.capture import Stateful, capture_rng, how_cut, restore_rng, unwrapped
+from unbroken.checkpoint import (
+    Checkpointer,
+    Difference,
+    Preemption,
+    ResumeReport,
+    Selection,
+    may_go_on,
+)
+from unbroken.checkpoint.resume.selection import origin_of
+from unbroken.distributed import Alone, Group, join
+from unbroken.errors import ConfigError, CorruptCheckpointError, StateMismatchError
+from unbroken.fingerprint import names_in
+from unbroken.storage import storage_at
+from unbroken.store import CheckpointReader, KeepPolicy
+from unbroken.training.rank_agreement import agreed_reason
+
+if TYPE_CHECKING:
+    from unbroken.adapters.transformers.trainer import Trainer
+
+
+# The losses that the host adds up between two lines of its log, and over the whole run.
+
+
+class Losses:
+    """Reads and sets what the host's loop keeps in attributes of its own.
+
+    Args:
+        trainer: In training: before that, the host has none of it.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def values(self) -> dict[str, Any]:
+        """Return all of it, exactly."""
+        trainer = self._trainer
+        return {
+            "since_log": float(trainer._tr_loss.item()),  # noqa: SLF001 (the host's own)
+            "logged": float(trainer._total_loss_scalar),  # noqa: SLF001
+            "last_logged": int(trainer._globalstep_last_logged),  # noqa: SLF001
+            "first_step": int(getattr(trainer, "_initial_global_step", 0)),  # since 5.4
+        }
+
+    def bring_back(self, values: Mapping[str, Any]) -> None:
+        """Set it to what it was: the next line of the log, and train_loss, are the run's."""
+        trainer = self._trainer
+        trainer._tr_loss.fill_(values["since_log"])  # noqa: SLF001
+        trainer._total_loss_scalar = values["logged"]  # noqa: SLF001
+        trainer._globalstep_last_logged = values["last_logged"]  # noqa: SLF001
+        trainer._initial_global_step = values["first_step"]  # noqa: SLF001
+
+
+def no_losses(step: int) -> dict[str, Any]:
+    """Return what the host begins with when it resumes at a step."""
+    return {"since_log": 0.0, "logged": 0.0, "last_logged": step, "first_step": step}
+
+
+# Going on from a checkpoint of the host's own Trainer: it becomes one of ours.
+
+
+_NOTE = "the checkpoint is one of transformers' own Trainer: it goes on as that would"
+
+
+def adopt(run: Run, folder: Path, stored: Stored, loader: Any) -> tuple[ResumeReport, Any]:
+    """Load a stock checkpoint and save it as one of ours, with which the run begins.
+
+    Args:
+        run: The run, whose objects the host has built.
+        folder: The checkpoint.
+        stored: Its place.
+        loader: The loader of the training data.
+
+    Returns:
+        What was found, and the values that go on with the run.
+
+    Raises:
+        DifferenceError: The training changed, and the change is not named.
+        StateMismatchError: The checkpoint does not fit the objects.
+    """
+    checkpointer, checkpoint = run.checkpointer, str(folder)
+    if how_cut(checkpointer.objects) is not None:
+        hint = "resume it once under DDP or on one process: from then on it is one of ours"
+        what = "a checkpoint of transformers' own Trainer cannot be put into a sharded model"
+        raise StateMismatchError(checkpoint, what, hint=hint)
+    checkpointer.comparison.note_what_is_here()
+    differences = _differences(run, folder, stored, loader)
+    checkpointer.comparison.refuse(checkpoint, differences)
+    # The host draws the order of an epoch before it brings back its random states.
+    values = {"loss": no_losses(stored.step), "order": {"before": capture_rng()}, "seconds": 0.0}
+    objects, rank = checkpointer.objects, run.group.rank
+    run.group.together("check the checkpoint", lambda: refuse_what_does_not_fit(folder, objects))
+    load_stock(folder, objects, rank=rank)
+    report = ResumeReport(
+        stored.step, checkpoint, run.chosen.rejected, differences=differences, notes=(_NOTE,)
+    )
+    take_effect(run, differences)
+    came = origin_of(folder, state_of_any(folder))
+    checkpointer.adopt(stored.step, values, facts=run_facts(run), came=came)
+    return report, values
+
+
+def _differences(run: Run, folder: Path, stored: Stored, loader: Any) -> tuple[Difference, ...]:
+    facts = facts_of_stock(folder)
+    found = unknown_order(loader, stored.place)
+    if stored.cut is not None:
+        facts["cut"] = asdict(stored.cut)
+        facts["arguments"]["gradient_accumulation_steps"] = stored.cut.accumulation
+        was, now = stored.cut.world_size, run.cut.world_size
+        if was != now:
+            effect = "sums run in another order, and dropout draws otherwise"
+            found = (*found, Difference("world_size", was, now, effect, "equivalent"))
+        else:
+            found = (*found, *run.checkpointer.comparison.of_buckets({}))
+    missing = missing_devices_of_stock(folder, rank=run.group.rank)
+    if missing is not None:
+        effect = "devices: what draws on them draws otherwise from here on"
+        found = (*found, Difference("rng.cuda", *missing, effect, "changed"))
+    return compared(run, facts, found)
+
+
+_NAMES = ("path", "step")
+_TRAINS = ("changed", "")  # what a rule does not know
+
+
+class Run:
+    """The run that one call of `train` begins, or goes on with.
+
+    Args:
+        trainer: The trainer.
+        wanted: What to resume.
+
+    Attributes:
+        checkpointer: Saves and resumes.
+        follower: Knows the place in the data.
+        report: What the start found; known once the host has built its optimizer.
+        cut: How this start cuts an epoch into steps.
+        shift: As in `Stored`.
+        given_up: The place in an epoch that is begun anew; None: none is.
+        own_loader: The loader of the training data, if it is the user's own.
+    """
+
+    def __init__(self, trainer: Trainer, wanted: Any) -> None:
+        self.trainer = trainer
+        self.report = ResumeReport(step=0)
+        self.shift = 0
+        self.given_up: Place | None = None
+        self.own_loader: Any = None
+        self.saved_step: int | None = None
+        self._wanted = wanted
+        self._begins_epochs_anew = trainer.args.ignore_data_skip
+        self._stack = ExitStack()
+        self.group: Group = join() if trainer.args.world_size > 1 else Alone()
+        self._loader: Any = None
+        self._stored: Stored | None = None
+        self._facts: Mapping[str, Any] | None = None
+        self._reach: Reach | None = None
+        self._rng: dict[str, Any] | None = None
+        self._adopted: dict[str, Any] | None = None
+        self._is_back = self._has_workers = False
+        self._callbacks: dict[str, Any] = {}
+        self._began = time.monotonic()
+        args = trainer.args
+        self.cut = self._cut(None)
+        self.follower = Follower(self.cut.batch * self.cut.world_size)
+        own_optimizer, own_scheduler = trainer.own_optimizers
+        made = {"optimizer": not own_optimizer, "scheduler": not own_scheduler}
+        self.checkpointer = Checkpointer(
+            args.output_dir,
+            keep=KeepPolicy(last=args.save_total_limit),
+            policy=policy_of(trainer, is_named=Selection.parse(wanted).kind in _NAMES),
+            fingerprint=lambda: run_fingerprint(trainer, self.own_loader),
+            examine=self._examine,
+            told=[name for name, by_arguments in made.items() if by_arguments],
+            group=self.group,
+            snapshot=trainer.start.snapshot,
+        )
+        self.checkpointer.comparison.one_data_set = True
+        self.checkpointer.layout = Folder(trainer).layout
+        self.checkpointer.among_others = True
+        self.checkpointer.gives_all = True
+        attributes = self.checkpointer.attributes
+        attributes.more, attributes.reads_ahead = self._followers, True
+
+    def _cut(self, length: int | None, batch_size: int | None = None) -> Cut:
+        args = self.trainer.args
+        by_host = self.trainer._train_batch_size  # noqa: SLF001 (auto_find_batch_size changes it)
+        batch = by_host if batch_size is None else batch_size
+        return Cut(batch, args.gradient_accumulation_steps, args.world_size, length)
+
+    def __enter__(self) -> Run:
+        self._stack.callback(self.checkpointer.close)
+        try:
+            preemption = Preemption(clock=time.monotonic, wall_clock=time.time)
+            self.preemption = self._stack.enter_context(preemption)
+            self.chosen = choose_together(self.group, self.checkpointer.run, self._wanted)
+            self._read_place()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    @property
+    def folder(self) -> Path | None:
+        """The checkpoint that is gone on from."""
+        return self.chosen.folder
+
+    def _read_place(self) -> None:
+        if self.folder is None:
+            return
+        if self.chosen.is_stock:
+            self._state = read_state(self.folder)
+            return
+        reader = CheckpointReader(storage_at(self.folder.parent, create=False), self.folder.name)
+        self._state = json.loads(reader.read_file(STATE_NAME))
+        self._facts = reader.manifest.facts
+        self._stored = Stored.of(reader.step, self._facts)
+        if may_go_on(self._facts, facts_of_callbacks(self.trainer)):
+            self._stored = replace(self._stored, stopped=(False, False))
+
+    def _examine(
+        self, facts: Mapping[str, Any], found: tuple[Difference, ...]
+    ) -> tuple[Difference, ...]:
+        read = self._facts  # as rank 0 has them; what is compared is as this rank has it
+        if read is not None and any(facts.get(name) != read.get(name) for name in _OF_THE_PLACE):
+            what = "is another checkpoint than the one whose place was read"
+            raise CorruptCheckpointError("resume", what)
+        return compared(self, facts, found)
+
+    # What follows is called by the host's loop, in this order.
+
+    def loader(self, base: Any) -> Any:
+        """Return the loader of the training data with batches that continue at any place."""
+        args = self.trainer.args
+        self.own_loader = None if is_of_host(base, self.trainer.train_dataset) else base
+        self.cut = self._cut(None, batch_size_of(self.own_loader))
+        self._loader = keyed_loader(
+            base,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            rank=args.process_index,
+            world_size=args.world_size,
+            ahead=args.gradient_accumulation_steps,
+        )
+        return self._loader
+
+    @property
+    def continued_loader(self) -> Any:
+        """What `loader` returned last."""
+        return self._loader
+
+    def settled(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the host's numbers as they follow from the place where the run is."""
+        numbers = Numbers(*values)
+        args = self.trainer.args
+        self.cut = replace(self.cut, length=_length(self._loader.dataset))
+        self.follower.samples_per_batch = self.cut.batch * self.cut.world_size
+        if self.folder is not None and self._stored is None:
+            self._stored = place_of_stock(
+                self.folder, self._state, self.cut, numbers, drop_last=args.dataloader_drop_last
+            )
+        if self._stored is None:
+            return values
+        self._leave_out_the_skip(numbers)
+        left = batches_left(self._loader, self._stored.place.samples)
+        by_epochs = args.max_steps <= 0
+        self._reach, numbers = reach(self._stored, self.cut, numbers, left, by_epochs=by_epochs)
+        self.shift = self._reach.shift
+        self.follower.place = self._reach.place
+        if self._reach.place.batches % self.cut.accumulation:
+            refuse_own_windows(self.trainer)
+        return tuple(getattr(numbers, name) for name in Numbers.__dataclass_fields__)
+
+    def _leave_out_the_skip(self, numbers: Numbers) -> None:
+        """Begin the epoch anew, if that is asked for in the middle of one."""
+        if self._stored is None or not self._begins_epochs_anew:
+            return
+        place = self._stored.place
+        if not place.is_over and 0 < place.batches < numbers.batches_per_epoch:
+            self.given_up = place
+            self._stored = replace(self._stored, place=Place(place.epoch))
+
+    def state_from_checkpoint(self) -> tuple[int, int]:
+        """Put the host's stored state into the new one; return where its loop begins."""
+        if self._reach is None:
+            return 0, 0
+        state = self.trainer.state
+        for name in _STATE:
+            if name in self._state:
+                setattr(state, name, self._state[name])
+        best = state.best_global_step
+        if best is not None and Path(self.checkpointer.path(best)).is_dir():
+            state.best_model_checkpoint = self.checkpointer.path(best)
+        return self._reach.epoch, self._reach.batches
+
+    def resume(self) -> None:
+        """Bring back all objects, now that the host has built them."""
+        self.trainer.current_flos = 0  # of steps since the last save, if an exception ended those
+        self.checkpointer.objects.update(self._objects())
+        scheduler: Any = self.checkpointer.objects["scheduler"]
+        wrapped = getattr(scheduler, "optimizer", None)
+        if wrapped is not None:
+            scheduler.optimizer = self.checkpointer.objects["optimizer"]
+        try:
+            self._bring_back()
+        finally:
+            if wrapped is not None:
+                scheduler.optimizer = wrapped
+        self._rng = capture_rng()
+        states: Mapping[str, CallbackState] = self.checkpointer.objects["callbacks"]  # type: ignore[assignment]
+        self._callbacks = {name: copy.deepcopy(one.state_dict()) for name, one in states.items()}
+
+    def _bring_back(self) -> None:
+        arguments = plain_arguments(self.trainer.args)
+        of_all = {n: v for n, v in arguments.items() if RULES.get(n, _TRAINS)[0] != "harmless"}
+        self.group.agree("TrainingArguments", of_all)
+        if self.chosen.is_stock and self.folder is not None and self._stored is not None:
+            self.report, self._adopted = adopt(self, self.folder, self._stored, self._loader)
+            return
+        self.report = self.checkpointer.resume(self.chosen.selection)
+        take_effect(self, self.report.differences)
+
+    def _objects(self) -> dict[str, Any]:
+        trainer = self.trainer
+        optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler
+        scaler = getattr(trainer.accelerator, "scaler", None)
+        return {
+            "model": unwrapped(trainer.model),
+            "optimizer": getattr(optimizer, "optimizer", optimizer),
+            "scheduler": getattr(scheduler, "scheduler", scheduler),
+            **({} if scaler is None else {"scaler": scaler}),
+            "callbacks": callback_states(trainer.callback_handler.callbacks),
+            **({"trainer": trainer} if isinstance(trainer, Stateful) else {}),
+        }
+
+    def _followers(self) -> dict[str, object]:
+        """Return what else may remember something of a run, besides what is registered."""
+        trainer = self.trainer
+        callbacks = named(trainer.callback_handler.callbacks).items()
+        return {
+            "trainer": trainer,
+            "data": trainer.train_dataset,
+            "collate_fn": trainer.data_collator,
+            "loss": trainer.compute_loss_func,
+            **{f"callbacks.{name}": one for name, one in callbacks},
+        }
+
+    def epoch_begins(self, epoch: int) -> None:
+        """Make ready for an epoch; before the first one of a resumed run, bring back the rest."""
+        if self._is_back or self._reach is None:
+            self.follower.place = Place(epoch)
+            self.bring_back()
+            self._workers_begin()
+            return
+        samples = self._reach.place.samples if self._reach.in_samples else None
+        stored = self.values["order"]
+        order = stored if self._reach.batches else {}
+        reseeded = {"seed", "data_seed"} & {one.path for one in self.report.differences}
+        seeds = {} if reseeded else stored.get("seeds", {})
+        given = {"data": self.values.get("data"), "seeds": seeds, "trail": self._trail()}
+        begin_at(self._loader, Beginning(epoch, self._reach.batches, samples, order, **given))
+        self.bring_back()
+        self._workers_begin()
+        if "before" in order:  # the host restores its own after the first batch
+            restore_rng(order["before"])
+
+    def _trail(self) -> Mapping[str, Any]:
+        """Return what the data are held against, unless other data are meant, or known to be."""
+        named = (name.partition(".")[0] for name in self.trainer.start.allow)
+        changed = (d for d in self.report.differences if d.verdict in ("changed", "not covered"))
+        groups = {*named, *(one.path.partition(".")[0] for one in changed)}
+        is_other = self.group.world_size > 1 or groups & {"data", "seed", "data_seed"}
+        return {} if is_other else self.values.get("trail", {})
+
+    def _workers_begin(self) -> None:
+        """Take note of the data set that processes which read get a copy of."""
+        args = self.trainer.args
+        lasting = args.dataloader_persistent_workers and self._has_workers
+        if args.dataloader_num_workers and not lasting:
+            self._has_workers = True
+            self.checkpointer.attributes.workers_begin()
+
+    def bring_back(self) -> None:
+        """Bring back, once, what the host sets to nothing when it begins to train."""
+        if self._is_back:
+            return
+        self._is_back = True
+        if self._stored is None:
+            self.checkpointer.attributes.restore(again=True)
+            return
+        Losses(self.trainer).bring_back(self.values["loss"])
+        states = self.checkpointer.objects["callbacks"]
+        for name, state in self._callbacks.items():
+            states[name].load_state_dict(copy.deepcopy(state))  # type: ignore[index]
+        self.checkpointer.attributes.restore(again=True)
+        stopped, control = self._stored.stopped, self.trainer.control
+        ends = self.trainer.state.global_step >= self.trainer.state.max_steps
+        control.should_training_stop |= stopped[0] or ends
+        control.should_epoch_stop |= stopped[1]
+        self.restore_random_states()
+
+    def restore_random_states(self) -> None:
+        """Set all generators to what the checkpoint has of them."""
+        if self._rng is not None:
+            restore_rng(self._rng)
+
+    def first_batches(self, wanted: int) -> int:
+        """Return how many batches the host is to fetch: less where a window is half done."""
+        done = self.follower.place.batches % self.cut.accumulation
+        return min(wanted, self.cut.accumulation - done)
+
+    # What follows is called at the edges of steps.
+
+    def reason_to_stop(self) -> str | None:
+        """Return why to stop now; None to go on, as at the end of the run."""
+        state = self.trainer.state
+        self.checkpointer.rehearse(state.global_step, self._values)
+        self.checkpointer.committed()  # raises what a save beside the training failed at
+        if state.global_step >= state.max_steps or self.trainer.control.should_training_stop:
+            return None
+        return agreed_reason(self.group, self.preemption.reason())
+
+    def note(self, logs: Mapping[str, Any]) -> None:
+        """Write one line of statistics; numbers alone."""
+        numbers = {k: v for k, v in logs.items() if isinstance(v, bool | int | float)}
+        self.checkpointer.log({"step": self.trainer.state.global_step, **numbers})
+
+    def load_best(self) -> None:
+        """Put the weights of the best checkpoint into the model, verified."""
+        best = self.trainer.state.best_global_step
+        if best is not None:
+            self.checkpointer.load(best, ("model",))
+
+    def save(self) -> str:
+        """Save everything as it is now; return the folder of the checkpoint."""
+        trainer = self.trainer
+        trainer.store_flos()
+        self.checkpointer.wait()  # the best one may be on its way
+        state, best = trainer.state, trainer.state.best_global_step
+        if best is not None:
+            path = self.checkpointer.path(best)
+            state.best_model_checkpoint = (
+                path if best == state.global_step or Path(path).is_dir() else None
+            )
+        self.checkpointer.best_step = best
+        self.saved_step = state.global_step
+        return self.checkpointer.save(state.global_step, self._values(), facts=run_facts(self))
+
+    def _values(self) -> dict[str, Any]:
+        of_many = self.group.world_size > 1  # each reads its own part
+        place = self.follower.place
+        return {
+            "loss": Losses(self.trainer).values(),
+            "order": order_of(self._loader),
+            "data": data_state(self._loader, place.epoch, place.batches),
+            "trail": {} if of_many else trail_of(self._loader, place.epoch, place.batches),
+            "seconds": self.seconds,
+        }
+
+    @property
+    def seconds(self) -> float:
+        """How long all starts of the run have trained, as far as checkpoints know."""
+        return self.seconds_before + time.monotonic() - self._began
+
+    @property
+    def seconds_before(self) -> float:
+        """How long the starts before this one have trained."""
+        return 0.0 if self.values is None else float(self.values["seconds"])
+
+    @property
+    def values(self) -> Any:
+        """The plain values of the checkpoint that was resumed."""
+        return self._adopted or self.checkpointer.values
+
+
+_OF_THE_PLACE = ("cut", "max_steps", "metrics_bytes", "place", "shift", "stopped")
+"""The facts of a checkpoint that say where the run is."""
+
+_STATE = (
+    *("epoch", "global_step", "num_input_tokens_seen", "total_flos", "log_history"),
+    *("best_metric", "best_global_step", "train_batch_size"),
+)
+"""What of the host's stored state goes on; all else follows from the arguments of this start."""
+
+
+def refuse_own_windows(trainer: Trainer) -> None:
+    """Raise where a subclass fetches the batches of a step, and the next step has fewer of them.
+
+    Raises:
+        ConfigError: Its `get_batch_samples` does not call that of the class above.
+    """
+    own: Any = type(trainer).get_batch_samples
+    if own.__module__ == __name__.rpartition(".")[0] + ".trainer" or "super" in names_in(own):
+        return
+    what = "does not call super(): the checkpoint lies inside of a step, whose rest it must fetch"
+    hint = "call super().get_batch_samples(...), or resume from a checkpoint between two steps"
+    raise ConfigError(own.__qualname__, what, hint=hint)
+
+
+def _length(dataset: Any) -> int | None:
+    try:
+        return len(dataset)
+    except TypeError:  # it is endless, or nobody knows
+        return None

@@ -1,0 +1,1 @@
+"""State trees <-> typed JSON and raw tensor bytes."""

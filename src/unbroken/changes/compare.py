@@ -1,0 +1,480 @@
+"""What this start is, held against what a checkpoint was made with."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+
+from unbroken.capture import ParameterNames, Skip, how_cut, keep_skipped, structure_digest
+from unbroken.changes.apply import NOT_LOADED, AsBuilt, named_objects, take_effect, untrained_names
+from unbroken.changes.code_version import code_differences, code_facts
+from unbroken.changes.ddp_buckets import DdpBuckets
+from unbroken.changes.differences import (
+    Difference,
+    ExactResume,
+    Rule,
+    compare,
+    gravest_first,
+    is_named,
+    refuse_unnamed,
+    unchanged,
+)
+from unbroken.changes.environment import GPU_DETAILS, GPU_SOFTWARE, environment_facts
+from unbroken.changes.object_facts import fingerprint_differences, flat, rule_of, uncovered_facts
+from unbroken.changes.rules import ENVIRONMENT_RULES, GPU, MACHINE
+from unbroken.data import LoaderSource, MapSource
+from unbroken.fingerprint import (
+    MAX_REACHED,
+    Plain,
+    begin_source_facts,
+    cut_off,
+    model_facts,
+    optimizer_facts,
+    plain_or_text,
+    scheduler_facts,
+)
+
+# How the machine and the software of a checkpoint differ from those of this start.
+
+
+def environment_differences(
+    stored: Mapping[str, Any], now: Mapping[str, Any] | None = None
+) -> tuple[Difference, ...]:
+    """Return what is not the same about the machine and the software, the gravest first.
+
+    Every difference that can change a bit is "equivalent", none is "changed": training goes on
+    with the same data and settings, and rounds differently. "harmless" are only facts that no
+    number depends on.
+
+    No difference is: a path that one side does not have (it came or went with a version of
+    unbroken, or is of a package that a program imports sooner or later), and what one side does
+    not know (GPUs before CUDA was used). A variable that was set or unset is one.
+
+    Args:
+        stored: `environment_facts()` of the checkpoint.
+        now: Those of this start; None: of this process.
+
+    Returns:
+        Differences whose paths begin with "environment.".
+
+    Example:
+        >>> stored, now = {"num_threads": 8, "cores": 8}, {"num_threads": 4, "cores": 4}
+        >>> found = environment_differences(stored, now)
+        >>> [(difference.path, difference.verdict) for difference in found]
+        [('environment.num_threads', 'equivalent'), ('environment.cores', 'harmless')]
+        >>> found[0].effect
+        'another number of threads sums in another order'
+    """
+    facts: Mapping[str, Any] = environment_facts() if now is None else now
+    left_out = _told_by_the_gpus(stored.get("gpus"), facts.get("gpus"))
+    after = {path: value for path, value in facts.items() if path not in left_out}
+    rules = {**dict.fromkeys(after, MACHINE), **ENVIRONMENT_RULES}
+    found = [_in_plain_words(difference) for difference in compare(stored, after, rules)]
+    return tuple(replace(difference, path=f"environment.{difference.path}") for difference in found)
+
+
+def _told_by_the_gpus(stored: Sequence[str] | None, now: Sequence[str] | None) -> Collection[str]:
+    """Return the paths to leave out: one line on the GPUs says all that follows from them."""
+    if stored is None or now is None:
+        return GPU_DETAILS
+    if stored == now:
+        return ()
+    without_names = GPU_DETAILS[1:]
+    return without_names if stored and now else (*without_names, *GPU_SOFTWARE)
+
+
+def _in_plain_words(difference: Difference) -> Difference:
+    if difference.path != "gpus" or not all(map(_is_names, (difference.stored, difference.now))):
+        return difference
+    before, after = Counter(difference.stored), Counter(difference.now)
+    return replace(
+        difference, stored=_counted(before), now=_counted(after), effect=_gpu_effect(before, after)
+    )
+
+
+def _is_names(gpus: object) -> bool:
+    return isinstance(gpus, list | tuple) and all(isinstance(name, str) for name in gpus)
+
+
+def _counted(gpus: Counter[str]) -> str:
+    return ", ".join(f"{count} x {name}" for name, count in gpus.items()) or "none"
+
+
+def _gpu_effect(before: Counter[str], after: Counter[str]) -> str:
+    if not before or not after:
+        return "what ran on a GPU and runs on the CPU now, or the reverse, rounds differently"
+    if before.keys() != after.keys():
+        return GPU[1]
+    if before == after:
+        return "the same GPUs in another order: each process may have another one"
+    return "the same GPU, but another number of them: sums over GPUs run in another order"
+
+
+FINGERPRINT_VERSION = 1
+"""Raised whenever the same thing would get other facts than before."""
+
+Examine = Callable[[Mapping[str, Any], tuple[Difference, ...]], tuple[Difference, ...]]
+"""From the facts of a checkpoint and the differences found so far to all that matter, and what is
+the same of what it compares itself."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which differences a start accepts.
+
+    Args:
+        allow: Names of changes that are meant; the name of a group names all in it.
+        skip: What is not loaded, as `Skip` takes it.
+        exact_resume: "require" refuses what is only equivalent.
+        parts: Objects that a setting makes: {"fp16": "scaler"}. One that came, went or got
+            another class with a named setting is not loaded.
+
+    Example:
+        >>> Policy(allow=("learning_rate",)).exact_resume
+        'prefer'
+    """
+
+    allow: Sequence[str] = ()
+    skip: Sequence[str] = ()
+    exact_resume: ExactResume = "prefer"
+    parts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def named(self) -> set[str]:
+        """All names that the caller gave: what is not loaded may be anything."""
+        return {*self.allow, *self.not_loaded}
+
+    @property
+    def not_loaded(self) -> set[str]:
+        """The names of what is not loaded, and of the settings that make it."""
+        made = {setting for setting, part in self.parts.items() if part in self.skip}
+        return {*self.skip, *made}
+
+
+class Comparison:
+    """The facts of this start, taken before a resume changes anything, and the differences.
+
+    Args:
+        objects: The registered objects, by name.
+        settings: Settings in groups, as plain values.
+        more: Returns more groups of facts: {"data": ...}; called once, before a resume. A group
+            may be a function that waits for them: it is called when they are needed. Without a
+            group "data" that of the sources of batches among the objects is taken; None: no facts.
+        policy: Which differences are accepted.
+        examine: May add differences or take some away.
+        told: Names of objects that settings make, and so tell enough of.
+        buckets: How `DistributedDataParallel` adds gradients; None: it is not looked at.
+
+    Attributes:
+        one_data_set: Whether all ranks are given the same data, and share them out; may be set.
+    """
+
+    def __init__(
+        self,
+        objects: Mapping[str, object],
+        *,
+        settings: Mapping[str, Any] | None = None,
+        more: Callable[[], Mapping[str, Any]] | None = None,
+        policy: Policy | None = None,
+        examine: Examine | None = None,
+        told: Collection[str] = (),
+        buckets: DdpBuckets | None = None,
+    ) -> None:
+        self._told = set(told)
+        self._buckets = buckets
+        self.one_data_set = False
+        self._objects = objects
+        self._settings = _plain_settings(settings or {})
+        self._more = more
+        self._policy = Policy() if policy is None else policy
+        self._examine = examine
+
+    def note_what_is_here(self) -> None:
+        """Take the facts and the hyperparameters now, before a resume puts others in place."""
+        self._begun  # noqa: B018 (is kept from now on)
+        self.built  # noqa: B018
+
+    @cached_property
+    def built(self) -> AsBuilt:
+        """Optimizers, schedules and modules before the resume."""
+        return AsBuilt.of(self._objects)
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What goes into each checkpoint of this start, to be compared by the next one."""
+        begun = self._begun
+        groups = begun["fingerprint"].items()
+        told = {name: facts() if callable(facts) else facts for name, facts in groups}
+        return {**begun, "fingerprint": told}
+
+    @cached_property
+    def _begun(self) -> dict[str, Any]:
+        """The facts, or what waits for them: processes that read data sets work meanwhile."""
+        environment = {**environment_facts(), "mesh": how_cut(self._objects)}
+        of_objects = fingerprint_of(self._objects)
+        more = {} if self._more is None else self._more()
+        if "data" not in more:
+            here = {n: x for n, x in sources_in(self._objects).items() if _is_read_here(x)}
+            more = {**more, "data": begin_source_facts(here)}
+        told = {name: facts for name, facts in more.items() if facts is not None}
+        groups = {**of_objects, **told, "code": code_facts()}  # the last one waits for git
+        return {
+            "environment": environment,
+            "built": _structures(self._objects),
+            "settings": self._settings,
+            "fingerprint": {"version": FINGERPRINT_VERSION, **groups},
+        }
+
+    def rows(self, stored: Mapping[str, Any]) -> tuple[Difference, ...]:
+        """Return all that was compared, what is the same last; nothing is refused yet."""
+        found = self._differences(stored)
+        told = {row.path for row in found}
+        same = unchanged(_all_facts(stored), _all_facts(self.facts))
+        known = (row for row in same if row.path not in told and row.now is not None)
+        return (*found, *known)
+
+    def _differences(self, stored: Mapping[str, Any]) -> tuple[Difference, ...]:
+        same = _same_software(stored, self.facts)
+        given, now = flat(_group(stored, "settings")), flat(self._settings)
+        if same:  # a setting that came or went is the user's
+            given, now = {**dict.fromkeys(now), **given}, {**dict.fromkeys(given), **now}
+        rules = {**{path: rule_of(path) for path in now}, **_NAMING}
+        settings = compare(given, now, rules)
+        before, prints = _group(stored, "fingerprint"), self.facts["fingerprint"]
+        told = {difference.path for difference in settings}
+        others = self._of_fingerprints(before, prints, same_software=same)
+        found = (
+            *settings,
+            *(difference for difference in others if difference.path not in told),
+            *code_differences(_group(before, "code")),
+            *environment_differences(_group(stored, "environment"), self.facts["environment"]),
+            *self.of_buckets(stored),
+            *_of_code(),
+        )
+        if self._examine is not None:
+            found = self._examine(stored, found)
+        return gravest_first(_unrefused(found, self._policy))
+
+    def of_buckets(self, stored: Mapping[str, Any]) -> tuple[Difference, ...]:
+        """Return why the ranks will not add gradients in the order of a checkpoint."""
+        return () if self._buckets is None else self._buckets.differences(stored)
+
+    def _of_fingerprints(
+        self, before: Mapping[str, Any], now: Mapping[str, Any], *, same_software: bool
+    ) -> tuple[Difference, ...]:
+        """Compare facts that were taken in the same way; else say that nothing can be said."""
+        version = before.get("version")
+        if not before or version == FINGERPRINT_VERSION:
+            sides = self._untold(before), self._untold(now)
+            return fingerprint_differences(*sides, same_software=same_software)
+        effect = "facts were taken otherwise: model, data and code are not compared"
+        return (Difference("fingerprint", version, FINGERPRINT_VERSION, effect, "equivalent"),)
+
+    def _untold(self, groups: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the groups without the code, and without objects that settings tell of."""
+        others = {name for name, _ in named_objects(self._objects)} - self._told
+        return {
+            name: {key: v for key, v in facts.items() if key in others}
+            if name in self._told and isinstance(facts, Mapping)
+            else facts
+            for name, facts in groups.items()
+            if name not in ("code", "version")
+        }
+
+    def uncovered(self) -> tuple[Difference, ...]:
+        """Return what this start knows that no checkpoint of it can hold, nor any start compare."""
+        facts = self._untold(self.facts["fingerprint"])
+        facts.pop("eval_data", None)  # `examine` tells whether anything depends on it
+        hooks = () if self._buckets is None else self._buckets.uncovered()
+        return (*uncovered_facts(facts), *hooks, *_of_code())
+
+    @property
+    def skipped(self) -> set[str]:
+        """The names of what is not loaded."""
+        return self._policy.not_loaded
+
+    @property
+    def is_strict(self) -> bool:
+        """Whether nothing is accepted that is less than exact."""
+        return self._policy.exact_resume == "require"
+
+    def refuse(self, where: str, differences: tuple[Difference, ...]) -> None:
+        """Raise DifferenceError for what is not accepted."""
+        refuse_unnamed(
+            where,
+            differences,
+            allowed=self._policy.named,
+            exact_resume=self._policy.exact_resume,
+        )
+
+    def accept(self, differences: tuple[Difference, ...]) -> None:
+        """Let sources of batches give others than before, where that is named or known."""
+        named = [name for name in self._policy.allow if name.partition(".")[0] == "data"]
+        told = ("changed", "not covered")
+        found = [d for d in differences if d.path.startswith("data.") and d.verdict in told]
+        for source in sources_in(self._objects).values():
+            if (named or found) and isinstance(source, MapSource | LoaderSource):
+                source.accept_other_data()
+
+    def patterns(self, stored: Mapping[str, Any], *, own: bool) -> tuple[str, ...]:
+        """Return what is not loaded; a run leaves each thing out once, and then has its own.
+
+        Args:
+            stored: The facts of the checkpoint.
+            own: Whether this very run made it.
+        """
+        done = stored.get("skip") if own else None
+        already = done if isinstance(done, list) else []
+        return tuple(pattern for pattern in self._policy.skip if pattern not in already)
+
+    def partial(
+        self, tree: Mapping[str, Any], patterns: tuple[str, ...], found: tuple[Difference, ...]
+    ) -> tuple[dict[str, Any], tuple[Difference, ...]]:
+        """Return the tree to load, and a difference for each part of it that is not loaded."""
+        paths = {difference.path for difference in found}
+        goes = [
+            part
+            for path, part in self._policy.parts.items()
+            if path in paths and part not in patterns and not self._has_class(tree, part)
+        ]
+        changed, named = self.came_or_went(tree), Skip(patterns)
+        goes += [d.path for d in changed if not (named.whole("callbacks") or named.whole(d.path))]
+        untrained = untrained_names(found)
+        skip = Skip((*patterns, *goes), untrained)
+        if not skip:
+            return dict(tree), ()
+        loaded, skipped = keep_skipped(self._objects, tree, skip)
+        told = [path for path in skipped if path not in goes]
+        return loaded, tuple(
+            Difference(path, "in the checkpoint", "as built here", NOT_LOADED, "changed")
+            for path in told
+        )
+
+    def came_or_went(self, tree: Mapping[str, Any]) -> tuple[Difference, ...]:
+        """Return the callbacks with a state that only one side has."""
+        here, there = self._objects.get("callbacks"), tree.get("callbacks")
+        if not isinstance(here, dict) or not isinstance(there, dict):
+            return ()
+        came = [(name, *_CAME) for name in here if name not in there]
+        went = [(name, *_WENT) for name in there if name not in here]
+        return tuple(
+            Difference(f"callbacks.{name}", stored, now, effect, "changed")
+            for name, stored, now, effect in (*came, *went)
+        )
+
+    def _has_class(self, tree: Mapping[str, Any], part: str) -> bool:
+        """Return whether an object is of the class that the checkpoint has it in."""
+        live = self._objects.get(part)
+        return part in tree and tree[part].class_name == type(live).__name__
+
+    def take_effect(self, differences: tuple[Difference, ...]) -> None:
+        """Set anew, after a restore, what the accepted differences mean."""
+        take_effect(differences, self.built, self._objects)
+
+
+def sources_in(objects: Mapping[str, object]) -> dict[str, Any]:
+    """Return the sources of batches among registered objects, and loaders, by name."""
+    kinds = (MapSource, LoaderSource, DataLoader)
+    return {name: one for name, one in named_objects(objects) if isinstance(one, kinds)}
+
+
+def _is_read_here(source: Any) -> bool:
+    """Return whether the data are those of all ranks, or of the one that speaks for all."""
+    is_own = isinstance(source, LoaderSource) and not source.gives_samples
+    return not is_own or source.shape.rank == 0
+
+
+def fingerprint_of(objects: Mapping[str, object]) -> dict[str, Plain]:
+    """Return the facts of all modules, optimizers and schedules among the objects.
+
+    Those of the objects called "model", "optimizer" and "scheduler" stand in the group of this
+    name, those of others in a group in it.
+
+    Example:
+        >>> fingerprint_of({"model": nn.Linear(2, 1)})["model"]["class"]
+        'torch.nn.modules.linear.Linear'
+    """
+    groups: dict[str, Any] = {}
+    for name, value in named_objects(objects):
+        for group, (kind, describe) in _DESCRIBED.items():
+            if isinstance(value, kind):
+                facts = describe(value)
+                groups.setdefault(group, {}).update(facts if name == group else {name: facts})
+    return groups
+
+
+def _of_code() -> tuple[Difference, ...]:
+    """Tell of code that is too much to be followed to its end."""
+    effect = f"it runs more than {MAX_REACHED} functions and classes of your own: the rest of them "
+    effect += "is not compared"
+    names = sorted(cut_off)
+    return tuple(Difference(f"code.{n}", None, None, effect, "not covered") for n in names)
+
+
+def _structures(objects: Mapping[str, object]) -> dict[str, Any]:
+    """Return digests of how modules and optimizers are built, before training lets them grow."""
+    names = ParameterNames(objects)
+    return {
+        path: structure_digest(value, names)
+        for path, value in named_objects(objects)
+        if isinstance(value, nn.Module | Optimizer)
+    }
+
+
+_CAME = ("no such callback", "as built here", "it came, and begins anew")
+_WENT = ("with a state", "no such callback", "it went, and its state with it")
+_NAMING: Mapping[str, Rule] = {
+    "data.cache": ("harmless", "where things are; the training is the same")
+}
+_DESCRIBED: Mapping[str, tuple[type, Callable[[Any], dict[str, Plain]]]] = {
+    "model": (nn.Module, model_facts),
+    "optimizer": (Optimizer, optimizer_facts),
+    "scheduler": (LRScheduler, scheduler_facts),
+}
+
+
+def _unrefused(found: tuple[Difference, ...], policy: Policy) -> list[Difference]:
+    """What is not loaded at all cannot fail to fit."""
+    effect = "begins anew: skip names it"
+    return [
+        replace(d, effect=effect, verdict="changed")
+        if d.verdict == "refused" and is_named(d.path, policy.not_loaded)
+        else d
+        for d in found
+    ]
+
+
+def _plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _plain_settings(value) if isinstance(value, Mapping) else plain_or_text(value)
+        for name, value in settings.items()
+    }
+
+
+def _same_software(stored: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Return whether the packages that facts come from are of the same versions on both sides."""
+    codes = [_group(_group(side, "fingerprint"), "code").get("unbroken") for side in (stored, now)]
+    before, after = _group(stored, "environment"), _group(now, "environment")
+    names = [n for n in before if n in ("torch", "numpy", "python") or n[:9] == "packages."]
+    return codes[0] == codes[1] and all(before[n] == after.get(n, before[n]) for n in names)
+
+
+def _all_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings, the fingerprint and the environment by path."""
+    prints = dict(_group(facts, "fingerprint"))
+    prints.pop("version", None)
+    environment = {"environment": _group(facts, "environment")}
+    return {**flat(_group(facts, "settings")), **flat(prints), **flat(environment)}
+
+
+def _group(facts: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = facts.get(name)
+    return value if isinstance(value, Mapping) else {}

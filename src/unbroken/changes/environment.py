@@ -1,0 +1,284 @@
+"""The facts about the machine and the software that a run's bits depend on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from unbroken.changes.code_version import changes_digest, read_commit
+from unbroken.changes.rules import PACKAGES, VARIABLES
+from unbroken.store import Json
+
+_BACKENDS: Any = torch.backends  # its switches are values that the type checker takes for classes
+_SMALLEST_NORMAL = sys.float_info.min
+GPU_SOFTWARE = ("cuda", "hip", "cudnn", "nccl", "driver", "driver_cuda")
+GPU_DETAILS = ("gpus", "gpu_memory", "gpu_compute_capability")
+
+
+def environment_facts() -> dict[str, Json]:
+    """Return what this process runs on, as a flat mapping of paths to JSON values.
+
+    No random number is drawn, nothing heavy is imported, and CUDA is not initialised. It takes
+    a tenth of a millisecond, the first call a few. Nothing in it names a user, a
+    host or a path. None means: not there, not set, or not known. `ENVIRONMENT_RULES` has a
+    line on each path.
+
+    Asking for the name of a GPU would initialise CUDA: a context of some hundred MB, and
+    no forking of workers that use it. So `gpus`, `gpu_memory` (bytes) and
+    `gpu_compute_capability` are None until the program itself has used CUDA, and empty lists
+    where there is no GPU.
+
+    Returns:
+        Versions (`python`, `torch`, ..., and `packages.*` for those that are imported), the
+        machine, numbers of threads, all switches of torch that choose kernels or roundings,
+        and `variables.*`, a chosen list of environment variables.
+
+    Example:
+        >>> facts = environment_facts()
+        >>> facts["torch"] == torch.__version__, facts["world_size"]
+        (True, 1)
+    """
+    return {
+        **_software(),
+        **_packages(),
+        **_machine(),
+        **_gpus(_gpu_count()),
+        **_threads(),
+        **_determinism(),
+        **_float32(),
+        **_kernels(),
+        **_types(),
+        **_world(),
+        **{f"variables.{name}": os.environ.get(name) for name in VARIABLES},
+    }
+
+
+@cache
+def _software() -> dict[str, Json]:
+    build = torch.__config__.show()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "blas": _first(r"BLAS_INFO=(\w+)", build),
+        "mkl": _first(r"Math Kernel Library Version (\S+)", build),
+        "onednn": _first(r"MKL-DNN v(\S+)", build),
+        "openmp": _BACKENDS.openmp.is_available(),
+        "libc": _libc(),
+    }
+
+
+def _first(pattern: str, text: str) -> str | None:
+    found = re.search(pattern, text)
+    return None if found is None else found[1]
+
+
+def _libc() -> str | None:
+    """Return the version of the C library, whose exp and log also serve NumPy and torch."""
+    name = "CS_GNU_LIBC_VERSION"
+    return os.confstr(name) if name in getattr(os, "confstr_names", {}) else None
+
+
+def _packages() -> dict[str, Json]:
+    """Return the versions of the packages that matter and are imported; import none."""
+    imported = [name for name in PACKAGES if sys.modules.get(name) is not None]
+    return {f"packages.{PACKAGES[name]}": _version(name, PACKAGES[name]) for name in imported}
+
+
+@cache
+def _version(module: str, package: str) -> str | None:
+    # Not getattr: modules that load their parts when asked may load a lot.
+    known = vars(sys.modules[module])
+    version = known.get("__version__")
+    if not isinstance(version, str):
+        try:
+            version = metadata.version(package)
+        except metadata.PackageNotFoundError:  # on the path, but never installed
+            return None
+    return version + _checkout(known.get("__file__"))
+
+
+def _checkout(file: object) -> str:
+    """Return the commit and the changes of a package that is used from a checkout of its own."""
+    if not isinstance(file, str) or "-packages" in file:
+        return ""
+    folder = Path(file).resolve().parent
+    commit = None if "-packages" in str(folder) else read_commit(folder)
+    if commit is None:
+        return ""
+    changes = changes_digest(folder)
+    return f" at commit {commit[:12]}" + (f" with changes {changes[:8]}" if changes else "")
+
+
+@cache
+def _machine() -> dict[str, Json]:
+    return {
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cpu": _cpu_name(),
+        "cpu_capability": _BACKENDS.cpu.get_cpu_capability(),
+    }
+
+
+def _cpu_name() -> str | None:
+    """Return the model of the processor: a name, or on ARM the numbers of its maker and part."""
+    try:
+        text = Path("/proc/cpuinfo").read_text("utf-8", "replace")
+    except OSError:
+        return platform.processor() or None
+    lines = dict(re.findall(r"^([\w ]+?)\s*: (.+)$", text, re.MULTILINE))
+    arm = [lines[key] for key in ("CPU implementer", "CPU part") if key in lines]
+    return lines.get("model name") or " ".join(arm) or None
+
+
+def _gpu_count() -> int | None:
+    """Return the number of GPUs; None where there are some that must not be looked at yet."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return torch.cuda.device_count()
+    return None if _gpu_count_before_use() else 0
+
+
+@cache
+def _gpu_count_before_use() -> int:
+    return torch.cuda.device_count()  # torch asks NVML, which initialises nothing
+
+
+@cache
+def _gpus(count: int | None) -> dict[str, Json]:
+    if count is None:
+        return {**_gpu_software(), **dict.fromkeys(GPU_DETAILS)}
+    if count == 0:
+        return {**dict.fromkeys(GPU_SOFTWARE), **{name: [] for name in GPU_DETAILS}}
+    found = [torch.cuda.get_device_properties(i) for i in range(count)]
+    return {
+        **_gpu_software(),
+        "gpus": [gpu.name for gpu in found],
+        "gpu_memory": [gpu.total_memory for gpu in found],
+        "gpu_compute_capability": [f"{gpu.major}.{gpu.minor}" for gpu in found],
+    }
+
+
+@cache
+def _gpu_software() -> dict[str, Json]:
+    """Return the versions that matter where there is a GPU; asking initialises nothing."""
+    newest = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()  # noqa: SLF001
+    return {
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "cudnn": _BACKENDS.cudnn.version(),
+        "nccl": _nccl(),
+        "driver": _driver(),
+        "driver_cuda": f"{newest // 1000}.{newest % 1000 // 10}" if newest else None,
+    }
+
+
+def _nccl() -> str | None:
+    if not (torch.distributed.is_available() and torch.distributed.is_nccl_available()):
+        return None
+    version = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+    return ".".join(map(str, version))
+
+
+def _driver() -> str | None:
+    """Return the version of NVIDIA's kernel module, as it tells it itself."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text("utf-8", "replace")
+    except OSError:
+        return None
+    return _first(r"NVRM version:.*?\s(\d+\.[\d.]+)", text)
+
+
+def _threads() -> dict[str, Json]:
+    return {
+        "num_threads": torch.get_num_threads(),
+        "interop_threads": torch.get_num_interop_threads(),
+        "cores": usable_cores(),
+    }
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may run on.
+
+    Example:
+        >>> usable_cores() >= 1
+        True
+    """
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _determinism() -> dict[str, Json]:
+    cudnn = _BACKENDS.cudnn
+    return {
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "deterministic_warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "fill_uninitialized_memory": torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+        "cudnn.enabled": cudnn.enabled,
+        "cudnn.benchmark": cudnn.benchmark,
+        "cudnn.deterministic": cudnn.deterministic,
+    }
+
+
+def _float32() -> dict[str, Json]:
+    """Return how exactly each library multiplies float32: "ieee", "tf32" or "bf16".
+
+    `torch.get_float32_matmul_precision` and `allow_tf32` say the same less exactly, and raise
+    where a program has used the older and the newer switches.
+    """
+    cuda, cudnn, mkldnn = _BACKENDS.cuda, _BACKENDS.cudnn, _BACKENDS.mkldnn
+    found = {
+        "cuda.matmul": cuda.matmul.fp32_precision,
+        "cuda.conv": cudnn.conv.fp32_precision,
+        "cuda.rnn": cudnn.rnn.fp32_precision,
+        "mkldnn.matmul": mkldnn.matmul.fp32_precision,
+        "mkldnn.conv": mkldnn.conv.fp32_precision,
+        "mkldnn.rnn": mkldnn.rnn.fp32_precision,
+    }
+    exact = {"none": "ieee"}  # nobody has asked for less
+    return {f"float32.{name}": exact.get(value, value) for name, value in found.items()}
+
+
+def _kernels() -> dict[str, Json]:
+    cuda, mkldnn, einsum = _BACKENDS.cuda, _BACKENDS.mkldnn, _BACKENDS.opt_einsum
+    attention = {
+        "flash": cuda.flash_sdp_enabled(),
+        "mem_efficient": cuda.mem_efficient_sdp_enabled(),
+        "cudnn": cuda.cudnn_sdp_enabled(),
+        "math": cuda.math_sdp_enabled(),
+    }
+    return {
+        "sdpa": [name for name, is_enabled in attention.items() if is_enabled],
+        "reduced_sums.bf16": cuda.matmul.allow_bf16_reduced_precision_reduction,
+        "reduced_sums.fp16": cuda.matmul.allow_fp16_reduced_precision_reduction,
+        "reduced_sums.attention": cuda.fp16_bf16_reduction_math_sdp_allowed(),
+        "mkldnn.enabled": mkldnn.is_available() and mkldnn.enabled,
+        "mkldnn.deterministic": mkldnn.deterministic,
+        "opt_einsum": einsum.is_available() and einsum.enabled,
+    }
+
+
+def _types() -> dict[str, Json]:
+    return {
+        "default_dtype": str(torch.get_default_dtype()),
+        "autocast.cpu": str(torch.get_autocast_dtype("cpu")),
+        "autocast.cuda": str(torch.get_autocast_dtype("cuda")),
+        "autocast.cache": torch.is_autocast_cache_enabled(),
+        # torch can set this mode of the processor, but not tell it.
+        "flush_denormal": _SMALLEST_NORMAL / 2 == 0.0,
+    }
+
+
+def _world() -> dict[str, Json]:
+    distributed = torch.distributed
+    is_one_of_many = distributed.is_available() and distributed.is_initialized()
+    return {"world_size": distributed.get_world_size() if is_one_of_many else 1, "mesh": None}

@@ -1,0 +1,559 @@
+"""Explaining the first step at which a resumed run differs, by what differs in it."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from unbroken.check.compare import Difference, differing_generators, first_effect
+from unbroken.check.recording import Batch, Recording, Step
+from unbroken.check.verdict import Culprit, Verdict, not_exact
+
+# The data of a recording in one row: by contents, or by the samples that loaders took.
+
+
+_RUNS = (4, 2)  # so many batches in a row are a place, and no accident
+
+
+@dataclass(frozen=True)
+class Stream:
+    """All micro-batches of a recording, in order.
+
+    Attributes:
+        tokens: What stands for each: equal tokens are the same data.
+        windows: For each step the index of its first micro-batch.
+        epochs: The steps at which a pass over the data begins.
+    """
+
+    tokens: tuple[Any, ...]
+    windows: tuple[int, ...]
+    epochs: tuple[int, ...]
+
+    def since(self, step: int) -> tuple[Any, ...]:
+        """Return what a step and those after it used."""
+        return self.tokens[self.windows[step] :] if step < len(self.windows) else ()
+
+    def window(self, step: int) -> tuple[int, int]:
+        """Return where the micro-batches of a step begin and end."""
+        ends = (*self.windows[1:], len(self.tokens))
+        return self.windows[step], ends[step]
+
+    def step_of(self, index: int) -> int:
+        """Return the step that used a micro-batch."""
+        return bisect_right(self.windows, index) - 1
+
+    def epoch_of(self, step: int) -> int:
+        """Return the epoch in which a step is, from 0."""
+        return max(bisect_right(self.epochs, step) - 1, 0)
+
+    def find(self, ours: Sequence[Any]) -> list[int]:
+        """Return each index from which `ours` follow one another, as far as both go.
+
+        Four in a row are looked for, then two: a position that was lost right before the end of
+        an epoch shows itself only in those.
+
+        Example:
+            >>> Stream(("a", "b", "a", "c"), (0, 1, 2, 3), (0,)).find(("a", "c"))
+            [2]
+        """
+        for run in _RUNS:
+            places = range(len(self.tokens))
+            found = [index for index in places if follows(self.tokens[index:], ours, run)]
+            if found:
+                return found
+        return []
+
+
+def follows(theirs: Sequence[Any], ours: Sequence[Any], run: int = _RUNS[0]) -> bool:
+    """Return whether two rows of data begin alike."""
+    pairs = list(zip(theirs[:run], ours[:run], strict=False))
+    return bool(pairs) and all(a == b for a, b in pairs)
+
+
+def by_content(steps: Sequence[Step]) -> Stream:
+    """Return the data by the digests of what was used."""
+    tokens: list[str] = []
+    windows = []
+    for step in steps:
+        windows.append(len(tokens))
+        tokens.extend(batch.digest for batch in step.data)
+    return Stream(tuple(tokens), tuple(windows), tuple(epoch_starts(steps)))
+
+
+def by_samples(steps: Sequence[Step]) -> Stream | None:
+    """Return the data by the samples that the loader of the training data took.
+
+    What was fetched ahead is counted to the step that uses it: each fetched batch stands for as
+    many uses as all steps have on average. None if a loader did not tell its samples.
+    """
+    training = _training_dataset(steps)
+    fetched = [fetch for step in steps for fetch in step.fetched if fetch.dataset == training]
+    uses = sum(len(step.data) for step in steps)
+    if not fetched or not all(fetch.samples for fetch in fetched):
+        return None
+    uses_of_each = max(round(uses / len(fetched)), 1)
+    windows, used = [], 0
+    for step in steps:
+        windows.append(min(used // uses_of_each, len(fetched)))
+        used += len(step.data)
+    tokens = tuple(fetch.samples for fetch in fetched)
+    return Stream(tokens, tuple(windows), tuple(epoch_starts(steps)))
+
+
+def epoch_starts(steps: Sequence[Step]) -> list[int]:
+    """Return the steps at which a pass over the training data begins; [0] if that is not seen."""
+    training = _training_dataset(steps)
+    begins = {
+        index
+        for index, step in enumerate(steps)
+        if any(fetch.index == 0 and fetch.dataset == training for fetch in step.fetched)
+    }
+    return sorted({0} | begins)
+
+
+def _training_dataset(steps: Sequence[Step]) -> int | None:
+    """Return the dataset from which most batches come."""
+    counted = Counter(fetch.dataset for step in steps for fetch in step.fetched)
+    return counted.most_common(1)[0][0] if counted else None
+
+
+# Explaining why a resumed run saw other data than the reference at the same step.
+
+
+Found = tuple[Culprit, str]
+
+
+def explain_data(reference: Recording, resumed: Recording, start: int, index: int) -> Verdict:
+    """Return why the data of a resumed step are not those of the reference.
+
+    The batches are looked up by their contents, and where these are new, by the samples that
+    the data loader took for them.
+
+    Args:
+        reference: The uninterrupted run.
+        resumed: The resumed process.
+        start: How many steps of the reference the resumed process has behind it.
+        index: The first resumed step whose data differ.
+    """
+    place = start + index
+    culprit, words = _explain(reference, resumed, place, index)
+    there, here = reference.steps[place].data, resumed.steps[index].data
+    names = [" ".join(batch.digest[:8] for batch in batches) for batches in (there, here)]
+    evidence = f"batches of the step: reference {names[0]}, resumed {names[1]}"
+    return not_exact(culprit, words, evidence, step=place + 1)
+
+
+def _explain(reference: Recording, resumed: Recording, place: int, index: int) -> Found:
+    contents = by_content(reference.steps)
+    ours = by_content(resumed.steps).since(index)
+    samples = by_samples(reference.steps)
+    our_samples = by_samples(resumed.steps)
+    found = (
+        _window(contents, ours, place)
+        or _position(contents, ours, place)
+        or _stray(contents, ours, place)
+    )
+    if found is not None or samples is None or our_samples is None:
+        return found or _other_contents(reference, resumed, place, index)
+    taken = our_samples.since(index)
+    if follows(samples.since(place), taken):
+        return Culprit.AUGMENTATION, (
+            "the right samples with other contents: what changes them at random (augmentation, "
+            "masking) was not restored"
+        )
+    return (
+        _position(samples, taken, place)
+        or _window(samples, taken, place)
+        or _other_samples(samples, our_samples, place, index)
+    )
+
+
+def _window(stream: Stream, ours: Sequence[object], place: int) -> Found | None:
+    """The same data, cut into steps elsewhere: a window of accumulation was not finished."""
+    begin, end = stream.window(place)
+    inside = [index for index in stream.find(ours) if begin < index < end]
+    if inside:
+        lost = inside[0] - begin
+        return Culprit.ACCUMULATION, (
+            f"gradients of an accumulation window were lost: the resumed run goes on inside the "
+            f"window of step {place + 1}, without the gradients of its first {lost} of "
+            f"{end - begin} micro-batches"
+        )
+    if ours and begin in stream.find(ours):
+        return Culprit.ACCUMULATION, (
+            f"gradients of an accumulation window were lost: step {place + 1} begins with the "
+            f"right micro-batch, but is made of another number of micro-batches"
+        )
+    return None
+
+
+def _position(stream: Stream, ours: Sequence[object], place: int) -> Found | None:
+    """The data of the beginning of another step of the reference."""
+    found = {stream.step_of(index) for index in stream.find(ours) if index in stream.windows}
+    if not found:
+        return None
+    epoch = stream.epoch_of(place)
+    begin = stream.epochs[epoch]
+    position = place - begin
+    if position and begin in found:
+        return Culprit.DATA_RESTARTED, _restarted(begin, place)
+    for other in range(epoch):
+        if stream.epochs[other] + position in found:
+            return Culprit.EPOCH_ORDER, (
+                f"epoch {epoch + 1} goes in the order of epoch {other + 1}: "
+                "the epoch of the sampler, or the generator that shuffles, was not restored"
+            )
+    if 0 in found:
+        return Culprit.DATA_RESTARTED, _restarted(0, place)
+    return _elsewhere(stream, min(found, key=lambda step: (abs(step - place), step)), place)
+
+
+def _stray(stream: Stream, ours: Sequence[object], place: int) -> Found | None:
+    """One batch from elsewhere, then the right ones."""
+    begin = stream.window(place)[0]
+    is_known = bool(ours) and ours[0] in stream.tokens
+    if not is_known or not any(follows(stream.tokens[begin + gap :], ours[1:]) for gap in (0, 1)):
+        return None
+    other = stream.step_of(stream.tokens.index(ours[0])) + 1
+    return Culprit.DATA_REPEATED, (
+        f"the batch of step {other} was used after resume, and only then the right ones: it was "
+        "read before the position was restored"
+    )
+
+
+def _restarted(begin: int, place: int) -> str:
+    return (
+        f"data order: after resume the script saw batch {begin + 1} again, where the reference "
+        f"saw batch {place + 1}; the position in the epoch was not restored"
+    )
+
+
+def _elsewhere(stream: Stream, found: int, place: int) -> Found:
+    if found < place:
+        again = place - found
+        return Culprit.DATA_REPEATED, (
+            f"the batches of steps {found + 1} to {place} were seen again: "
+            f"the position in the data is {again} {_steps(again)} behind the weights"
+        )
+    position = place - stream.epochs[stream.epoch_of(place)]
+    later = [begin for begin in stream.epochs if begin > place]
+    if found in later or any(found == begin + position for begin in later):
+        return Culprit.EPOCH_SKIPPED, (
+            f"an epoch was skipped: after step {place} the script saw the batch of step "
+            f"{found + 1}, which is in epoch {stream.epoch_of(found) + 1}"
+        )
+    gap = found - place
+    return Culprit.DATA_SKIPPED, (
+        f"the batches of steps {place + 1} to {found} were never seen: "
+        f"the position in the data is {gap} {_steps(gap)} ahead of the weights"
+    )
+
+
+def _steps(count: int) -> str:
+    return "step" if count == 1 else "steps"
+
+
+def _other_samples(theirs: Stream, ours: Stream, place: int, index: int) -> Found:
+    """Samples in batches that the reference never made."""
+    begin = theirs.window(place)[0]
+    return _other_batches(
+        [one for batch in theirs.tokens for one in batch],
+        [one for batch in ours.since(index) for one in batch],
+        sum(len(batch) for batch in theirs.tokens[:begin]),
+        (len(theirs.tokens[begin]), len(ours.since(index)[0])),
+    )
+
+
+def _other_contents(reference: Recording, resumed: Recording, place: int, index: int) -> Found:
+    """Batches that the reference never used, and nothing is known about samples: look at rows."""
+    before, theirs = _rows(reference.steps[:place]), _rows(reference.steps)
+    ours = _rows(resumed.steps[index:])
+    if not ours:
+        return Culprit.DATA_ORDER, "the step used no data that could be seen, the reference did"
+    if set(ours) & set(theirs):
+        sizes = _size(reference.steps[place].data), _size(resumed.steps[index].data)
+        return _other_batches(theirs, ours, len(before), sizes)
+    if len(epoch_starts(reference.steps)) > 1:
+        return Culprit.AUGMENTATION, (
+            "the samples have contents that the reference never saw: what changes them at random "
+            "(augmentation, masking) was not restored"
+        )
+    return Culprit.DATA_ORDER, (
+        "the samples are none that the reference saw: another order, or other random contents"
+    )
+
+
+def _rows(steps: Sequence[Step]) -> list[str]:
+    return [row for step in steps for batch in step.data for row in batch.rows]
+
+
+def _size(batches: Sequence[Batch]) -> int:
+    return max((len(batch.rows) for batch in batches), default=0)
+
+
+def _other_batches(
+    theirs: Sequence[object], ours: Sequence[object], expected: int, sizes: tuple[int, int]
+) -> Found:
+    """Known samples in unknown batches."""
+    if sizes[0] == sizes[1]:
+        return Culprit.DATA_ORDER, (
+            "the samples come in another order: the generator that shuffles was not restored"
+        )
+    run = list(ours[:2])
+    places = range(len(theirs))
+    found = [place for place in places if list(theirs[place : place + len(run)]) == run]
+    if found and expected not in found:
+        return Culprit.POSITION_UNITS, (
+            f"with {sizes[1]} samples in a batch, where the reference had {sizes[0]}, the script "
+            f"went on at sample {found[0] + 1} of the run, not at sample {expected + 1}: "
+            "the position is counted in batches or steps, not in samples"
+        )
+    return Culprit.BATCH_SIZE, (
+        f"a batch has {sizes[1]} samples, in the reference it has {sizes[0]}: this is another run"
+    )
+
+
+_INDEPENDENT = {
+    "learning rate": Culprit.SCHEDULER,
+    "schedulers": Culprit.SCHEDULER,
+    "scaler": Culprit.SCALER,
+    "others": Culprit.AVERAGE,
+    "generators": Culprit.GENERATORS,
+}
+
+
+@dataclass(frozen=True)
+class Scenery:
+    """All that an explanation can look at.
+
+    Attributes:
+        reference: The uninterrupted run, of the same rank.
+        resumed: The resumed process.
+        start: How many steps of the reference the resumed process has behind it.
+        difference: The first step that differs, and what differs in it.
+        generators: The generators that count.
+        ranks: The uninterrupted run on all ranks.
+    """
+
+    reference: Recording
+    resumed: Recording
+    start: int
+    difference: Difference
+    generators: frozenset[str]
+    ranks: Mapping[int, Recording]
+
+    @property
+    def place(self) -> int:
+        """The index of the differing step in the reference."""
+        return self.start + self.difference.index
+
+    @property
+    def there(self) -> Step:
+        """The step of the reference."""
+        return self.reference.steps[self.place]
+
+    @property
+    def here(self) -> Step:
+        """The step of the resumed process."""
+        return self.resumed.steps[self.difference.index]
+
+
+def explain(scenery: Scenery) -> Verdict:
+    """Return the verdict for the first thing that differs, and name what else was lost."""
+    parts = scenery.difference.parts
+    verdict = _CAUSES[parts[0]](scenery)
+    also = {_INDEPENDENT[part] for part in parts[1:] if part in _INDEPENDENT}
+    known = {verdict.culprit}
+    if verdict.culprit in (Culprit.SEED_RESET, Culprit.WRONG_RANK):
+        known.add(Culprit.GENERATORS)
+    return replace(verdict, step=scenery.place + 1, also=tuple(sorted(also - known)))
+
+
+def _data(scenery: Scenery) -> Verdict:
+    index = scenery.difference.index
+    found = explain_data(scenery.reference, scenery.resumed, scenery.start, index)
+    has_loaders = any(step.fetched for step in scenery.resumed.steps)
+    if has_loaders or "generators" not in scenery.difference.parts:
+        return found
+    culprit, why = _which_generators(scenery)  # batches that no loader gave are drawn at random
+    return not_exact(culprit, f"data: other batches; {why}", found.words, *found.evidence)
+
+
+def _learning_rate(scenery: Scenery) -> Verdict:
+    here, there = scenery.here.learning_rates, scenery.there.learning_rates
+    same = [
+        place + 1
+        for place, step in enumerate(scenery.reference.steps)
+        if step.learning_rates == here
+    ]
+    words = (
+        f"learning rate {_numbers(here)}, reference {_numbers(there)}: "
+        "the scheduler was not restored"
+    )
+    evidence = [f"it is the learning rate of step {same[0]}"] if same else []
+    return not_exact(Culprit.SCHEDULER, words, *evidence)
+
+
+def _schedulers(scenery: Scenery) -> Verdict:
+    names = [
+        ", ".join(f"{name} at {step}" for name, step in one.schedulers)
+        for one in (scenery.here, scenery.there)
+    ]
+    words = f"scheduler: {names[0]}, reference {names[1]}: it was not restored"
+    return not_exact(Culprit.SCHEDULER, words, _first_other_rate(scenery))
+
+
+def _first_other_rate(scenery: Scenery) -> str:
+    theirs = scenery.reference.steps[scenery.start :]
+    for place, (there, here) in enumerate(zip(theirs, scenery.resumed.steps, strict=False)):
+        if there.learning_rates != here.learning_rates:
+            return (
+                f"step {scenery.start + place + 1}: learning rate "
+                f"{_numbers(here.learning_rates)}, reference {_numbers(there.learning_rates)}"
+            )
+    return "no learning rate of the compared steps shows it"
+
+
+def _settings(scenery: Scenery) -> Verdict:
+    firsts = [_settings_of(one.steps) for one in (scenery.resumed, scenery.reference)]
+    different = [
+        f"{name} {ours[name]}, reference {theirs.get(name)}"
+        for ours, theirs in zip(*firsts, strict=False)
+        for name in ours
+        if ours[name] != theirs.get(name)
+    ]
+    what = "; ".join(different) or "they change during training"
+    words = f"the optimizer's settings differ: {what}"
+    return not_exact(Culprit.SETTINGS, words)
+
+
+def _settings_of(steps: Sequence[Step]) -> tuple[Mapping[str, object], ...]:
+    return next((step.setting_values for step in steps if step.setting_values), ())
+
+
+def _scaler(scenery: Scenery) -> Verdict:
+    here, there = scenery.here.scalers, scenery.there.scalers
+    words = (
+        f"gradient scaler: scale and growth count {_pairs(here)}, reference {_pairs(there)}: "
+        "it was not restored"
+    )
+    return not_exact(Culprit.SCALER, words)
+
+
+def _loss(scenery: Scenery) -> Verdict:
+    evidence = (
+        f"loss {_numbers(scenery.here.loss_values)}, "
+        f"reference {_numbers(scenery.there.loss_values)}"
+    )
+    if "generators" in scenery.difference.parts:
+        culprit, why = _which_generators(scenery)
+        words = f"dropout: same batch, same weights, other loss: {why}"
+        return not_exact(culprit, words, evidence)
+    if "buffers" in scenery.difference.parts:
+        return replace(_buffers(scenery), evidence=(evidence,))
+    words = (
+        "same batch, same weights, same generators, other loss: something in the model that is "
+        "neither parameter nor buffer was not restored (a mode, a flag, a counter), or it draws "
+        "from a generator of its own"
+    )
+    return not_exact(Culprit.MODEL, words, evidence)
+
+
+def _gradients(scenery: Scenery) -> Verdict:
+    if "generators" in scenery.difference.parts:
+        culprit, why = _which_generators(scenery)
+        return not_exact(culprit, f"same loss, other gradients: {why}")
+    words = (
+        "same batch, same loss, other gradients: gradients that were pending were lost or kept, "
+        "or they are clipped or scaled otherwise"
+    )
+    return not_exact(Culprit.GRADIENTS, words)
+
+
+def _buffers(scenery: Scenery) -> Verdict:
+    pairs = enumerate(zip(scenery.here.buffers_each, scenery.there.buffers_each, strict=False))
+    different = [index for index, (here, there) in pairs if here != there]
+    names = scenery.reference.buffer_names
+    shown = [names[index] if index < len(names) else f"buffer {index}" for index in different]
+    words = (
+        "the model's buffers (BatchNorm's running statistics, say) differ, the weights do not: "
+        "they were not restored; a load with strict=False passes over missing ones"
+    )
+    return not_exact(Culprit.BUFFERS, words, f"different: {', '.join(shown[:4])}")
+
+
+def _update(scenery: Scenery) -> Verdict:
+    words = (
+        "same weights, gradients and learning rate, other update: something in the optimizer that "
+        "is neither moment nor step count was not restored"
+    )
+    return not_exact(Culprit.OPTIMIZER, words)
+
+
+def _others(scenery: Scenery) -> Verdict:
+    here = set(scenery.here.others)
+    lost = [label for label, digest in scenery.there.others if (label, digest) not in here]
+    words = (
+        f"weights that no optimizer moves differ ({'; '.join(lost)}): "
+        "an average of the weights (EMA), or another copy of them, was not restored"
+    )
+    return not_exact(Culprit.AVERAGE, words, "the trained weights do not show it")
+
+
+def _generators(scenery: Scenery) -> Verdict:
+    culprit, why = _which_generators(scenery)
+    effect = first_effect(scenery.reference.steps[scenery.start :], scenery.resumed.steps)
+    if effect is None:
+        later = "nothing in the compared steps depended on it; what is drawn later will"
+    else:
+        step, part = scenery.start + effect.index + 1, effect.parts[0]
+        later = f"its first effect is on step {step}: {part}"
+    return not_exact(culprit, why, later)
+
+
+def _which_generators(scenery: Scenery) -> tuple[Culprit, str]:
+    names = differing_generators(scenery.there, scenery.here, scenery.generators)
+    for name in names:
+        digest = scenery.here.generators.get(name)
+        for rank, other in scenery.ranks.items():
+            if rank != scenery.reference.rank and _stands(other, scenery.place, name, digest):
+                return Culprit.WRONG_RANK, f"the {name} generator is that of rank {rank}"
+        if _stands(scenery.reference, scenery.difference.index, name, digest):
+            return Culprit.SEED_RESET, (
+                f"the {name} generator began again from the seed: the script seeds at its start "
+                "and does not restore the generator after that"
+            )
+    return Culprit.GENERATORS, f"the {' and '.join(names)} generator was not restored"
+
+
+def _stands(recording: Recording, index: int, name: str, digest: str | None) -> bool:
+    steps = recording.steps
+    return index < len(steps) and steps[index].generators.get(name) == digest
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.6g}" for value in dict.fromkeys(values)) or "none"
+
+
+def _pairs(values: Sequence[tuple[float, float]]) -> str:
+    return ", ".join(f"{scale:g} and {count:g}" for scale, count in values) or "none"
+
+
+_CAUSES: dict[str, Callable[[Scenery], Verdict]] = {
+    "data": _data,
+    "learning rate": _learning_rate,
+    "settings": _settings,
+    "scaler": _scaler,
+    "loss": _loss,
+    "gradients": _gradients,
+    "buffers": _buffers,
+    "params": _update,
+    "moments": _update,
+    "counts": _update,
+    "schedulers": _schedulers,
+    "others": _others,
+    "generators": _generators,
+}

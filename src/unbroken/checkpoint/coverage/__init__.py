@@ -1,0 +1,1 @@
+"""What a run depends on and nobody registered: found, saved, compared or named."""

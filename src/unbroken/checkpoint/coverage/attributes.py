@@ -1,0 +1,673 @@
+"""What training makes of attributes of the user's own objects: saved, and brought back.
+
+Looked at are objects of the user's own classes alone, and of these what no library manages. What
+is as it was at the start is not saved: the start makes it again.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Sampler
+
+from unbroken.capture import (
+    Captured,
+    capture_beside,
+    comes_apart,
+    is_sharded,
+    kind_of,
+    load_tensors,
+    named_modules,
+    restore_beside,
+    unwrapped,
+)
+from unbroken.capture.state_tree import children
+from unbroken.changes.apply import named_objects
+from unbroken.changes.differences import Difference, brief
+from unbroken.changes.object_facts import rule_of
+from unbroken.checkpoint.coverage.attribute_values import (
+    TOLD,
+    WITH_STATE,
+    Look,
+    kinds_near,
+    look_at,
+    value_of,
+)
+from unbroken.data import LoaderSource, MapSource
+from unbroken.errors import CaptureError, CheckpointError, CorruptCheckpointError
+from unbroken.fingerprint import changed_by_reading, keeps_attributes, own_attributes
+
+NAME = "attributes"
+"""Under which they stand in the state of a checkpoint."""
+
+_DEPTH = 4
+_MOST_PARTS = 64
+_BYTES = 64 << 20
+_ABSENT = ""
+_FACT = re.compile(r"(?:state\.)?((?:callbacks\.)?[^.]+)\.(?:values|args)\.(.+)")
+_SCALAR = 8
+_MADE = "training made the object: make it before the run begins"
+_GONE = "came or went: whether anything uses it cannot be seen"
+
+
+@dataclass(frozen=True)
+class Owner:
+    """An object whose attributes are looked at.
+
+    Attributes:
+        path: "model.block.0", "callbacks.Patience".
+        thing: The object.
+        holder: The object that it is an attribute of, and its name there; None: it has another.
+    """
+
+    path: str
+    thing: Any
+    holder: tuple[Any, str] | None = None
+
+
+@dataclass
+class _Stored:
+    """Attributes in a checkpoint; each by its path."""
+
+    plain: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Any] = field(default_factory=dict)
+    objects: dict[str, Any] = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, tree: Any) -> _Stored:
+        """Return what is in the state of a checkpoint; what is of another form is left out."""
+        found = tree if isinstance(tree, Mapping) else {}
+        names = (one.name for one in dataclasses.fields(cls))
+        return cls(**{n: dict(found[n]) for n in names if isinstance(found.get(n), Mapping)})
+
+    def to_tree(self) -> dict[str, Any]:
+        return {n: value for n, value in vars(self).items() if value}
+
+
+class Attributes:
+    """The attributes of the registered objects, and of others that training uses.
+
+    Args:
+        objects: The registered objects, by name.
+        bare: Registered objects whose state is their attributes, by name.
+
+    Attributes:
+        more: Returns more objects, by name: callbacks, a trainer; may be set. What is of data
+            stands under "data" and "eval_data".
+        reads_ahead: Whether batches are read before they are used; may be set.
+        unknown: Of the last save, what could not be judged, and why.
+    """
+
+    def __init__(
+        self, objects: Mapping[str, object], bare: Mapping[str, object] | None = None
+    ) -> None:
+        self.bare = {} if bare is None else bare
+        self.more: Callable[[], Mapping[str, object]] = dict
+        self.reads_ahead = False
+        self.unknown: dict[str, str] = {}
+        self._objects = objects
+        self._built: dict[str, Look] = {}
+        self._before: dict[str, Look] = {}
+        self._known: set[str] = set()
+        self._stored = _Stored()
+        self._of_workers: dict[str, Look] = {}
+        self._noted = False
+        self._covered: dict[int, Any] = {}
+        self._put_back: set[str] = set()
+        self._begun: dict[str, Look] = {}
+        self._set_anew: set[str] = set()
+
+    def note(self) -> None:
+        """Take note of everything as this start has built it, before a resume changes it."""
+        self._noted = True
+        for _, one in named_objects(self._objects):
+            if isinstance(one, MapSource | LoaderSource):
+                one.on_workers = self.workers_begin
+        self._built, self._before, self._put_back = {}, {}, set()
+        registered = self._registered()
+        owners = list(self._owners())
+        self._known = {owner.path for owner in owners}
+        for owner in owners:
+            held = own_attributes(owner.thing).items()
+            self._note_covered(owner, (value for _, value in held))
+            looks = {name: look_at(name, value, registered).noted() for name, value in held}
+            self._before |= {f"{owner.path}.{name}": look for name, look in looks.items()}
+            first = _FIRST.of(owner.thing, looks)
+            self._built |= {f"{owner.path}.{name}": look for name, look in first.items()}
+
+    @contextmanager
+    def as_built(self) -> Iterator[None]:
+        """Give objects the plain attributes of the first start in this process, for a while.
+
+        A second start takes the facts that a fresh process would take.
+        """
+        put_back: list[tuple[Any, str, Any]] = []
+        for owner in self._owners():
+            for name, value in own_attributes(owner.thing).items():
+                path = f"{owner.path}.{name}"
+                first, now = self._built.get(path), self._before.get(path, TOLD)
+                held = getattr(owner.thing, "__dict__", {})
+                if name not in held or (first is not None and first.mark == now.mark):
+                    continue
+                if first is None:
+                    del held[name]
+                elif first.kind == "plain":
+                    held[name] = copy.deepcopy(first.value)
+                put_back.append((held, name, value))
+        try:
+            yield
+        finally:
+            for held, name, value in put_back:
+                held[name] = value
+
+    def covers(self, thing: object) -> bool:
+        """Return whether an object is looked at, or held by one that is, as of the last look."""
+        return self._covered.get(id(thing)) is thing
+
+    def _note_covered(self, owner: Owner, values: Iterable[Any]) -> None:
+        self._covered[id(owner.thing)] = owner.thing
+        for one in values:
+            if isinstance(one, nn.Module):
+                self._covered |= {id(part): part for part in one.modules()}
+            elif isinstance(one, WITH_STATE):
+                self._covered[id(one)] = one
+
+    def state(self, tree: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what is not as it was at the start, for the state of a checkpoint.
+
+        Args:
+            tree: What was captured of the registered objects: what the state that an object
+                gives itself has under the name of an attribute is not saved twice.
+        """
+        if not self._noted:
+            self.note()
+        self.unknown = {}
+        found, live = _Stored(), {}
+        owners = list(self._owners())
+        if not owners:
+            return {}
+        registered, covered = self._registered(), _names_in_states(tree)
+        for owner in owners:
+            for name, value in own_attributes(owner.thing).items():
+                path = f"{owner.path}.{name}"
+                if name in covered.get(owner.path, ()):
+                    continue
+                look, built = look_at(name, value, registered), self._built.get(path)
+                if look.kind == "told" or (built is not None and built.mark == look.mark):
+                    continue
+                if look.kind == "object":
+                    live[path] = look.value
+                else:
+                    self._add(found, owner, path, look, built)
+        self._add_objects(found, live)
+        self._add_what_workers_lack(found)
+        return found.to_tree()
+
+    def _add(self, found: _Stored, owner: Owner, path: str, look: Look, built: Look | None) -> None:
+        """Add an attribute that moved, or tell why it cannot be saved."""
+        if _is_of_data(path) and self._is_of_reading(found, owner, path, look):
+            return
+        try:
+            if look.kind == "plain":
+                was = _ABSENT if built is None else built.text()
+                begun = self._begun[path].text() if path in self._begun else was
+                found.plain[path] = [look.text(), was, *((begun,) if begun != was else ())]
+            elif look.kind == "tensors":
+                self._add_tensors(found, owner, path, look)
+            elif look.kind == "lost" and not _is_of_data(path):
+                found.lost[path] = look.value
+            else:
+                self.unknown[path] = look.value
+        except CaptureError as error:
+            self.unknown[path] = f"holds {error.found}"
+        if owner.path not in self._known:
+            self.unknown[owner.path] = _MADE
+
+    def _is_of_reading(self, found: _Stored, owner: Owner, path: str, look: Look) -> bool:
+        """Tell of what a data set's own reading changes, which may be ahead of the training."""
+        name = path.rpartition(".")[2]
+        sets, adds = changed_by_reading(owner.thing)
+        if name in adds and look.kind == "plain":
+            self.unknown[path] = "a list of what was read, it seems"
+            return True
+        if name in sets and self.reads_ahead and look.kind in ("plain", "tensors"):
+            found.lost[path] = "reading changes it, and batches are read before they are used"
+            return True
+        return False
+
+    def _add_tensors(self, found: _Stored, owner: Owner, path: str, look: Look) -> None:
+        nbytes = _nbytes(look.value)
+        most = _BYTES if _is_of_data(path) else max(_BYTES, self._registered_bytes())
+        if nbytes > most and _is_of_data(path):
+            self.unknown[path] = f"{nbytes >> 20} MiB of tensors: records that are kept, it seems"
+        elif nbytes > most:
+            found.lost[path] = f"{nbytes >> 20} MiB of tensors, more than all that is registered"
+        else:
+            found.tensors[path] = look.value
+        if owner.path not in self._known and nbytes > _SCALAR:
+            found.lost[owner.path] = _MADE
+
+    def _add_objects(self, found: _Stored, live: Mapping[str, Any]) -> None:
+        for path in live:
+            if self._built.get(path, TOLD).kind != "object":
+                found.lost[path] = _MADE
+                continue
+            try:
+                found.objects[path] = capture_beside(self._objects, live, path)
+            except CaptureError as error:
+                found.lost[path] = error.message
+
+    def _add_what_workers_lack(self, found: _Stored) -> None:
+        for path in (*found.plain, *found.tensors):
+            if path in self._of_workers and _is_of_data(path):
+                now = self._looks_at_data().get(path)
+                if now is not None and now.mark != self._of_workers[path].mark:
+                    found.lost[path] = "was changed while worker processes held copies of it"
+
+    def workers_begin(self) -> None:
+        """Take note of the attributes of data now: processes that read get a copy of them."""
+        self._of_workers = self._looks_at_data()
+
+    def _looks_at_data(self) -> dict[str, Look]:
+        owners = (owner for owner in self._owners() if _is_of_data(owner.path))
+        return self._looks(owners, self._registered())
+
+    def _looks(self, owners: Iterable[Owner], registered: Mapping[int, Any]) -> dict[str, Look]:
+        return {
+            f"{owner.path}.{name}": look_at(name, value, registered).noted()
+            for owner in owners
+            for name, value in own_attributes(owner.thing).items()
+        }
+
+    # What follows is for a resume.
+
+    def differences(self, tree: Any, told: Collection[Difference] = ()) -> tuple[Difference, ...]:
+        """Return what of the stored attributes does not come back, and keep the others for it.
+
+        Args:
+            tree: What `state` returned.
+            told: What is told of this start anyway.
+        """
+        stored = self._stored = _Stored.of(tree)
+        owners = {owner.path: owner for owner in self._owners()}
+        found = [
+            *self._of_plain(stored, owners, told),
+            *self._of_tensors(stored, owners),
+            *self._of_objects(stored, owners),
+        ]
+        return (*found, *(_uncovered(path, str(why)) for path, why in stored.lost.items()))
+
+    def _of_plain(
+        self, stored: _Stored, owners: Mapping[str, Owner], told: Collection[Difference]
+    ) -> Iterator[Difference]:
+        for path, entry in [*stored.plain.items()]:
+            now, was = _pair(entry)
+            built = self._built.get(path)
+            here = _ABSENT if built is None else built.text()
+            if _owner_path(path) not in owners and was != _ABSENT:
+                del stored.plain[path]
+                yield Difference(path, _shown(now), "not here", _GONE, "equivalent")
+            elif here != was and not (here == _ABSENT and _owner_path(path) not in owners):
+                del stored.plain[path]
+                if here != now and not _is_told(path, told):
+                    effect = f"the new value counts; training had made {_shown(now)} of the old one"
+                    verdict = rule_of(path)[0]
+                    yield Difference(path, _shown(was), _shown(here), effect, verdict)
+
+    def _of_tensors(self, stored: _Stored, owners: Mapping[str, Owner]) -> Iterator[Difference]:
+        for path in [*stored.tensors]:
+            if _owner_path(path) not in owners and _owner_path(path) not in stored.lost:
+                del stored.tensors[path]
+                yield _uncovered(path, "nothing here has it")
+
+    def _of_objects(self, stored: _Stored, owners: Mapping[str, Owner]) -> Iterator[Difference]:
+        live = self._live_objects(owners)
+        for path in [*stored.objects]:
+            why = "nothing here has it" if path not in live else None
+            if why is None:
+                found = restore_beside(self._objects, live, path, stored.objects[path], check=True)
+                why = None if found is None else str(found)
+            if why is not None:
+                del stored.objects[path]
+                yield _uncovered(path, why)
+
+    def restore(self, *, data: bool | None = None, again: bool = False) -> None:
+        """Put back what training had made, where nothing else has done so meanwhile.
+
+        Args:
+            data: True: of data alone; False: of all else; None: of both.
+            again: What was put back before, whatever has been done to it since; and what had no
+                place then.
+        """
+        registered = self._registered()
+        owners = {owner.path: owner for owner in self._owners()}
+        if again:
+            self._begun = self._looks(owners.values(), registered)
+        for path in (*self._stored.plain, *self._stored.tensors):
+            owner, name = owners.get(_owner_path(path)), path.rpartition(".")[2]
+            if owner is None or data not in (None, _is_of_data(path)):
+                continue
+            held = own_attributes(owner.thing)
+            now = look_at(name, held[name], registered) if name in held else TOLD
+            fits = self._fits_again(owner, path, now) if again else self._is_untouched(path, now)
+            if fits:
+                self._put_back.add(path)
+                _put(owner, name, self._value(owner, path))
+        if again:
+            self._set_as_built(self._set_anew)
+        live = self._live_objects(owners)
+        for path, one in self._stored.objects.items():
+            if data in (None, _is_of_data(path)) and path in live:
+                restore_beside(self._objects, live, path, one)
+
+    def _is_untouched(self, path: str, now: Look) -> bool:
+        return bool(now.mark == self._before.get(path, TOLD).mark)
+
+    def _fits_again(self, owner: Owner, path: str, now: Look) -> bool:
+        """Return whether the host's beginning has set an attribute to what it did at the first."""
+        if path not in self._put_back and owner.path in self._known:
+            return False
+        entry = self._stored.plain.get(path)
+        if entry is None or now.kind == "told":
+            return True
+        return now.text() in (entry[0], entry[-1])
+
+    def _value(self, owner: Owner, path: str) -> Any:
+        if path in self._stored.tensors:
+            return load_tensors(self._stored.tensors[path])
+        now, _ = _pair(self._stored.plain[path])
+        kinds = kinds_near(owner.thing, getattr(owner.thing, path.rpartition(".")[2], None))
+        return value_of(now, kinds)
+
+    def take_effect(self, differences: Iterable[Difference]) -> None:
+        """Let what the user builds callbacks and objects of the state with now count.
+
+        A state of their own may have brought back what they were built with before.
+        """
+        found = [_FACT.fullmatch(difference.path) for difference in differences]
+        self._set_anew = {f"{one[1]}.{one[2]}" for one in found if one is not None}
+        self._set_as_built(self._set_anew)
+
+    def _set_as_built(self, paths: Iterable[str]) -> None:
+        owners = {owner.path: owner for owner in self._owners()}
+        for path in paths:
+            while path not in self._before and "." in path:
+                path = _owner_path(path)
+            built, owner = self._before.get(path), owners.get(_owner_path(path))
+            if built is not None and owner is not None and built.kind == "plain":
+                self._stored.plain.pop(path, None)
+                value = value_of(built.text(), kinds_near(owner.thing, built.value))
+                _put(owner, path.rpartition(".")[2], value)
+
+    # What follows looks at live objects.
+
+    def _live_objects(self, owners: Mapping[str, Owner]) -> dict[str, Any]:
+        registered = self._registered()
+        return {
+            f"{path}.{name}": value
+            for path, owner in owners.items()
+            for name, value in own_attributes(owner.thing).items()
+            if isinstance(value, (nn.Module, *WITH_STATE))
+            and look_at(name, value, registered).kind == "object"
+        }
+
+    def _owners(self) -> Iterator[Owner]:
+        seen: set[int] = set()
+        roots = [*named_objects(self._objects), *self.bare.items(), *self.more().items()]
+        for path, root in roots:
+            for prefix, one in _parts_of(path, root):
+                yield from self._in(Owner(prefix, one), seen, 0)
+
+    def _in(self, owner: Owner, seen: set[int], depth: int) -> Iterator[Owner]:
+        """Yield an object, if it is of the user's own class, and such objects in it."""
+        if id(owner.thing) in seen or not _is_owner(owner.thing):
+            return
+        seen.add(id(owner.thing))
+        yield owner
+        if depth == _DEPTH:
+            return
+        for name, value in own_attributes(owner.thing).items():
+            for path, part in _within(name, value):
+                holder = (owner.thing, name) if part is value else None
+                yield from self._in(Owner(f"{owner.path}.{path}", part, holder), seen, depth + 1)
+
+    def _registered(self) -> dict[int, Any]:
+        """Return by their ids the objects and tensors that are saved anyway; by address, too."""
+        found: dict[int, Any] = {}
+        for _, one in named_objects(self._objects):
+            bare = unwrapped(one) if isinstance(one, nn.Module) else one
+            found |= {id(one): one, id(bare): bare}
+            tensors: list[Any] = []
+            if isinstance(bare, nn.Module):
+                found |= {id(part): part for part in bare.modules()}
+                tensors = [*bare.parameters(), *bare.buffers()]
+            elif isinstance(one, Optimizer):
+                tensors = [p for group in one.param_groups for p in group["params"]]
+            elif isinstance(one, torch.Tensor):
+                tensors = [one]
+            found |= {id(t): t for t in tensors}
+            found |= {-t.untyped_storage().data_ptr(): t for t in tensors if _has_memory(t)}
+        return found
+
+    def _registered_bytes(self) -> int:
+        tensors = {id(t): t for t in self._registered().values() if isinstance(t, torch.Tensor)}
+        return sum(t.nbytes for t in tensors.values())
+
+
+class _First:
+    """What objects were when this process began with them: a second start is none from anew."""
+
+    def __init__(self) -> None:
+        self._looks: dict[int, tuple[Any, dict[str, Look]]] = {}
+
+    def of(self, thing: Any, looks: dict[str, Look]) -> dict[str, Look]:
+        """Return the looks at an object of the first start with it; these, if it is the first."""
+        key = id(thing)
+        known = self._looks.get(key)
+        if known is not None and known[0]() is thing:
+            return known[1]
+        try:
+            reference = weakref.ref(thing, lambda _: self._looks.pop(key, None))
+        except TypeError:  # a class with slots and no place for it
+            return looks
+        self._looks[key] = (reference, looks)
+        return looks
+
+
+_FIRST = _First()
+
+
+def is_bare(value: object) -> bool:
+    """Return whether an object is of the user's own class, and all its state is in attributes.
+
+    Example:
+        >>> is_bare(nn.Linear(1, 1)), is_bare([])
+        (False, False)
+    """
+    if isinstance(value, list | tuple | dict) or not keeps_attributes(value):
+        return False
+    try:
+        kind_of(value, "")
+    except CaptureError:
+        return True
+    return False
+
+
+def _names_in_states(tree: Mapping[str, Any]) -> dict[str, Collection[Any]]:
+    """Return the names in the states that objects give themselves, by the paths of the objects."""
+    found: dict[str, Any] = {}
+    for path, one in named_objects(tree):
+        if not isinstance(one, Captured):
+            continue
+        if one.kind == "module":
+            extra = one.facts.get("extra_state", {}).items()
+            found |= {f"{path}.{name}" if name else path: state for name, state in extra}
+        else:
+            found[path] = one.facts.get("more") if one.kind == "optimizer" else one.state
+    states = {path: state for path, state in found.items() if isinstance(state, Mapping)}
+    return {path: {*state, *_of_loader(state)} for path, state in states.items()}
+
+
+def _of_loader(state: Mapping[str, Any]) -> Collection[Any]:
+    """Return the names in the state that the loader behind a source of batches gives itself."""
+    ranks = state.get("ranks")
+    place = ranks[0] if isinstance(ranks, list) and ranks else state
+    inner = place.get("loader_state") if isinstance(place, Mapping) else None
+    return inner.keys() if isinstance(inner, Mapping) else ()
+
+
+def _is_owner(thing: object) -> bool:
+    if isinstance(thing, Enum | tuple | type | DataLoader) or not keeps_attributes(thing):
+        return False
+    if isinstance(thing, IterableDataset | Sampler):
+        return False  # what is read again from its beginning comes to be what it was
+    if not isinstance(thing, LRScheduler):
+        return True
+    return type(thing).state_dict is not LRScheduler.state_dict  # which holds all attributes
+
+
+def _parts_of(path: str, root: object) -> Iterator[tuple[str, object]]:
+    """Yield a registered object, and what it consists of where that is not of the user's class."""
+    if isinstance(root, nn.Module):
+        for name, module in named_modules(root):
+            yield (f"{path}.{name}" if name else path), module
+        return
+    yield path, root
+    if not type(root).__module__.startswith(_OF_DATA):
+        return
+    held = vars(root)
+    for name, suffix in _PARTS_OF_DATA.items():
+        if held.get(name) is not None:
+            yield from _parts_of(f"{path}{suffix}", held[name])
+    if isinstance(root, ConcatDataset):
+        for place, part in enumerate(root.datasets):
+            yield from _parts_of(f"{path}.{place}", part)
+
+
+_OF_DATA = ("unbroken.data", "torch.utils.data")
+_PARTS_OF_DATA = {
+    **dict.fromkeys(("dataset", "_batches", "_loader", "loader"), ""),
+    **dict.fromkeys(("collate_fn", "_collate"), ".collate_fn"),
+}
+
+
+def _within(name: str, value: object) -> Iterator[tuple[str, object]]:
+    """Yield the objects that an attribute holds: itself, or those in a short list or dict."""
+    yield name, value
+    parts: Iterable[tuple[Any, Any]] = ()
+    if type(value) is dict and len(value) <= _MOST_PARTS:
+        parts = value.items()
+    elif type(value) in (list, tuple) and len(value) <= _MOST_PARTS:  # type: ignore[arg-type]
+        parts = enumerate(value)  # type: ignore[arg-type]
+    for key, part in parts:
+        if hasattr(part, "__dict__"):
+            yield f"{name}.{key}", part
+    if isinstance(value, nn.Module):
+        for inner, module in named_modules(value):
+            if inner:
+                yield f"{name}.{inner}", module
+
+
+def _put(owner: Owner, name: str, value: Any) -> None:
+    """Set an attribute, past any code of its class; a container or a tensor stays the same one."""
+    thing = owner.thing
+    live: Any = own_attributes(thing).get(name)
+    if isinstance(live, torch.Tensor) and _fits(live, value):
+        with torch.no_grad():
+            live.copy_(value)
+        return
+    if type(live) is type(value) and isinstance(live, dict):
+        live.clear()
+        live.update(value)
+        return
+    if type(live) is type(value) and isinstance(live, list):
+        live[:] = value
+        return
+    if _is_frozen(thing) and owner.holder is not None:
+        thing = copy.copy(thing)
+        object.__setattr__(*owner.holder, thing)
+    object.__setattr__(thing, name, value)
+
+
+def _fits(live: torch.Tensor, value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and (live.dtype, live.shape, live.requires_grad) == (
+        value.dtype,
+        value.shape,
+        value.requires_grad,
+    )
+
+
+def _is_frozen(thing: object) -> bool:
+    parameters = getattr(type(thing), "__dataclass_params__", None)
+    return parameters is not None and bool(parameters.frozen)
+
+
+def _is_of_data(path: str) -> bool:
+    return path.partition(".")[0] in ("data", "eval_data", "collate_fn")
+
+
+def _owner_path(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def _is_told(path: str, told: Collection[Difference]) -> bool:
+    """Return whether a difference of facts says already that a setting is another one."""
+    group, name = path.partition(".")[0], path.rpartition(".")[2]
+    paths = (difference.path.split(".") for difference in told)
+    return any(group in parts[:2] and name in parts for parts in paths)
+
+
+def _pair(entry: Any) -> tuple[str, str]:
+    if isinstance(entry, list) and {*map(type, entry)} == {str} and len(entry) in (2, 3):
+        return entry[0], entry[1]
+    raise CorruptCheckpointError(NAME, "is not the state of an attribute", found=brief(entry))
+
+
+def _shown(text: str) -> str:
+    """Return a stored value for a message."""
+    if text == _ABSENT:
+        return "nothing"
+    try:
+        return brief(repr(value_of(text)))
+    except CheckpointError:
+        return brief(text)
+
+
+def _uncovered(path: str, why: str) -> Difference:
+    effect = f"training changed it, and it does not come back: {why}"
+    return Difference(path, None, None, effect, "not covered")
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    if tensor.is_meta or tensor.layout is not torch.strided or is_sharded(tensor):
+        return False
+    return not is_lazy(tensor) and not comes_apart(tensor) and tensor.numel() > 0
+
+
+def _tensors_in(value: Any) -> list[Any]:
+    todo, found = [value], []
+    while todo:
+        one = todo.pop()
+        if isinstance(one, torch.Tensor | np.ndarray):
+            found.append(one)
+        todo += children(one)
+    return found
+
+
+def _nbytes(value: Any) -> int:
+    return sum(one.nbytes for one in _tensors_in(value))

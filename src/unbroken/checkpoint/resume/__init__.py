@@ -1,0 +1,1 @@
+"""One resume: which checkpoint, what it says, loaded into the live objects."""

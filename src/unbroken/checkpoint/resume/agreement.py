@@ -1,0 +1,242 @@
+"""What the ranks of a run must have in common before they begin, and what each may have of its own.
+
+All run the same code with the same settings. A plain value may be another one on each rank: a
+number in a loss, a data set or a module that says which rank it is. So a checkpoint holds rank 0's
+facts, and of each other rank those that differ; a rank that resumes is compared with what that rank
+was.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import xxhash
+
+from unbroken.changes.differences import Difference, gravest_first
+from unbroken.changes.environment import environment_facts
+from unbroken.distributed import Group, disagreement, name_ranks
+from unbroken.errors import RankError
+
+_SOFTWARE = ("python", "torch", "numpy")
+
+
+def agree_on_versions(group: Group) -> None:
+    """Raise unless all ranks run the same versions of what all of them have imported.
+
+    Args:
+        group: The ranks.
+
+    Raises:
+        RankError: Naming the ranks with another version.
+
+    Example:
+        >>> from unbroken.distributed import Alone
+        >>> agree_on_versions(Alone())
+    """
+    if group.world_size == 1:
+        return
+    own = {
+        name: value
+        for name, value in environment_facts().items()
+        if name in _SOFTWARE or name.startswith("packages.")
+    }
+    own["unbroken"] = vars(sys.modules["unbroken"])["__version__"]  # imports point down
+    ranks: Any = group.gather("the packages", sorted(own))
+    shared = set(own).intersection(*ranks)
+    group.agree("versions", {name: own[name] for name in sorted(shared)})
+
+
+FACT = "of_ranks"
+"""Where the facts of a checkpoint hold what other ranks have otherwise: by rank, `Other`s."""
+
+Other = list[Any]
+"""The keys of a fact, one in the other, and its value; no value where the rank does not have it."""
+
+_FOR_ALL = ("callbacks", "eval_data")  # one rank may evaluate, and print, for all
+_OF_MODELS = ("layer", "frozen", "attn_implementation")
+
+
+def others_of_ranks(
+    group: Group,
+    facts: Mapping[str, Any],
+    *,
+    of_each_rank: Collection[str] = (),
+    one_data_set: bool = False,
+) -> dict[str, list[Other]]:
+    """Return which facts other ranks have than rank 0; all ranks call this.
+
+    Args:
+        group: The ranks.
+        facts: Those of this rank: settings, fingerprint, environment.
+        of_each_rank: Objects of which each rank has its own.
+        one_data_set: Whether all ranks are given the same data, and share them out.
+
+    Returns:
+        By rank, what is not as on rank 0.
+
+    Raises:
+        RankError: The ranks run other code, or other settings, or train another model, or, where
+            they are to share them, have other data: naming the ranks, the fact and its values.
+
+    Example:
+        >>> from unbroken.distributed import Alone
+        >>> others_of_ranks(Alone(), {"settings": {"seed": 1}})
+        {}
+    """
+    if group.world_size == 1:
+        return {}
+    text = json.dumps(facts, sort_keys=True)
+    digests: list[Any] = group.gather("what is trained", xxhash.xxh3_128_hexdigest(text.encode()))
+    if len(set(digests)) == 1:
+        return {}
+    first: Any = group.share("what rank 0 trains", json.loads(text) if group.rank == 0 else None)
+    ranks: list[Any] = group.gather("what differs", [*_others(first, json.loads(text), ())])
+    _refuse_other_trainings(first, ranks, of_each_rank, one_data_set=one_data_set)
+    return {str(rank): others for rank, others in enumerate(ranks) if others}
+
+
+def facts_of_rank(
+    stored: Mapping[str, Any], now: Mapping[str, Any], rank: int, world_size: int
+) -> Mapping[str, Any]:
+    """Return the facts with which a rank is to be compared.
+
+    On as many ranks as there were, those that it had itself. On others nobody can say what a value
+    that differs by rank would be: it is taken as it is now.
+
+    Args:
+        stored: The facts of a checkpoint.
+        now: Those of this rank.
+        rank: Its number.
+        world_size: How many there are.
+
+    Example:
+        >>> stored = {"settings": {"rank": 0}, "environment": {"world_size": 2}}
+        >>> stored[FACT] = {"1": [[["settings", "rank"], 1]]}
+        >>> facts_of_rank(stored, {}, 1, 2)["settings"]
+        {'rank': 1}
+    """
+    others = stored.get(FACT)
+    if not isinstance(others, Mapping) or not others:
+        return stored
+    environment = stored.get("environment")
+    if isinstance(environment, Mapping) and environment.get("world_size") == world_size:
+        own = others.get(str(rank), [])
+    else:
+        own = [[keys, *_at(now, keys)] for many in others.values() for keys, *_ in many]
+    found: dict[str, Any] = json.loads(json.dumps(stored))
+    for keys, *value in own:
+        _put(found, keys, value)
+    return found
+
+
+def told_by_rank_0(group: Group, own: tuple[Difference, ...]) -> tuple[Difference, ...]:
+    """Return what rank 0 is to tell: its own differences, and what it takes others alone to see.
+
+    Another processor, say, may be that of one rank. On other ranks than 0, their own.
+
+    Args:
+        group: The ranks; each calls this.
+        own: What this rank has found.
+
+    Example:
+        >>> from unbroken.distributed import Alone
+        >>> told_by_rank_0(Alone(), ())
+        ()
+    """
+    if group.world_size == 1:
+        return own
+    found = [[one.path, *one.values(), one.effect, one.verdict] for one in own]
+    ranks: list[Any] = group.gather("what differs from the checkpoint", found)
+    if group.rank > 0:
+        return own
+    more: dict[str, Difference] = {}
+    for rank, others in enumerate(ranks):
+        for path, stored, now, effect, verdict in others:
+            if verdict != "harmless" and all(path != one.path for one in own):
+                told = Difference(path, stored, now, f"{effect} ({name_ranks([rank])})", verdict)
+                more.setdefault(path, told)
+    return gravest_first((*own, *more.values()))
+
+
+def _others(first: Any, own: Any, keys: tuple[str, ...]) -> Iterator[Other]:
+    if not (isinstance(first, dict) and isinstance(own, dict)):
+        if first != own:
+            yield [[*keys], own]
+        return
+    for key in sorted({**first, **own}):
+        if key not in own:
+            yield [[*keys, key]]
+        elif key not in first:
+            yield [[*keys, key], own[key]]
+        else:
+            yield from _others(first[key], own[key], (*keys, key))
+
+
+def _at(facts: Any, keys: list[str]) -> list[Any]:
+    """Return what is there, as a list; an empty one where nothing is."""
+    for key in keys:
+        if not isinstance(facts, Mapping) or key not in facts:
+            return []
+        facts = facts[key]
+    return [json.loads(json.dumps(facts))]
+
+
+def _put(facts: dict[str, Any], keys: list[str], value: list[Any]) -> None:
+    *outer, last = keys
+    for key in outer:
+        if not isinstance(facts.get(key), dict):
+            facts[key] = {}
+        facts = facts[key]
+    if value:
+        facts[last] = value[0]
+    else:
+        facts.pop(last, None)
+
+
+def _refuse_other_trainings(
+    first: Mapping[str, Any],
+    ranks: list[list[Other]],
+    of_each_rank: Collection[str],
+    *,
+    one_data_set: bool,
+) -> None:
+    """Raise where ranks differ in more than plain values."""
+    found = [{tuple(keys): value for keys, *value in others} for others in ranks]
+    paths = dict.fromkeys(keys for others in found for keys in others)
+    has_own_values = any(keys[1:3] == ("data", "values") for keys in paths)
+    for keys in paths:
+        if keys[0] != "fingerprint" or not {*keys[1:3]}.isdisjoint(of_each_rank):
+            continue
+        values = [others.get(keys, _at(first, [*keys])) for others in found]
+        shared = one_data_set and not has_own_values
+        has_other_data = shared and keys[1] == "data" and _are_other_data(keys, values)
+        if has_other_data or _is_other_code(keys, values):
+            raise _other_training(keys, values)
+
+
+def _is_other_code(keys: tuple[str, ...], values: list[list[Any]]) -> bool:
+    """Return whether such a difference means that ranks train otherwise."""
+    _, group, *names = keys
+    if group == "code":  # git may not have answered in time, or not be there
+        return names != ["git_dirty"] and all(value and value[0] is not None for value in values)
+    if group in _FOR_ALL or any(name.endswith(("values", "globals")) for name in names):
+        return False
+    if group == "optimizer" or "source" in names or names[-1:] in (["class"], ["name"]):
+        return True
+    return group == "model" and not {*names[:2]}.isdisjoint(_OF_MODELS)
+
+
+def _are_other_data(keys: tuple[str, ...], values: list[list[Any]]) -> bool:
+    if keys[2:] == ("records",):
+        lists = [value[0] for value in values if value and isinstance(value[0], list)]
+        return any(a != b for one in lists for a, b in zip(lists[0], one, strict=False))
+    return keys[2:] in (("length",), ("fingerprint",)) and all(values)
+
+
+def _other_training(keys: tuple[str, ...], values: list[list[Any]]) -> RankError:
+    texts = [json.dumps(value[0]) if value else "nothing" for value in values]
+    hint = "all ranks run the same script with the same settings and packages"
+    return disagreement(texts, ".".join(keys[1:]), hint)

@@ -1,0 +1,101 @@
+"""Getting back what each rank has of its own, on as many ranks as there were or on others."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from unbroken.capture import load_tensors
+from unbroken.checkpoint.coverage.attributes import NAME
+from unbroken.checkpoint.save.rank_shares import own_key, own_state_file, state_digest
+from unbroken.distributed import Group
+from unbroken.errors import CorruptCheckpointError, StateMismatchError
+from unbroken.store import Manifest
+
+_ANYWHERE = ("rng", "values", NAME)
+"""What a rank can go on without having had it: generators are seeded anew, others are rank 0's."""
+
+
+def own_state(
+    tree: Mapping[str, Any],
+    manifest: Manifest,
+    group: Group,
+    of_each_rank: Collection[str] | None,
+    read: Callable[[str], Mapping[str, Any]],
+    *,
+    alike: bool,
+) -> tuple[dict[str, Any], bool]:
+    """Return what this rank has of its own in a checkpoint, in place of what rank 0 has.
+
+    Args:
+        tree: The decoded state of rank 0: those objects alone that are wanted.
+        manifest: Of the checkpoint.
+        group: The ranks that resume.
+        of_each_rank: As `Checkpointer` has it.
+        read: Decodes a file of the checkpoint.
+        alike: Whether all ranks must read the same, as one reads for all of them.
+
+    Returns:
+        The state by name, and whether the random generators of this rank have to begin anew.
+
+    Raises:
+        StateMismatchError: Each of another number of ranks had a state of its own.
+    """
+    saved, rank = ranks_with_own_state(manifest), group.rank
+    if saved == 1:
+        return {}, False
+    names = [
+        name
+        for name in _own_tree(read, 1)
+        if name in tree and (of_each_rank is None or name in (*of_each_rank, NAME))
+    ]
+    if saved != group.world_size:
+        _refuse_what_cannot_move(names, saved, group.world_size)
+    begins_anew = rank >= saved and "rng" in names
+    if alike:
+        first = load_tensors({name: tree[name] for name in names})
+        found = [first, *(load_tensors(_own_tree(read, other)) for other in range(1, saved))]
+        own = found[rank] if rank < saved else first
+    else:
+        own = _own_tree(read, rank) if 0 < rank < saved else tree
+    return {name: own[name] for name in names if name in own}, begins_anew
+
+
+def ranks_with_own_state(manifest: Manifest) -> int:
+    """Return how many ranks stored state of their own; 1 where all had the same."""
+    files = {file.name for file in manifest.files}
+    count = 1
+    while own_state_file(count) in files:
+        count += 1
+    return count
+
+
+def begin_anew(rng: Mapping[str, Any], rank: int) -> None:
+    """Seed the global generators of a rank that had none, from those of rank 0."""
+    seed = int(state_digest(rng)[:15], 16) ^ rank
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _own_tree(read: Callable[[str], Mapping[str, Any]], rank: int) -> Mapping[str, Any]:
+    own = read(own_state_file(rank)).get(own_key(rank))
+    if not isinstance(own, Mapping):
+        raise CorruptCheckpointError(own_state_file(rank), "is not the state of this rank")
+    return own
+
+
+def _refuse_what_cannot_move(names: Collection[str], saved: int, here: int) -> None:
+    for name in names:
+        if name not in _ANYWHERE:
+            raise StateMismatchError(
+                name,
+                "each rank has a state of its own in the checkpoint",
+                expected=f"{saved} ranks",
+                found=here,
+                hint="resume on as many ranks; or take rank 0's for all: of_each_rank=()",
+            )

@@ -1,0 +1,429 @@
+"""How several ranks read one checkpoint: each for itself, or rank 0 for all of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import astuple
+from typing import Any, Literal, Protocol
+
+from unbroken.distributed import ByteStream, Group
+from unbroken.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    RankError,
+    RunDirectoryError,
+    UnbrokenError,
+)
+from unbroken.storage import FolderStorage, MemoryStorage, Storage, storage_at
+from unbroken.store import (
+    CheckpointReader,
+    Json,
+    Lineage,
+    Manifest,
+    Rejection,
+    RunDirectory,
+    divided,
+    this_machine,
+)
+from unbroken.store.format.digest import digest_of
+from unbroken.store.format.entries import Box
+from unbroken.store.run.identity import RunIdentity
+
+# A checkpoint that rank 0 alone can see, passed on to all ranks tensor by tensor.
+
+
+class UnseenStorage(MemoryStorage):
+    """A place that this process cannot see: only its name is known.
+
+    Example:
+        >>> UnseenStorage("/data/run").describe("checkpoint-10")
+        '/data/run/checkpoint-10'
+    """
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self._place = place
+
+    def describe(self, path: str = "") -> str:
+        """Return how the process that sees it calls a path."""
+        return os.path.join(self._place, path) if path else self._place
+
+
+def place_of(run: RunDirectory) -> Json:
+    """Return what the other ranks must know of the run directory."""
+    parent = None if run.parent is None else run.parent.to_json()
+    identity = {"id": run.run_id, "created": run.created, "parent": parent}
+    return {"place": run.storage.describe(), **identity}
+
+
+def open_as_another(said: Any, given: str | Storage, *, unseen: bool) -> RunDirectory:
+    """Return the run directory of rank 0 for another rank: to look at, or only by its name.
+
+    Args:
+        said: What rank 0 says of it; see `place_of`.
+        given: The directory, or the parent of the branch, as this rank was given it.
+        unseen: Whether only rank 0 can see it.
+
+    Raises:
+        RunDirectoryError: It cannot be seen from here.
+    """
+    if unseen:
+        parent = None if said["parent"] is None else Lineage.from_json(said["parent"])
+        identity = RunIdentity(said["id"], said["created"], parent)
+        return RunDirectory(UnseenStorage(said["place"]), identity, None)
+    try:
+        return RunDirectory.open_readonly(_seen_from_here(said["place"], given))
+    except RunDirectoryError as error:
+        error.add_note('a folder that only rank 0 sees: load_from="rank0"')
+        raise
+
+
+def _seen_from_here(place: str, given: str | Storage) -> str | Storage:
+    """Return rank 0's place in the storage that this rank was given, if that leads there."""
+    if isinstance(given, str) or not f"{place}/".startswith(f"{given.describe()}/"):
+        return place
+    return FolderStorage(given, place[len(given.describe()) + 1 :])
+
+
+class RelayedCheckpoint(ABC):
+    """A checkpoint of which all ranks read the same things in the same order.
+
+    A part of a tensor is cut out of the whole one, which every rank gets.
+    """
+
+    manifest: Manifest
+
+    def read_box_into(
+        self, path: str, offsets: tuple[int, ...], shape: tuple[int, ...], buffer: memoryview, /
+    ) -> None:
+        """Fill `buffer` with a part of a tensor."""
+        tensor = self.manifest.tensors[path]
+        whole = memoryview(bytearray(tensor.nbytes))
+        self.read_leaf_into(path, whole)
+        tensor.cut_out(Box(offsets, shape), whole, _flat(buffer))
+
+    @abstractmethod
+    def read_leaf_into(self, path: str, buffer: memoryview, /) -> None:
+        """Fill `buffer` with the verified bytes of a tensor."""
+
+
+class SentCheckpoint(RelayedCheckpoint):
+    """The checkpoint as rank 0 has it: what it reads for itself goes to the others as well.
+
+    All ranks make the same calls. Damage that is found here is raised on all of them.
+
+    Args:
+        reader: Reads it.
+        group: The ranks.
+        stream: Carries the bytes.
+    """
+
+    def __init__(self, reader: CheckpointReader, group: Group, stream: ByteStream) -> None:
+        self.storage, self.folder = reader.storage, reader.folder
+        self.manifest, self.step = reader.manifest, reader.step
+        self._reader = reader
+        self._group = group
+        self._stream = stream
+
+    def read_file(self, name: str) -> bytes:
+        """Return a whole, verified file."""
+        return bytes(self._sent(name, lambda: memoryview(bytearray(self._reader.read_file(name)))))
+
+    def read_leaf_into(self, path: str, buffer: memoryview, /) -> None:
+        """Fill `buffer` with the verified bytes of a tensor."""
+
+        def read() -> memoryview:
+            self._reader.read_leaf_into(path, buffer)
+            return _flat(buffer)
+
+        self._sent(path, read)
+
+    def check_rest(self) -> None:
+        """Verify what was not read yet."""
+
+        def check() -> memoryview:
+            self._reader.check_rest()
+            return memoryview(b"")
+
+        self._sent("the rest", check)
+
+    def _sent(self, what: str, read: Callable[[], memoryview]) -> memoryview:
+        try:
+            view = read()
+        except CorruptCheckpointError as damage:
+            self._group.share(f"read {what}", {"damage": str(damage)})
+            raise
+        self._group.share(f"read {what}", {"digest": digest_of(view)})
+        self._stream.send(view)
+        return view
+
+
+class ReceivedCheckpoint(RelayedCheckpoint):
+    """The checkpoint as it comes from rank 0.
+
+    Args:
+        storage: Where rank 0 has it.
+        folder: Its folder there.
+        manifest: What it consists of.
+        group: The ranks.
+        stream: Carries the bytes.
+    """
+
+    def __init__(
+        self, storage: Storage, folder: str, manifest: Manifest, group: Group, stream: ByteStream
+    ) -> None:
+        self.storage, self.folder = storage, folder
+        self.manifest, self.step = manifest, manifest.step
+        self._group = group
+        self._stream = stream
+
+    def read_file(self, name: str) -> bytes:
+        """Return a whole file, as rank 0 has read it."""
+        sizes = {file.name: file.nbytes for file in self.manifest.files}
+        if name not in sizes:
+            where = f"{self.folder}: {name}"
+            raise CheckpointNotFoundError(where, "the checkpoint has no such file")
+        data = bytearray(sizes[name])
+        self._receive(name, memoryview(data))
+        return bytes(data)
+
+    def read_leaf_into(self, path: str, buffer: memoryview, /) -> None:
+        """Fill `buffer` with the bytes of a tensor, as rank 0 has read them."""
+        self._receive(path, _flat(buffer))
+
+    def check_rest(self) -> None:
+        """Wait for rank 0 to verify what was not read yet."""
+        self._receive("the rest", memoryview(b""))
+
+    def _receive(self, what: str, view: memoryview) -> None:
+        said: Any = self._group.share(f"read {what}")
+        if "damage" in said:
+            raise CorruptCheckpointError("rank 0", said["damage"])
+        self._stream.send(view)
+        found = digest_of(view)
+        if found != said["digest"]:
+            where = f"rank {self._group.rank}: {what}"
+            raise CorruptCheckpointError(
+                where,
+                "has not arrived as rank 0 sent it",
+                expected=f"digest {said['digest']}",
+                found=f"digest {found}",
+            )
+
+
+def _flat(buffer: memoryview) -> memoryview:
+    return buffer.cast("B") if buffer.nbytes else memoryview(b"")
+
+
+LoadFrom = Literal["all", "rank0"]
+"""Who reads checkpoints: every rank; or rank 0, which sends them to the others."""
+
+
+class Source(Protocol):
+    """A checkpoint that is being loaded."""
+
+    @property
+    def storage(self) -> Storage:
+        """Where it is."""
+
+    @property
+    def folder(self) -> str:
+        """Its folder."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """What it consists of."""
+
+    @property
+    def step(self) -> int:
+        """How many optimizer steps were completed."""
+
+    def read_file(self, name: str) -> bytes:
+        """Return a whole, verified file."""
+
+    def read_leaf_into(self, path: str, buffer: memoryview, /) -> None:
+        """Fill `buffer` with the bytes of a tensor."""
+
+    def read_box_into(
+        self, path: str, offsets: tuple[int, ...], shape: tuple[int, ...], buffer: memoryview, /
+    ) -> None:
+        """Fill `buffer` with the bytes of a part of a tensor."""
+
+    def check_rest(self) -> None:
+        """Verify what was not read yet."""
+
+
+class Readers(Protocol):
+    """How the ranks of a run open and load a checkpoint together."""
+
+    def open(
+        self, found: CheckpointReader | Rejection | None, *, whole: bool
+    ) -> Source | Rejection | None:
+        """Return what rank 0 found, as this rank reads it.
+
+        Args:
+            found: What it is; on other ranks this is not looked at.
+            whole: Whether all of it will be read, or verified with `check_rest`.
+        """
+
+    def load(self, load: Callable[[], None]) -> CorruptCheckpointError | None:
+        """Load on every rank; return the damage that was found, of which all are told.
+
+        Raises:
+            UnbrokenError: What failed on this rank for another reason.
+            RankError: It failed on another one.
+        """
+
+
+def readers_for(run: RunDirectory, group: Group, load_from: LoadFrom) -> Readers:
+    """Return how these ranks read the checkpoints of a run."""
+    if load_from == "rank0" and group.world_size > 1:
+        return FromRank0(run, group)
+    return EachForItself(run, group)
+
+
+class EachForItself:
+    """Every rank reads all that it needs; the ranks of one machine divide the verification.
+
+    What a rank has not verified itself was verified by a rank on the same machine, in the same
+    files: equal in size, time and identity, and read through the same cache of the same kernel. A
+    rank that sees other files (another machine, a copy) verifies all that it reads.
+
+    Args:
+        run: The open run directory.
+        group: The ranks.
+    """
+
+    def __init__(self, run: RunDirectory, group: Group) -> None:
+        self._run = run
+        self._group = group
+
+    def open(
+        self, found: CheckpointReader | Rejection | None, *, whole: bool
+    ) -> Source | Rejection | None:
+        """Return what rank 0 found, as this rank sees it."""
+        if self._group.world_size == 1:
+            return found
+        said = self._group.share("the checkpoint", _described(found))
+        if not isinstance(said, dict) or "reason" in said:
+            return _rejection(said)
+        own, problem = self._seen(found, said)
+        view = None if own is None else [digest_of(own.manifest.to_bytes()), _view_of(own)]
+        seen: Any = self._group.gather("what each sees of the checkpoint", [problem, view])
+        failed = [f"rank {rank}: {one}" for rank, (one, _) in enumerate(seen) if one is not None]
+        if own is None or failed:
+            return Rejection(said["folder"], said["step"], failed[0])
+        self._group.agree(f"the manifest of {said['folder']}", None if view is None else view[0])
+        if whole:
+            self._divide(own, [one[1] for _, one in seen])
+        return own
+
+    def _seen(
+        self, found: CheckpointReader | Rejection | None, said: dict[str, Any]
+    ) -> tuple[CheckpointReader | None, str | None]:
+        """Return rank 0's checkpoint as it is here, or what is wrong with it here."""
+        if isinstance(found, CheckpointReader):
+            return found, None
+        here = self._run.storage
+        is_here = said["place"] == here.describe()
+        storage = here if is_here else storage_at(said["place"], create=False)
+        try:
+            return CheckpointReader(storage, said["folder"]), None
+        except (CheckpointNotFoundError, CorruptCheckpointError) as error:
+            return None, str(error)
+
+    def _divide(self, own: CheckpointReader, views: list[str]) -> None:
+        rank = self._group.rank
+        same = [other for other, view in enumerate(views) if view == views[rank]]
+        parts = divided(own.manifest, same)
+        mine = parts[same.index(rank)]
+        own.leave_to_others(frozenset[tuple[str, int]]().union(*parts) - mine)
+
+    def load(self, load: Callable[[], None]) -> CorruptCheckpointError | None:
+        """Load on every rank; tell all of the damage that one of them found."""
+        error: UnbrokenError | None = None
+        try:
+            load()
+        except UnbrokenError as caught:
+            error = caught
+        damaged = type(error) is CorruptCheckpointError
+        said: Any = None if error is None else [damaged, str(error)]
+        ranks: list[Any] = self._group.gather("load", said)
+        failed = {rank: one for rank, one in enumerate(ranks) if one is not None}
+        if not failed:
+            return None
+        if isinstance(error, CorruptCheckpointError) and self._group.world_size == 1:
+            return error
+        rank, (_, text) = next(iter(failed.items()))
+        if all(is_damage for is_damage, _ in failed.values()):
+            return CorruptCheckpointError(f"rank {rank}", text)
+        if error is not None:
+            raise error
+        raise RankError(f"rank {rank}", f"could not resume: {text}", ranks=tuple(failed))
+
+
+class FromRank0:
+    """Rank 0 reads and verifies; each tensor goes to the others straight into its place.
+
+    The others need not see the run directory. They verify what arrives once more.
+
+    Args:
+        run: The run directory; on other ranks than 0 all that is known of it.
+        group: The ranks.
+    """
+
+    def __init__(self, run: RunDirectory, group: Group) -> None:
+        self._run = run
+        self._group = group
+        self._stream = ByteStream(group)
+
+    def open(
+        self, found: CheckpointReader | Rejection | None, *, whole: bool
+    ) -> Source | Rejection | None:
+        """Return what rank 0 found, as it comes to this rank."""
+        group = self._group
+        said = group.share("the checkpoint", _described(found))
+        if not isinstance(said, dict) or "reason" in said:
+            return _rejection(said)
+        own = found if isinstance(found, CheckpointReader) else None
+        text = group.share("the manifest", None if own is None else _text_of(own))
+        if own is not None:
+            return SentCheckpoint(own, group, self._stream)
+        manifest = Manifest.from_bytes(str(text).encode(), said["folder"])
+        is_here = said["place"] == self._run.storage.describe()
+        storage = self._run.storage if is_here else UnseenStorage(said["place"])
+        return ReceivedCheckpoint(storage, said["folder"], manifest, group, self._stream)
+
+    def load(self, load: Callable[[], None]) -> CorruptCheckpointError | None:
+        """Load on every rank; damage that rank 0 finds is raised in all of them."""
+        try:
+            self._group.together("load", load)
+        except CorruptCheckpointError as damage:
+            return damage
+        return None
+
+
+def _described(found: CheckpointReader | Rejection | None) -> Json:
+    """Return what other ranks must know to see the same."""
+    if found is None:
+        return None
+    if isinstance(found, Rejection):
+        return {"folder": found.folder, "step": found.step, "reason": found.reason}
+    return {"folder": found.folder, "step": found.step, "place": found.storage.describe()}
+
+
+def _text_of(reader: CheckpointReader) -> str:
+    return reader.manifest.to_bytes().decode()
+
+
+def _rejection(said: Any) -> Rejection | None:
+    return None if said is None else Rejection(said["folder"], said["step"], said["reason"])
+
+
+def _view_of(reader: CheckpointReader) -> str:
+    """Return what is equal for two readers that read the same files of one machine."""
+    look = [None if stat is None else astuple(stat) for stat in reader.look()]
+    return digest_of(json.dumps([this_machine(), look]).encode())

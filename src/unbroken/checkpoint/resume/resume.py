@@ -1,0 +1,528 @@
+"""Resuming: choose a checkpoint, put it into the objects, and clear the way for what follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from unbroken.capture import (
+    Growth,
+    capture,
+    check,
+    check_rng,
+    classes_at_hand,
+    decode,
+    fill,
+    load_tensors,
+    missing_devices,
+    of_devices_here,
+    restore_rng,
+    structure_from_bytes,
+    types_in,
+)
+from unbroken.changes.compare import Comparison
+from unbroken.changes.differences import Difference, brief, gravest_first
+from unbroken.changes.report import ResumeReport
+from unbroken.checkpoint.coverage.attributes import NAME, Attributes
+from unbroken.checkpoint.coverage.schedules import FoundSchedules
+from unbroken.checkpoint.coverage.unregistered import of_checkpoint
+from unbroken.checkpoint.resume.agreement import facts_of_rank, told_by_rank_0
+from unbroken.checkpoint.resume.prefetch import ReadAhead
+from unbroken.checkpoint.resume.rank_state import begin_anew, own_state
+from unbroken.checkpoint.resume.readers import LoadFrom, Source, readers_for
+from unbroken.checkpoint.resume.selection import Candidates, Origin, Selection, origin_in
+from unbroken.checkpoint.save.rank_shares import STATE_FILE
+from unbroken.checkpoint.save.session import refuse_torn
+from unbroken.checkpoint.save.staging import flattened
+from unbroken.checkpoint.save.unfinished_gradients import GRADIENTS, UnfinishedGradients
+from unbroken.distributed import Group
+from unbroken.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+)
+from unbroken.store import CheckpointReader, Json, Rejection, RunDirectory
+from unbroken.store.run.catalog import belongs_to
+from unbroken.store.run.directory import as_directory_error, now_as_text
+
+
+@dataclass(frozen=True)
+class _Examined:
+    """A checkpoint of which all was checked but the bytes of what is filled in place."""
+
+    reader: Source
+    objects: Mapping[str, object]
+    tree: Mapping[str, Any]
+    rng: Mapping[str, Any]
+    values: Any
+    gradients: Mapping[str, Any]
+
+
+_BESIDE = ("rng", "values", NAME, GRADIENTS)
+"""What of the state is of no registered object."""
+
+
+class Resumption:
+    """One attempt to bring a run's objects back; used once by `Checkpointer.resume`.
+
+    Args:
+        run: The open run directory.
+        objects: The live objects, by name.
+        types: Classes of namedtuples and enums inside the state.
+        comparison: What this start is; None: whatever the checkpoint was made with is fine.
+        found: Schedules among the objects that were not given.
+        unfinished: Gets the gradients of an unfinished step back.
+        notes: What else the report says.
+        group: The ranks that resume together: rank 0 chooses, all load, all must succeed.
+        load_from: Which of them read the checkpoint.
+        of_each_rank: Names of what each rank gets back its own of; None: of all that was stored so.
+        ahead: What was read of the checkpoint before.
+        attributes: What training makes of attributes of the user's own objects.
+        is_torn: Whether an attempt before has left the objects with parts of a checkpoint.
+        clock: Seconds since 1970.
+
+    Attributes:
+        values: The plain values of the resumed checkpoint, or None.
+        best_step: The best step that it knew, or None.
+        facts: What else the resumed checkpoint was made with.
+        origin: Facts of the checkpoint of another run in which this run began.
+        skipped: Patterns of what this run did not load when it began.
+        is_torn: Whether the objects hold parts of a checkpoint, and no whole one.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        objects: Mapping[str, object],
+        types: tuple[type, ...],
+        comparison: Comparison | None = None,
+        *,
+        found: FoundSchedules | None = None,
+        unfinished: UnfinishedGradients | None = None,
+        notes: tuple[str, ...] = (),
+        group: Group,
+        load_from: LoadFrom = "all",
+        of_each_rank: Collection[str] | None = None,
+        ahead: ReadAhead | None = None,
+        attributes: Attributes | None = None,
+        is_torn: bool = False,
+        clock: Callable[[], float],
+    ) -> None:
+        self.values: Any = None
+        self.is_torn = is_torn
+        self._examined: _Examined | None = None
+        self.best_step: int | None = None
+        self._run = run
+        self._group = group
+        self._candidates = Candidates(run.catalog, run.storage, run.history)
+        self._ahead = ahead
+        self._attributes = attributes
+        self._readers = readers_for(run, group, load_from)
+        self._of_each_rank = of_each_rank
+        self._load_from = load_from
+        self._clock = clock
+        self._begins_anew = False
+        self._is_beginning = False
+        self._notes = notes
+        self._objects = objects
+        self._types = types
+        self.facts: Mapping[str, Any] = {}
+        self.origin: Origin = {}
+        self.skipped: tuple[str, ...] = ()
+        self._comparison = comparison
+        self._found = found
+        self._given_since: list[str] = []
+        self._growth = Growth(objects)
+        self._unfinished = unfinished
+        self._differences: tuple[Difference, ...] = ()
+        self._told: tuple[Difference, ...] = ()
+        self._same: tuple[Difference, ...] = ()
+
+    def start(self, selection: Selection) -> ResumeReport:
+        """Resume what `selection` asks for, or make ready for a fresh start."""
+        selection = self._resolved(selection)
+        rejected: list[Rejection] = []
+        reader = None
+        for candidate in self._chosen_together(selection):
+            if isinstance(candidate, Rejection):
+                rejected.append(candidate)
+                continue
+            try:
+                damage = self._readers.load(partial(self._examine, candidate))
+                if damage is None:  # on every rank: only now does one of them change something
+                    damage = self._readers.load(self._fill)
+            finally:
+                self._growth.take_back()  # what has got its shape from here, and nothing more
+            if damage is None:
+                reader = candidate
+                break
+            if selection.kind in ("step", "path", "best"):
+                raise damage
+            rejected.append(Rejection(candidate.folder, candidate.step, str(damage)))
+        self._refuse_nothing_found(selection, reader, rejected)
+        if reader is None:
+            refuse_torn(self._run, is_torn=self.is_torn)
+        return self._begun_together(selection, reader, tuple(rejected))
+
+    def _resolved(self, selection: Selection) -> Selection:
+        """Return what a selection means for this run, as rank 0 sees it."""
+        if selection.kind != "path":
+            return selection
+        group, what = self._group, "what is to be resumed"
+        own = group.together(
+            what, lambda: None if group.rank else self._candidates.resolved(selection)
+        )
+        kind = group.share(what, None if own is None else own.kind)
+        return replace(selection, kind="begun") if kind == "begun" else selection
+
+    def _chosen_together(self, selection: Selection) -> Iterator[Source | Rejection]:
+        """Yield what rank 0 chooses, as every rank reads it."""
+        group, own = self._group, iter(self._candidates.of(selection))
+        if group.rank > 0:
+            own = iter(())
+        while True:
+            found = group.together("choose a checkpoint", lambda: next(own, None))
+            seen = self._readers.open(found, whole=True)
+            if seen is None:
+                return
+            yield seen
+
+    def _begun_together(
+        self, selection: Selection, reader: Source | None, rejected: tuple[Rejection, ...]
+    ) -> ResumeReport:
+        """Let rank 0 clear the way; every rank has its own differences."""
+        group = self._group
+        self._told = told_by_rank_0(group, self._differences)
+
+        def begin() -> ResumeReport | None:
+            with as_directory_error(self._run.storage):
+                return self._clear_the_way(selection, reader, rejected)
+
+        report = group.together("begin", begin if group.rank == 0 else lambda: None)
+        if report is not None:
+            return report
+        checkpoint = None if reader is None else reader.storage.describe(reader.folder)
+        step = 0 if reader is None else reader.step
+        return ResumeReport(
+            step, checkpoint, rejected, differences=self._differences, same=self._same
+        )
+
+    def refuse_beginning(self, step: int) -> None:
+        """Raise if a branch that begins in the checkpoint of `step` would not be gone on with."""
+        self._is_beginning = True
+        found = self._group.together(
+            "choose a checkpoint",
+            lambda: None if self._group.rank else self._candidates.at_step(step),
+        )
+        source = self._readers.open(found, whole=False)
+        if source is not None and not isinstance(source, Rejection):
+            try:
+                damage = self._readers.load(partial(self._examine, source))
+            finally:
+                self._growth.take_back()
+            if damage is not None:
+                raise damage
+
+    def load_only(self, step: int) -> None:
+        """Fill these objects alone from the checkpoint of `step`."""
+        group = self._group
+        found = group.together(
+            "open the checkpoint", lambda: None if group.rank else self._candidates.at_step(step)
+        )
+        source = self._readers.open(found, whole=False)
+        if source is None or isinstance(source, Rejection):
+            where = self._run.storage.describe()
+            raise CheckpointNotFoundError(where, source.reason if source else "no checkpoint")
+        own: dict[str, Any] = {}
+
+        def look() -> None:
+            tree = self._tree(source)
+            own.update({name: tree[name] for name in self._objects})
+            check(self._objects, own)
+
+        damage = self._readers.load(look)
+        damage = damage or self._readers.load(lambda: fill(self._objects, own))
+        if damage is not None:
+            raise damage
+
+    def _examine(self, reader: Source) -> None:
+        """Read and check all that can be, and change nothing."""
+        self._check_journals()
+        tree = self._tree(reader)
+        moved = tree.pop(NAME, None)
+        rng, values = load_tensors(tree.pop("rng"), "cpu"), load_tensors(tree.pop("values"))
+        waiting = tree.pop(GRADIENTS, None)
+        tree, objects, differences = self._fitting(reader, tree)
+        self._growth = Growth(objects, partial(self._is_as_built, reader))
+        check_rng(rng, allow_missing_devices=self._comparison is not None)
+        differences = (*differences, *_of_devices(rng))
+        tree = self._compared(reader, tree, differences, moved)
+        check(objects, tree)
+        gradients = {} if self._unfinished is None else self._unfinished.check(waiting)
+        rng = of_devices_here(rng)
+        if self._is_own(reader):
+            _metrics_bytes(reader)
+        self._examined = _Examined(reader, objects, tree, rng, values, gradients)
+
+    def _check_journals(self) -> None:
+        if self._group.rank == 0 and not self._run.is_readonly:
+            self._run.metrics.check()
+            self._run.history.check()
+
+    def _fill(self) -> None:
+        """Fill the objects with what was examined; the random generators last."""
+        found = self._examined
+        if found is None:
+            raise RuntimeError("nothing was examined")
+        self.is_torn = True
+        fill(found.objects, found.tree)
+        self._growth.keep()
+        if self._attributes is not None:
+            self._attributes.restore()
+            self._attributes.take_effect(self._differences)
+        if self._unfinished is not None:
+            self._unfinished.restore(found.gradients)
+        if self._comparison is not None:
+            self._comparison.take_effect(self._differences)
+        restore_rng(found.rng)
+        if self._begins_anew:
+            begin_anew(found.rng, self._group.rank)
+        found.reader.check_rest()
+        self.is_torn = False
+        self.values = found.values
+        self._remember(found.reader.manifest.facts)
+
+    def _fitting(
+        self, reader: Source, tree: dict[str, Any]
+    ) -> tuple[dict[str, Any], Mapping[str, object], tuple[Difference, ...]]:
+        """Return what is stored and here, now that schedules were found that were not given."""
+        if self._found is None:
+            return tree, self._objects, ()
+        facts = reader.manifest.facts
+        known = facts.get("found")
+        skipped = () if self._comparison is None else self._comparison.skipped
+        fit = self._found.fit(tree, known if isinstance(known, Mapping) else {}, skipped)
+        tree, objects, told = fit
+        missing = of_checkpoint(facts)
+        self._given_since = [name for name in objects if missing and name not in tree]
+        objects = {name: one for name, one in objects.items() if name not in self._given_since}
+        return tree, objects, (*told, *missing)
+
+    def _is_as_built(self, reader: Source, path: str) -> bool:
+        """Tell whether an object was built as the one was that made the checkpoint."""
+        built = reader.manifest.facts.get("built")
+        comparison = self._comparison
+        if comparison is None or not isinstance(built, dict):  # an older version did not note it
+            return False
+        return bool(built.get(path) == comparison.facts["built"].get(path))
+
+    def _compared(
+        self, reader: Source, tree: dict[str, Any], more: tuple[Difference, ...], moved: Any
+    ) -> dict[str, Any]:
+        """Return what is to be loaded; raise if it does not fit or is not accepted."""
+        comparison, facts = self._comparison, reader.manifest.facts
+        if comparison is None:
+            self._growth.grow(tree)
+            return tree
+        place = self._group.rank, self._group.world_size
+        facts = facts_of_rank(facts, comparison.facts, *place)
+        rows = comparison.rows(facts)
+        found = tuple(row for row in rows if row.verdict != "same")
+        count = len(found)
+        found = tuple(row for row in found if not self._is_of_what_was_given_since(row))
+        rows = rows[count:]
+        told = {row.path for row in found}
+        found = gravest_first((*found, *(one for one in more if one.path not in told)))
+        if self._attributes is not None:
+            moved_on = self._attributes.differences(moved, found)
+            found = gravest_first((*found, *moved_on))
+        found = gravest_first((*found, *comparison.came_or_went(tree)))
+        is_here = reader.storage is self._run.storage
+        own = is_here and reader.manifest.run_id == self._run.run_id  # not its parent's
+        own = own and not self._is_beginning
+        patterns = comparison.patterns(facts, own=own)
+        tree, skipped = comparison.partial(tree, patterns, found)
+        self._growth.grow(tree)
+        model = {name: self._objects[name] for name in ("model",) if name in self._objects}
+        check(model, {name: tree[name] for name in model if name in tree})  # names both shapes
+        comparison.refuse(f"checkpoint of step {reader.step}", found)
+        comparison.accept(found)
+        self._differences = (*skipped, *found)
+        self._same = rows
+        self.skipped = patterns
+        return tree
+
+    def _is_of_what_was_given_since(self, row: Difference) -> bool:
+        """Return whether a row tells only that an object came, which is told otherwise."""
+        is_of = (f".{name}." in f".{row.path}." for name in self._given_since)
+        return row.stored is None and any(is_of)
+
+    def _tree(self, reader: Source) -> dict[str, Any]:
+        tree = self._decoded(reader, STATE_FILE)
+        if not {"rng", "values"} <= tree.keys():
+            expected, found = "rng and values among them", sorted(map(str, tree))
+            raise CorruptCheckpointError(reader.folder, STATE_FILE, expected=expected, found=found)
+        wanted = {n: v for n, v in tree.items() if n in _BESIDE or n in self._objects}
+        own, self._begins_anew = own_state(
+            wanted,
+            reader.manifest,
+            self._group,
+            self._of_each_rank,
+            partial(self._decoded, reader),
+            alike=self._load_from == "rank0",
+        )
+        return {**tree, **own}
+
+    def _decoded(self, reader: Source, name: str) -> dict[str, Any]:
+        structure = structure_from_bytes(reader.read_file(name), name)
+        here = {*types_in(capture(self._objects)), *classes_at_hand(flattened(self._objects))}
+        types = (*self._types, *here)
+        source = reader if self._ahead is None else self._ahead.of(reader)
+        tree = decode(structure, source, types=types, lazy=True)
+        if not isinstance(tree, dict):
+            raise CorruptCheckpointError(
+                reader.folder, name, expected="objects by name", found=type(tree).__name__
+            )
+        return tree
+
+    def _remember(self, facts: Mapping[str, Any]) -> None:
+        self.facts = facts
+        self.best_step = facts.get("best_step")
+        self.origin = self._candidates.origin or origin_in(facts)
+        before = facts.get("skip")
+        texts = [one for one in before if isinstance(one, str)] if isinstance(before, list) else []
+        self.skipped = tuple(dict.fromkeys([*texts, *self.skipped]))
+
+    def _refuse_nothing_found(
+        self, selection: Selection, reader: Source | None, rejected: list[Rejection]
+    ) -> None:
+        if reader is not None or selection.kind == "never":
+            return
+        if rejected:
+            raise CheckpointNotFoundError(
+                self._run.storage.describe(),
+                "not one checkpoint is intact",
+                found=f"damage in each of {len(rejected)}",
+                hint="\n".join([*map(_in_short, rejected), _ALL_DAMAGED]),
+            )
+        if selection.kind == "must" or self._run.parent is not None:
+            raise CheckpointNotFoundError(
+                self._run.storage.describe(),
+                "no checkpoint to resume",
+                hint='"auto" starts a new run where there is none, but never a branch',
+            )
+
+    def _clear_the_way(
+        self, selection: Selection, reader: Source | None, rejected: tuple[Rejection, ...]
+    ) -> ResumeReport:
+        """Set aside what belongs to another future, cut the metrics, and tell the history."""
+        self._check_journals()
+        own = reader is not None and self._is_own(reader)
+        step = 0 if reader is None else reader.step
+        moved = tuple(
+            (folder, self._run.catalog.set_aside(later, f"a run from step {step} began"))
+            for later, folder in self._run.catalog.folders()
+            if self._goes(later, folder, reader, own=own)
+        )
+        known = _metrics_bytes(reader) if reader is not None and own else 0
+        follows = own and selection.kind in ("auto", "begun")
+        notes = self._cut_metrics(known, step, keep_copy=not follows)
+        notes = (*_notes_on(selection, reader, self._run, own=own), *notes)
+        report = ResumeReport(
+            step=step,
+            checkpoint=None if reader is None else reader.storage.describe(reader.folder),
+            rejected=rejected,
+            set_aside=moved,
+            previous_owner=self._run.previous_owner,
+            differences=self._told,
+            same=self._same,
+            notes=(*self._notes, *notes),
+        )
+        started = {"event": "started", "at": now_as_text(self._clock)}
+        self._run.history.append({**started, **report.to_json()})
+        return report
+
+    def _is_own(self, reader: Source) -> bool:
+        """Return whether the run wrote a checkpoint, or took it over as a branch."""
+        run, manifest = self._run, reader.manifest
+        return reader.storage is run.storage and belongs_to(manifest, run.run_id, run.parent)
+
+    def _goes(self, step: int, folder: str, reader: Source | None, *, own: bool) -> bool:
+        """Return whether a checkpoint is of another future than what comes after `reader`."""
+        if reader is None or reader.storage is not self._run.storage:
+            return True
+        if own:
+            return step > reader.step
+        if folder == reader.folder:
+            return False
+        try:  # this run begins in a checkpoint that was copied here; older copies stay beside it
+            found = CheckpointReader(self._run.storage, folder)
+        except CheckpointError:
+            return True
+        return self._run.catalog.is_own(found) or step > reader.step
+
+    def _cut_metrics(self, nbytes: int, step: int, *, keep_copy: bool) -> tuple[str, ...]:
+        """Cut metrics.jsonl back to what it was at the checkpoint."""
+        metrics = self._run.metrics
+        told: tuple[str, ...] = ()
+        if not metrics.ends_at(nbytes):  # somebody has shortened, edited or removed it
+            was = f"{nbytes} bytes then, {metrics.nbytes} now"
+            what = f"metrics.jsonl is not what it was when the checkpoint was saved ({was})"
+            told = (f"{what}: the run goes on with the lines that are left",)
+            nbytes, keep_copy = metrics.end_before(lambda line: _is_after(step, line)), True
+        if metrics.nbytes == nbytes:
+            return told
+        copy = self._run.set_aside_metrics() if keep_copy else None
+        metrics.cut(nbytes)
+        if copy is None:
+            return told
+        return (*told, f"set aside: the old metrics.jsonl is now {copy}")
+
+
+def _is_after(step: int, line: Mapping[str, Json]) -> bool:
+    """Return whether a line of metrics is of a later step."""
+    found = line.get("step")
+    return isinstance(found, int | float) and found > step
+
+
+def _of_devices(rng: Mapping[str, Any]) -> tuple[Difference, ...]:
+    """Tell of random states that no device here can take."""
+    missing = missing_devices(rng)
+    if missing is None:
+        return ()
+    where, stored, now = missing
+    effect = "devices: what draws on them draws otherwise from here on"
+    return (Difference(where, stored, now, effect, "changed"),)
+
+
+def _metrics_bytes(reader: Source) -> int:
+    """Return how long metrics.jsonl was when a checkpoint was saved."""
+    found = reader.manifest.facts.get("metrics_bytes")
+    if type(found) is not int or found < 0:
+        where = f"{reader.folder}: manifest.json"
+        raise CorruptCheckpointError(where, "facts.metrics_bytes", expected="bytes", found=found)
+    return found
+
+
+def _notes_on(
+    selection: Selection, reader: Source | None, run: RunDirectory, *, own: bool
+) -> tuple[str, ...]:
+    """Say where a run began, where that is not what the selection says by itself."""
+    if selection.kind == "begun":
+        goes_on = "it goes on from its own newest checkpoint"
+        return (f"this run began in {selection.path}: {goes_on}; another directory begins anew",)
+    if reader is None or own or reader.storage is not run.storage:
+        return ()
+    return (f"{reader.folder} is of run {reader.manifest.run_id}: this run begins in it",)
+
+
+_ALL_DAMAGED = '`unbroken verify` lists all damage; resume_from_checkpoint="never" starts anew'
+
+
+def _in_short(rejection: Rejection) -> str:
+    """Return what is damaged in a checkpoint, in one short line."""
+    first, *_ = rejection.reason.splitlines() or [""]
+    _, found, what = first.partition(f"{rejection.folder}: ")
+    return f"{rejection.folder}: {brief(what if found else first, 100)}"

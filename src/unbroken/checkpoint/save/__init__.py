@@ -1,0 +1,1 @@
+"""One save: what each rank writes, copied or not, staged, committed."""

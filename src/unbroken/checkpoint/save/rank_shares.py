@@ -1,0 +1,458 @@
+"""What each rank of a save stores: its share of what all have in common, and what is its own.
+
+Ranks have modules and optimizers in common: tensors that are the same on all of them, or of which
+each holds a part. All other state (random generators, data loaders, ...) is stored once where it
+is the same on all ranks, and for each rank where it is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+import xxhash
+
+from unbroken.capture import (
+    Captured,
+    Encoded,
+    FileOf,
+    TensorLeaf,
+    capture_rng,
+    encode,
+    is_sharded,
+    raw,
+    structure_to_bytes,
+)
+from unbroken.capture.codec.encode_cache import TensorMemo
+from unbroken.checkpoint.coverage.attributes import NAME
+from unbroken.distributed import Group, divide, name_ranks
+from unbroken.errors import ConfigError, RankError
+
+# Whether what is stored once is the same on all ranks: the weights and moments of replicas.
+#
+# A local expert, a head for each rank, or replicas that a bug let drift apart would be stored as
+# rank 0 has them; an optimizer's state, of which each rank stores a share, would even be mixed. A
+# digest of every byte would cost a tenth of the save of a large model. There a sample is
+# compared: of each tensor blocks at even distances, other ones at each save.
+
+
+_FEW = 32 << 20  # bytes of all tensors: as many are compared as a whole, in 3 ms
+_ALL = 1 << 62  # bytes: more than a tensor has
+_BLOCK = 1024  # bytes
+_EVERY = 512  # blocks, one is compared: other ones at each save
+_FEWEST = 4  # blocks of a tensor
+_GOLDEN = 0x9E3779B1  # multiples of it are spread evenly (Knuth)
+
+
+def agree_on_replicas(
+    group: Group, leaves: Sequence[TensorLeaf], save: int, *, may_differ: bool = True
+) -> None:
+    """Raise unless these tensors are the same on all ranks, as far as the sample shows.
+
+    Args:
+        group: The ranks; all have the same leaves.
+        leaves: What is stored once.
+        save: The number of the save: it chooses the sample.
+        may_differ: Whether the caller can have each rank's own stored, which the hint then tells.
+
+    Raises:
+        RankError: Naming a tensor, and the ranks on which it is another one.
+
+    Example:
+        >>> from unbroken.distributed import Alone
+        >>> agree_on_replicas(Alone(), [], save=0)
+    """
+    block = _ALL if sum(leaf.nbytes for leaf in leaves) <= _FEW else _BLOCK
+    samples = [sample_of(leaf.tensor, save, block=block) for leaf in leaves]
+    host = _on_the_host(samples)
+    digests = group.gather("what is stored once", xxhash.xxh3_128_hexdigest(host.numpy().data))
+    if len(set(map(str, digests))) > 1:
+        raise _differing(group, [leaf.path for leaf in leaves], samples, may_differ=may_differ)
+
+
+def sample_of(tensor: torch.Tensor, turn: int, *, block: int = _BLOCK) -> torch.Tensor:
+    """Return a view on some bytes of a tensor, as rows; on all of a small one, as one row.
+
+    Args:
+        tensor: Any; of one that is not contiguous the elements in C order are looked at.
+        turn: Chooses the places; the same ones in tensors of the same length.
+        block: How many bytes there are at each place.
+
+    Example:
+        >>> sample_of(torch.zeros(1 << 20), turn=3).shape
+        torch.Size([8, 1024])
+    """
+    whole = tensor if tensor.is_contiguous() else raw(tensor).contiguous()
+    nbytes, start = whole.nbytes, whole.storage_offset() * whole.element_size()
+    count = max(_FEWEST, nbytes // (_BLOCK * _EVERY))
+    row, place = nbytes // count, turn * _GOLDEN
+    if row < block:
+        count, row, length = 1, nbytes, nbytes
+    else:
+        length = block
+        start += place % (nbytes - row * count + 1)  # what is left over is at either end
+        start += place % (row - block + 1)
+    rows = torch.empty(0, dtype=torch.uint8, device=whole.device)
+    return rows.set_(whole.untyped_storage(), start, (count, length), (row, 1))
+
+
+def _on_the_host(samples: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return all samples one after the other; what is on a device comes in few copies."""
+    alike: dict[tuple[torch.device, bool], list[torch.Tensor]] = {}
+    for sample in samples:
+        alike.setdefault((sample.device, len(sample) > 1), []).append(sample)
+    parts = [gathered(own).cpu() for own in alike.values()]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+
+
+def gathered(samples: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return a copy of samples, one after the other: of equal width, or of one row each."""
+    if len(samples[0]) == 1:
+        return torch.cat([sample.view(-1) for sample in samples])
+    return torch.cat([*samples]).view(-1)
+
+
+def _differing(
+    group: Group, paths: Sequence[str], samples: Sequence[torch.Tensor], *, may_differ: bool
+) -> RankError:
+    own = [xxhash.xxh3_64_hexdigest(_on_the_host([sample]).numpy().data) for sample in samples]
+    ranks = [list(map(str, digests)) for digests in map(_as_list, group.gather("each tensor", own))]
+    usual = max(ranks, key=ranks.count)
+    odd = tuple(rank for rank, digests in enumerate(ranks) if digests != usual)
+    rows = zip(paths, *ranks, strict=True)
+    differing = [path for path, *digests in rows if len(set(digests)) > 1]
+    more = f" (and {len(differing) - 1} more tensors)" if differing[1:] else ""
+    owners = dict.fromkeys(path.partition(".")[0].partition(":")[0] for path in differing)
+    each = ", ".join(f'"{name}"' for name in (*owners, "rng", "values"))
+    alike = "begin with the same weights (seed before the model is built), and sum all gradients"
+    apart = f"if the ranks should not be alike: Checkpointer(of_each_rank=[{each}])"
+    return RankError(
+        name_ranks(odd),
+        f"{differing[0]}{more}: is not what the other ranks have, and is stored once for all",
+        ranks=odd,
+        hint=f"{alike}; {apart}" if may_differ else alike,
+    )
+
+
+def _as_list(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
+
+
+STATE_FILE = "state.json"
+Place = tuple[int, int]
+"""Where a tensor lies: its address, and its length in bytes."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank stores in a save.
+
+    Args:
+        leaves: The tensors, or parts of tensors.
+        files: The files without tensors, by name: each makes its content, later.
+    """
+
+    leaves: tuple[TensorLeaf, ...]
+    files: Mapping[str, Callable[[], bytes]]
+
+
+class Plan:
+    """Who stores what. Ranks divide it anew only when one of them has something else to store.
+
+    Attributes:
+        memo: What is known of the tensors.
+        saves: How many there were on several ranks.
+    """
+
+    def __init__(self) -> None:
+        self.memo = TensorMemo()
+        self.saves = 0
+        self._offered: list[Any] | None = None
+        self._mine: frozenset[str] = frozenset()
+
+    def mine(self, group: Group, leaves: Sequence[TensorLeaf]) -> frozenset[str]:
+        """Return the paths of those of these leaves that this rank stores; see `divide`."""
+        offered = [
+            (one.path, one.dtype, one.shape, one.offsets, one.global_shape, one.sharded is None)
+            for one in leaves
+        ]
+        if group.any(offered != self._offered):
+            self._offered = None
+            self._mine = divide(group, {leaf.path: _whole(leaf) for leaf in leaves})
+            self._offered = offered
+        return self._mine
+
+
+def own_state_file(rank: int) -> str:
+    """Return the file with what a rank other than 0 has of its own."""
+    return f"state.rank{rank}.json"
+
+
+def own_key(rank: int) -> str:
+    """Return the name under which that state stands: no object can have it."""
+    return f"rank-{rank}"
+
+
+def share_of(
+    group: Group,
+    tree: Mapping[str, Any],
+    file_of: FileOf,
+    of_each_rank: Collection[str] | None,
+    plan: Plan,
+    blind: Sequence[int] = (),
+    *,
+    of_rank_0: Collection[Place] = (),
+) -> Share:
+    """Return what this rank stores of a state tree; all ranks call this.
+
+    Args:
+        group: The ranks.
+        tree: What this rank captured, with "rng" and "values".
+        file_of: Gives each leaf its file and its name there.
+        of_each_rank: The names of which each rank stores its own; None: whatever differs.
+        plan: How the save before was divided.
+        blind: Ranks that do not see where to store; with one of them, rank 0 stores all.
+        of_rank_0: Buffers that other ranks get from rank 0: what they have meanwhile is nothing.
+
+    Raises:
+        CaptureError: A value cannot be stored.
+        ConfigError: A blind rank has something that rank 0 has not.
+        RankError: The ranks have other objects, or another state of what is stored once.
+    """
+    if group.world_size == 1:
+        encoded = encode(dict(tree), file_of=file_of, memo=plan.memo)
+        return Share(encoded.leaves, {STATE_FILE: partial(structure_to_bytes, encoded.structure)})
+    private = _private_names(group, tree, of_each_rank)
+    common = {name: value for name, value in tree.items() if name not in private}
+    own = {name: tree[name] for name in tree if name in private}
+    encoded = group.together(
+        "capture the state",
+        lambda: encode({**common, **own}, file_of=file_of, memo=plan.memo),
+    )
+    if blind:
+        _refuse_what_only_others_have(encoded, own, blind)
+    if of_each_rank:
+        _agree_on_the_rest(group, common)
+    together = [name for name, value in common.items() if _are_alike(name, value)]
+    _agree_on_structure(group, encoded, together)
+    _agree_on_copies(group, encoded)
+    replicas = _replicas(encoded, together, of_rank_0)
+    agree_on_replicas(group, replicas, plan.saves, may_differ=of_each_rank != ())
+    plan.saves += 1
+    mine = _planned(group, encoded, common, plan, divided=not blind)
+    if group.rank == 0:
+        return Share(mine, {STATE_FILE: partial(structure_to_bytes, encoded.structure)})
+    if not own:
+        return Share(mine, {})
+    apart = encode({own_key(group.rank): own}, file_of=_in_file_of_rank(file_of, group.rank))
+    files = {own_state_file(group.rank): partial(structure_to_bytes, apart.structure)}
+    return Share((*mine, *apart.leaves), files)
+
+
+def _private_names(
+    group: Group, tree: Mapping[str, Any], of_each_rank: Collection[str] | None
+) -> frozenset[str]:
+    """Return the names of what each rank has of its own."""
+    if of_each_rank is not None:
+        own = frozenset(of_each_rank).intersection(tree)
+        moved = {NAME: tree[NAME]} if NAME in tree else {}
+        return own | (_private_names(group, moved, None) if moved else own)
+    digests = group.together(
+        "capture the state",
+        lambda: {
+            n: state_digest({n: value}) for n, value in tree.items() if not _are_alike(n, value)
+        },
+    )
+    ranks: Any = group.gather("what is the same on all ranks", digests)
+    return frozenset(name for name in digests if len({one.get(name) for one in ranks}) > 1)
+
+
+def state_digest(tree: Any) -> str:
+    """Return a digest of a small state, tensors included.
+
+    Example:
+        >>> state_digest({"step": 1}) == state_digest({"step": 1.0})
+        False
+    """
+    encoded = encode(tree)
+    digest = xxhash.xxh3_128(structure_to_bytes(encoded.structure))
+    for leaf in encoded.leaves:
+        _add(digest, leaf)
+    return digest.hexdigest()
+
+
+def _add(digest: xxhash.xxh3_128, leaf: TensorLeaf) -> xxhash.xxh3_128:
+    for chunk in leaf.chunks():
+        digest.update(chunk)
+    return digest
+
+
+def _are_alike(name: str, value: Any) -> bool:
+    """Return whether ranks have an object in common; one may follow a run with objects alone."""
+    return name != NAME and _is_common(value)
+
+
+def _is_common(value: Any) -> bool:
+    """Return whether a registered object is, or holds, one that the ranks have in common."""
+    if isinstance(value, Captured):
+        if value.kind == "gradients":  # whole ones are each rank's own, until they are added
+            return any(map(is_sharded, value.state["parameters"].values()))
+        return value.kind in ("module", "optimizer") or is_sharded(value.state)
+    if isinstance(value, Mapping):
+        return any(_is_common(item) for item in value.values())
+    return isinstance(value, list | tuple) and any(map(_is_common, value))
+
+
+def _refuse_what_only_others_have(
+    encoded: Encoded, own: Collection[str], blind: Sequence[int]
+) -> None:
+    """Raise if rank 0, which is to store all, does not hold all."""
+    cut = (leaf.path for leaf in encoded.leaves if leaf.sharded is not None)
+    path = next(chain(own, cut), None)
+    if path is not None:
+        raise ConfigError(
+            path,
+            f"is of each rank, but {name_ranks(blind)} cannot store it: where rank 0 saves is not "
+            "there",
+            hint='put the run directory where all ranks see it; load_from="rank0" is for models '
+            "and states that all ranks have alike",
+        )
+
+
+def _agree_on_the_rest(group: Group, common: Mapping[str, Any]) -> None:
+    """Raise unless schedules and the like are the same, where each rank's own are named."""
+    names = [n for n, value in common.items() if not (n in ("rng", "values") or _is_common(value))]
+    own = group.together("capture the state", lambda: {n: state_digest(common[n]) for n in names})
+    try:
+        group.agree("what of_each_rank does not name", own)
+    except RankError as error:
+        error.add_note("of_each_rank names what is each rank's own; None: whatever differs")
+        raise
+
+
+def _agree_on_structure(group: Group, encoded: Encoded, common: Iterable[str]) -> None:
+    """Raise unless all ranks have the same parameters, state and options of optimizers, ..."""
+    structure: Any = encoded.structure
+    found = {
+        name: xxhash.xxh3_128_hexdigest(structure_to_bytes(_without_devices(structure[name])))
+        for name in common
+    }
+    try:
+        group.agree("the state to be saved, without tensors", found)
+    except RankError as error:
+        error.add_note("an optimizer that keeps another state on each rank cannot be saved")
+        raise
+
+
+def _agree_on_copies(group: Group, encoded: Encoded) -> None:
+    """Raise unless what sharded modules hold whole is the same on all ranks: buffers, ..."""
+    cut = _cut(encoded)
+    found = {
+        leaf.path: _add(xxhash.xxh3_128(), leaf).hexdigest()
+        for leaf in encoded.leaves
+        if leaf.sharded is None and _owner(leaf.path) in cut
+    }
+    group.agree("the tensors that each rank holds whole", found)
+
+
+def _replicas(
+    encoded: Encoded, together: Collection[str], of_rank_0: Collection[Place]
+) -> list[TensorLeaf]:
+    """Return the tensors of which each rank has one, and that are stored once."""
+    owners = {*together} - _cut(encoded)
+    return [
+        leaf
+        for leaf in encoded.leaves
+        if _owner(leaf.path) in owners
+        and leaf.nbytes
+        and (leaf.tensor.data_ptr(), leaf.nbytes) not in of_rank_0
+    ]
+
+
+def _cut(encoded: Encoded) -> set[str]:
+    """Return the names of objects with sharded tensors."""
+    return {_owner(leaf.path) for leaf in encoded.leaves if leaf.sharded is not None}
+
+
+def _owner(path: str) -> str:
+    return path.partition(".")[0].partition(":")[0]
+
+
+def _without_devices(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_without_devices(item) for item in node]
+    if isinstance(node, dict):
+        kept = {key: node[key] for key in node if key not in ("device", "devices")}
+        return {key: _without_devices(value) for key, value in kept.items()}
+    return node
+
+
+def _planned(
+    group: Group, encoded: Encoded, common: Mapping[str, Any], plan: Plan, *, divided: bool
+) -> tuple[TensorLeaf, ...]:
+    """Return the leaves that this rank stores, in files of its own where ranks share one."""
+    optimizers = tuple(f"{path}." for path in _optimizers_in(common, ""))
+    shared = [
+        leaf
+        for leaf in encoded.leaves
+        if leaf.sharded is not None or (divided and leaf.path.startswith(optimizers))
+    ]
+    names = {leaf.path for leaf in shared}
+    of_rank_0 = [leaf for leaf in encoded.leaves if leaf.path not in names and group.rank == 0]
+    shared.sort(key=lambda leaf: (leaf.sharded is None, -leaf.nbytes))  # whole ones fill the gaps
+    mine = plan.mine(group, [*of_rank_0, *shared])
+    files = {leaf.file for leaf in shared}
+    return tuple(
+        leaf._replace(file=file_of_rank(leaf.file, group.rank)) if leaf.file in files else leaf
+        for leaf in encoded.leaves
+        if leaf.path in mine and (leaf.offsets is None or leaf.nbytes)
+    )
+
+
+def _whole(leaf: TensorLeaf) -> torch.Tensor:
+    return leaf.tensor if leaf.sharded is None else leaf.sharded
+
+
+def _optimizers_in(value: Any, path: str) -> Iterator[str]:
+    if isinstance(value, Captured):
+        yield from [path] if value.kind == "optimizer" else []
+    elif isinstance(value, Mapping | list | tuple):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, item in items:
+            yield from _optimizers_in(item, f"{path}.{key}" if path else str(key))
+
+
+def file_of_rank(name: str, rank: int) -> str:
+    """Return the file of a rank where several share one.
+
+    Example:
+        >>> file_of_rank("model.safetensors", 2)
+        'model.rank2.safetensors'
+    """
+    stem, _, end = name.rpartition(".")
+    return f"{stem}.rank{rank}.{end}"
+
+
+def _in_file_of_rank(file_of: FileOf, rank: int) -> Callable[[str], tuple[str, str]]:
+    def own(path: str) -> tuple[str, str]:
+        file, name = file_of(path)
+        return file_of_rank(file, rank), name
+
+    return own
+
+
+# Whether ranks draw the same random numbers: one state is saved for all of them.
+
+
+def rng_digest() -> str:
+    """Return a digest of the states of this process's global random generators on the CPU.
+
+    Example:
+        >>> rng_digest() == rng_digest()
+        True
+    """
+    return state_digest({name: state for name, state in capture_rng().items() if name != "cuda"})

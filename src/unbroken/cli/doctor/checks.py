@@ -1,0 +1,275 @@
+"""Versions, switches and environment variables that cost bit-exactness, told from the facts."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from unbroken.cli.doctor.finding import Finding
+from unbroken.cli.tables import date_text, size_text
+
+Facts = Mapping[str, Any]
+
+_OLDEST_TORCH = (2, 9)
+_REPEATING_WORKSPACES = (":4096:8", ":16:8")
+_HAVE_THEIR_OWN_CHECK = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OMP_DYNAMIC",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "PYTHONHASHSEED",
+)
+
+
+def check_switches(facts: Facts) -> list[Finding]:
+    """Return what is wrong, or good to know, about `environment_facts()`.
+
+    Args:
+        facts: Those of a process as a training would be started in.
+    """
+    return [finding for check in _CHECKS for finding in check(facts)]
+
+
+def _old_torch(facts: Facts) -> Iterator[Finding]:
+    version = tuple(int(number) for number in re.findall(r"\d+", facts["torch"])[:2])
+    if version < _OLDEST_TORCH:
+        yield Finding(
+            "breaks",
+            f"torch {facts['torch']} is older than 2.9",
+            "unbroken is made for, and tested with, torch 2.9 and newer",
+            'pip install "torch>=2.9"',
+        )
+
+
+def _threads_of_the_machine(facts: Facts) -> Iterator[Finding]:
+    if _variable(facts, "OMP_NUM_THREADS") or _variable(facts, "MKL_NUM_THREADS"):
+        return
+    threads = facts["num_threads"]
+    yield Finding(
+        "risk",
+        f"OMP_NUM_THREADS is not set: torch takes {threads} threads, from the cores it sees",
+        "another number of threads sums in another order; on a machine with other cores, or "
+        "under torchrun (which sets 1), a run would go on with other bits",
+        f"export OMP_NUM_THREADS={threads} in the script that starts the job",
+    )
+
+
+def _threads_that_vary(facts: Facts) -> Iterator[Finding]:
+    if (_variable(facts, "OMP_DYNAMIC") or "").strip().lower() in ("true", "1"):
+        yield Finding(
+            "breaks",
+            "OMP_DYNAMIC is on",
+            "the number of threads follows the load of the machine, and with it the order of sums",
+            "unset OMP_DYNAMIC",
+        )
+
+
+def _too_many_threads(facts: Facts) -> Iterator[Finding]:
+    threads, cores = facts["num_threads"], facts["cores"]
+    if threads > cores:
+        yield Finding(
+            "note",
+            f"torch takes {threads} threads on {cores} cores",
+            "threads that wait for each other make it slow; the bits are not affected",
+            f"a new run: export OMP_NUM_THREADS={cores}. A run that has begun keeps {threads}: "
+            "another number changes its bits",
+        )
+
+
+def _workspace(facts: Facts) -> Iterator[Finding]:
+    value = _variable(facts, "CUBLAS_WORKSPACE_CONFIG")
+    if not _has_gpu(facts) or value in _REPEATING_WORKSPACES:
+        return
+    remedy = "export CUBLAS_WORKSPACE_CONFIG=:4096:8"
+    if value is None:
+        yield Finding(
+            "note",
+            "CUBLAS_WORKSPACE_CONFIG is not set",
+            "without it, cuBLAS may not repeat its own bits. unbroken's Trainer sets it; a loop of "
+            "your own does not",
+            remedy,
+        )
+    else:
+        yield Finding(
+            "breaks",
+            f"CUBLAS_WORKSPACE_CONFIG is {value}",
+            "with this workspace cuBLAS may not repeat its own bits, and the Trainer leaves what "
+            "is set as it is",
+            remedy,
+        )
+
+
+def _benchmark(facts: Facts) -> Iterator[Finding]:
+    if facts["cudnn.benchmark"] and _has_gpu(facts):
+        yield Finding(
+            "risk",
+            "torch.backends.cudnn.benchmark is on",
+            "cuDNN takes the kernel that was the fastest just now: another one next time. "
+            "unbroken's Trainer turns it off; a loop of your own does not",
+            "torch.backends.cudnn.benchmark = False",
+        )
+
+
+def _not_deterministic(facts: Facts) -> Iterator[Finding]:
+    if not facts["deterministic"]:
+        yield Finding(
+            "note",
+            "torch does not use deterministic algorithms by default",
+            "some kernels do not repeat their own bits. unbroken's Trainer turns deterministic "
+            "ones on (full_determinism=True, the default); a loop of your own does not",
+            "torch.use_deterministic_algorithms(True) in a loop of your own",
+        )
+
+
+def _tf32(facts: Facts) -> Iterator[Finding]:
+    names = [path.removeprefix("float32.cuda.") for path in facts if path in _ON_CUDA]
+    reduced = [name for name in names if facts[f"float32.cuda.{name}"] != "ieee"]
+    if reduced and _has_gpu(facts):
+        yield Finding(
+            "note",
+            f"TF32 is on for float32 on the GPU: {', '.join(reduced)}",
+            "one GPU model repeats its bits with it; a model without TF32 cannot. (torch's default "
+            "for cuDNN.)",
+            'torch.backends.fp32_precision = "ieee", if GPUs of other kinds shall come near',
+        )
+
+
+def _set_variables(facts: Facts) -> Iterator[Finding]:
+    prefix = "variables."
+    names = [path.removeprefix(prefix) for path in facts if path.startswith(prefix)]
+    names = [n for n in names if _variable(facts, n) and n not in _HAVE_THEIR_OWN_CHECK]
+    if names:
+        yield Finding(
+            "note",
+            f"set: {', '.join(f'{name}={_variable(facts, name)}' for name in names)}",
+            "libraries read these when they choose kernels and round",
+            "set them alike at every start of a run, in the script that starts the job",
+        )
+
+
+def _denormals(facts: Facts) -> Iterator[Finding]:
+    if facts["flush_denormal"]:
+        yield Finding(
+            "risk",
+            "the smallest numbers are flushed to zero in every new process",
+            "something that Python loads at its start has switched the processor; where it is not "
+            "loaded, the bits differ",
+            "call torch.set_flush_denormal(...) at the top of the training script",
+        )
+
+
+def _hash_seed(facts: Facts) -> Iterator[Finding]:
+    if _variable(facts, "PYTHONHASHSEED") is None:
+        yield Finding(
+            "note",
+            "PYTHONHASHSEED is not set",
+            "each start goes through a set of texts in another order. unbroken depends on none; "
+            "data that your code gathers in a set may",
+            "sort such sets, or export PYTHONHASHSEED=0",
+        )
+
+
+def _variable(facts: Facts, name: str) -> str | None:
+    value: str | None = facts.get(f"variables.{name}")
+    return value
+
+
+def _has_gpu(facts: Facts) -> bool:
+    return bool(facts["gpus"] != [])
+
+
+_ON_CUDA = {"float32.cuda.matmul", "float32.cuda.conv", "float32.cuda.rnn"}
+_CHECKS: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
+    _old_torch,
+    _threads_that_vary,
+    _threads_of_the_machine,
+    _workspace,
+    _benchmark,
+    _denormals,
+    _too_many_threads,
+    _not_deterministic,
+    _tf32,
+    _set_variables,
+    _hash_seed,
+)
+
+
+# Room, load and clock of the machine: what makes a training slow, or end for no good reason.
+
+
+_SHARED_MEMORY = "/dev/shm"  # noqa: S108  # its size alone is looked at
+_LITTLE_SHARED_MEMORY = 1_000_000_000
+_BUSY = 1.5  # runnable processes for each core
+_EARLIEST, _LATEST = 1_735_689_600.0, 4_102_444_800.0  # 2025, 2100
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is looked at.
+
+    Attributes:
+        cores: How many this process may use.
+        load: Processes that ran or waited, on average over the last minute; None: unknown.
+        shared_memory: The size of /dev/shm in bytes; None: there is none.
+        clock: Seconds since 1970.
+    """
+
+    cores: int
+    load: float | None
+    shared_memory: int | None
+    clock: float
+
+    @classmethod
+    def here(cls, cores: int) -> Machine:
+        """Look at this machine."""
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+        return cls(cores, load, _size_of(_SHARED_MEMORY), time.time())
+
+    def check(self) -> list[Finding]:
+        """Return what is wrong."""
+        return [*self._check_shared_memory(), *self._check_load(), *self._check_clock()]
+
+    def _check_shared_memory(self) -> Iterator[Finding]:
+        if self.shared_memory is None or self.shared_memory >= _LITTLE_SHARED_MEMORY:
+            return
+        yield Finding(
+            "risk",
+            f"{_SHARED_MEMORY} has only {size_text(self.shared_memory)}",
+            "workers of a DataLoader hand batches over there; when it is full, they die with "
+            '"bus error"',
+            "start the container with --shm-size=8g, or use dataloader_num_workers=0",
+        )
+
+    def _check_load(self) -> Iterator[Finding]:
+        if self.load is None or self.load <= _BUSY * self.cores:
+            return
+        yield Finding(
+            "note",
+            f"the machine is busy: load {self.load:.1f} on {self.cores} cores",
+            "training will be slow; the bits are not affected",
+            "wait, or stop what else is running",
+        )
+
+    def _check_clock(self) -> Iterator[Finding]:
+        if _EARLIEST <= self.clock <= _LATEST:
+            return
+        day = date_text(time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(self.clock)))
+        yield Finding(
+            "risk",
+            f"the clock says {day}",
+            "the end of a Slurm job is known by the clock, and checkpoints carry its dates. "
+            "(Nothing in unbroken decides by date which checkpoint is newer.)",
+            "set the clock",
+        )
+
+
+def _size_of(folder: str) -> int | None:
+    try:
+        found = os.statvfs(folder)
+    except OSError:
+        return None
+    return found.f_blocks * found.f_frsize

@@ -1,0 +1,325 @@
+"""`unbroken ls`: which runs there are, and which checkpoints they have."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from unbroken.cli.run_paths import Place, best_step_of, is_pinned, is_run, open_place, runs_in
+from unbroken.cli.tables import (
+    date_text,
+    make_console,
+    make_table,
+    print_json,
+    print_table,
+    size_text,
+)
+from unbroken.errors import CheckpointError, RunDirectoryError
+from unbroken.store import Lineage, RunDirectory
+from unbroken.store.format.names import BRANCHES, SET_ASIDE, step_of
+
+# Which runs there are below a folder, and which is a branch of which.
+
+
+@dataclass(frozen=True)
+class Branching:
+    """A run at its place in the tree.
+
+    Attributes:
+        place: The run.
+        depth: How many of its forebears are in the tree.
+        parent: The run that it left, if that is in the tree.
+    """
+
+    place: Place
+    depth: int
+    parent: Place | None
+
+    @property
+    def name(self) -> str:
+        """How a list calls it: with the step at which it left its parent, if it is a branch."""
+        place, lineage = self.place, lineage_of(self.place)
+        if lineage is None:
+            return short(place.path)
+        if self.parent is None:
+            return f"{short(place.path)} at step {lineage.step} of run {lineage.run_id[:8]}"
+        is_inside = place.path.parent == self.parent.path / BRANCHES
+        name = place.path.name if is_inside else short(place.path)
+        return f"{'  ' * self.depth}{name} at step {lineage.step}"
+
+
+def lineage_of(place: Place) -> Lineage | None:
+    """Return where a run comes from, if it is a branch."""
+    return None if place.run is None else place.run.parent
+
+
+def origin_of(place: Place) -> str | None:
+    """Return in words where a branch comes from; None for a run that is none."""
+    lineage = lineage_of(place)
+    if lineage is None:
+        return None
+    parent = _recorded(place, lineage)
+    try:
+        is_there = is_run(parent) and RunDirectory.open_readonly(parent).run_id == lineage.run_id
+    except RunDirectoryError:
+        is_there = False
+    name = short(parent) if is_there else f"run {lineage.run_id}"
+    return f"{name} at step {lineage.step}"
+
+
+def runs_below(folder: Path) -> list[Path]:
+    """Return the run directories at and below a folder, by path; no link is walked into."""
+    found = [folder] if is_run(folder) else []
+    for path, folders, _ in os.walk(folder):
+        folders[:] = [name for name in folders if not _holds_no_runs(name)]
+        found += [Path(path, name) for name in folders if is_run(Path(path, name))]
+    return sorted(found)
+
+
+def _holds_no_runs(name: str) -> bool:
+    return name.startswith(".") or name == SET_ASIDE or step_of(name) is not None
+
+
+def as_tree(places: Sequence[Place]) -> list[Branching]:
+    """Return runs so that each stands below the one that it left, by the steps where they left.
+
+    A parent is known by its id. Of several copies with that id, the one that stands where the
+    branch says is taken.
+    """
+    parents = {place.path: _parent_in(place, places) for place in places}
+    roots = [place for place in places if parents[place.path] is None]
+    tree = [item for root in roots for item in _with_branches(root, 0, None, places, parents)]
+    reached = {item.place.path for item in tree}
+    lost = [place for place in places if place.path not in reached]  # files edited by hand
+    return tree + [Branching(place, 0, None) for place in lost]
+
+
+def _with_branches(
+    place: Place,
+    depth: int,
+    parent: Place | None,
+    places: Sequence[Place],
+    parents: dict[Path, Place | None],
+) -> Iterator[Branching]:
+    yield Branching(place, depth, parent)
+    children = [one for one in places if parents[one.path] is place]
+    for child in sorted(children, key=_left_at):
+        yield from _with_branches(child, depth + 1, place, places, parents)
+
+
+def _left_at(place: Place) -> tuple[int, Path]:
+    lineage = lineage_of(place)
+    return (0 if lineage is None else lineage.step, place.path)
+
+
+def _parent_in(place: Place, places: Sequence[Place]) -> Place | None:
+    lineage = lineage_of(place)
+    if lineage is None:
+        return None
+    known = [one for one in places if one.run is not None and one.run.run_id == lineage.run_id]
+    recorded = _recorded(place, lineage)
+    return next((one for one in known if one.path == recorded), known[0] if known else None)
+
+
+def _recorded(place: Place, lineage: Lineage) -> Path:
+    return Path(os.path.normpath(place.path / lineage.path))
+
+
+def short(path: Path) -> str:
+    """Return the path as seen from the current directory, where it is below."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+NOT_VERIFIED = "not verified"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One checkpoint of a list.
+
+    Attributes:
+        folder: Its folder in the run directory.
+        state: "not verified" where the manifest is whole and all files have their sizes; else
+            what is wrong. Only `unbroken verify` reads the bytes.
+        step: Its step; None, as all that follows, if its manifest cannot be read.
+        created: When it was saved, in UTC.
+        nbytes: The size of all its files.
+        tensors: How many tensors it has.
+        best: Whether it is the best by the run's own metric.
+        pinned: Whether the user pinned it.
+    """
+
+    folder: str
+    state: str
+    step: int | None = None
+    created: str | None = None
+    nbytes: int | None = None
+    tensors: int | None = None
+    best: bool = False
+    pinned: bool = False
+
+    @property
+    def marks(self) -> str:
+        """What is special about it, in words."""
+        marks = {"best": self.best, "pinned": self.pinned}
+        return ", ".join(mark for mark, is_set in marks.items() if is_set)
+
+
+def print_listing(given: Sequence[str], *, as_json: bool) -> int:
+    """Print the runs, or the checkpoints of the runs, that the paths name; and their branches.
+
+    Raises:
+        RunDirectoryError: A path names no run, and holds none.
+    """
+    places = _places(given)
+    branches = _branches_below(places)
+    if as_json:
+        tree = as_tree([*places, *branches])
+        print_json({"runs": [_run_json(item.place) for item in tree]})
+    elif _is_overview(given, places):
+        _print_overview(as_tree(places))
+    else:
+        _print_each(places)
+        if branches:
+            tree = as_tree([*places, *branches])
+            _print_branches([item for item in tree if item.place in branches])
+    return 0
+
+
+def rows_of(place: Place) -> list[Row]:
+    """Return the checkpoints of a run, by rising step."""
+    best = best_step_of(place)
+    return [_row(place, folder, best) for folder in place.folders]
+
+
+def _row(place: Place, folder: str, best: int | None) -> Row:
+    try:
+        reader = place.open(folder)
+    except CheckpointError as error:
+        return Row(folder, str(error).removeprefix(f"{folder}: "))
+    manifest = reader.manifest
+    return Row(
+        folder,
+        NOT_VERIFIED,
+        step=manifest.step,
+        created=manifest.created,
+        nbytes=manifest.nbytes,
+        tensors=len(manifest.tensors),
+        best=manifest.step == best,
+        pinned=is_pinned(reader),
+    )
+
+
+def _places(given: Sequence[str]) -> list[Place]:
+    if given:
+        return [place for text in given for place in _places_at(text)]
+    here = Path.cwd()
+    found = [here] if is_run(here) else _runs_from(here)
+    if not found:
+        raise RunDirectoryError(
+            str(here), "no run in ./runs or here", hint="name a run: unbroken ls RUN"
+        )
+    return [Place(path, RunDirectory.open_readonly(path)) for path in found]
+
+
+def _places_at(text: str) -> list[Place]:
+    """Return the run or checkpoint that a path names, or else the runs in that folder."""
+    inside = [] if is_run(Path(text)) else runs_below(Path(text).absolute())
+    return [open_place(str(path)) for path in inside] or [open_place(text)]
+
+
+def _runs_from(here: Path) -> list[Path]:
+    """Return the runs below ./runs, those that stand here, and their branches."""
+    found = runs_below(here / "runs")
+    found += [path for run in runs_in(here) for path in runs_below(run)]
+    return list(dict.fromkeys(found))
+
+
+def _branches_below(places: Sequence[Place]) -> list[Place]:
+    """Return the runs that stand below the runs named, and are not named themselves."""
+    named = {place.path for place in places}
+    found = [path for place in places if place.folder is None for path in runs_below(place.path)]
+    others = [path for path in dict.fromkeys(found) if path not in named]
+    return [Place(path, RunDirectory.open_readonly(path)) for path in others]
+
+
+def _is_overview(given: Sequence[str], places: Sequence[Place]) -> bool:
+    """Return whether the paths name folders of runs, not runs: then one line a run is enough."""
+    named = {Path(text).absolute() for text in given} or {Path.cwd()}
+    return not any(place.path in named or place.folder is not None for place in places)
+
+
+def _run_json(place: Place) -> dict[str, object]:
+    lineage = lineage_of(place)
+    return {
+        "path": str(place.path),
+        "id": None if place.run is None else place.run.run_id,
+        "created": None if place.run is None else place.run.created,
+        "parent": None if lineage is None else lineage.to_json(),
+        "checkpoints": [asdict(row) for row in rows_of(place)],
+    }
+
+
+def _print_overview(tree: Sequence[Branching]) -> None:
+    rows = [_overview_row(item) for item in tree]
+    columns = ("run", "newest step", "checkpoints", "size", "created")
+    numbers = ("newest step", "checkpoints", "size")
+    print_table(make_console(), make_table(columns, rows, numbers))
+
+
+def _overview_row(item: Branching) -> tuple[str, ...]:
+    """Return the line of a run from names and sizes: many runs have many manifests to read."""
+    place = item.place
+    steps = [step for folder in place.folders if (step := step_of(folder)) is not None]
+    return (
+        item.name,
+        str(max(steps)) if steps else "-",
+        str(len(place.folders)),
+        size_text(sum(_nbytes_in(place, folder) for folder in place.folders)),
+        "-" if place.run is None else date_text(place.run.created),
+    )
+
+
+def _nbytes_in(place: Place, folder: str) -> int:
+    found = (place.storage.stat(f"{folder}/{name}") for name in place.storage.list(folder))
+    return sum(stat.nbytes for stat in found if stat is not None)
+
+
+def _print_each(places: Sequence[Place]) -> None:
+    console = make_console()
+    columns = ("step", "created", "size", "tensors", "marks", "state")
+    for number, place in enumerate(places):
+        console.print(*([""] if number else []), _title(place), sep="\n")
+        rows = [_cells(row) for row in rows_of(place)]
+        table = make_table(columns, rows, ("step", "size", "tensors"))
+        if rows:
+            print_table(console, table)
+        else:
+            console.print("no checkpoint yet")
+    console.print(
+        "state: manifests and file sizes were looked at; `unbroken verify` reads all bytes"
+    )
+
+
+def _print_branches(tree: Sequence[Branching]) -> None:
+    make_console().print("\nbranches", style="bold")
+    _print_overview(tree)
+
+
+def _title(place: Place) -> str:
+    origin = origin_of(place)
+    return short(place.path) + ("" if origin is None else f": a branch of {origin}")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.folder.removeprefix("checkpoint-") if row.step is None else str(row.step),
+        "-" if row.created is None else date_text(row.created),
+        "-" if row.nbytes is None else size_text(row.nbytes),
+        "-" if row.tensors is None else str(row.tensors),
+        row.marks or "-",
+        row.state,
+    )

@@ -1,0 +1,1 @@
+"""Which samples make which batch: a pure function of seed, epoch and position."""

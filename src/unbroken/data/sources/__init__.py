@@ -1,0 +1,1 @@
+"""Where batches come from, and how each source finds its position again."""

@@ -1,0 +1,547 @@
+"""Sources over loaders and iterables: through the loader's own state, or counted and skipped."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, ClassVar
+
+import torch
+from torch.utils.data import default_collate
+
+from unbroken.data.keyed_rng import KeyedRandom, derive_key
+from unbroken.data.order.global_order import BatchShape
+from unbroken.data.sources.batch_digests import OR_ALLOW, Seen, read_otherwise, weights_of
+from unbroken.data.sources.iterable import END, ForeignLoader, Grouping, Reader
+from unbroken.data.sources.protocol import (
+    OF_THE_DATA,
+    MicroBatch,
+    OnePass,
+    Position,
+    require_counts,
+    require_same_facts,
+)
+from unbroken.data.worker_signals import shut_down
+from unbroken.errors import DataError
+
+OnSkip = Callable[[int, int, float], None]
+
+_log = logging.getLogger("unbroken.data")
+_SECONDS_BETWEEN_REPORTS = 1.0
+_OWN_STATE = (
+    "Its state_dict does not bring it back to the place that it was taken at: give its data set, "
+    "or a loader without state_dict, whose epoch is read again."
+)
+
+
+@dataclass(frozen=True)
+class _Left:
+    """A pass that was left off, and where."""
+
+    reader: Reader | None = None
+    place: Position | None = None
+
+    def end(self) -> None:
+        """Let its workers end."""
+        if self.reader is not None:
+            shut_down(self.reader.batches)
+
+
+class LoaderSource:
+    """What `StatefulSource` and `CountedSource` share: endless epochs over a foreign loader.
+
+    Everything that the loader draws in this process is keyed, see `ForeignLoader`. With
+    several ranks a loader of batches must itself give each rank its own batches.
+
+    Args:
+        loader: A loader of micro-batches, an iterable of samples, or a function giving one.
+        seed: The seed of the run.
+        shape: How a global batch is cut.
+        grouping: What the loader gives, and how micro-batches are made of it.
+        may_change: Facts (see `state_dict`) that need not be those of a loaded state.
+
+    Attributes:
+        places: `own_state` of every rank, by rank, where each has a loader of its own; to be set
+            before each `state_dict`.
+        first_items: What the first micro-batch of all ranks was made of, since `from_`.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(
+        self,
+        loader: Any,
+        *,
+        seed: int,
+        shape: BatchShape,
+        grouping: Grouping | None = None,
+        may_change: Collection[str] = (),
+    ) -> None:
+        self._may_change = frozenset(may_change)
+        self.shape = shape
+        self.position = Position()
+        self._loader = ForeignLoader(loader, seed)
+        self._grouping = Grouping() if grouping is None else grouping
+        self._running = OnePass()
+        self.places: list[dict[str, Any]] = []
+        self.first_items: list[Any] = []
+        self._before: dict[str, Any] = {}
+        self._weights: Mapping[str, str] = {}
+        self._batch: list[Any] = []
+        self._reader: Reader | None = None
+        self._left: _Left | None = None
+
+    @property
+    def data(self) -> Any:
+        """The loader or the iterable."""
+        return self._loader.loader
+
+    @property
+    def collate_fn(self) -> Callable[[list[Any]], Any] | None:
+        """What makes a batch of samples, where that is done here."""
+        return self._grouping.collate if self._grouping.samples else None
+
+    @property
+    def on_workers(self) -> Callable[[], object]:
+        """Called before processes that read get copies of the data set; may be set."""
+        return self._loader.on_workers
+
+    @on_workers.setter
+    def on_workers(self, call: Callable[[], object]) -> None:
+        self._loader.on_workers = call
+
+    @property
+    def gives_samples(self) -> bool:
+        """Whether the loader gives single samples, which are dealt to the ranks here."""
+        return self._grouping.samples
+
+    @property
+    def steps_per_epoch(self) -> Fraction | None:
+        """Optimizer steps in one epoch, where the loader has a length; else None."""
+        length = self._loader.length
+        if length is None:
+            return None
+        if not self._grouping.samples:
+            return Fraction(length, self.shape.accumulation)
+        if self._grouping.drop_last:
+            length -= length % self.shape.micro_batch_size
+        return Fraction(length, self.shape.global_batch_size)
+
+    @property
+    def samples_per_epoch(self) -> int | None:
+        """None: positions are counted in what the loader gives."""
+        return None
+
+    def from_(self, position: Position | None = None) -> Iterator[MicroBatch]:
+        """Return the micro-batches from a position on, endless.
+
+        A pass that stands there already goes on, with nothing to be read again.
+        """
+        self.first_items = []
+        start = self.position if position is None else position
+        self._left = _Left()
+        self._running.close()
+        left, self._left = self._left, None
+        if left.place is not start:
+            left.end()
+        return self._running.begin(self._read(start, left.reader if left.place is start else None))
+
+    def used(self, micro: MicroBatch) -> None:
+        """Take note that a micro-batch has been used."""
+        self.position = micro.after
+
+    def left_in_step(self) -> int:
+        """Return how many micro-batches are left in the current optimizer step: 1 to A."""
+        return self.shape.accumulation - self.position.pending
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the place after the last batch used, and what it depends on.
+
+        With a loader on each rank these are `places`, where they are told; else each rank has
+        a state of its own.
+        """
+        return {"ranks": self.places} if self.places else self.own_state()
+
+    def own_state(self) -> dict[str, Any]:
+        """Return the place of this rank's loader, and what it depends on."""
+        place = self.position
+        return {
+            **self._facts(),
+            "samples": place.samples,
+            "epoch": place.epoch,
+            "taken": place.taken,
+            "pending": place.pending,
+            "loader_state": place.loader_state,
+            "trail": {**place.trail, **self._what_draws_next(place)},
+        }
+
+    def _what_draws_next(self, place: Position) -> dict[str, Any]:
+        """Return the weights that the next epoch is drawn from; or what it was, if it has begun."""
+        reader = self._reader
+        if reader is None or reader.epoch == place.epoch:
+            return {"weights": weights_of(self._loader.loader)}
+        return {"next": {"epoch": reader.epoch, "drawn_from": dict(reader.drawn_from)}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a saved place.
+
+        Raises:
+            DataError: It was saved with another loader, seed or cut of the global batch, or by
+                loaders on another number of ranks.
+        """
+        self.check_state_dict(state)
+        state, facts = self._of_this_rank(state), self._facts()
+        self._running.close()
+        names = ("samples", "epoch", "taken", "pending", "loader_state")
+        is_same = "trail" not in self._may_change and all(state.get(n) == facts[n] for n in facts)
+        trail = state.get("trail", {}) if is_same else {}
+        self._weights, self._reader = trail.get("weights") or {}, None
+        self.position = Position(**{name: state[name] for name in names}, trail=trail)
+
+    def accept_other_data(self) -> None:
+        """Load a place though the data may give other batches up to it than were used."""
+        self._may_change |= OF_THE_DATA
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise what `load_state_dict` would raise, and change nothing."""
+        own = self._of_this_rank(state)
+        require_same_facts(own, self._facts(), self._may_change)
+        require_counts(own, "samples", "epoch", "taken", "pending")
+
+    def _of_this_rank(self, state: Any) -> Any:
+        if not isinstance(state, Mapping) or self._grouping.samples or state.get("gives_samples"):
+            return state
+        if "ranks" not in state and state.get("world_size") == self.shape.world_size:
+            return state  # each rank has stored its own
+        ranks = state.get("ranks", [state])
+        if len(ranks) != self.shape.world_size:
+            raise DataError(
+                "data.world_size",
+                "a loader that gives each rank its own batches goes on with as many ranks",
+                expected=f"{len(ranks)}, as saved",
+                found=self.shape.world_size,
+                hint="A map-style data set, or an iterable of samples that is the same on all "
+                "ranks, is dealt to any number of ranks.",
+            )
+        found: Mapping[str, Any] = ranks[self.shape.rank]
+        return found
+
+    def close(self) -> None:
+        """Stop reading; the position stays."""
+        self._running.close()
+
+    def _read(self, place: Position, reader: Reader | None) -> Generator[MicroBatch, None, None]:
+        if reader is None:
+            with KeyedRandom() as rng:
+                reader = self._resume(place, rng)
+            reader.expected = place.trail.get("next") or {}
+            self._refuse_other_weights()
+        self._reader = reader
+        try:
+            while True:
+                with KeyedRandom() as rng:  # closed before each yield: the trainer draws too
+                    self._before = self._beginning(reader, place)
+                    micro = self._next(reader, place, rng)
+                place = micro.after
+                yield micro
+        finally:
+            left = _Left(reader, place)
+            if self._left is None:
+                left.end()
+            else:
+                self._left = left
+
+    def _refuse_other_weights(self) -> None:
+        """Raise if a sampler's weights, which training changes, are not those that were saved."""
+        weights, self._weights = self._weights, {}
+        now = weights_of(self._loader.loader) if weights else {}
+        for name, digest in weights.items():
+            if now.get(name, digest) != digest:
+                raise DataError(
+                    f"{type(self._loader.loader).__name__}.{name}",
+                    "is not what it was when the checkpoint was saved",
+                    expected=f"digest {digest}",
+                    found=f"digest {now[name]}",
+                    hint=f"Save it with the run, by a name of its own. {OR_ALLOW}",
+                )
+
+    def _next(self, reader: Reader, place: Position, rng: KeyedRandom) -> MicroBatch:
+        if self._grouping.samples:
+            return self._next_of_samples(reader, place, rng)
+        (data,), epoch = reader.take(1, self._grouping, rng)
+        self.first_items = self.first_items or [data]
+        samples = _samples_in(data, self.shape.micro_batch_size)
+        first = place.samples + self.shape.rank * samples
+        return MicroBatch(data, samples, epoch, first, self._after(reader, place, samples))
+
+    def _next_of_samples(self, reader: Reader, place: Position, rng: KeyedRandom) -> MicroBatch:
+        """Deal a step in equal, contiguous parts; every rank reads all of it, and keeps its own."""
+        shape = self.shape
+        size, own = shape.micro_batch_size, shape.accumulation
+        if place.pending == 0:
+            self._pass_over(reader, shape.rank * own, rng)
+        items, epoch = reader.take(size, self._grouping, rng)
+        self.first_items = self.first_items or items
+        begin = place.samples - place.pending * shape.stride
+        first = begin + (shape.rank * own + place.pending) * size
+        rng.seed(derive_key(self._loader.seed, "collate", first))
+        data = self._grouping.collate(items)
+        if self._collates:
+            self._batch = [size, _digest_of(data)]
+        if place.pending == own - 1:
+            self._pass_over(reader, (shape.world_size - 1 - shape.rank) * own, rng)
+        return MicroBatch(data, size, epoch, first, self._after(reader, place, size))
+
+    def _pass_over(self, reader: Reader, micro_batches: int, rng: KeyedRandom) -> None:
+        """Read what other ranks take."""
+        for _ in range(micro_batches):
+            items, _ = reader.take(self.shape.micro_batch_size, self._grouping, rng)
+            self.first_items = self.first_items or items
+
+    def _after(self, reader: Reader, place: Position, samples: int) -> Position:
+        return Position(
+            samples=place.samples + samples * self.shape.world_size,
+            epoch=reader.epoch,
+            taken=reader.taken,
+            pending=(place.pending + 1) % self.shape.accumulation,
+            loader_state=self._loader_state(),
+            trail=self._trail(reader),
+        )
+
+    def _trail(self, reader: Reader) -> dict[str, Any]:
+        return {"digest": reader.seen.text(), "before": self._before, "batch": self._batch}
+
+    @property
+    def _collates(self) -> bool:
+        """Whether a collator of the user's makes batches of which this rank has every one."""
+        own = self._grouping.collate is not default_collate
+        return own and self._grouping.samples and self.shape.world_size == 1
+
+    def _collate_again(self, place: Position, items: list[Any], rng: KeyedRandom) -> None:
+        """Raise if the collator makes another batch of the last samples than it did."""
+        size, before = self.shape.micro_batch_size, place.trail.get("before") or {}
+        is_same = (place.trail.get("batch") or [None])[0] == size
+        if not self._collates or not is_same or before.get("epoch") != place.epoch:
+            return
+        rng.seed(derive_key(self._loader.seed, "collate", place.samples - size))
+        digest, found = place.trail["batch"][1], _digest_of(self._grouping.collate(items))
+        if digest != found:
+            what = f"the collator's batch of items up to {place.taken - 1} of epoch {place.epoch}"
+            self._refuse_another(what, digest, found)
+
+    def _facts(self) -> dict[str, Any]:
+        facts: dict[str, Any] = {
+            "kind": self.kind,
+            "seed": self._loader.seed,
+            **self._loader.facts(),
+            "global_batch_size": self.shape.global_batch_size,
+            "gives_samples": self._grouping.samples,
+        }
+        if not self._grouping.samples or self._grouping.drop_last:
+            facts["micro_batch_size"] = self.shape.micro_batch_size
+        if not self._grouping.samples:
+            facts["world_size"] = self.shape.world_size
+        return facts
+
+    def _resume(self, place: Position, rng: KeyedRandom) -> Reader:
+        """Read on at a place."""
+        raise NotImplementedError
+
+    def _loader_state(self) -> Any:
+        """What must be stored to come back to the place where the loader stands now."""
+        raise NotImplementedError
+
+    def _beginning(self, reader: Reader, place: Position) -> dict[str, Any]:
+        """What is to be known of the place before a micro-batch."""
+        raise NotImplementedError
+
+    def _refuse_another(self, what: str, expected: object, found: object, *hint: str) -> None:
+        raise read_otherwise(type(self._loader.loader).__name__, what, expected, found, *hint)
+
+
+class StatefulSource(LoaderSource):
+    """A loader that has `state_dict` and `load_state_dict`, used through them.
+
+    Its state is taken after each batch that it hands out and travels with the batch, so that
+    what is saved belongs to the last batch *used*. How exact a resume is, and what it costs,
+    is up to the loader; what it draws in this process is keyed.
+    """
+
+    kind: ClassVar[str] = "stateful"
+
+    def _resume(self, place: Position, rng: KeyedRandom) -> Reader:
+        before = place.trail.get("before") or {}
+        if place.trail.get("digest") is None or not before:
+            return self._at(place.epoch, place.taken, place.loader_state, rng)
+        reader = self._at(**before, rng=rng)
+        size = self.shape.micro_batch_size if self._grouping.samples else 1
+        items, _ = reader.take(size, self._grouping, rng)
+        found = (reader.epoch, reader.taken, reader.seen.text())
+        if found != (place.epoch, place.taken, place.trail["digest"]):
+            batch = f"item {place.taken - 1} of epoch {place.epoch}, from its own state"
+            self._refuse_another(batch, place.trail["digest"], found[2], _OWN_STATE)
+        self._collate_again(place, items, rng)
+        return reader
+
+    def _at(self, epoch: int, taken: int, loader_state: Any, rng: KeyedRandom) -> Reader:
+        return Reader(self._loader, self._loader.begin(epoch, rng, loader_state), epoch, taken)
+
+    def _loader_state(self) -> Any:
+        return self._loader.state()
+
+    def _beginning(self, reader: Reader, place: Position) -> dict[str, Any]:
+        """One batch is read again from here, where it is this rank's alone."""
+        reader.seen = Seen()
+        if self._grouping.samples and self.shape.world_size > 1:
+            return {}
+        return {
+            "epoch": place.epoch,
+            "taken": place.taken,
+            "loader_state": place.loader_state,
+        }
+
+
+class CountedSource(LoaderSource):
+    """A loader without an exact state of its own: its epoch is read again up to the position.
+
+    That is exact, because each epoch's `iter()` and each `next()` are keyed, and because
+    skipped batches are really read, so that workers draw what they drew before. It costs the
+    time of reading them, which is logged (logger `unbroken.data`) and told to `on_skip`.
+
+    Args:
+        loader: As for `LoaderSource`.
+        seed: The seed of the run.
+        shape: How a global batch is cut.
+        grouping: As for `LoaderSource`.
+        reason: Why the epoch must be read again; it stands in the log.
+        on_skip: Called with (items skipped, items to skip, seconds so far), about once a
+            second and when all are skipped.
+        clock: Seconds, monotonic.
+
+    Example:
+        >>> source = CountedSource([[1, 2], [3, 4]], seed=0, shape=BatchShape(2, 2))
+        >>> batch = next(source.from_())
+        >>> batch.data, batch.after.taken
+        ([1, 2], 1)
+    """
+
+    kind: ClassVar[str] = "counted"
+
+    def __init__(
+        self,
+        loader: Any,
+        *,
+        seed: int,
+        shape: BatchShape,
+        grouping: Grouping | None = None,
+        reason: str = "it has no state_dict",
+        on_skip: OnSkip | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        may_change: Collection[str] = (),
+    ) -> None:
+        super().__init__(loader, seed=seed, shape=shape, grouping=grouping, may_change=may_change)
+        self.on_skip = on_skip
+        self._reason = reason
+        self._clock = clock
+
+    def _resume(self, place: Position, rng: KeyedRandom) -> Reader:
+        reader = Reader(self._loader, self._loader.begin(place.epoch, rng), place.epoch, taken=0)
+        if place.taken:
+            last = self._skip(reader, place.taken, place.trail, rng)
+            self._collate_again(place, last, rng)
+        return reader
+
+    def _skip(
+        self, reader: Reader, count: int, trail: Mapping[str, Any], rng: KeyedRandom
+    ) -> list[Any]:
+        """Read up to a place again; return what a micro-batch is made of, as far as it is there."""
+        last: deque[Any] = deque(maxlen=self.shape.micro_batch_size if self._collates else 0)
+        name = type(self._loader.loader).__name__
+        _log.warning(
+            "%s: reading and skipping %d items of epoch %d to come back to its place, because %s",
+            name,
+            count,
+            reader.epoch,
+            self._reason,
+        )
+        start = reported = self._clock()
+        while reader.taken < count:
+            if (item := reader.read(rng)) is END:
+                raise DataError(
+                    name,
+                    f"epoch {reader.epoch} is shorter than when it was saved",
+                    expected=f"at least {count} items",
+                    found=reader.taken,
+                )
+            self._hold_against(reader, trail, count)
+            last.append(item)
+            now = self._clock()
+            if now - reported >= _SECONDS_BETWEEN_REPORTS and reader.taken < count:
+                reported = now
+                self._report(reader.taken, count, now - start)
+        self._report(count, count, self._clock() - start)
+        _log.warning("skipped %d items in %.1f s", count, self._clock() - start)
+        return list(last)
+
+    def _hold_against(self, reader: Reader, trail: Mapping[str, Any], count: int) -> None:
+        """Raise if what is read again is not what was read; as early as it shows."""
+        before, epoch = trail.get("before") or {}, f"epoch {reader.epoch}"
+        drawn_from = trail.get("drawn_from") or {}
+        now = {name: reader.drawn_from.get(name, digest) for name, digest in drawn_from.items()}
+        changed = [name for name, digest in drawn_from.items() if now[name] != digest]
+        if changed and count == self._loader.length and self._are_weights(changed):
+            return  # the epoch is over: the next one is drawn from the weights as they are now
+        if changed:
+            name = changed[0]
+            what = f"{epoch} was drawn from another state of {name}"
+            self._refuse_another(what, drawn_from[name], now[name])
+        places = {count: trail.get("digest")}
+        if before.get("epoch") == reader.epoch:
+            places[before["taken"]] = before["digest"]
+        digest, found = places.get(reader.taken), reader.seen.text()
+        if digest is not None and digest != found:
+            first = before["taken"] if reader.taken == count and len(places) > 1 else 0
+            items = (
+                f"item {first}" if first == count - 1 else f"items {first} to {reader.taken - 1}"
+            )
+            self._refuse_another(f"{items} of {epoch}", digest, found)
+
+    def _are_weights(self, names: Iterable[str]) -> bool:
+        weights = weights_of(self._loader.loader)
+        return all(name in weights for name in names)
+
+    def _report(self, done: int, total: int, seconds: float) -> None:
+        if self.on_skip is not None:
+            self.on_skip(done, total, seconds)
+
+    def _loader_state(self) -> None:
+        return None
+
+    def _beginning(self, reader: Reader, place: Position) -> dict[str, Any]:
+        return {"epoch": reader.epoch, "taken": reader.taken, "digest": reader.seen.text()}
+
+    def _trail(self, reader: Reader) -> dict[str, Any]:
+        return {**super()._trail(reader), "drawn_from": dict(reader.drawn_from)}
+
+
+def _digest_of(batch: Any) -> str | None:
+    seen = Seen()
+    seen.add(batch)
+    return seen.text()
+
+
+def _samples_in(batch: Any, otherwise: int) -> int:
+    """The length of the first tensor in a batch, or of the batch itself."""
+    if isinstance(batch, torch.Tensor):
+        return len(batch) if batch.ndim else otherwise
+    if isinstance(batch, Mapping):
+        return _samples_in(next(iter(batch.values())), otherwise) if batch else otherwise
+    if isinstance(batch, (tuple, list)) and batch:
+        if isinstance(batch[0], (torch.Tensor, Mapping)):
+            return _samples_in(batch[0], otherwise)
+        return len(batch)
+    return otherwise

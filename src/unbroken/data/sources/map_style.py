@@ -1,0 +1,238 @@
+"""Map-style data sets: order, randomness and position are computed, nothing is replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any, ClassVar
+
+import torch
+from torch.utils.data import DataLoader
+
+from unbroken.data.introspection import declared
+from unbroken.data.keyed_dataset import KeyedDataset
+from unbroken.data.order.global_order import BatchShape, GlobalOrder, MicroBatchSampler
+from unbroken.data.sources.protocol import (
+    OF_THE_DATA,
+    MicroBatch,
+    OnePass,
+    Position,
+    require_counts,
+    require_same_facts,
+)
+from unbroken.data.worker_signals import leaving_signals, shut_down
+from unbroken.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How batches are read; it never changes what is read.
+
+    Attributes:
+        num_workers: Processes that read; 0 reads in the process of the trainer.
+        pin_memory: Copy batches into page-locked memory, where there is an accelerator.
+        prefetch_factor: Batches that each worker reads ahead; torch's default is 2.
+        multiprocessing_context: How workers start: "fork", "spawn" or "forkserver".
+    """
+
+    num_workers: int = 0
+    pin_memory: bool = False
+    prefetch_factor: int | None = None
+    multiprocessing_context: Any = None
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 0:
+            raise ConfigError("num_workers", expected="at least 0", found=self.num_workers)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of torch's `DataLoader`, without those that mean nothing here."""
+        pin_memory = self.pin_memory and torch.accelerator.is_available()
+        if self.num_workers == 0:
+            return {"pin_memory": pin_memory}
+        return {
+            "num_workers": self.num_workers,
+            "pin_memory": pin_memory,
+            "prefetch_factor": self.prefetch_factor,
+            "multiprocessing_context": self.multiprocessing_context,
+            "worker_init_fn": leaving_signals(),
+        }
+
+
+class MapSource:
+    """Batches of a map-style data set: seeks in O(1), and its state is one integer.
+
+    What is random in a sample is keyed by (seed, epoch, index): see `KeyedDataset`. So the
+    same batches come at any world size, with any number of workers, from any position.
+    A plain torch `DataLoader` does the reading.
+
+    Args:
+        dataset: Has `__getitem__` and `__len__`. Where it has a string `fingerprint`, the
+            fingerprint becomes part of the state, so that changed data are noticed.
+        order: The order of its samples.
+        shape: How a global batch is cut.
+        collate_fn: Makes a batch of a list of samples; torch's `default_collate` by default.
+        loading: How batches are read.
+        may_change: Facts (see `state_dict`) that need not be those of a loaded state. Steps of
+            another size are counted from the loaded position on, which stays in samples.
+
+    Attributes:
+        data: The data set.
+        collate_fn: As it was given.
+
+    Example:
+        >>> order = GlobalOrder(6, seed=0, shuffle=False)
+        >>> source = MapSource(list("abcdef"), order, BatchShape(4, 2))
+        >>> batches = source.from_(Position(samples=4))
+        >>> next(batches).data, next(batches).data
+        (['e', 'f'], ['a', 'b'])
+    """
+
+    kind: ClassVar[str] = "map"
+
+    def __init__(
+        self,
+        dataset: Any,
+        order: GlobalOrder,
+        shape: BatchShape,
+        *,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        loading: Loading | None = None,
+        may_change: Collection[str] = (),
+    ) -> None:
+        self.data, self.collate_fn = dataset, collate_fn
+        self.order = order
+        self.shape = shape
+        self.position = Position()
+        self._steps_from = 0  # the position that steps of this size are counted from
+        self._may_change = frozenset(may_change)
+        self._batches = KeyedDataset(dataset, order.seed, collate_fn)
+        self._fingerprint = declared(dataset, "fingerprint")
+        self._loading = Loading() if loading is None else loading
+        self._running = OnePass()
+        self.on_workers: Callable[[], object] = lambda: None
+
+    @property
+    def steps_per_epoch(self) -> Fraction:
+        """Optimizer steps in one epoch, exactly; not whole where a batch may span two epochs."""
+        return Fraction(self.order.epoch_size, self.shape.global_batch_size)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples in one epoch."""
+        return self.order.epoch_size
+
+    def split_into(self, micro_batch_size: int) -> None:
+        """Cut global batches into micro-batches of another size; only at the edge of a step.
+
+        Raises:
+            ConfigError: The global batch cannot be cut so.
+        """
+        self._running.close()
+        self.shape = replace(self.shape, micro_batch_size=micro_batch_size)
+
+    def from_(self, position: Position | None = None) -> Iterator[MicroBatch]:
+        """Return the micro-batches from a position on, endless; the first one comes in O(1).
+
+        Raises:
+            ConfigError: The position lies in the middle of a step that cannot be finished with
+                these sizes.
+        """
+        start = (self.position if position is None else position).samples
+        shape = self.shape
+        sampler = MicroBatchSampler(
+            self.order,
+            shape.global_batch_size,
+            shape.micro_batch_size,
+            shape.rank,
+            shape.world_size,
+            start,
+            steps_from=self._steps_from,
+        )
+        return self._running.begin(self._read(sampler))
+
+    def used(self, micro: MicroBatch) -> None:
+        """Take note that a micro-batch has been used."""
+        self.position = micro.after
+
+    def left_in_step(self) -> int:
+        """Return how many micro-batches are left in the current optimizer step: 1 to A."""
+        return self.shape.left_in_step(self.position.samples - self._steps_from)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of samples used, and what the order depends on."""
+        place = {"samples": self.position.samples, "steps_from": self._steps_from}
+        return {**self._facts(), **place}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a saved position; it may have been saved at another world size.
+
+        Raises:
+            DataError: The order of the data would not be that of the saved run.
+        """
+        self.check_state_dict(state)
+        self._running.close()
+        self.position = Position(samples=state["samples"])
+        self._steps_from = state.get("steps_from", 0)
+        if state["global_batch_size"] != self.shape.global_batch_size:
+            self._steps_from = self.position.samples  # from here on they are of another size
+
+    def accept_other_data(self) -> None:
+        """Load a position though the data may give other batches up to it than were used."""
+        self._may_change |= OF_THE_DATA
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise what `load_state_dict` would raise, and change nothing."""
+        require_same_facts(state, self._facts(), self._may_change)
+        require_counts({"steps_from": 0, **state}, "samples", "steps_from", "global_batch_size")
+        size, now = state["global_batch_size"], self.shape.global_batch_size
+        if size != now and size and (state["samples"] - state.get("steps_from", 0)) % size:
+            raise DataError(
+                "data.global_batch_size",
+                "cannot be changed in the middle of a step",
+                expected=size,
+                found=now,
+                hint="Resume from a checkpoint between two steps.",
+            )
+
+    def close(self) -> None:
+        """Stop reading and shut the workers down; the position stays."""
+        self._running.close()
+
+    def _read(self, sampler: MicroBatchSampler) -> Generator[MicroBatch, None, None]:
+        loader: DataLoader[Any] = DataLoader(
+            self._batches,  # type: ignore[arg-type]
+            batch_sampler=sampler,
+            collate_fn=_as_it_is,
+            generator=torch.Generator(),  # else iter() would draw from the global generator
+            **self._loading.arguments(),
+        )
+        if self._loading.num_workers:
+            self.on_workers()
+        size, used = self.shape.micro_batch_size, sampler.start
+        batches = iter(loader)
+        try:
+            for first, data in zip(sampler.places(), batches, strict=False):
+                used += self.shape.stride
+                yield MicroBatch(data, size, self.order.epoch(first), first, Position(used))
+        finally:
+            shut_down(batches)
+
+    def _facts(self) -> dict[str, Any]:
+        facts: dict[str, Any] = {
+            "kind": self.kind,
+            "n": self.order.n,
+            "seed": self.order.seed,
+            "order": self.order.version,
+            "shuffle": self.order.shuffle,
+            "epoch_size": self.order.epoch_size,
+            "global_batch_size": self.shape.global_batch_size,
+        }
+        if isinstance(self._fingerprint, str):
+            facts["fingerprint"] = self._fingerprint
+        return facts
+
+
+def _as_it_is(batch: Any) -> Any:
+    """The batches are collated where the samples are drawn, under one key."""
+    return batch

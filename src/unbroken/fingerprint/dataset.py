@@ -1,0 +1,374 @@
+"""What the data of a run are: length, a sample of the records, and the code that makes batches."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Subset,
+    TensorDataset,
+    default_collate,
+    default_convert,
+)
+
+from unbroken.data import KeyedRandom, Permutation, Seen, derive_key, drawn_from
+from unbroken.fingerprint.digests import record_digest, tokenizer_digest
+from unbroken.fingerprint.forked_reader import Apart, Heard
+from unbroken.fingerprint.introspection import Failed, asked, attributes_of, tried
+from unbroken.fingerprint.source_code import is_users_own, qualified_name, source_digest
+from unbroken.fingerprint.values import (
+    NOT_COMPARED,
+    Plain,
+    callable_facts,
+    facts_of,
+    facts_of_items,
+)
+
+# A few records of a data set as digests, read where reading can change nothing here.
+
+
+_RECORDS = 16
+_SECONDS = 0.05  # for reading
+_DEADLINE = 3.0  # for all of it, a fork and a first record that is slow included
+_KEY = derive_key(0, "fingerprint")
+_TWICE = 2
+_OWN_RECORD, _OWN_BATCH = "a record moves a generator", "a batch is not the same twice"
+_INERT = (bool, int, float, complex, str, bytes, type(None), np.ndarray, np.generic, torch.Tensor)
+
+
+def begin_sampling(
+    data: Any, length: int, collate: Callable[..., Any] | None, clock: Callable[[], float]
+) -> Callable[[], dict[str, Plain]]:
+    """Begin to read some records, the same ones each time; return what waits for their digests.
+
+    A data set runs in a forked child, and so does a collator: whatever they open, draw or count
+    stays there. Lists, arrays and tensors are read here. Where there is no child to read
+    in, or it reads not one record twice in time, the facts say so instead.
+    """
+    indices = sampled_records(length) if length > 0 else []
+    inert: dict[str, Plain] = {}
+    if not indices or _is_inert(data, indices):
+        records = [record_digest(data[index]) for index in indices]
+        inert = {"records": [*records], "repeatable": True} if records else {}
+        if not indices or collate is None:
+            return lambda: inert
+    on_device = _device_has_begun()
+
+    def read(write: Callable[[str], None]) -> None:
+        for line in _lines(data, indices, collate, clock, on_device=on_device):
+            write(line)
+
+    reading = Apart(read, seconds=_DEADLINE)
+    return lambda: {**_facts(reading.heard()), **inert}
+
+
+def _device_has_begun() -> bool:
+    """Return whether a forked child could not use the device."""
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+def _facts(heard: Heard) -> dict[str, Plain]:
+    """Return the facts in what a child wrote: digests, and perhaps why there are no more."""
+    found = [line for line in heard.lines if line not in (_OWN_RECORD, _OWN_BATCH)]
+    digests = [line for line in found if not line.startswith(NOT_COMPARED)]
+    own: dict[str, Plain] = {"collates": False} if _OWN_BATCH in heard.lines else {}
+    if len(digests) < 2:  # the first record is read twice
+        reasons = [line for line in found if line not in digests]
+        return {**own, "records": reasons[0] if reasons else f"{NOT_COMPARED}{heard.missing}"}
+    is_same = digests[0] == digests[1] and _OWN_RECORD not in heard.lines
+    return {**own, "records": [digests[0], *digests[2:]], "repeatable": is_same}
+
+
+def sampled_records(length: int) -> list[int]:
+    """Return the first record, the last one, and others by the order of a fixed key."""
+    some = Permutation(length, _KEY)(np.arange(min(length, _RECORDS), dtype=np.uint64))
+    return list(dict.fromkeys([0, length - 1, *some.tolist()]))[:_RECORDS]
+
+
+def _lines(
+    data: Any,
+    indices: list[int],
+    collate: Callable[..., Any] | None,
+    clock: Callable[[], float],
+    *,
+    on_device: bool,
+) -> Iterator[str]:
+    """Yield the digest of the first record twice, then those of the others, while time allows.
+
+    After them a line tells of records, or batches of them, that are not the same twice.
+    A record that raises counts by its exception if others can be read. Where none can, or what is
+    missing is only missing in this process (a connection, memory, the device), a line says so.
+    """
+    passing = (OSError, MemoryError, *((RuntimeError,) if on_device else ()))
+    deadline, held, can_be_read = clock() + _SECONDS, [], False
+    first: list[Any] = []  # the first record, read twice
+    moved: list[dict[str, str]] = []
+    with KeyedRandom() as rng:
+        for position, index in enumerate([indices[0], *indices]):
+            rng.seed(derive_key(_KEY, index))
+            record = _read(data, index)
+            digest = record if isinstance(record, Failed) else tried(record_digest, record)
+            if isinstance(digest, Failed):
+                reason = _reason(digest.error, on_device=on_device)
+                if isinstance(digest.error, passing):
+                    break
+                digest = record_digest(qualified_name(digest.error))
+            else:
+                can_be_read = True
+            if len(first) < _TWICE:
+                first.append(record)
+                moved.append(drawn_from(data))
+            held.append(digest)
+            if can_be_read:
+                yield from held
+                held.clear()
+            if position and clock() >= deadline:
+                break
+        if moved and moved[0] != moved[-1]:
+            yield _OWN_RECORD
+        if collate is not None and can_be_read and _draws_by_itself(collate, first, rng):
+            yield _OWN_BATCH
+    if not can_be_read:
+        yield f"{NOT_COMPARED}{reason}"
+
+
+def _draws_by_itself(collate: Callable[..., Any], records: list[Any], rng: KeyedRandom) -> bool:
+    """Return whether a collator gives another batch of the same records under the same key."""
+    found = []
+    for _ in range(_TWICE):
+        own = tried(copy.deepcopy, records)  # a collator may change what it is given
+        rng.seed(_KEY)
+        batch = tried(collate, own)
+        if isinstance(own, Failed) or isinstance(batch, Failed):
+            return False  # of records that do not go together, say
+        seen = Seen()
+        seen.add(batch)
+        found.append((seen.text(), drawn_from(collate)))
+    return bool(found[0] != found[1])
+
+
+def _read(data: Any, index: int) -> Any:
+    """Return a record, or a batch where a data set takes lists of indices; or what it raised."""
+    record = tried(lambda: data[index])
+    if not isinstance(record, Failed):
+        return record
+    of_batch = tried(lambda: data[[index]])
+    return record if isinstance(of_batch, Failed) else of_batch
+
+
+def _reason(error: Exception, *, on_device: bool) -> str:
+    name = qualified_name(error).removeprefix("builtins.")
+    where = "in a process that cannot use the device"
+    return f"{name} {where}" if on_device else f"reading one raised {name}"
+
+
+def _is_inert(data: Any, indices: list[int]) -> bool:
+    """Return whether reading these records runs no code but Python's, NumPy's and torch's."""
+    if type(data) in (range, np.ndarray, torch.Tensor, TensorDataset):
+        return True
+    if type(data) is Subset:
+        inner = [data.indices[index] for index in indices]
+        return type(data.indices) in (list, range) and _is_inert(data.dataset, inner)
+    return type(data) in (list, tuple) and all(_is_plain(data[index]) for index in indices)
+
+
+def _is_plain(record: Any, depth: int = 0) -> bool:
+    if type(record) in _INERT or isinstance(record, np.generic):
+        return True
+    if depth > 3 or type(record) not in (list, tuple, dict):
+        return False
+    parts = record.values() if isinstance(record, dict) else record
+    return all(_is_plain(part, depth + 1) for part in parts)
+
+
+_TRANSFORMS = ("transform", "target_transform", "transforms")
+_TOLD_ONCE = frozenset({"tokenizer", "data_source", "dataset", "sampler", *_TRANSFORMS})
+_OF_THIS_RANK = frozenset({"num_replicas", "rank", "epoch", "num_samples", "total_size"})
+
+
+def data_facts(
+    data: Any,
+    collate_fn: Callable[..., Any] | None = None,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Plain]:
+    """Return what training data are, from a few of their records; leaves no trace in them.
+
+    The records are read under keyed generators. A data set runs in a forked child, so that
+    neither its generators nor its files nor its counters are touched here. Sixteen are read, or
+    as many as 50 milliseconds allow: lists are compared by what both have. Where they cannot be
+    read (they are on a GPU, or there is no fork), `records` is a text that says so.
+
+    Args:
+        data: A map-style data set, a `DataLoader`, or any other iterable (which is not read).
+        collate_fn: Makes a batch of a list of samples.
+        clock: Seconds.
+
+    Returns:
+        `class`; `length`; `records`: digests (of the class of the exception where reading one
+        raises); or the data set's own `fingerprint` instead of them; `repeatable`: False if a
+        record was not the same twice under the same key, because it draws from a generator of
+        its own; `source`, `values`: the numbers and functions in the user's own data sets;
+        `transform`, `collate_fn`, `tokenizer`, `loader`.
+
+    Example:
+        >>> facts = data_facts([3, 1, 2])
+        >>> facts["length"], len(facts["records"]), facts["repeatable"]
+        (3, 3, True)
+    """
+    return begin_data_facts(data, collate_fn, clock=clock)()
+
+
+def begin_data_facts(
+    data: Any,
+    collate_fn: Callable[..., Any] | None = None,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Callable[[], dict[str, Plain]]:
+    """Begin to read records, and return what waits for `data_facts`, to be called once.
+
+    What the data are is taken now, whatever happens to them before the answer is asked for.
+
+    Example:
+        >>> facts = begin_data_facts([3, 1, 2])
+        >>> facts()["length"]
+        3
+    """
+    if isinstance(data, DataLoader):
+        collate_fn = data.collate_fn if collate_fn is None else collate_fn
+        begun, loader = begin_data_facts(data.dataset, collate_fn, clock=clock), _loader(data)
+        return lambda: {**begun(), "loader": loader}
+    facts: dict[str, Plain] = {"class": qualified_name(type(data)), **_code(data, collate_fn)}
+    if isinstance(data, FunctionType | MethodType | partial):
+        return lambda: {**facts, "made_by": callable_facts(data)}
+    length, own = tried(len, data), asked(data, "fingerprint")
+    if isinstance(length, int):
+        facts["length"] = length
+    if isinstance(own, str):
+        return lambda: {**facts, "fingerprint": own}
+    if not isinstance(length, int) or not hasattr(type(data), "__getitem__"):
+        return lambda: facts
+    collate = None if _draws_nothing(collate_fn) else collate_fn
+    reading = begin_sampling(data, length, collate, clock)  # last: after a fork memory is slower
+    return lambda: _with(facts, reading())
+
+
+def _with(facts: dict[str, Plain], read: dict[str, Plain]) -> dict[str, Plain]:
+    """Return the facts with those that were read; what a collator does stands with its code."""
+    collates, collate = read.pop("collates", None), facts.get("collate_fn")
+    if collates is False and isinstance(collate, dict):
+        facts = {**facts, "collate_fn": {**collate, "repeatable": False}}
+    return {**facts, **read}
+
+
+def _draws_nothing(collate: Callable[..., Any] | None) -> bool:
+    known = collate in (None, default_collate, default_convert)
+    return known or asked(collate, "deterministic") is True
+
+
+def begin_source_facts(sources: Mapping[str, Any]) -> Callable[[], dict[str, Plain]] | None:
+    """Begin to take the facts of registered sources of batches and loaders; None: there are none.
+
+    Those of the one called "data", or else of the first, stand for themselves, those of others
+    under their names.
+
+    Example:
+        >>> from unbroken.data import batch_source
+        >>> source = batch_source([3, 1, 2], seed=0, global_batch_size=1)
+        >>> begin_source_facts({"data": source})()["length"]
+        3
+    """
+    begun = {
+        name: begin_data_facts(getattr(one, "data", one), getattr(one, "collate_fn", None))
+        for name, one in sources.items()
+    }
+    first = "data" if "data" in begun else next(iter(begun), None)
+    if first is None:
+        return None
+
+    def facts() -> dict[str, Plain]:
+        others = {name: read() for name, read in begun.items() if name != first}
+        return {**begun[first](), **others}
+
+    return facts
+
+
+def _loader(loader: DataLoader[Any]) -> dict[str, Plain]:
+    facts: dict[str, Plain] = {
+        "batch_size": loader.batch_size,
+        "drop_last": loader.drop_last,
+        "sampler": qualified_name(type(loader.sampler)),
+    }
+    own = [] if type(loader.batch_sampler) in (BatchSampler, type(None)) else ["batch_sampler"]
+    for name in ("sampler", *own):
+        if values := _settings(getattr(loader, name)):
+            facts[f"{name}_values"] = values
+    return facts
+
+
+def _settings(sampler: Any) -> dict[str, Plain]:
+    """Return the attributes of a sampler, and of one in it; a list of indices is one itself."""
+    if isinstance(sampler, list | tuple):
+        return facts_of_items({"indices": sampler})
+    own = attributes_of(sampler)
+    if "num_replicas" in own:
+        own = {name: value for name, value in own.items() if name not in _OF_THIS_RANK}
+    return facts_of_items({n: v for n, v in own.items() if n not in _TOLD_ONCE})
+
+
+def _code(data: Any, collate_fn: Callable[..., Any] | None) -> dict[str, Plain]:
+    facts: dict[str, Plain] = {}
+    layers = [layer for layer in _layers(data) if is_users_own(type(layer))]
+    sources = {qualified_name(type(one)): source_digest(type(one)) for one in layers}
+    if sources:
+        facts["source"] = {**sources}
+    if values := {qualified_name(type(one)): found for one in layers if (found := _values(one))}:
+        facts["values"] = {**values}
+    for name in _TRANSFORMS:
+        transform = asked(data, name)
+        if callable(transform):
+            facts[name] = callable_facts(transform)
+    if collate_fn is not None:
+        facts["collate_fn"] = callable_facts(collate_fn, without=_TOLD_ONCE)
+    for holder in (data, collate_fn):
+        tokenizer = asked(holder, "tokenizer")
+        digest = None if tokenizer is None else tried(tokenizer_digest, tokenizer)
+        if isinstance(digest, str):
+            facts["tokenizer"] = digest
+    return facts
+
+
+def _layers(data: Any, depth: int = 0) -> Iterator[Any]:
+    """Yield a data set, and those that it is made of."""
+    yield data
+    for part in _inner(data) if depth < _MAX_LAYERS else ():
+        yield from _layers(part, depth + 1)
+
+
+_MAX_LAYERS = 8
+
+
+def _inner(data: Any) -> list[Any]:
+    if isinstance(data, Subset):
+        return [data.dataset]
+    return list(data.datasets) if isinstance(data, ConcatDataset) else []
+
+
+def _values(data: Any) -> dict[str, Plain]:
+    """Return the numbers of a data set and what it calls; texts are paths, arrays are records."""
+    found: dict[str, Plain] = {}
+    for name, value in attributes_of(data).items():
+        counts = isinstance(value, bool | int | float) or callable(value)
+        if counts and name not in _TOLD_ONCE and (facts := facts_of(value)) is not ...:
+            found[name] = facts
+    return dict(sorted(found.items()))

@@ -1,0 +1,1 @@
+"""One checkpoint folder: written, committed by one rename, read and verified."""

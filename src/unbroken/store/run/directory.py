@@ -1,0 +1,313 @@
+"""One run, one directory, one owner."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Self
+
+from unbroken.errors import RunDirectoryError, UnbrokenError
+from unbroken.storage import Lock, Storage, storage_at
+from unbroken.store.checkpoint.commit import copy_file, ensure_folder, free_name, sweep
+from unbroken.store.checkpoint.reader import VerifiedCache
+from unbroken.store.format.names import (
+    BRANCHES,
+    HISTORY_NAME,
+    LOCK_NAME,
+    MANIFEST_NAME,
+    METRICS_NAME,
+    NEW_RUN_NAME,
+    SET_ASIDE,
+    STAGING,
+    TRASH,
+    step_of,
+)
+from unbroken.store.run.catalog import Catalog
+from unbroken.store.run.identity import (
+    RunIdentity,
+    find_identity,
+    random_id,
+    read_identity,
+    replace_identity,
+    write_identity,
+)
+from unbroken.store.run.journal import Journal
+from unbroken.store.run.retention import KeepPolicy, Pruned, prune
+
+# What a start that was killed before it wrote run.json may have left ...
+_OWN_BEGINNINGS = {LOCK_NAME, NEW_RUN_NAME}
+_OWN_FOLDERS = {STAGING, TRASH, SET_ASIDE, BRANCHES}
+# ... and what operating systems put into folders unasked.
+_TOLERATED = {".DS_Store", "Thumbs.db", "desktop.ini", "lost+found"}
+
+Place = Storage | str | os.PathLike[str]
+
+
+def now_as_text(clock: Callable[[], float]) -> str:
+    """Return the date as files hold it: "2026-01-31T12:00:00.000+00:00"."""
+    return datetime.fromtimestamp(clock(), UTC).isoformat(timespec="milliseconds")
+
+
+class RunDirectory:
+    """The directory of one run: its identity, its checkpoints, its journals, its lock.
+
+    Make it with `open`, to work in it as its only owner, or with `open_readonly`, to look.
+
+    Attributes:
+        storage: Where it is.
+        run_id: Names the run for ever.
+        created: When the run began, in UTC.
+        parent: Where it comes from, if it is a branch of another run.
+        catalog: Its checkpoints.
+        history: What happened to the run: starts, saves, rejections.
+        metrics: What the training measured.
+        verified: The checkpoints that this process has read whole.
+        previous_owner: Who held the lock before and ended without giving it back; None: nobody.
+        left_over: What stands in our own folders but is not ours, and was not swept.
+        notes: What was repaired when it was opened, for people.
+
+    Example:
+        >>> from unbroken.storage import MemoryStorage
+        >>> with RunDirectory.open(MemoryStorage(), new_id=lambda: "a" * 32) as run:
+        ...     run.run_id, run.catalog.folders()
+        ('aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa', [])
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        identity: RunIdentity,
+        lock: Lock | None,
+        left_over: tuple[str, ...] = (),
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        self.storage = storage
+        self.run_id = identity.id
+        self.created = identity.created
+        self.parent = identity.parent
+        self.catalog = Catalog(storage, identity.id, identity.parent)
+        self.history = Journal(storage, HISTORY_NAME)
+        self.metrics = Journal(storage, METRICS_NAME)
+        self.verified = VerifiedCache()
+        self.previous_owner = None if lock is None else lock.previous_owner
+        self.left_over = left_over
+        self.notes = notes
+        self._lock = lock
+
+    @classmethod
+    def open(
+        cls,
+        where: Place,
+        *,
+        clock: Callable[[], float] = time.time,
+        owner: str | None = None,
+        new_id: Callable[[], str] = random_id,
+        among_others: bool = False,
+    ) -> Self:
+        """Take the directory of a run, or begin one in a directory that is empty or not there.
+
+        What killed processes left half done is finished or swept. A directory that holds
+        something else is refused before anything in it is touched.
+
+        Args:
+            where: The directory, or the storage that is one.
+            clock: Seconds since 1970.
+            owner: What others read when they find it locked; by default host, process, boot
+                and time.
+            new_id: Where the identity of a new run comes from.
+            among_others: Begin a run also beside files that are not its own, which stay.
+
+        Raises:
+            LockHeldError: A live process works in it.
+            RunDirectoryError: It holds something else, is of a newer version, is a file, or
+                cannot be written.
+        """
+        with as_directory_error(where):
+            storage = _storage_of(where, create=True)
+            if not among_others:
+                _refuse_foreign(storage)
+            lock = storage.lock(LOCK_NAME, owner or describe_owner(clock))
+            try:
+                identity, notes = _identity_of(storage, clock, new_id, among_others=among_others)
+                return cls(storage, identity, lock, tuple(sweep(storage)), notes)
+            except BaseException:
+                with suppress(OSError):
+                    lock.release()
+                raise
+
+    @classmethod
+    def open_readonly(cls, where: Place) -> Self:
+        """Look at a run without locking it and without writing or making anything.
+
+        Args:
+            where: The directory, or the storage that is one.
+
+        Raises:
+            RunDirectoryError: It is not the directory of a run.
+        """
+        with as_directory_error(where):
+            storage = _storage_of(where, create=False)
+            return cls(storage, read_identity(storage), None)
+
+    @property
+    def is_readonly(self) -> bool:
+        """Whether this process is not the owner: it was opened to look, or is closed."""
+        return self._lock is None
+
+    def require_ownership(self) -> None:
+        """Raise unless this very process still is the owner, as it must be where it commits.
+
+        Raises:
+            LockHeldError: Another process is, or this one was forked from the owner.
+            RunDirectoryError: It is open for reading only, or the storage fails.
+        """
+        with as_directory_error(self.storage):
+            if self._lock is None:
+                raise RunDirectoryError(self.storage.describe(), "is open for reading only")
+            self._lock.require_held()
+
+    def prune(self, policy: KeepPolicy, *, best_steps: Collection[int] = frozenset()) -> Pruned:
+        """Remove the checkpoints that no rule keeps; see `unbroken.store.prune`.
+
+        Raises:
+            RunDirectoryError: This process is not the owner, or the storage fails.
+        """
+        with as_directory_error(self.storage):
+            self.require_ownership()
+            return prune(
+                self.storage,
+                policy,
+                run_id=self.run_id,
+                parent=self.parent,
+                best_steps=best_steps,
+                verified=self.verified,
+            )
+
+    def set_aside_metrics(self) -> str:
+        """Copy metrics.jsonl, durably, to where nothing reads it again, and return the name.
+
+        Raises:
+            RunDirectoryError: The storage fails.
+        """
+        with as_directory_error(self.storage):
+            ensure_folder(self.storage, SET_ASIDE)
+            target = free_name(self.storage, SET_ASIDE, METRICS_NAME)
+            copy_file(self.storage, METRICS_NAME, target)
+            return target
+
+    def close(self) -> None:
+        """Give the directory back; closing twice is allowed."""
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None:
+        self.close()
+
+
+def _storage_of(where: Place, *, create: bool) -> Storage:
+    if isinstance(where, str | os.PathLike):
+        return storage_at(where, create=create)
+    return where
+
+
+def _refuse_foreign(storage: Storage) -> None:
+    """Refuse a directory with something in it that no run left there."""
+    identity, _ = find_identity(storage)
+    if identity is not None:
+        return
+    others = [name for name in storage.list("") if name not in _OWN_BEGINNINGS | _TOLERATED]
+    foreign = [name for name in others if not _is_copy(storage, name)]
+    if foreign != others:  # beside copies, what else belongs to a run directory
+        foreign = [name for name in foreign if name not in _OWN_FOLDERS]
+    if foreign:
+        raise RunDirectoryError(
+            storage.describe(),
+            "holds something else",
+            expected="a run.json, or an empty directory",
+            found=", ".join(foreign[:3]) + (", ..." if foreign[3:] else ""),
+            hint=_hint_on(storage, foreign),
+        )
+
+
+def _is_copy(storage: Storage, name: str) -> bool:
+    """Return whether a checkpoint stands under its own name where no run has begun yet."""
+    return step_of(name) is not None and storage.stat(f"{name}/{MANIFEST_NAME}") is not None
+
+
+def _hint_on(storage: Storage, foreign: list[str]) -> str:
+    for name in foreign:
+        if storage.stat(f"{name}/{MANIFEST_NAME}") is not None:
+            return (
+                f"{name} looks like a checkpoint: to begin a run in it, give its path as "
+                "resume_from_checkpoint, or call it checkpoint-<its step>; "
+                "or choose another directory"
+            )
+        if step_of(name) is not None:
+            return (
+                f"{name} is no checkpoint of unbroken; those of transformers' own Trainer go on in "
+                "unbroken.adapters.transformers.Trainer; or choose another directory"
+            )
+    return "choose another directory for the run"
+
+
+def _identity_of(
+    storage: Storage,
+    clock: Callable[[], float],
+    new_id: Callable[[], str],
+    *,
+    among_others: bool,
+) -> tuple[RunIdentity, tuple[str, ...]]:
+    """Return the run's identity; under the lock, so that two starts cannot both give one."""
+    identity, problem = find_identity(storage)
+    if identity is not None and problem is not None:
+        replace_identity(storage, identity)
+        told = f"run.json {problem}: made anew from what the checkpoints say (run {identity.id})"
+        return identity, (told,)
+    if identity is None:
+        if not among_others:
+            _refuse_foreign(storage)
+        write_identity(storage, RunIdentity(new_id(), now_as_text(clock)))
+    return read_identity(storage), ()
+
+
+def describe_owner(clock: Callable[[], float]) -> str:
+    """Return what others read when they find a run locked: host, process, boot and time."""
+    host, boot = this_machine()
+    return f"host {host}, process {os.getpid()}, boot {boot}, since {now_as_text(clock)}"
+
+
+def this_machine() -> tuple[str, str]:
+    """Return the name of this machine and which of its boots this is."""
+    boot = "unknown"
+    with suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        boot = file.read().strip()
+    return os.uname().nodename, boot
+
+
+@contextmanager
+def as_directory_error(where: Place) -> Iterator[None]:
+    """Turn what the disk says into the error that names the run directory."""
+    try:
+        yield
+    except UnbrokenError:
+        raise
+    except OSError as error:
+        place = os.fspath(where) if isinstance(where, str | os.PathLike) else where.describe()
+        hint = "choose a directory on a disk that can be written, or repair this one"
+        raise RunDirectoryError(
+            str(error.filename or place), "cannot be used", found=error.strerror, hint=hint
+        ) from error

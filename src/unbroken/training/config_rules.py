@@ -1,0 +1,307 @@
+"""Changed settings of a resumed run: what each means, and how a named change takes effect."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from unbroken.checkpoint import Difference, Rule, compare, gravest_first, unchanged
+from unbroken.errors import ConfigError
+from unbroken.training.config import TrainerConfig
+from unbroken.training.optim import factor_of
+from unbroken.training.progress import Progress, count_steps
+
+if TYPE_CHECKING:
+    from unbroken.training.trainer import Trainer
+
+
+_CADENCE: Rule = ("harmless", "something happens at other steps; the training is the same")
+_STORING: Rule = ("harmless", "how checkpoints are stored; the training is the same")
+_NAMING: Rule = ("harmless", "where things are; the training is the same")
+_LOADING: Rule = ("harmless", "how data are read; the order and the samples are the same")
+_JUDGING: Rule = ("harmless", "when the run ends or which checkpoint is the best")
+_METRIC: Rule = ("harmless", "the best so far, and the wait for a better one, begin anew")
+_NOT_USED: Rule = ("harmless", "not used: the optimizer or the schedule is one of your own")
+_LENGTH: Rule = ("harmless", "the run ends elsewhere")
+_ROUNDING: Rule = ("equivalent", "the same sums, rounded in another order")
+_SPLIT: Rule = ("equivalent", "the same samples in each step, summed in other portions")
+_UPDATES: Rule = ("changed", "other updates from here on; the optimizer's moments are kept")
+_SCHEDULE: Rule = ("changed", "another learning rate from here on, at the same step")
+_FORWARD: Rule = ("changed", "other gradients from here on")
+_ORDER: Rule = ("changed", "another order of samples from here on; the position stays in samples")
+_SIZE: Rule = ("changed", "steps of another size from here on; the position stays in samples")
+_RANDOM: Rule = ("changed", "other random numbers, and another order, from here on")
+_OPTIMIZER: Rule = ("refused", 'the state of one means nothing to another; skip=["optimizer"]')
+
+_RULED: tuple[tuple[Rule, str], ...] = (
+    (_CADENCE, "logging_steps logging_minutes log_data_digest eval_steps eval_minutes"),
+    (_CADENCE, "eval_batch_size save_steps save_minutes save_at_start save_total_limit"),
+    (_CADENCE, "keep_every_n_steps max_time snapshot max_lost_minutes mtbf_hours"),
+    (_STORING, "save_compressed"),
+    (_NAMING, "output_dir branch"),
+    (_LOADING, "dataloader_num_workers dataloader_prefetch_factor dataloader_pin_memory"),
+    (_METRIC, "metric_for_best_model greater_is_better"),
+    (_JUDGING, "load_best_model_at_end early_stopping_patience early_stopping_threshold"),
+    (_LENGTH, "max_steps num_train_epochs"),
+    (_SPLIT, "micro_batch_size"),
+    (_ROUNDING, "lanes torch_compile gradient_checkpointing device full_determinism"),
+    (_UPDATES, "weight_decay adam_beta1 adam_beta2 adam_epsilon sgd_momentum"),
+    (_SCHEDULE, "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps"),
+    (_FORWARD, "max_grad_norm bf16 fp16"),
+    (_ORDER, "shuffle data_seed dataloader_drop_last samples_per_epoch"),
+    (_SIZE, "batch_size"),
+    (_RANDOM, "seed"),
+    (_OPTIMIZER, "optim"),
+)
+RULES: Mapping[str, Rule] = {name: rule for rule, names in _RULED for name in names.split()}
+
+_OF_THE_START = {
+    "resume_from_checkpoint",
+    "allow",
+    "skip",
+    "exact_resume",
+    "load_from",
+    "ddp_timeout",
+}
+OPTIMIZER_SETTINGS = {"weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "sgd_momentum"}
+SCHEDULE_SETTINGS = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"}
+_STEERING = (
+    "eval_steps",
+    "eval_minutes",
+    "eval_batch_size",
+    "metric_for_best_model",
+    "greater_is_better",
+)
+LENGTH = "schedule"
+"""The path of the difference that tells of a schedule which reaches its end elsewhere, where no
+setting of the length does."""
+
+LENGTH_SETTINGS = ("max_steps", "num_train_epochs")
+
+IN_DATA: Mapping[str, tuple[str, ...]] = {
+    "batch_size": ("global_batch_size", "epoch_size"),
+    "seed": ("seed",),
+    "data_seed": ("seed",),
+    "shuffle": ("shuffle",),
+    "samples_per_epoch": ("epoch_size",),
+    "dataloader_drop_last": ("epoch_size",),
+    "data": ("n", "epoch_size", "fingerprint", "length"),
+    "data.length": ("n", "epoch_size", "length"),
+    "data.fingerprint": ("fingerprint",),
+}
+"""What a named change may change in the state of the data."""
+
+_ADAMW = {"adamw_torch", "adamw_torch_fused"}
+_KERNEL = "another kernel rounds in another order; the optimizer's state is kept"
+
+
+def _samples_of_epoch(n: int, config: Mapping[str, Any]) -> int | None:
+    """Return how many samples are in each epoch; None where the settings are not there."""
+    size, batch = config.get("samples_per_epoch") or n, config.get("batch_size")
+    if not isinstance(batch, int) or not isinstance(size, int) or batch < 1:
+        return None
+    return size - size % batch if config.get("dataloader_drop_last") else size
+
+
+JUDGING_SETTINGS = {
+    "metric_for_best_model",
+    "greater_is_better",
+    "early_stopping_patience",
+    "early_stopping_threshold",
+}
+METRIC_SETTINGS = {"metric_for_best_model", "greater_is_better"}
+
+
+class Examination:
+    """Adds to what differs in objects and data what differs in the configuration of a Trainer.
+
+    Args:
+        trainer: The Trainer of this start.
+        own_optimizer: Whether its configuration made the optimizer.
+    """
+
+    def __init__(self, trainer: Trainer, *, own_optimizer: bool) -> None:
+        self._trainer = trainer
+        self._own_optimizer = own_optimizer
+
+    def __call__(
+        self, facts: Mapping[str, Any], found: tuple[Difference, ...]
+    ) -> tuple[Difference, ...]:
+        """Return all differences from the checkpoint with these facts, and the settings kept."""
+        config, stored = self._trainer.config, _mapping(facts, "config")
+        refuse_unfinished_step(self._trainer, facts)
+        now = config.to_dict()
+        if config.micro_batch_size == "auto":
+            now["micro_batch_size"] = stored.get("micro_batch_size")  # goes on with that size
+        compared = compare(_comparable(stored), _comparable(now), self._rules())
+        differences = gravest_first(self._by_both(one, stored, now) for one in compared)
+        others = tuple(self._judged(one, stored) for one in found if not self._is_idle(one))
+        same = unchanged(_comparable(stored), _comparable(now))
+        if stored and self._trainer.has_own_schedule:
+            differences = self._with_length(differences, others, facts)
+        return (*differences, *others, *same)
+
+    def _by_both(
+        self, difference: Difference, stored: Mapping[str, Any], now: Mapping[str, Any]
+    ) -> Difference:
+        """Judge by both values what a setting alone cannot tell."""
+        if difference.path == "optim" and {str(difference.stored), str(difference.now)} <= _ADAMW:
+            return replace(difference, verdict="equivalent", effect=_KERNEL)
+        order = getattr(self._trainer.source, "order", None)
+        if difference.path in ("dataloader_drop_last", "samples_per_epoch") and order is not None:
+            sizes = {_samples_of_epoch(order.n, config) for config in (stored, now)}
+            if len(sizes) == 1:
+                return replace(difference, verdict="harmless", effect="the epochs are the same")
+        return difference
+
+    def _rules(self) -> dict[str, Rule]:
+        rules = rules_for(self._trainer.config, self._trainer.model)
+        if not self._own_optimizer:
+            rules.update(dict.fromkeys({*OPTIMIZER_SETTINGS, "optim"}, _NOT_USED))
+        if not self._trainer.has_own_schedule:
+            rules.update(dict.fromkeys(SCHEDULE_SETTINGS - {"learning_rate"}, _NOT_USED))
+        if not self._own_optimizer and self._trainer.config.lr_scheduler_type != "polynomial":
+            rules["learning_rate"] = _NOT_USED
+        return rules
+
+    @property
+    def _evaluations_steer(self) -> bool:
+        return self._trainer.config.lr_scheduler_type == "reduce_lr_on_plateau"
+
+    def _is_idle(self, difference: Difference) -> bool:
+        """Return whether nobody can answer for what nothing depends on."""
+        evaluates = difference.path.startswith("eval_data.")
+        return evaluates and difference.verdict == "not covered" and not self._evaluations_steer
+
+    def _judged(self, difference: Difference, stored: Mapping[str, Any]) -> Difference:
+        """Evaluation data matter where they steer the learning rate."""
+        if difference.path.startswith("eval_data.") and not self._evaluations_steer:
+            return replace(difference, verdict="harmless", effect="other evaluations")
+        return self._judged_by_lanes(difference, stored)
+
+    def _judged_by_lanes(self, difference: Difference, stored: Mapping[str, Any]) -> Difference:
+        """Lanes make another number of ranks harmless."""
+        lanes = self._trainer.config.lanes
+        if difference.path != "environment.world_size" or lanes is None:
+            return difference
+        if stored.get("lanes") != lanes:
+            return difference
+        effect = "the same lanes on other ranks: the same bits"
+        return replace(difference, verdict="harmless", effect=effect)
+
+    def _with_length(
+        self,
+        differences: tuple[Difference, ...],
+        others: tuple[Difference, ...],
+        facts: Mapping[str, Any],
+    ) -> tuple[Difference, ...]:
+        """Tell what a run of another length does to a schedule that falls to its end."""
+        config = self._trainer.config
+        progress = Progress.of(facts.get("progress"))
+        was, now = facts.get("max_steps"), count_steps(config, self._trainer.source, progress)
+        if not isinstance(was, int) or now <= progress.step:
+            return differences
+        before, after = factor_of(config, was), factor_of(config, now)
+        for step in _sampled(progress.step, min(was, now)):
+            rates = config.learning_rate * before(step), config.learning_rate * after(step)
+            if rates[0] != rates[1]:
+                by_schedule = SCHEDULE_SETTINGS & {one.path for one in differences}
+                told = tell_length(differences, others, (was, now), step, rates)
+                return differences if by_schedule and told[-1].path == LENGTH else told
+        return differences
+
+
+def tell_length(
+    differences: tuple[Difference, ...],
+    others: tuple[Difference, ...],
+    steps: tuple[int, int],
+    step: int,
+    rates: tuple[float, float],
+) -> tuple[Difference, ...]:
+    """Return the settings that differ, with what another length does to the learning rate.
+
+    Whoever gives another length is told so, and has to mean it: that is another training. Where the
+    length follows from another change (of the data, of the size of a step), it is told with it.
+
+    Args:
+        differences: Those of settings.
+        others: All others.
+        steps: The length of the run that was, and that is now.
+        step: The first step whose learning rate is another one, from 0.
+        rates: Its learning rate by either length.
+    """
+    effect = (
+        f"another schedule: step {step + 1} has the learning rate {rates[1]:.6g} in a run of "
+        f"{steps[1]} steps, and {rates[0]:.6g} in one of {steps[0]}"
+    )
+    lengths = [one for name in LENGTH_SETTINGS for one in differences if one.path == name]
+    if lengths:
+        told = replace(lengths[0], verdict="changed", effect=effect)
+        return (*(one for one in differences if one is not lengths[0]), told)
+    follows = any(one.verdict in ("changed", "refused") for one in (*differences, *others))
+    if follows:
+        return (*differences, Difference(LENGTH, *rates, effect, "changed"))
+    return (*differences, Difference("max_steps", *steps, effect, "changed"))
+
+
+def is_another_schedule(difference: Difference) -> bool:
+    """Return whether a difference tells of learning rates that another length of the run makes."""
+    of_length = difference.path in LENGTH_SETTINGS and difference.verdict == "changed"
+    return of_length or difference.path == LENGTH
+
+
+def refuse_unfinished_step(trainer: Trainer, facts: Mapping[str, Any]) -> None:
+    """Raise where lanes or ranks would have to finish a step that one process began alone.
+
+    Raises:
+        ConfigError: If the checkpoint with these facts lies inside an accumulation window.
+    """
+    shared = trainer.group.world_size > 1 or trainer.config.lanes is not None
+    if shared and Progress.of(facts.get("progress")).pending:
+        raise ConfigError(
+            "lanes" if trainer.config.lanes is not None else "world_size",
+            "the checkpoint lies inside a step, which one rank without lanes began",
+            hint="finish the step as it was begun, or resume from a checkpoint between two steps",
+        )
+
+
+def _sampled(start: int, stop: int) -> list[int]:
+    """Return all steps between two, or a thousand of them."""
+    return sorted({start + (stop - start) * i // 1000 for i in range(1001)} | {start})
+
+
+def rules_for(config: TrainerConfig, model: nn.Module) -> dict[str, Rule]:
+    """Return what a difference in each setting means for this model."""
+    rules = dict(RULES)
+    if config.lr_scheduler_type == "reduce_lr_on_plateau":
+        rules.update(dict.fromkeys(_STEERING, _SCHEDULE))  # evaluations steer the learning rate
+    statistics = nn.modules.batchnorm._BatchNorm  # noqa: SLF001 (the base of all of them)
+    if any(isinstance(module, statistics) and module.training for module in model.modules()):
+        rules["micro_batch_size"] = ("changed", "batch statistics are those of other portions")
+    elif _draws(model):
+        split = "the same samples in each step; dropout draws other masks for other portions"
+        rules["micro_batch_size"] = ("equivalent", split)
+    return rules
+
+
+def _draws(model: nn.Module) -> bool:
+    dropout = nn.modules.dropout._DropoutNd  # noqa: SLF001 (the base of all of them)
+    return any(isinstance(module, dropout) and module.p > 0 for module in model.modules())
+
+
+def _mapping(facts: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = facts.get(name)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Spell equal settings equally."""
+    values = {key: value for key, value in settings.items() if key not in _OF_THE_START}
+    if values.get("micro_batch_size") in (None, "auto"):
+        values["micro_batch_size"] = values.get("batch_size")
+    if values.get("data_seed") == values.get("seed"):
+        values["data_seed"] = None
+    return values

@@ -1,0 +1,1 @@
+"""In which order gradients are summed over micro-batches and ranks."""

@@ -1,0 +1,197 @@
+"""How the ranks of a run divide each step's data, and who sums the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from unbroken.distributed import Group
+from unbroken.distributed.dtensors import fsdp_modules, is_dtensor, meshes_of
+from unbroken.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass(frozen=True)
+class Division:
+    """Which ranks take which part of a step's data.
+
+    Ranks that hold one model together by tensor parallelism take the same part; for sums over
+    the data the first of them speaks for all.
+
+    Attributes:
+        group: The ranks.
+        part: The part of this rank.
+        parts: How many parts there are.
+        takes: Which part each rank takes.
+        replicas: The ranks that hold what this one holds, and have other parts; None: all.
+        by_fsdp: Whether FSDP sums the gradients.
+        is_sharded: Whether ranks hold a model together, by FSDP or tensor parallelism.
+
+    Example:
+        >>> from unbroken.distributed import Alone
+        >>> Division.of(nn.Linear(1, 1), Alone()).parts
+        1
+    """
+
+    group: Group
+    part: int
+    parts: int
+    takes: tuple[int, ...]
+    replicas: dist.ProcessGroup | None = None
+    by_fsdp: bool = False
+    is_sharded: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module, group: Group) -> Division:
+        """Return how the ranks share a model, as its meshes tell.
+
+        Raises:
+            ConfigError: If the model is sharded in part, or its mesh does not hold all ranks.
+        """
+        sharded = fsdp_modules(model)
+        if sharded:
+            _refuse_unsharded_parts(model)
+            mesh = _only(meshes_of(sharded), "fully_shard")
+            _refuse_other_ranks(mesh, group)
+            return _along(mesh, group, by_fsdp=True)
+        meshes = dict.fromkeys(p.device_mesh for p in model.parameters() if is_dtensor(p))
+        if meshes:
+            mesh = _only(list(meshes), "parallelize_module")
+            _refuse_other_ranks(mesh, group)
+            return _beside(mesh, group)
+        ranks = group.world_size
+        return cls(group, group.rank, ranks, tuple(range(ranks)))
+
+    @property
+    def speakers(self) -> list[int]:
+        """The rank that speaks for each part."""
+        return [self.takes.index(part) for part in range(self.parts)]
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Let the group name the rank, where an exchange inside of a sharded model fails.
+
+        Raises:
+            RankError: `ranks` have left the group, or did not answer in time.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.is_sharded and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                self.group.gather("a step", None)
+            raise
+
+    def gather(self, what: str, value: Any) -> list[Any]:
+        """Return the value of each part, in the order of the parts, on all ranks."""
+        values = self.group.gather(what, value)
+        return [values[speaker] for speaker in self.speakers]
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Return the sums over the parts, as float64, added in the order of the parts."""
+        if self.parts == 1:
+            return [float(value) for value in values]
+        rows = self.gather("sum", [float(value) for value in values])
+        return [reduce(add, column) for column in zip(*rows, strict=True)]
+
+
+def _refuse_unsharded_parts(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not is_dtensor(parameter):
+            raise ConfigError(
+                f"model.{name}",
+                "is not sharded, though other parameters are: nobody would sum its gradient",
+                hint="call fully_shard(model) after fully_shard of its parts",
+            )
+
+
+def _only(meshes: list[DeviceMesh], by: str) -> DeviceMesh:
+    if len(meshes) > 1:
+        found = ", ".join(map(str, meshes))
+        raise ConfigError("model", f"{by} was called with several meshes", found=found)
+    return meshes[0]
+
+
+def _along(mesh: DeviceMesh, group: Group, *, by_fsdp: bool) -> Division:
+    """Return the division along a mesh: each of its ranks takes a part of its own."""
+    part = mesh.mesh.flatten().tolist().index(group.rank)
+    replicas = None
+    if not by_fsdp:
+        replicas = (mesh if mesh.ndim == 1 else mesh._flatten()).get_group()  # noqa: SLF001
+    takes = _taken(group, part)
+    return Division(group, part, mesh.size(), takes, replicas, by_fsdp, is_sharded=True)
+
+
+def _beside(mesh: DeviceMesh, group: Group) -> Division:
+    """Return the division along the dimensions that tensor parallelism left over."""
+    root = mesh._get_root_mesh()  # noqa: SLF001 (not public)
+    over = tuple(n for n in root.mesh_dim_names or () if n not in (mesh.mesh_dim_names or ()))
+    if over:
+        return _along(root[over], group, by_fsdp=False)
+    return Division(group, 0, 1, _taken(group, 0), is_sharded=True)
+
+
+def _refuse_other_ranks(mesh: DeviceMesh, group: Group) -> None:
+    root = mesh._get_root_mesh()  # noqa: SLF001 (not public)
+    if root.size() != group.world_size:
+        raise ConfigError(
+            "model",
+            "its device mesh must hold all ranks",
+            expected=f"{group.world_size} ranks",
+            found=f"{root.size()}: {root}",
+            hint="shard along the dimensions of one mesh: init_device_mesh(device, (2, 2), "
+            'mesh_dim_names=("data", "tensor"))',
+        )
+
+
+def _taken(group: Group, part: int) -> tuple[int, ...]:
+    parts: list[Any] = group.gather("the part of the data", part)
+    return tuple(parts)
+
+
+# A model that comes in `DistributedDataParallel`: the Trainer exchanges gradients itself.
+
+
+def without_ddp(model: nn.Module, group: Group) -> nn.Module:
+    """Return the model itself; its parameters are the ones that an optimizer already has.
+
+    What the wrapper was told beyond exchanging gradients would be lost, and is refused.
+
+    Raises:
+        ConfigError: If it has a communication hook, mixed precision, ignored parameters or
+            a process group of its own; or is inside another module.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        inner = [
+            name for name, m in model.named_modules() if isinstance(m, DistributedDataParallel)
+        ]
+        if inner:
+            raise ConfigError(
+                "model",
+                f"has DistributedDataParallel inside: {inner[0]}",
+                hint="give the module itself; TrainerConfig(torch_compile=True) compiles it",
+            )
+        return model
+    special = {
+        "a communication hook": bool(model._comm_hooks),  # noqa: SLF001 (torch has no public name)
+        "mixed precision": model.mixed_precision is not None,
+        "ignored parameters": bool(model.parameters_to_ignore),
+        "a process group of its own": model.process_group.size() != group.world_size,
+    }
+    found = [what for what, is_there in special.items() if is_there]
+    if found:
+        raise ConfigError(
+            "model",
+            f"its DistributedDataParallel has {found[0]}, which would be ignored",
+            hint="give the module itself: the Trainer exchanges gradients",
+        )
+    return model.module  # type: ignore[no-any-return]
