@@ -23,6 +23,7 @@ from unbroken.capture.sharded import refuse_sharded, settle
 from unbroken.capture.state_tree import Captured, State, children
 from unbroken.capture.stored_tensor import Filling, StoredSubclass, StoredTensor, home, load_tensors
 from unbroken.errors import CaptureError, StateMismatchError, UnbrokenError
+from unbroken.stored_names import stored_class_name
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Kind:
     capture: Callable[[Any, str, ParameterNames], State]
     check: Callable[[Any, Captured, str, ParameterNames], Iterator[Mismatch]]
     restore: Callable[[Any, Captured, ParameterNames, Filling], None]
-    class_name: Callable[[Any], str] = lambda value: type(value).__name__
+    class_name: Callable[[Any], str] = lambda value: stored_class_name(type(value))
 
 
 @runtime_checkable

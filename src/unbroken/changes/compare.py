@@ -41,6 +41,7 @@ from unbroken.fingerprint import (
     plain_or_text,
     scheduler_facts,
 )
+from unbroken.stored_names import stored_class_name
 
 # How the machine and the software of a checkpoint differ from those of this start.
 
@@ -373,7 +374,7 @@ class Comparison:
     def _has_class(self, tree: Mapping[str, Any], part: str) -> bool:
         """Return whether an object is of the class that the checkpoint has it in."""
         live = self._objects.get(part)
-        return part in tree and tree[part].class_name == type(live).__name__
+        return part in tree and tree[part].class_name == stored_class_name(type(live))
 
     def take_effect(self, differences: tuple[Difference, ...]) -> None:
         """Set anew, after a restore, what the accepted differences mean."""

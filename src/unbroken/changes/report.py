@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from unbroken.changes.differences import Difference, Word, overall
 from unbroken.store import Rejection
+from unbroken.stored_names import to_stored
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class ResumeReport:
                 {"checkpoint": item.folder, "reason": item.reason} for item in self.rejected
             ],
             "set_aside": [{"from": old, "to": new} for old, new in self.set_aside],
-            "differences": [asdict(difference) for difference in self.differences],
+            "differences": [to_stored(difference) for difference in self.differences],
             "previous_owner": self.previous_owner,
             "notes": list(self.notes),
         }

@@ -48,6 +48,7 @@ from unbroken.goodput import SaveInterval
 from unbroken.storage import Storage
 from unbroken.store import CheckpointWriter, Json, KeepPolicy, RunDirectory
 from unbroken.store.run.directory import now_as_text
+from unbroken.stored_names import stored_class_name
 
 _RESERVED = ("rng", "values", NAME, GRADIENTS)
 
@@ -541,7 +542,7 @@ class Checkpointer:
 
     def _covers(self) -> dict[str, Json]:
         """Return the objects that a checkpoint holds, each with its class."""
-        kinds = {path: type(one).__name__ for path, one in named_objects(self.objects)}
+        kinds = {path: stored_class_name(type(one)) for path, one in named_objects(self.objects)}
         found = {name: f"{kinds[name]}, found" for name in self._found.found if name in kinds}
         return {**kinds, **found}
 

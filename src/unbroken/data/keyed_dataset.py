@@ -12,10 +12,12 @@ from torch.utils.data import Subset, TensorDataset, default_collate
 from unbroken.data.introspection import declared, has
 from unbroken.data.keyed_rng import KeyedRandom, derive_key
 from unbroken.data.order.global_order import SampleKey
+from unbroken.stored_names import stored_name
 
 _WITHOUT_RANDOMNESS = (list, tuple, range, np.ndarray, torch.Tensor, TensorDataset)
 
 
+@stored_name("unbroken.data.keyed_dataset.KeyedDataset")
 class KeyedDataset:
     """Whole batches of a data set; what is random in them depends on (seed, epoch, index).
 

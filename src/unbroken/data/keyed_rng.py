@@ -16,10 +16,12 @@ import numpy as np
 import torch
 
 from unbroken.errors import ConfigError
+from unbroken.stored_names import stored_name
 
 _PERSON = b"unbroken-key-1"
 
 
+@stored_name("unbroken.data.keys.derive_key")
 def derive_key(seed: int, *parts: int | str) -> int:
     """Return a 64-bit key that depends on the seed and on every part, the same for ever.
 
@@ -60,6 +62,7 @@ def _encoded(part: int | str) -> bytes:
 _NUMPY_MASK = 0x9E3779B97F4A7C15
 
 
+@stored_name("unbroken.data.randomness.KeyedRandom")
 class KeyedRandom:
     """Inside the scope, each `seed(key)` restarts all global generators from that key.
 
@@ -150,6 +153,7 @@ class _SeededRandom(KeyedRandom):
         return self
 
 
+@stored_name("unbroken.data.randomness.keyed_random")
 def keyed_random(key: int, *, cuda: bool = False) -> KeyedRandom:
     """Return a scope in which all global generators start from the key.
 

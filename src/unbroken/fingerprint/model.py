@@ -22,6 +22,7 @@ from unbroken.fingerprint.values import (
     names_used_by,
     values_around,
 )
+from unbroken.stored_names import stored_class_name
 
 # Hooks that a user has put on modules, parameters and optimizers: they run in every step.
 
@@ -180,7 +181,7 @@ def _printed(module: nn.Module) -> str:
     """Return what a module prints of itself, without its parts, and what it does not print."""
     text = _same_twice(str(answer(module, "extra_repr") or ""))
     more = [] if is_users_own(class_of(module)) else _unprinted(module, text)
-    return f"{class_of(module).__name__}({', '.join([text, *more] if text else more)})"
+    return f"{stored_class_name(class_of(module))}({', '.join([text, *more] if text else more)})"
 
 
 def _same_twice(text: str) -> str:

@@ -25,6 +25,7 @@ from typing import Any
 import xxhash
 
 from unbroken.fingerprint.introspection import attributes_of
+from unbroken.stored_names import given_path, stored_path
 
 # Where a class or function is defined: its node in the syntax tree of its file.
 
@@ -153,7 +154,7 @@ def qualified_name(thing: object) -> str:
     named: Any = thing if is_named else type(thing)
     if is_users_own(named):
         return str(named.__qualname__)
-    return f"{named.__module__}.{named.__qualname__}"
+    return stored_path(named)
 
 
 def is_users_own(thing: object) -> bool:
@@ -164,13 +165,19 @@ def is_users_own(thing: object) -> bool:
         >>> is_users_own(ast.AST), is_users_own(list)
         (False, False)
     """
-    if str(_own(thing, "__module__")).partition(".")[0] == "unbroken":
+    if is_of_unbroken(thing):
         return False  # its version tells, though it may be installed from its sources
     code = _own(thing, "__code__")
     path = _path(code, thing) if isinstance(code, CodeType) else _file_of_class(thing)
     if path is None or path.startswith("<frozen") or _is_installed(path):
         return False
     return not _is_library(str(_own(thing, "__module__")).partition(".")[0])
+
+
+def is_of_unbroken(thing: object) -> bool:
+    """Return whether a class or function is one of this library."""
+    is_here = str(_own(thing, "__module__")).partition(".")[0] == "unbroken"
+    return is_here or given_path(thing) is not None
 
 
 def is_users_module(thing: object) -> bool:

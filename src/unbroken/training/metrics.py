@@ -11,6 +11,7 @@ import xxhash
 from torch import Tensor
 
 from unbroken.errors import ConfigError, CorruptCheckpointError, one_of
+from unbroken.stored_names import stored_name
 from unbroken.training.config import TrainerConfig
 from unbroken.training.gradient_sums.data_parallel import Division
 from unbroken.training.progress import Progress
@@ -33,6 +34,7 @@ _KINDS: Mapping[str, tuple[tuple[type, ...], bool]] = {
 """Of what kind each part of the state is, and whether it may be absent."""
 
 
+@stored_name("unbroken.training.statistics.Statistics")
 class Statistics:
     """Sums since the last log line, the best metric, and the wall time of all segments.
 

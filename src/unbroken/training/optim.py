@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from unbroken.distributed.dtensors import is_dtensor
 from unbroken.errors import ConfigError
+from unbroken.stored_names import stored_name
 from unbroken.training.config import TrainerConfig
 
 _FUSED = ("cpu", "cuda", "mps", "xpu")
@@ -115,6 +116,7 @@ def factor_of(config: TrainerConfig, max_steps: int) -> Factor:
     """
     warmup = _warmup_steps(config, max_steps)
     curve = _curve(config, dict(config.lr_scheduler_kwargs or {}), warmup)
+    stored_name("unbroken.training.schedules._curve.<locals>.<lambda>")(curve)
     return warmed_up(curve, warmup, max_steps)
 
 
@@ -132,6 +134,7 @@ def warmed_up(curve: Callable[[int, int], float], warmup: int, max_steps: int) -
         [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
     """
 
+    @stored_name("unbroken.training.schedules.warmed_up.<locals>.factor")
     def factor(step: float) -> float:
         if step < warmup:
             return step / warmup

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from fractions import Fraction
 
 from unbroken.checkpoint import ResumeReport
 from unbroken.data import BatchSource
 from unbroken.errors import ConfigError, CorruptCheckpointError
+from unbroken.stored_names import from_stored, to_stored
 from unbroken.training.config import TrainerConfig
 
 
@@ -44,14 +45,15 @@ class Progress:
             CorruptCheckpointError: No run can be there.
         """
         numbers = {} if stored is None else stored
-        names = [field.name for field in fields(cls)]
+        names = [*to_stored(cls())]
         if not isinstance(numbers, Mapping) or not all(
             name in names and _counts(value, is_whole=name != "epoch")
             for name, value in numbers.items()
         ):
             what = "is not how far a run can be"
             raise CorruptCheckpointError("progress", what, expected=names, found=stored)
-        return cls(**numbers)
+        progress: Progress = from_stored(cls, numbers)
+        return progress
 
     def after_micro_batch(self, *, samples: int, tokens: int) -> Progress:
         """Return the progress after one more forward and backward pass.

@@ -18,6 +18,7 @@ from unbroken.capture import capture_gradients, restore_gradients
 from unbroken.data import MicroBatch, derive_key
 from unbroken.distributed.dtensors import is_dtensor, local_part, sharded_as, whole
 from unbroken.errors import ConfigError, CorruptCheckpointError, DataError
+from unbroken.stored_names import stored_name
 from unbroken.training.config import TrainerConfig
 from unbroken.training.gradient_sums.data_parallel import Division
 from unbroken.training.gradient_sums.fsdp import FsdpSum
@@ -206,6 +207,7 @@ def _loss_in(outputs: Any) -> Any:
 # The accumulation window: the micro-batches of one optimizer step, finished or not.
 
 
+@stored_name("unbroken.training.window.Window")
 class Window:
     """What an unfinished optimizer step has gathered: gradients, loss, and the labels in all.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any, NoReturn
@@ -27,6 +27,7 @@ from unbroken.data import BatchSource, MicroBatch, derive_key
 from unbroken.distributed import Group
 from unbroken.errors import ConfigError, DeviceMemoryError
 from unbroken.storage import Storage
+from unbroken.stored_names import to_stored
 from unbroken.training import rank_agreement
 from unbroken.training.callback import Callback, overridden
 from unbroken.training.config import TrainerConfig
@@ -76,7 +77,7 @@ def _what_to_save(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the values that `go_on` needs, and the facts that the next start compares."""
     agree_on_buffers(trainer)
     tell_places(trainer.source, trainer.group)
-    progress = asdict(trainer.progress)
+    progress = to_stored(trainer.progress)
     values = {
         "progress": progress,
         "stop_reason": trainer.stop_reason,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +23,7 @@ from unbroken.fingerprint import (
     plain_or_text,
     qualified_name,
 )
+from unbroken.stored_names import from_stored, stored_class_name, stored_name, to_stored
 from unbroken.training.config_rules import LENGTH, LENGTH_SETTINGS, is_another_schedule, tell_length
 
 if TYPE_CHECKING:
@@ -148,6 +148,7 @@ def argument_differences(
 # What the user's callbacks have come to, as named state; kept in their own objects.
 
 
+@stored_name("unbroken.adapters.transformers.callbacks.CallbackState")
 class CallbackState:
     """The state of one callback: by `state_dict`, or by the host's `state()`.
 
@@ -189,7 +190,7 @@ def named(callbacks: Iterable[Any]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for callback in callbacks:
-        name = plain = type(callback).__name__
+        name = plain = stored_class_name(type(callback))
         number = 1
         while name in found:
             number += 1
@@ -284,10 +285,10 @@ def run_facts(run: Run) -> dict[str, Any]:
     stopped = control.should_training_stop and state.global_step < state.max_steps
     return {
         "arguments": plain_arguments(trainer.args),
-        "cut": asdict(run.cut),
+        "cut": to_stored(run.cut),
         "host": "transformers",
         "max_steps": state.max_steps,
-        "place": asdict(run.follower.place),
+        "place": to_stored(run.follower.place),
         "shift": run.shift,
         "stopped": [bool(stopped), bool(control.should_epoch_stop)],
     }
@@ -318,7 +319,7 @@ def _of_size(run: Run, stored: Mapping[str, Any]) -> tuple[Difference, ...]:
     """Tell of steps with more or fewer samples than they had, on all ranks together."""
     if not isinstance(stored.get("cut"), Mapping):
         return ()
-    was, now = Cut(**stored["cut"]).samples_in_step, run.cut.samples_in_step
+    was, now = from_stored(Cut, stored["cut"]).samples_in_step, run.cut.samples_in_step
     if was == now:
         return ()
     effect = "steps of another size from here on; the position is kept in samples"

@@ -37,6 +37,7 @@ from unbroken.data import KeyedDataset, KeyedRandom, Passed, SampleKey, derive_k
 from unbroken.data.sources.iterable import reason_to_replay
 from unbroken.data.worker_signals import leaving_signals
 from unbroken.errors import ConfigError
+from unbroken.stored_names import stored_name
 
 # Batches of a map-style data set: in the host's order, from any place, with keyed randomness.
 
@@ -67,6 +68,7 @@ class Beginning:
     trail: Mapping[str, Any] = field(default_factory=dict)
 
 
+@stored_name("unbroken.adapters.transformers.batches.Records")
 class Records(KeyedDataset):
     """The user's data set as whole batches; all else is asked of the data set itself."""
 
@@ -93,6 +95,7 @@ def _is_plain_table(dataset: Any) -> bool:
     return bool(dataset.format["type"] != "custom")
 
 
+@stored_name("unbroken.adapters.transformers.batches.IndexBatches")
 class IndexBatches(BatchSampler):
     """The lists of indices that the host's batch sampler deals out, each index with its place.
 
@@ -246,6 +249,7 @@ def _counted(lists: Iterator[list[int]], passed: Passed | None) -> Iterator[list
         yield indices
 
 
+@stored_name("unbroken.adapters.transformers.batches._Rest")
 class _Rest(BatchSampler):
     """What is left of an epoch, cut into batches from a sample on."""
 
@@ -293,6 +297,7 @@ def _parts(inner: Any) -> list[Any]:
 _LOADER = "get_train_dataloader"
 
 
+@stored_name("unbroken.adapters.transformers.passes.KeyedPasses")
 class KeyedPasses(IterableDataset[Any]):
     """Passes over an iterable data set, each the same whenever the same epoch is read.
 
@@ -557,6 +562,7 @@ def _replayed(base: Any, seed: int) -> DataLoaderShard:
     return DataLoaderShard(passes, device=None, generator=own, **plain)
 
 
+@stored_name("unbroken.adapters.transformers.loading._only")
 def _only(batches: list[Any]) -> Any:
     return batches[0]
 
@@ -639,10 +645,12 @@ def _passes(base: Any, seed: int, *, fills: bool, remembers: int) -> KeyedPasses
     )
 
 
+@stored_name("unbroken.adapters.transformers.loading._as_it_is")
 def _as_it_is(batch: Any) -> Any:
     return batch
 
 
+@stored_name("unbroken.adapters.transformers.loading._DrawsNothing")
 class _DrawsNothing:
     """A collator of the host that is known to draw no random numbers."""
 

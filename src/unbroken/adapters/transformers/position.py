@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from unbroken.errors import ConfigError
+from unbroken.stored_names import from_stored
 
 
 @dataclass
@@ -118,7 +119,7 @@ class Stored:
     @classmethod
     def of(cls, step: int, facts: Mapping[str, Any]) -> Stored:
         """Read what `run_facts` wrote."""
-        place, cut = Place(**facts["place"]), Cut(**facts["cut"])
+        place, cut = from_stored(Place, facts["place"]), from_stored(Cut, facts["cut"])
         return cls(step, place, cut, facts["shift"], tuple(facts["stopped"]))
 
 

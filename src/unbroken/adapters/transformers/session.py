@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,7 @@ from unbroken.errors import ConfigError, CorruptCheckpointError, StateMismatchEr
 from unbroken.fingerprint import names_in
 from unbroken.storage import storage_at
 from unbroken.store import CheckpointReader, KeepPolicy
+from unbroken.stored_names import to_stored
 from unbroken.training.rank_agreement import agreed_reason
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def _differences(run: Run, folder: Path, stored: Stored, loader: Any) -> tuple[D
     facts = facts_of_stock(folder)
     found = unknown_order(loader, stored.place)
     if stored.cut is not None:
-        facts["cut"] = asdict(stored.cut)
+        facts["cut"] = to_stored(stored.cut)
         facts["arguments"]["gradient_accumulation_steps"] = stored.cut.accumulation
         was, now = stored.cut.world_size, run.cut.world_size
         if was != now:

@@ -206,8 +206,8 @@ class _Decoder:
     def _type(self, node: Json, path: str) -> type:
         """Return the caller's class for a stored name; the module decides only between two."""
         name = get(node, "type", str, path)
+        exact = [kind for kind in self._types if type_name(kind) == name]
         named = [kind for kind in self._types if f".{name}".endswith(f".{kind.__qualname__}")]
-        exact = [kind for kind in named if type_name(kind) == name]
         if len(exact or named) != 1:
             raise StateMismatchError(
                 path,

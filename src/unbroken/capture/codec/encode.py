@@ -39,6 +39,7 @@ from unbroken.capture.sharded import Chunks, is_sharded, part_of
 from unbroken.capture.state_tree import Captured, is_namedtuple
 from unbroken.capture.tensor_subclasses import comes_apart, parts_of
 from unbroken.errors import CaptureError
+from unbroken.stored_names import stored_path
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -412,7 +413,7 @@ def _block(where: Placed, number: int) -> Block:
 
 def type_name(kind: type) -> str:
     """Return the full name of a class; only ever compared with the names of classes at hand."""
-    return f"{kind.__module__}.{kind.__qualname__}"
+    return stored_path(kind)
 
 
 def _array_bytes(value: np.ndarray[Any, Any]) -> torch.Tensor:

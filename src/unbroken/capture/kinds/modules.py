@@ -26,6 +26,7 @@ from unbroken.capture.stored_tensor import (
 )
 from unbroken.capture.tensor_subclasses import comes_apart, parts_of
 from unbroken.errors import CaptureError
+from unbroken.stored_names import stored_class_name
 
 _WRAPPERS = {
     "OptimizedModule": "_orig_mod",
@@ -98,7 +99,7 @@ def class_name(module: nn.Module) -> str:
     kind = class_of(unwrapped(module))
     if issubclass(kind, LazyModuleMixin):
         kind = kind.cls_to_become or kind
-    return kind.__name__
+    return stored_class_name(kind)
 
 
 def capture_module(module: nn.Module, path: str, _names: object) -> State:

@@ -7,7 +7,6 @@ is as it was at the start is not saved: the start makes it again.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import re
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -50,6 +49,7 @@ from unbroken.checkpoint.coverage.attribute_values import (
 from unbroken.data import LoaderSource, MapSource
 from unbroken.errors import CaptureError, CheckpointError, CorruptCheckpointError
 from unbroken.fingerprint import changed_by_reading, keeps_attributes, own_attributes
+from unbroken.stored_names import from_stored, to_stored
 
 NAME = "attributes"
 """Under which they stand in the state of a checkpoint."""
@@ -92,11 +92,12 @@ class _Stored:
     def of(cls, tree: Any) -> _Stored:
         """Return what is in the state of a checkpoint; what is of another form is left out."""
         found = tree if isinstance(tree, Mapping) else {}
-        names = (one.name for one in dataclasses.fields(cls))
-        return cls(**{n: dict(found[n]) for n in names if isinstance(found.get(n), Mapping)})
+        groups = {n: dict(found[n]) for n in to_stored(cls()) if isinstance(found.get(n), Mapping)}
+        made: _Stored = from_stored(cls, groups)
+        return made
 
     def to_tree(self) -> dict[str, Any]:
-        return {n: value for n, value in vars(self).items() if value}
+        return {n: value for n, value in to_stored(self).items() if value}
 
 
 class Attributes:

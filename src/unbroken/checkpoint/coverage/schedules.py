@@ -21,6 +21,7 @@ from unbroken.changes.differences import Difference
 from unbroken.changes.object_facts import fingerprint_differences
 from unbroken.errors import StateMismatchError
 from unbroken.fingerprint import is_users_own, qualified_name, scheduler_facts
+from unbroken.stored_names import stored_class_name
 
 # What stands around a call in the user's own code: the objects that his frames hold, by name.
 
@@ -287,7 +288,7 @@ class FoundSchedules:
         live: Any = self._objects[name]
         changed = _changed(facts, live)
         here, there = place_of(live), place_of_state(stored.state)
-        if changed or type(live).__name__ != stored.class_name or here != there:
+        if changed or stored_class_name(type(live)) != stored.class_name or here != there:
             raise StateMismatchError(
                 name,
                 "was built after resume(), and stands elsewhere than in the checkpoint",

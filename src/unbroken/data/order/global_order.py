@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 from unbroken.data.keyed_rng import derive_key
 from unbroken.data.order.permutation import Permutation
 from unbroken.errors import ConfigError, DataError
+from unbroken.stored_names import stored_name
 
 _BLOCK = 4096  # positions computed at once: about 0.1 microseconds each
 
 
+@stored_name("unbroken.data.order.SampleKey")
 class SampleKey(int):
     """The index of a sample in its data set, which also knows where in the stream it stands.
 
@@ -45,6 +47,7 @@ class SampleKey(int):
         return SampleKey, (int(self), self.epoch, self.position)
 
 
+@stored_name("unbroken.data.order.GlobalOrder")
 class GlobalOrder:
     """The sample at each global position 0, 1, 2, ...: endless, O(1) memory and O(1) seek.
 
@@ -218,6 +221,7 @@ class BatchShape:
         return left // self.stride
 
 
+@stored_name("unbroken.data.sampler.MicroBatchSampler")
 class MicroBatchSampler:
     """The samples of one rank, micro-batch by micro-batch, from any position on, endless.
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unbroken.errors import ConfigError
+from unbroken.stored_names import stored_name
 
 Uint64Array = NDArray[np.uint64]
 
@@ -19,6 +20,7 @@ _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
+@stored_name("unbroken.data.permutation.Permutation")
 class Permutation:
     """A bijection of [0, n), chosen by a 64-bit key; O(1) memory, any position at once.
 

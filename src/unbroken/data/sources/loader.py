@@ -27,6 +27,7 @@ from unbroken.data.sources.protocol import (
 )
 from unbroken.data.worker_signals import shut_down
 from unbroken.errors import DataError
+from unbroken.stored_names import stored_name
 
 OnSkip = Callable[[int, int, float], None]
 
@@ -363,6 +364,7 @@ class LoaderSource:
         raise read_otherwise(type(self._loader.loader).__name__, what, expected, found, *hint)
 
 
+@stored_name("unbroken.data.loader_source.StatefulSource")
 class StatefulSource(LoaderSource):
     """A loader that has `state_dict` and `load_state_dict`, used through them.
 
@@ -405,6 +407,7 @@ class StatefulSource(LoaderSource):
         }
 
 
+@stored_name("unbroken.data.loader_source.CountedSource")
 class CountedSource(LoaderSource):
     """A loader without an exact state of its own: its epoch is read again up to the position.
 

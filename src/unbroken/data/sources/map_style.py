@@ -23,6 +23,7 @@ from unbroken.data.sources.protocol import (
 )
 from unbroken.data.worker_signals import leaving_signals, shut_down
 from unbroken.errors import ConfigError, DataError
+from unbroken.stored_names import stored_name
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Loading:
         }
 
 
+@stored_name("unbroken.data.map_source.MapSource")
 class MapSource:
     """Batches of a map-style data set: seeks in O(1), and its state is one integer.
 
