@@ -14,6 +14,7 @@ from small_trainers import small_trainer
 from unbroken import Checkpointer, KeepPolicy, Policy
 from unbroken.cli.main import main
 from unbroken.errors import ConfigError, DifferenceError, UnbrokenError
+from unbroken.training import Callback
 
 
 def of(folder, dropout: float = 0.1, **more) -> Checkpointer:
@@ -21,7 +22,7 @@ def of(folder, dropout: float = 0.1, **more) -> Checkpointer:
 
 
 def told(error: pytest.ExceptionInfo[UnbrokenError]) -> str:
-    return "\n".join([str(error.value), *error.value.__notes__])
+    return "\n".join([str(error.value), *getattr(error.value, "__notes__", [])])
 
 
 MISTAKES = {
@@ -39,6 +40,17 @@ MISTAKES = {
     "Module": (nn.Linear, "settings={...}"),
     "data": (DataLoader(range(4)), "batch_source(it, seed=0, global_batch_size=...)"),
     "loaders": ([DataLoader(range(4))], "data.used(batch)"),
+    "group": ([0, 1], "group=join()"),
+    "types": ("Phase", "types=[Name]"),
+    "settings": ([("seed", 1)], 'settings={"data"'),
+    "of_each_rank": ("rng", 'of_each_rank=["rng", "values"]'),
+    "told": ("model", "expected names of objects, found str 'model'"),
+    "fingerprint": ({}, "expected a function, found dict {}"),
+    "tell": ("quiet", "expected a function"),
+    "clock": (0.0, "expected a function"),
+    "branch": (3, "expected a name"),
+    "save_minutes": ("5", "expected a number, found str '5'"),
+    "mtbf_hours": ([3], "expected a number"),
 }
 
 
@@ -50,6 +62,30 @@ def test_a_mistake_in_a_keyword_is_named_with_what_was_meant(name, tmp_path):
     assert name in str(caught.value)
     assert meant in told(caught)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_is_no_path_is_named():
+    with pytest.raises(ConfigError, match="directory: expected a path, found int 5"):
+        of(5)
+
+
+IN_A_TRAINER = {
+    "group": ([0], "group=join()"),
+    "callbacks": (Callback, "callbacks=[MyCallback()]"),
+    "settings": (3, 'settings={"data"'),
+    "state": ({"keep": nn.Linear(1, 1)}, "state['keep']: this name is taken"),
+    "state of numbers": ({"count": 5}, "state['count']: is no object to save"),
+    "state of loaders": ({"more": DataLoader(range(4))}, "as train_dataset"),
+}
+
+
+@pytest.mark.parametrize("name", IN_A_TRAINER)
+def test_a_mistake_in_an_argument_of_a_trainer_is_named_as_a_trainer_takes_it(name, tmp_path):
+    value, meant = IN_A_TRAINER[name]
+    with pytest.raises(ConfigError) as caught:
+        small_trainer(tmp_path, trainer={name.partition(" ")[0]: value})
+    assert meant in told(caught)
+    assert "Checkpointer" not in told(caught)
 
 
 def test_what_is_no_mistake_is_taken(tmp_path):

@@ -249,7 +249,7 @@ def test_weights_that_are_clipped_after_each_step_are_saved_as_they_were(wide, s
 
 
 def test_between_saves_that_look_at_all_bytes_a_sample_shows_an_edit(wide, tmp_path, monkeypatch):
-    monkeypatch.setattr(staging, "_FEW", 0)  # as if they were many
+    monkeypatch.setattr(staging, "_FEW", 1)  # as if they were many
     with Checkpointer(tmp_path, snapshot="overlap", model=wide) as checkpointer:
         checkpointer.save(1)
         checkpointer.wait()
@@ -257,6 +257,41 @@ def test_between_saves_that_look_at_all_bytes_a_sample_shows_an_edit(wide, tmp_p
         clip(wide)
         with pytest.raises(SaveError, match=r"were changed while they were being copied"):
             checkpointer.wait()
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_one_element_edited_from_the_second_save_on_is_found_within_few(layer, wide, tmp_path):
+    """In turn each tensor is looked at as a whole; see the negative control below."""
+    assert steps_made_under_edits(wide, layer, tmp_path) < TURNS
+
+
+def test_a_sample_alone_would_not_find_one_element(wide, tmp_path, monkeypatch):
+    real = staging._in_turn
+    monkeypatch.setattr(
+        staging, "_in_turn", lambda leaves, number: [] if number else real(leaves, 0)
+    )
+    assert steps_made_under_edits(wide, 1, tmp_path) == TURNS
+
+
+TURNS = 4
+
+
+def steps_made_under_edits(wide, layer: int, where) -> int:
+    """Edit one element under each save but the first; return how many are made."""
+    nbytes = sum(one.nbytes for one in wide.parameters())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(staging, "_FEW", -(-nbytes // TURNS))  # as if they were many
+        with Checkpointer(where, snapshot="overlap", model=wide) as checkpointer:
+            checkpointer.save(0)
+            checkpointer.wait()
+            for step in range(1, TURNS + 1):
+                checkpointer.save(step)
+                wide[layer].weight.data[300, 301] += 1
+                try:
+                    checkpointer.wait()
+                except SaveError:
+                    return step - 1
+    return TURNS
 
 
 def test_of_a_small_model_each_save_looks_at_all_bytes(wide, tmp_path):

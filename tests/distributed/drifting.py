@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -150,6 +152,14 @@ CASES = {
     "an expert that is stored for each rank": Case(trained_expert, options=OWN),
     "statistics of rank 0, and an average of them": Case(statistics_of_rank_0),
     "another schedule, and another scale": Case(another_schedule),
+    "a schedule of rank 0 for all": Case(
+        another_schedule,
+        ("scaler: not covered: each rank has a state of its own", "scheduler: not covered"),
+        {"of_each_rank": ()},
+    ),
+    "a schedule that rank 0 stores for all": Case(
+        unnamed_schedule, ("scheduler: not covered",), {"load_from": "rank0"}
+    ),
 }
 
 
@@ -157,22 +167,30 @@ def save_all(folder: str) -> None:
     """Save all cases, and leave what was raised."""
     group, told = join(timeout=60.0), {}
     for number, (name, case) in enumerate(CASES.items()):
-        torch.manual_seed(3)
+        seed_all(3)
         loop = case.make(group.rank)
         told[name] = saved(f"{folder}/{number}", loop, group, case.options)
     Path(folder, f"told-{group.rank}").write_text(json.dumps(told))
     group.close()
 
 
+def seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
 def saved(folder: str, loop: Loop, group: Group, options: dict[str, Any]) -> str:
-    objects = {"model": loop.model, "optimizer": loop.optimizer, **loop.more}
-    with Checkpointer(folder, group=group, **options, **objects) as checkpointer:
+    objects, told = {"model": loop.model, "optimizer": loop.optimizer, **loop.more}, []
+    more = {"tell": told.append, **options, **objects}
+    with Checkpointer(folder, group=group, **more) as checkpointer:
         try:
             checkpointer.resume()
             checkpointer.save(1)
         except RankError as error:
             return "\n".join([str(error), *getattr(error, "__notes__", ())])
-    return ""
+    lines = group.share("what was told", [line for line in told if "not covered" in line])
+    return "\n".join(map(str, lines))
 
 
 def train_experts(folder: str, last: int) -> None:

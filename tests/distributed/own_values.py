@@ -19,6 +19,7 @@ from distributed.training import make_trainer
 from unbroken.checkpoint import Checkpointer
 from unbroken.distributed import Group, join
 from unbroken.errors import UnbrokenError
+from unbroken.training import Callback, Trainer
 
 STEPS = 4
 RANK = 0  # set by each rank, as a script does
@@ -99,6 +100,53 @@ def trainer(folder: str, group: Group, last: int) -> list[str]:
     one.train()
     report = one.resume_report
     return report.lines() if report.resumed else []
+
+
+class Fading(Callback):
+    """Lowers a factor of the loss, on each rank in its own way."""
+
+    def __init__(self) -> None:
+        self.factor = 1.0
+
+    def loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return self.factor * nn.functional.cross_entropy(output, target)
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        self.factor *= 0.9 - 0.2 * trainer.group.rank
+
+    def state_dict(self) -> dict[str, float]:
+        return {"factor": self.factor}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.factor = state["factor"]
+
+
+class Registered(Fading):
+    """The same, given as a state of the run, and stepped by a callback without one."""
+
+
+class Steps(Callback):
+    def __init__(self, fading: Fading) -> None:
+        self.on_step_end = fading.on_step_end
+
+
+def train_with_followers(folder: str, last: int, lanes: int | None = None) -> None:
+    """Train with a callback, and with an object of the state, that rank for rank differ."""
+    group, told = join(timeout=60.0), {}
+    settings = {"max_steps": last, "save_steps": 2, "lr_scheduler_type": "constant"}
+    settings |= {} if lanes is None else {"lanes": lanes}
+    for kind, own in {"callback": Fading(), "state": Registered()}.items():
+        is_state = kind == "state"
+        parts = {"loss_fn": own.loss, "group": group, "callbacks": [own]}
+        parts |= {"state": {"own": own}, "callbacks": [Steps(own)]} if is_state else {}
+        trainer = make_trainer(f"{folder}/{kind}", settings, **parts)
+        trainer.train()
+        weights = [p.tolist() for p in trainer.model.parameters()]
+        told[kind] = [own.factor, weights, trainer.resume_report.lines()]
+    Path(folder, f"told-{group.rank}").write_text(json.dumps(told))
+    with contextlib.suppress(RuntimeError):  # another rank may be dead already
+        dist.barrier()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def other_layers(folder: str, group: Group) -> None:

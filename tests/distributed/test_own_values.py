@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from distributed.own_values import OTHERS, STEPS, begin_all, train_with_values
+from distributed.own_values import OTHERS, STEPS, begin_all, train_with_followers, train_with_values
 from distributed.ranks import run_ranks
 
 
@@ -39,6 +39,35 @@ def test_on_other_ranks_such_a_value_is_no_difference(resumed):
     for rank in elsewhere:
         assert ": equivalent" in rank["loop"][0], rank["loop"]
         assert not [line for line in rank["loop"] if "RANK" in line or "seed" in line]
+
+
+@pytest.fixture(scope="module")
+def followed(tmp_path_factory):
+    """What each rank ended with in one piece, in two, and, on more ranks, in a third."""
+    found = {}
+    for name, parts in {"whole": [(4, 2)], "cut": [(2, 2), (4, 2), (5, 4)]}.items():
+        folder = tmp_path_factory.mktemp(name)
+        for last, world_size in parts:
+            arguments = (train_with_followers, str(folder), last, 4)
+            assert run_ranks(*arguments, world_size=world_size) == [-signal.SIGKILL] * world_size
+            found[name, last] = read(folder, world_size)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["callback", "state"])
+def test_what_each_rank_keeps_of_its_own_in_a_trainer_comes_back(kind, followed):
+    whole, cut = ([rank[kind] for rank in followed[name, 4]] for name in ("whole", "cut"))
+    assert [one[:2] for one in cut] == [one[:2] for one in whole]
+    assert whole[0][0] != whole[1][0]  # rank 0's for all would end elsewhere
+    assert all(": exact" in lines[0] for *_, lines in cut)
+
+
+@pytest.mark.parametrize("kind", ["callback", "state"])
+def test_on_other_ranks_what_each_kept_of_its_own_is_not_covered(kind, followed):
+    name = {"callback": "callbacks", "state": "own"}[kind]
+    *_, lines = followed["cut", 5][0][kind]
+    assert "not known to be exact" in lines[0]
+    assert any(f"{name}: stored one of each of 2 ranks, now 4 ranks" in line for line in lines)
 
 
 @pytest.fixture(scope="module")

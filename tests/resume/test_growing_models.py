@@ -11,6 +11,7 @@ from torch import nn
 from torch.ao.quantization import HistogramObserver, PerChannelMinMaxObserver
 
 from scenarios import run_fresh
+from small_trainers import small_trainer
 from unbroken import Checkpointer
 from unbroken.errors import StateMismatchError
 from unbroken.storage import storage_at
@@ -231,3 +232,60 @@ def test_a_buffer_can_grow_in_place_after_a_save_and_after_a_resume(tmp_path):
             checkpointer.resume()
             checkpointer.save(1)
         model.queue.resize_(9)
+
+
+class Recalls(Bank):
+    """Grows in training alone."""
+
+    def forward(self, x):
+        return super().forward(x) if self.training else self.layer(x)
+
+
+class Shrinks(Blocks):
+    def prepare_to_load(self, stored):
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for name in stored if name.endswith(".weight"))
+
+
+@pytest.mark.parametrize("make", [Bank, Shrinks])
+def test_weights_from_before_the_model_grew_are_loaded_alone(make, tmp_path):
+    model = make()
+    with Checkpointer(tmp_path, model=model, tell=None) as checkpointer:
+        checkpointer.resume()
+        model(torch.ones(2, 4))
+        checkpointer.save(1)
+        before = contents(model)
+        model(torch.ones(2, 4))
+        if make is Shrinks:
+            model.blocks.append(nn.Linear(4, 4))
+        assert contents(model).keys() != before.keys() or contents(model) != before
+        checkpointer.load(1, ["model"])
+        assert contents(model) == before
+
+
+def contents(model) -> dict:
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: tensor.tolist() for name, tensor in tensors.items()}
+
+
+def test_weights_that_nobody_can_make_room_for_are_named_with_the_hook(tmp_path):
+    model = Grown()
+    with Checkpointer(tmp_path, model=model, tell=None) as checkpointer:
+        checkpointer.resume()
+        checkpointer.save(1)
+        model.layers.append(nn.Linear(2, 2))
+        grown = contents(model)
+        with pytest.raises(StateMismatchError, match=r"layers\.1") as refused:
+            checkpointer.load(1, ["model"])
+        assert "prepare_to_load(self, stored)" in refused.value.hint
+        assert contents(model) == grown
+
+
+def test_the_best_weights_are_loaded_into_a_model_that_has_grown_since(tmp_path):
+    model, pairs = Recalls(), [(torch.full((4,), float(i)), torch.tensor(i % 4)) for i in range(8)]
+    settings = {"eval_steps": 1, "load_best_model_at_end": True, "learning_rate": 1e3}
+    parts = {"eval_dataset": pairs}
+    trainer = small_trainer(
+        tmp_path, model=model, dataset=pairs, max_steps=4, trainer=parts, **settings
+    )
+    trainer.train()
+    assert len(model.bank) == trainer.statistics.best_step < 4

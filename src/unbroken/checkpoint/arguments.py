@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from types import FunctionType
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from unbroken.changes.compare import Policy
+from unbroken.changes.differences import brief
 from unbroken.data import has
 from unbroken.errors import ConfigError
 from unbroken.store import KeepPolicy
@@ -39,6 +41,107 @@ def check_keywords(keep: object, policy: object) -> None:
             f'policy=Policy(exact_resume="{word}") or policy=Policy(allow=["..."]), from unbroken'
         )
         raise ConfigError("policy", expected="a Policy", found=repr(policy), hint=hint)
+
+
+def check_kinds(**given: object) -> None:
+    """Raise where an argument is of another type than it must be.
+
+    Args:
+        given: Arguments of a Checkpointer, by name; None where it may be left out.
+
+    Raises:
+        ConfigError: With what was expected.
+    """
+    for name, value in given.items():
+        expected, is_one, hint = _KINDS[name]
+        if (value is None and name in _NEEDED) or not (value is None or is_one(value)):
+            found = f"{type(value).__name__} {brief(repr(value), _SHORT)}"
+            raise ConfigError(name, expected=expected, found=found, hint=hint)
+
+
+def check_state(state: Mapping[str, object], taken: Collection[str]) -> None:
+    """Raise where something in the state of a Trainer cannot be saved by its name.
+
+    Args:
+        state: As a Trainer takes it.
+        taken: Names that have another meaning.
+
+    Raises:
+        ConfigError: With what to give instead.
+    """
+    check_kinds(state=state)
+    for name, value in state.items():
+        where = f"state[{name!r}]"
+        if name in taken:
+            raise ConfigError(where, "this name is taken: choose another")
+        if _is_plain(value):
+            raise ConfigError(where, "is no object to save", found=repr(value), hint=_IN_STATE)
+        for path, one in _within(name, value):
+            if _is_bare_loader(one):
+                hint = "a Trainer that gets it as train_dataset knows its place, and saves that"
+                what = f"a {type(one).__name__} does not know its place, so that it cannot be saved"
+                raise ConfigError(f"state: {path}", what, hint=hint)
+
+
+_IN_STATE = (
+    "what training depends on is compared as settings={...}; a value that training changes belongs "
+    "into an attribute of an object of your own"
+)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def _are_texts(value: object) -> bool:
+    is_many = isinstance(value, Collection) and not isinstance(value, str | bytes)
+    return is_many and all(isinstance(one, str) for one in value)  # type: ignore[attr-defined]
+
+
+def _are_types(value: object) -> bool:
+    if not isinstance(value, Collection):  # what gives them once is looked at when they are used
+        return isinstance(value, Iterable)
+    return all(isinstance(one, type) for one in value)
+
+
+def _is_group(value: object) -> bool:
+    return all(has(value, name) for name in ("rank", "world_size", "gather", "share", "agree"))
+
+
+def _is_directory(value: object) -> bool:
+    return isinstance(value, str | os.PathLike) or has(value, "describe")
+
+
+def _are_callbacks(value: object) -> bool:
+    if not isinstance(value, Collection):
+        return False
+    return all(has(one, "on_step_end") and not isinstance(one, type) for one in value)
+
+
+_FUNCTION = ("a function", callable, None)
+_MINUTES = ("a number", _is_number, None)
+_NEEDED = ("directory", "callbacks", "types", "told", "clock", "wall_clock")
+_KINDS: Mapping[str, tuple[str, Callable[[Any], bool], str | None]] = {
+    "directory": ("a path", _is_directory, "the run directory comes first, without a name"),
+    "branch": ("a name", lambda value: isinstance(value, str), None),
+    **dict.fromkeys(("save_minutes", "max_lost_minutes", "mtbf_hours"), _MINUTES),
+    **dict.fromkeys(("clock", "wall_clock", "fingerprint", "examine", "tell"), _FUNCTION),
+    "types": ("classes", _are_types, "types=[Name], the classes themselves"),
+    "settings": (
+        "a dict",
+        lambda value: isinstance(value, Mapping),
+        'groups of plain values: settings={"data": {"path": "..."}}',
+    ),
+    "state": ("a dict", lambda value: isinstance(value, Mapping), 'state={"name": object}'),
+    "callbacks": ("callbacks", _are_callbacks, "callbacks=[MyCallback()]"),
+    "told": ("names of objects", _are_texts, None),
+    "of_each_rank": (
+        "names of objects",
+        _are_texts,
+        'of_each_rank=["rng", "values"]; None: whatever differs',
+    ),
+    "group": ("the ranks", _is_group, "group=join(), from unbroken.distributed"),
+}
 
 
 def check_objects(objects: Mapping[str, object], keywords: Collection[str]) -> None:
@@ -100,8 +203,7 @@ def _within(path: str, value: object) -> Iterator[tuple[str, object]]:
 
 
 def _refuse_data(path: str, value: object) -> None:
-    has_state = has(value, "state_dict") and has(value, "load_state_dict")
-    if isinstance(value, DataLoader) and not has_state:
+    if _is_bare_loader(value):
         kind = type(value).__name__
         raise ConfigError(
             path,
@@ -110,6 +212,11 @@ def _refuse_data(path: str, value: object) -> None:
             "Checkpointer(..., data=data); train on `batch.data` for each batch of data.from_(), "
             "and call data.used(batch)",
         )
+
+
+def _is_bare_loader(value: object) -> bool:
+    has_state = has(value, "state_dict") and has(value, "load_state_dict")
+    return isinstance(value, DataLoader) and not has_state
 
 
 def tell_line(line: str) -> None:

@@ -23,7 +23,13 @@ from unbroken.changes.compare import Comparison, Examine, Policy
 from unbroken.changes.ddp_buckets import DdpBuckets
 from unbroken.changes.differences import Difference
 from unbroken.changes.report import ResumeReport
-from unbroken.checkpoint.arguments import check_keywords, check_objects, loggable, tell_line
+from unbroken.checkpoint.arguments import (
+    check_keywords,
+    check_kinds,
+    check_objects,
+    loggable,
+    tell_line,
+)
 from unbroken.checkpoint.cadence import SaveSteps, SaveTimer
 from unbroken.checkpoint.coverage.attributes import NAME, Attributes, is_bare
 from unbroken.checkpoint.coverage.schedules import FoundSchedules
@@ -37,7 +43,7 @@ from unbroken.checkpoint.resume.selection import Origin, ResumeFrom, Selection
 from unbroken.checkpoint.run_access import RunPlace, reader_of
 from unbroken.checkpoint.save.async_saver import BesideTraining, SaveCost, SnapshotMode
 from unbroken.checkpoint.save.layout import Layout
-from unbroken.checkpoint.save.rank_shares import Plan, rng_digest, share_of
+from unbroken.checkpoint.save.rank_shares import Plan, differing, rng_digest, share_of
 from unbroken.checkpoint.save.rehearsal import Rehearsal
 from unbroken.checkpoint.save.session import Line, Saving, Writing
 from unbroken.checkpoint.save.unfinished_gradients import GRADIENTS, UnfinishedGradients
@@ -50,6 +56,7 @@ from unbroken.store import CheckpointWriter, Json, KeepPolicy, RunDirectory
 from unbroken.store.run.directory import now_as_text
 from unbroken.stored_names import stored_class_name
 
+_ONCE = "each rank has a state of its own, and rank 0's is stored for all"
 _RESERVED = ("rng", "values", NAME, GRADIENTS)
 
 
@@ -97,9 +104,11 @@ class Checkpointer:
             parameters and optimizer state are copied under the next forward and backward passes;
             the optimizer's next step waits for that. If something else changes such a tensor
             before then, the checkpoint of the next step is made instead. A change through `.data`,
-            or from outside PyTorch, is found by digests: of all bytes in the first save and each
-            64th, of a sample in the others (on devices always). Both modes need one more copy of
-            what a rank stores.
+            or from outside PyTorch, is found by digests: of all bytes in the first save, and of at
+            least 8 MiB of the tensors, in turn, in each later one; of the others by a sample. So an
+            edit of a few elements that begins after the first save is found by their turn, which
+            comes within 64 saves; on devices, where samples alone are taken, it may be missed. Both
+            modes need one more copy of what a rank stores.
         tell: Called with each line that is told, on rank 0: what `resume` found, and what is not
             covered. None: nothing is told.
         objects: What to save, by name: modules, optimizers, schedulers, a GradScaler, random
@@ -119,6 +128,8 @@ class Checkpointer:
             to be set before the first use.
         ahead: What is being read of the checkpoint that `resume` is going to choose; may be set.
         note: As `tell`; may be set.
+        apart: Names of objects of which each rank stores its own where they differ, though
+            `of_each_rank` does not name them; to be set before the first use.
         gives_all: Whether the objects are all that training depends on, so that nothing else is
             looked for, and the caller tells what a resume finds; to be set before the first use.
 
@@ -161,6 +172,10 @@ class Checkpointer:
         **objects: object,
     ) -> None:
         check_keywords(keep, policy)
+        check_kinds(directory=directory, branch=branch, types=types, settings=settings, told=told)
+        check_kinds(group=group, of_each_rank=of_each_rank, fingerprint=fingerprint, tell=tell)
+        check_kinds(examine=examine, clock=clock, wall_clock=wall_clock, save_minutes=save_minutes)
+        check_kinds(max_lost_minutes=max_lost_minutes, mtbf_hours=mtbf_hours)
         check_objects(objects, _KEYWORDS)
         if taken := [name for name in _RESERVED if name in objects]:
             raise ConfigError(f"Checkpointer({taken[0]}=...)", "this name is taken: choose another")
@@ -184,6 +199,7 @@ class Checkpointer:
         self.among_others = False
         self.ahead: ReadAhead | None = None
         self.note: Callable[[str], None] | None = tell
+        self.apart: Collection[str] = ()
         self.gives_all = False
         self._found = FoundSchedules(self.objects)
         self._not_given = NotGiven(self.objects, self.attributes.covers)
@@ -328,7 +344,8 @@ class Checkpointer:
             CheckpointError: If the checkpoint does not exist, is damaged or does not fit.
         """
         self.wait()
-        self._resumption({name: self.objects[name] for name in names}).load_only(step)
+        objects = {name: self.objects[name] for name in names}
+        self._resumption(objects, self.comparison).load_only(step)
 
     def _resumption(
         self,
@@ -338,6 +355,7 @@ class Checkpointer:
         **more: Any,
     ) -> Resumption:
         more |= {"load_from": self._load_from, "of_each_rank": self._of_each_rank}
+        more |= {"apart": self.apart, "may_choose": not self.gives_all}
         more["clock"] = self._wall_clock
         where = self.run if run is None else run
         return Resumption(where, objects, self._types, comparison, group=self.group, **more)
@@ -388,15 +406,19 @@ class Checkpointer:
         own = () if self._load_from == "rank0" else self._of_each_rank
         if group.world_size > 1 and own is not None and "rng" not in own:
             group.agree("the random generators at a save", rng_digest())
-        not_given = group.together("look for what was not given", lambda: self._look_back(values))
+        found = group.together("look for what was not given", lambda: self._look_back(values))
         tree = group.together("capture the state", lambda: capture(self.objects))
         tree |= {"values": values, "rng": capture_rng(), **self._moved(tree), **self._gradients()}
+        apart, once = self._differing(tree, own)
+        self._tell_of(once)
+        not_given = {NOT_GIVEN: self._not_given.facts((*found, *once))} if found or once else {}
         layout, told = self.layout(self.objects), {**self._facts(run), **not_given, **(facts or {})}
         news = self._timer.news(self._beside.cost)
         writing = self._line.next(run, step, layout, told, self.keep, self._wall_clock, news)
         share = partial(share_of, group, tree, layout.file_of, own, self._plan)
         saving = Saving(run.storage, partial(self._begin, writing), writing.commit)
-        share = partial(share, of_rank_0=self._buckets.buffers_of_rank_0())
+        buffers, by_hand = self._buckets.buffers_of_rank_0(), not self.gives_all
+        share = partial(share, of_rank_0=buffers, apart=apart, may_choose=by_hand)
         self._beside.save(step, saving, share, self.objects, began)
         self._rehearsal.has_saved(step)
         self._line.has_begun = True
@@ -438,13 +460,26 @@ class Checkpointer:
                 error.respell(partial(spelled, place="loop"))
             raise
 
-    def _look_back(self, values: Any) -> dict[str, Any]:
-        """Tell of what the training until now had and a save has not; return its facts."""
+    def _differing(
+        self, tree: Mapping[str, Any], own: Collection[str] | None
+    ) -> tuple[Collection[str], tuple[Difference, ...]]:
+        """Return what differs between ranks: what each stores, and what is stored once for all."""
+        if own is None or own or self.group.world_size == 1:
+            return (), ()
+        names = self.apart if self.gives_all else tree.keys() - {"rng", "values", NAME}
+        found = differing(self.group, tree, sorted(names), self._plan.saves)
+        if self.gives_all and self._load_from != "rank0":
+            return found, ()
+        once = (Difference(one, None, None, _ONCE, "not covered") for one in sorted(found))
+        return (), tuple(once)
+
+    def _look_back(self, values: Any) -> tuple[Difference, ...]:
+        """Tell of what the training until now had and a save has not; return it."""
         if self._step_hook is not None:
             self._not_given.require_used()
         found = () if self._step_hook is None else self._not_given.found(values)
         self._tell_of((*self.comparison.uncovered(), *found))
-        return {NOT_GIVEN: self._not_given.facts(found)} if found else {}
+        return found
 
     def _tell_uncovered(self) -> None:
         """Tell, once, of what a resume will not be exact for; raise where that is not accepted."""
@@ -618,3 +653,5 @@ def _before_step(
 _KEYWORDS = [
     name for name, one in signature(Checkpointer).parameters.items() if one.kind is one.KEYWORD_ONLY
 ]
+TAKEN = (*_RESERVED, *_KEYWORDS, "self", "directory")
+"""Names that no object to save can have."""

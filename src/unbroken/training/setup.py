@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader
 
 from unbroken.capture import Stateful
 from unbroken.checkpoint import Checkpointer, Policy
+from unbroken.checkpoint.arguments import check_state
+from unbroken.checkpoint.checkpointer import TAKEN
 from unbroken.data import BatchSource, batch_source, derive_key
 from unbroken.distributed import Group, RankSums, join
 from unbroken.distributed.dtensors import is_dtensor
@@ -215,6 +217,7 @@ def make_checkpointer(
         tell=trainer.display.note,
         **_named_objects(trainer, state),
     )
+    checkpointer.apart = ("callbacks", "scheduler", "trainer", *state)  # the user's own
     checkpointer.attributes.more = partial(_followers, trainer, loss_fn)
     checkpointer.attributes.reads_ahead = config.dataloader_num_workers > 0
     return checkpointer
@@ -244,7 +247,7 @@ def _named_objects(trainer: Trainer, more: Mapping[str, object]) -> dict[str, ob
     """Return all that a checkpoint of a run holds, by name.
 
     Raises:
-        ConfigError: If `more` uses a name that the trainer itself needs.
+        ConfigError: If `more` uses a name that is taken, or holds what cannot be saved.
     """
     callbacks = with_state(trainer.callbacks)
     own = {
@@ -258,9 +261,8 @@ def _named_objects(trainer: Trainer, more: Mapping[str, object]) -> dict[str, ob
         "gradients": trainer.window,
         "trainer": trainer if isinstance(trainer, Stateful) else None,
     }
-    taken = sorted(name for name in more if name in own and (name != "trainer" or own[name]))
-    if taken:
-        raise ConfigError(f"state[{taken[0]!r}]", "this name is taken: choose another")
+    known = [name for name, value in own.items() if name != "trainer" or value is not None]
+    check_state(more, [*known, *TAKEN])
     return {n: value for n, value in {**own, **more}.items() if value is not None}
 
 

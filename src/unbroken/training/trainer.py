@@ -23,6 +23,7 @@ from unbroken.checkpoint import (
     Timer,
     TrainingStopped,
 )
+from unbroken.checkpoint.arguments import check_kinds
 from unbroken.data import BatchSource, MicroBatch, derive_key
 from unbroken.distributed import Group
 from unbroken.errors import ConfigError, DeviceMemoryError
@@ -261,6 +262,8 @@ class Trainer:
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
+        check_kinds(group=group, callbacks=callbacks, types=types, settings=settings, state=state)
+        check_kinds(clock=clock, wall_clock=wall_clock)
         self.group = joined(config) if group is None else group
         config = config or TrainerConfig()
         self.device = pick_device(config.device, self.group)

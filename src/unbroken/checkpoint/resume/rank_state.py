@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
 from unbroken.capture import load_tensors
+from unbroken.changes.differences import Difference
 from unbroken.checkpoint.coverage.attributes import NAME
 from unbroken.checkpoint.save.rank_shares import own_key, own_state_file, state_digest
 from unbroken.distributed import Group
@@ -28,7 +29,9 @@ def own_state(
     read: Callable[[str], Mapping[str, Any]],
     *,
     alike: bool,
-) -> tuple[dict[str, Any], bool]:
+    apart: Collection[str] = (),
+    may_choose: bool = True,
+) -> tuple[dict[str, Any], bool, tuple[Difference, ...]]:
     """Return what this rank has of its own in a checkpoint, in place of what rank 0 has.
 
     Args:
@@ -38,23 +41,30 @@ def own_state(
         of_each_rank: As `Checkpointer` has it.
         read: Decodes a file of the checkpoint.
         alike: Whether all ranks must read the same, as one reads for all of them.
+        apart: As `Checkpointer` has it.
+        may_choose: Whether the caller can say `of_each_rank`, which a hint then tells.
 
     Returns:
-        The state by name, and whether the random generators of this rank have to begin anew.
+        The state by name, whether the random generators of this rank have to begin anew, and what
+        of it fits no other number of ranks.
 
     Raises:
         StateMismatchError: Each of another number of ranks had a state of its own.
     """
     saved, rank = ranks_with_own_state(manifest), group.rank
     if saved == 1:
-        return {}, False
+        return {}, False, ()
+    movable = (*_ANYWHERE, *apart)
     names = [
         name
         for name in _own_tree(read, 1)
-        if name in tree and (of_each_rank is None or name in (*of_each_rank, NAME))
+        if name in tree and (of_each_rank is None or name in (*of_each_rank, NAME, *apart))
     ]
+    differing: tuple[Difference, ...] = ()
     if saved != group.world_size:
-        _refuse_what_cannot_move(names, saved, group.world_size)
+        left = [name for name in names if name not in movable]
+        _refuse_what_cannot_move(left, saved, group.world_size, may_choose=may_choose)
+        differing = tuple(_of_other_ranks(names, saved, group.world_size))
     begins_anew = rank >= saved and "rng" in names
     if alike:
         first = load_tensors({name: tree[name] for name in names})
@@ -62,7 +72,7 @@ def own_state(
         own = found[rank] if rank < saved else first
     else:
         own = _own_tree(read, rank) if 0 < rank < saved else tree
-    return {name: own[name] for name in names if name in own}, begins_anew
+    return {name: own[name] for name in names if name in own}, begins_anew, differing
 
 
 def ranks_with_own_state(manifest: Manifest) -> int:
@@ -89,13 +99,24 @@ def _own_tree(read: Callable[[str], Mapping[str, Any]], rank: int) -> Mapping[st
     return own
 
 
-def _refuse_what_cannot_move(names: Collection[str], saved: int, here: int) -> None:
+def _of_other_ranks(names: Collection[str], saved: int, here: int) -> Iterator[Difference]:
+    """Yield what each rank had of its own, and other ranks cannot go on with."""
+    ranks, now = f"one of each of {saved} ranks", f"{here} ranks"
+    more = "those of further ranks do not come back" if here < saved else "new ones get rank 0's"
     for name in names:
-        if name not in _ANYWHERE:
-            raise StateMismatchError(
-                name,
-                "each rank has a state of its own in the checkpoint",
-                expected=f"{saved} ranks",
-                found=here,
-                hint="resume on as many ranks; or take rank 0's for all: of_each_rank=()",
-            )
+        if name not in ("rng", "values"):
+            yield Difference(name, ranks, now, f"each rank had its own: {more}", "not covered")
+
+
+def _refuse_what_cannot_move(
+    names: Collection[str], saved: int, here: int, *, may_choose: bool
+) -> None:
+    for_all = "; or take rank 0's for all: of_each_rank=()" if may_choose else ""
+    for name in names:
+        raise StateMismatchError(
+            name,
+            "each rank has a state of its own in the checkpoint",
+            expected=f"{saved} ranks",
+            found=here,
+            hint=f"resume on as many ranks{for_all}",
+        )

@@ -78,6 +78,8 @@ class Resumption:
         group: The ranks that resume together: rank 0 chooses, all load, all must succeed.
         load_from: Which of them read the checkpoint.
         of_each_rank: Names of what each rank gets back its own of; None: of all that was stored so.
+        apart: More such names, of which further ranks get rank 0's.
+        may_choose: Whether the caller can say `of_each_rank`.
         ahead: What was read of the checkpoint before.
         attributes: What training makes of attributes of the user's own objects.
         is_torn: Whether an attempt before has left the objects with parts of a checkpoint.
@@ -105,6 +107,8 @@ class Resumption:
         group: Group,
         load_from: LoadFrom = "all",
         of_each_rank: Collection[str] | None = None,
+        apart: Collection[str] = (),
+        may_choose: bool = True,
         ahead: ReadAhead | None = None,
         attributes: Attributes | None = None,
         is_torn: bool = False,
@@ -121,6 +125,8 @@ class Resumption:
         self._attributes = attributes
         self._readers = readers_for(run, group, load_from)
         self._of_each_rank = of_each_rank
+        self._apart, self._may_choose = apart, may_choose
+        self._of_other_ranks: tuple[Difference, ...] = ()
         self._load_from = load_from
         self._clock = clock
         self._begins_anew = False
@@ -240,12 +246,18 @@ class Resumption:
         def look() -> None:
             tree = self._tree(source)
             own.update({name: tree[name] for name in self._objects})
+            self._growth = Growth(self._objects, partial(self._is_as_built, source))
+            self._growth.grow(own)  # they may have grown since
             check(self._objects, own)
 
-        damage = self._readers.load(look)
-        damage = damage or self._readers.load(lambda: fill(self._objects, own))
-        if damage is not None:
-            raise damage
+        try:
+            damage = self._readers.load(look)
+            damage = damage or self._readers.load(lambda: fill(self._objects, own))
+            if damage is not None:
+                raise damage
+            self._growth.keep()
+        finally:
+            self._growth.take_back()
 
     def _examine(self, reader: Source) -> None:
         """Read and check all that can be, and change nothing."""
@@ -257,7 +269,7 @@ class Resumption:
         tree, objects, differences = self._fitting(reader, tree)
         self._growth = Growth(objects, partial(self._is_as_built, reader))
         check_rng(rng, allow_missing_devices=self._comparison is not None)
-        differences = (*differences, *_of_devices(rng))
+        differences = (*differences, *_of_devices(rng), *self._of_other_ranks)
         tree = self._compared(reader, tree, differences, moved)
         check(objects, tree)
         gradients = {} if self._unfinished is None else self._unfinished.check(waiting)
@@ -365,13 +377,15 @@ class Resumption:
             expected, found = "rng and values among them", sorted(map(str, tree))
             raise CorruptCheckpointError(reader.folder, STATE_FILE, expected=expected, found=found)
         wanted = {n: v for n, v in tree.items() if n in _BESIDE or n in self._objects}
-        own, self._begins_anew = own_state(
+        own, self._begins_anew, self._of_other_ranks = own_state(
             wanted,
             reader.manifest,
             self._group,
             self._of_each_rank,
             partial(self._decoded, reader),
             alike=self._load_from == "rank0",
+            apart=self._apart,
+            may_choose=self._may_choose,
         )
         return {**tree, **own}
 

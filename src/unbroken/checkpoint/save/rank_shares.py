@@ -143,6 +143,7 @@ def _as_list(value: object) -> list[object]:
 
 
 STATE_FILE = "state.json"
+_LARGE = 32 << 20  # bytes
 Place = tuple[int, int]
 """Where a tensor lies: its address, and its length in bytes."""
 
@@ -206,6 +207,8 @@ def share_of(
     blind: Sequence[int] = (),
     *,
     of_rank_0: Collection[Place] = (),
+    apart: Collection[str] = (),
+    may_choose: bool = True,
 ) -> Share:
     """Return what this rank stores of a state tree; all ranks call this.
 
@@ -217,6 +220,9 @@ def share_of(
         plan: How the save before was divided.
         blind: Ranks that do not see where to store; with one of them, rank 0 stores all.
         of_rank_0: Buffers that other ranks get from rank 0: what they have meanwhile is nothing.
+        apart: More names of which each rank stores its own; what training made of attributes is
+            one of them where it differs.
+        may_choose: Whether the caller can say `of_each_rank`, which a hint then tells.
 
     Raises:
         CaptureError: A value cannot be stored.
@@ -226,7 +232,7 @@ def share_of(
     if group.world_size == 1:
         encoded = encode(dict(tree), file_of=file_of, memo=plan.memo)
         return Share(encoded.leaves, {STATE_FILE: partial(structure_to_bytes, encoded.structure)})
-    private = _private_names(group, tree, of_each_rank)
+    private = _private_names(group, tree, of_each_rank).union(apart)
     common = {name: value for name, value in tree.items() if name not in private}
     own = {name: tree[name] for name in tree if name in private}
     encoded = group.together(
@@ -241,7 +247,7 @@ def share_of(
     _agree_on_structure(group, encoded, together)
     _agree_on_copies(group, encoded)
     replicas = _replicas(encoded, together, of_rank_0)
-    agree_on_replicas(group, replicas, plan.saves, may_differ=of_each_rank != ())
+    agree_on_replicas(group, replicas, plan.saves, may_differ=may_choose and of_each_rank != ())
     plan.saves += 1
     mine = _planned(group, encoded, common, plan, divided=not blind)
     if group.rank == 0:
@@ -253,8 +259,25 @@ def share_of(
     return Share((*mine, *apart.leaves), files)
 
 
+def differing(
+    group: Group, tree: Mapping[str, Any], names: Collection[str], save: int
+) -> frozenset[str]:
+    """Return which of these differ between ranks, as far as a sample of large tensors shows.
+
+    Args:
+        group: The ranks; all have objects of these names, or none has.
+        tree: What was captured.
+        names: What may be looked at; what ranks have in common is not, nor what is not there.
+        save: The number of the save: it chooses the sample.
+    """
+    return _private_names(group, {n: tree[n] for n in names if n in tree}, None, save)
+
+
 def _private_names(
-    group: Group, tree: Mapping[str, Any], of_each_rank: Collection[str] | None
+    group: Group,
+    tree: Mapping[str, Any],
+    of_each_rank: Collection[str] | None,
+    save: int | None = None,
 ) -> frozenset[str]:
     """Return the names of what each rank has of its own."""
     if of_each_rank is not None:
@@ -264,15 +287,21 @@ def _private_names(
     digests = group.together(
         "capture the state",
         lambda: {
-            n: state_digest({n: value}) for n, value in tree.items() if not _are_alike(n, value)
+            n: state_digest({n: value}, save)
+            for n, value in tree.items()
+            if not _are_alike(n, value)
         },
     )
     ranks: Any = group.gather("what is the same on all ranks", digests)
     return frozenset(name for name in digests if len({one.get(name) for one in ranks}) > 1)
 
 
-def state_digest(tree: Any) -> str:
+def state_digest(tree: Any, save: int | None = None) -> str:
     """Return a digest of a small state, tensors included.
+
+    Args:
+        tree: The state.
+        save: Of a large tensor a sample is taken, which this number chooses; None: all of it.
 
     Example:
         >>> state_digest({"step": 1}) == state_digest({"step": 1.0})
@@ -281,7 +310,10 @@ def state_digest(tree: Any) -> str:
     encoded = encode(tree)
     digest = xxhash.xxh3_128(structure_to_bytes(encoded.structure))
     for leaf in encoded.leaves:
-        _add(digest, leaf)
+        if save is None or leaf.nbytes <= _LARGE:
+            _add(digest, leaf)
+        else:
+            digest.update(gathered([sample_of(leaf.tensor, save)]).cpu().numpy().data)
     return digest.hexdigest()
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -76,8 +77,8 @@ _PAGE = 4096
 _SMALL = 1 << 20  # bytes that are copied sooner than PyTorch has begun
 _PIECE = 1 << 20  # copied, and then hashed while it is in the processor's cache
 _PLAIN = (torch.Tensor, nn.Parameter)
-_ALL = 64  # saves: in the first of as many the digest is of all bytes, in others of a sample
-_FEW = 8 << 20  # bytes of all tensors, of which the digest is of all bytes in each save: 1 ms
+_MOST = 64  # saves, in which the digests of all tensors in turn are of all bytes
+_FEW = 8 << 20  # bytes, of which the digests are of all bytes in each save: 1 ms
 _BLOCK = 256  # bytes at each place of a sample
 Steady = Mapping[tuple[int, int], Sequence[torch.Tensor]]
 """Tensors that only an optimizer's step is expected to change, by address and length."""
@@ -119,15 +120,16 @@ class Seen:
     @classmethod
     def of(cls, leaves: Sequence[TensorLeaf], number: int) -> list[Seen]:
         """Look at tensors that are to be copied in the save of this number."""
-        is_whole = number % _ALL == 0 or sum(leaf.nbytes for leaf in leaves) <= _FEW
-        if is_whole and not any(leaf.tensor.is_cuda for leaf in leaves):
-            return [cls(leaves, None)] if leaves else []
+        wholly = _in_turn([leaf for leaf in leaves if not leaf.tensor.is_cuda], number)
+        known = {leaf.path for leaf in wholly}
         alike: dict[tuple[torch.device, bool], list[tuple[TensorLeaf, torch.Tensor]]] = {}
         for leaf in leaves:
-            sample = sample_of(leaf.tensor, number, block=_BLOCK)
-            alike.setdefault((sample.device, len(sample) > 1), []).append((leaf, sample))
+            if leaf.path not in known:
+                sample = sample_of(leaf.tensor, number, block=_BLOCK)
+                alike.setdefault((sample.device, len(sample) > 1), []).append((leaf, sample))
         kinds = [zip(*pairs, strict=True) for pairs in alike.values()]
-        return [cls(these, number, samples) for these, samples in kinds]
+        found = [cls(these, number, samples) for these, samples in kinds]
+        return [cls(wholly, None), *found] if wholly else found
 
     def bring(self, copies: DeviceCopies) -> None:
         """Begin to copy what is on a device."""
@@ -148,6 +150,21 @@ class Seen:
         differs = gathered(samples) != self._sample
         pieces = zip(paths, torch.split(differs, self._lengths), strict=True)
         return [path for path, piece in pieces if piece.any()] if differs.any() else []
+
+
+def _in_turn(leaves: Sequence[TensorLeaf], number: int) -> Sequence[TensorLeaf]:
+    """Return those of which a save looks at all bytes: all in the first save, then some in turn.
+
+    An edit of a few elements through `.data` that begins later is found when it is their turn:
+    of small models in each save, of large ones, where all would cost too much, within `_MOST`.
+    """
+    nbytes = sum(leaf.nbytes for leaf in leaves)
+    saves = min(_MOST, -(-nbytes // _FEW))
+    if number == 0 or saves <= 1:
+        return leaves
+    share, turn = nbytes // saves + 1, number % saves
+    ends = accumulate(leaf.nbytes for leaf in leaves)
+    return [leaf for leaf, end in zip(leaves, ends, strict=True) if (end - 1) // share == turn]
 
 
 def _digest(leaf: TensorLeaf) -> str:
