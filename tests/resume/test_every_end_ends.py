@@ -91,3 +91,14 @@ def test_a_signal_while_workers_evaluate_saves_too(way, end, tmp_path):
 def test_workers_that_are_spawned_end_too(end, context, tmp_path):
     status, output = run(tmp_path, "loop loader", end, 2, context)
     assert status == status_of("loop", end), output
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("end", ["SIGTERM", "SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize(
+    ("way", "context"), [("trainer", "spawn"), ("trainer", "forkserver"), ("drop-in", "spawn")]
+)
+def test_a_signal_while_workers_start_in_the_middle_of_a_run_saves_too(way, context, end, tmp_path):
+    status, output = run(tmp_path / "run", f"{way} starting", end, 2, context)
+    assert (status, "; saved: run the same command" in output) == (EXIT_STOPPED, True), output
+    assert steps_in(tmp_path / "run")[-1] in (2, 3)

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Mapping
 from types import FrameType, TracebackType
 
+from unbroken.data.worker_signals import hear_no_more_of_workers
 from unbroken.errors import ConfigError
 
 EXIT_STOPPED = 75
@@ -153,6 +154,7 @@ class Preemption:
             if self._interrupts > 1:
                 raise KeyboardInterrupt
         self._received = signal.Signals(number).name
+        hear_no_more_of_workers()
         # Once: what is being closed by then is not interrupted. A worker that was just forked
         # leaves it to its parent.
         if self._begins_in == os.getpid() and not self._is_ending:

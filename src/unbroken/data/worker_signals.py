@@ -13,13 +13,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
-from multiprocessing import context, reduction
+from functools import partial, wraps
+from multiprocessing import context, popen_spawn_posix, reduction, resource_tracker
 from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any
 
 from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 
 _PID_BYTES = 4
 _LEFT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -38,6 +39,7 @@ def leaving_signals(then: Callable[[int], None] | None = None) -> Callable[[int]
         then: A `worker_init_fn` to call besides.
     """
     _roll_of_this_process()
+    _let_spawned_workers_begin()
     return partial(_leave_signals, tie=_Tie(), then=then)
 
 
@@ -47,7 +49,7 @@ def leave_signals_of(loader: Any) -> None:
     if not isinstance(loader, DataLoader) or loader.num_workers == 0:
         return
     own = loader.worker_init_fn
-    if not isinstance(own, partial) or own.func is not _leave_signals:
+    if not _leaves_signals(own):
         loader.worker_init_fn = leaving_signals(own)
 
 
@@ -78,6 +80,26 @@ def shut_down(batches: Iterator[Any]) -> None:
             end_workers()
         finally:
             late.cancel()
+
+
+def hear_no_more_of_workers() -> None:
+    """Let a worker that dies raise where its batch is waited for, and nowhere else, from now on.
+
+    A signal to all processes of a job may kill a worker that has only been started by a fork
+    server. torch would raise an error for it in the middle of a step, which is to be saved.
+    """
+    if signal_handling._SIGCHLD_handler_set:  # noqa: SLF001 (torch has no public name)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def is_end_of_a_worker(error: BaseException) -> bool:
+    """Return whether an error is that of torch for a worker that died.
+
+    Example:
+        >>> is_end_of_a_worker(RuntimeError("no"))
+        False
+    """
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
 
 
 def _leave_signals(worker: int, *, tie: _Tie, then: Callable[[int], None] | None = None) -> None:
@@ -182,7 +204,7 @@ def _makes_a_worker(frame: FrameType | None) -> bool:
             made = getattr(frame.f_locals.get("self"), "__dict__", {})
             init = made.get("_worker_init_fn")
             if isinstance(init, partial):
-                return init.func is _leave_signals
+                return _leaves_signals(init)
         frame = frame.f_back
     return False
 
@@ -192,6 +214,35 @@ os.register_at_fork(
     after_in_parent=_after_fork_in_parent,
     after_in_child=_after_fork_in_child,
 )
+
+
+def _let_spawned_workers_begin() -> None:
+    """Let signals wait for a worker that is spawned, too, until it says how it takes them.
+
+    No hook of `os.register_at_fork` is called there. What is started inherits the mask of this
+    thread, and imports torch for seconds before it comes to `_leave_signals`.
+    """
+    launch: Any = popen_spawn_posix.Popen._launch  # type: ignore[attr-defined]  # noqa: SLF001
+    if hasattr(launch, "__wrapped__"):
+        return
+
+    @wraps(launch)
+    def launched(popen: Any, process: Any) -> None:
+        if not any(map(_leaves_signals, getattr(process, "_args", ()))):
+            launch(popen, process)
+            return
+        resource_tracker.ensure_running()  # where it has to be started, it takes the mask away
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT)
+        try:
+            launch(popen, process)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    popen_spawn_posix.Popen._launch = launched  # type: ignore[attr-defined]  # noqa: SLF001
+
+
+def _leaves_signals(init: object) -> bool:
+    return isinstance(init, partial) and init.func is _leave_signals
 
 
 class _Tie:

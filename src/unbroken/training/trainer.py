@@ -25,6 +25,7 @@ from unbroken.checkpoint import (
 )
 from unbroken.checkpoint.arguments import check_kinds
 from unbroken.data import BatchSource, MicroBatch, derive_key
+from unbroken.data.worker_signals import is_end_of_a_worker
 from unbroken.distributed import Group
 from unbroken.errors import ConfigError, DeviceMemoryError
 from unbroken.storage import Storage
@@ -359,7 +360,7 @@ class Trainer:
     def _loop(self, preemption: Preemption) -> None:
         self.pace.step_begins()
         with self.randomness.keyed():
-            for micro_batches in rightly_dealt(self, self._windows()):
+            for micro_batches in rightly_dealt(self, self._windows(preemption)):
                 preemption.training_begins()
                 if not self._train_step(micro_batches):
                     continue
@@ -370,7 +371,7 @@ class Trainer:
                 if reason is not None and not self._finished():
                     self._stop(reason)
 
-    def _windows(self) -> Iterator[list[MicroBatch]]:
+    def _windows(self, preemption: Preemption) -> Iterator[list[MicroBatch]]:
         """Yield the micro-batches of one optimizer step after the other, until the end."""
         if self._finished():
             return
@@ -379,7 +380,18 @@ class Trainer:
             if size != self.config.per_forward:  # the last step did not fit into memory
                 batches, size = self._batches.from_(), self.config.per_forward
             missing = self._batches.shape.accumulation - self.progress.pending
-            yield list(islice(batches, missing))
+            try:
+                window = list(islice(batches, missing))
+            except RuntimeError as error:
+                self._stop_without_workers(error, preemption.reason())
+                raise
+            yield window
+
+    def _stop_without_workers(self, error: RuntimeError, reason: str | None) -> None:
+        """Save and stop, if what asks for a stop has killed workers that were still starting."""
+        is_whole = self.group.world_size == 1 and self.progress.pending == 0
+        if reason is not None and is_whole and is_end_of_a_worker(error):
+            self._stop(reason)
 
     def _finished(self) -> bool:
         return self.progress.step >= self.max_steps or self.stop_reason is not None

@@ -1,5 +1,7 @@
 """A user's script that ends in the way, and reads in the way, that its arguments say."""
 
+import contextlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -30,6 +32,22 @@ class Samples(torch.utils.data.Dataset):
         return {"x": torch.ones(4) * index, "y": torch.ones(4)}
 
 
+class Starting(Samples):
+    """Has two steps an epoch; a worker that is started for the second one signals all."""
+
+    def __len__(self):
+        return 8
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(f"{out}-step-2")
+            signal_all()
+
+    def __getstate__(self):
+        return {"read": self.read}
+
+
 class Evaluated(Samples):
     def __getitem__(self, index):
         if index == 3:
@@ -47,6 +65,10 @@ class Model(torch.nn.Module):
 
 
 def after_step(step):
+    if "starting" in way:
+        if step == 2:
+            open(f"{out}-step-2", "w").close()
+        return
     if step != 3 or "evaluating" in way:
         return
     if "error" in end:
@@ -81,7 +103,8 @@ def own_trainer():
             "eval_dataset": torch.utils.data.DataLoader(Evaluated(), 4, num_workers=workers)
         }
     config = TrainerConfig(output_dir=out, save_steps=2, **sizes)
-    Trainer(Model(), config, Samples(), callbacks=[Ending()], **evaluated).train()
+    samples = Starting() if "starting" in way else Samples()
+    Trainer(Model(), config, samples, callbacks=[Ending()], **evaluated).train()
 
 
 def drop_in():
@@ -108,7 +131,8 @@ def drop_in():
         disable_tqdm=True,
     )
     global trainer
-    data = {"train_dataset": Samples(), "eval_dataset": Evaluated()}
+    samples = Starting() if "starting" in way else Samples()
+    data = {"train_dataset": samples, "eval_dataset": Evaluated()}
     trainer = Trainer(Model(), arguments, **data, callbacks=[Ending()])
     trainer.train()
 
@@ -152,5 +176,6 @@ def train(checkpointer, model, optimizer, data):
 
 
 if __name__ == "__main__":
+    multiprocessing.set_start_method(context)
     {"trainer": own_trainer, "drop-in": drop_in, "loop": own_loop}[way.split()[0]]()
     print("came to its end")
