@@ -254,9 +254,9 @@ def share_of(
         return Share(mine, {STATE_FILE: partial(structure_to_bytes, encoded.structure)})
     if not own:
         return Share(mine, {})
-    apart = encode({own_key(group.rank): own}, file_of=_in_file_of_rank(file_of, group.rank))
-    files = {own_state_file(group.rank): partial(structure_to_bytes, apart.structure)}
-    return Share((*mine, *apart.leaves), files)
+    beside = encode({own_key(group.rank): own}, file_of=_in_file_of_rank(file_of, group.rank))
+    files = {own_state_file(group.rank): partial(structure_to_bytes, beside.structure)}
+    return Share((*mine, *beside.leaves), files)
 
 
 def differing(
