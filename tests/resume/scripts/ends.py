@@ -102,11 +102,11 @@ def own_trainer():
         evaluated = {
             "eval_dataset": torch.utils.data.DataLoader(Evaluated(), 4, num_workers=workers)
         }
-    config = TrainerConfig(output_dir=out, save_steps=2, **sizes)
     samples = Samples()
     if "starting" in way:  # of a data set alone, workers start once, before the first step
         sizes["dataloader_num_workers"] = 0
         samples = torch.utils.data.DataLoader(Starting(), 4, num_workers=workers)
+    config = TrainerConfig(output_dir=out, save_steps=2, **sizes)
     Trainer(Model(), config, samples, callbacks=[Ending()], **evaluated).train()
 
 
