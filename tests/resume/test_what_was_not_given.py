@@ -490,6 +490,13 @@ def test_without_these_gradients_it_is_another_run(loop):
     assert loop.killed_and_resumed(text, left_out)["bits"] != whole["bits"]
 
 
+def test_gradients_that_a_loop_clears_only_in_part_are_saved_and_restored(loop):
+    text = script(backward="model[0].weight.grad = None\nloss.backward()", clear="")
+    whole, resumed = loop.run(text, out="whole"), loop.killed_and_resumed(text)
+    assert (resumed["began"], resumed["verdict"]) == (SAVED, "exact")
+    assert resumed["bits"] == whole["bits"]
+
+
 def gradients_in(folder: Path, step: int) -> list[str]:
     reader = CheckpointReader(storage_at(folder), f"checkpoint-{step}")
     return [path for path in reader.manifest.tensors if "unfinished" in path]

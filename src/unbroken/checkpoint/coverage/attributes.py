@@ -126,7 +126,7 @@ class Attributes:
         self._before: dict[str, Look] = {}
         self._known: set[str] = set()
         self._stored = _Stored()
-        self._of_workers: dict[str, Look] = {}
+        self._of_workers: dict[str, Look] | None = None  # None: no process has copies
         self._noted = False
         self._covered: dict[int, Any] = {}
         self._put_back: set[str] = set()
@@ -274,11 +274,13 @@ class Attributes:
                 found.lost[path] = error.message
 
     def _add_what_workers_lack(self, found: _Stored) -> None:
-        for path in (*found.plain, *found.tensors):
-            if path in self._of_workers and _is_of_data(path):
-                now = self._looks_at_data().get(path)
-                if now is not None and now.mark != self._of_workers[path].mark:
-                    found.lost[path] = "was changed while worker processes held copies of it"
+        moved = [path for path in (*found.plain, *found.tensors) if _is_of_data(path)]
+        if self._of_workers is None or not moved:
+            return
+        looks = self._looks_at_data()
+        for path in moved:
+            if path in looks and looks[path].mark != self._of_workers.get(path, TOLD).mark:
+                found.lost[path] = "was changed while worker processes held copies of it"
 
     def workers_begin(self) -> None:
         """Take note of the attributes of data now: processes that read get a copy of them."""

@@ -51,6 +51,8 @@ class UnfinishedGradients:
             is_own = any(one is optimizer for one in all_objects(self._objects))
             known = (optimizer, len(optimizer.param_groups), _marks(optimizer) if is_own else [])
             self._marked[id(optimizer)] = known
+            self._at_step.pop(id(optimizer), None)  # of other parameters
+            self._clears.pop(id(optimizer), None)
         if not known[2]:
             return
         marks = [one.grad for one in known[2]]
@@ -87,11 +89,12 @@ class UnfinishedGradients:
 
     def _has_used(self, optimizer: object) -> bool:
         """Return whether all that is left of gradients is going to be cleared."""
-        before = self._at_step.get(id(optimizer))
-        if before is None or not self._clears.get(id(optimizer), False):
+        known, before = self._marked.get(id(optimizer)), self._at_step.get(id(optimizer))
+        if known is None or before is None or not self._clears.get(id(optimizer), False):
             return False
-        now = [one.grad for one in _marks(optimizer)]
-        return all(_is_same(old, new) for old, new in zip(before, now, strict=True))
+        if known[0] is not optimizer or known[1] != len(known[0].param_groups):
+            return False  # a group came since the step, and may have gradients
+        return all(_is_same(old, one.grad) for old, one in zip(before, known[2], strict=True))
 
     def check(self, stored: object) -> dict[str, Any]:
         """Return the gradients that a checkpoint holds; raise where they do not fit.
@@ -131,14 +134,14 @@ def _parameters_of(value: object) -> Iterator[torch.Tensor]:
             yield from group["params"]
 
 
-def _marks(optimizer: Any) -> list[torch.Tensor]:
+def _marks(optimizer: Optimizer) -> list[torch.Tensor]:
     """Return some parameters of an optimizer, spread over all."""
-    groups = optimizer.param_groups if isinstance(optimizer, Optimizer) else []
+    groups = optimizer.param_groups
     marks: list[torch.Tensor] = []
     for group in groups[:_MARKS]:
         own = group["params"]
-        share = max(1, _MARKS // len(groups[:_MARKS]))
-        marks += [own[at * len(own) // share] for at in range(min(share, len(own)))]
+        count = min(len(own), max(1, _MARKS // len(groups[:_MARKS])))
+        marks += [own[at * len(own) // count] for at in range(count)]
     return marks
 
 
