@@ -149,6 +149,26 @@ def test_extra_state_goes_through_the_codec():
     assert account(target.amax) == account(source.amax)
 
 
+class Scaled(nn.Linear):
+    """Derives a number from its weights when its extra state comes back."""
+
+    def __init__(self):
+        super().__init__(2, 2)
+        self.scale = None
+
+    def get_extra_state(self):
+        return "scaled"
+
+    def set_extra_state(self, state):
+        self.scale = self.weight.abs().max().item()
+
+
+def test_extra_state_comes_back_after_the_tensors():
+    source, target = Scaled(), Scaled()
+    carry({"model": source}, {"model": target})
+    assert target.scale == source.weight.abs().max().item()
+
+
 def test_a_module_that_saves_in_its_own_way_is_refused():
     class Packed(nn.Linear):
         def _save_to_state_dict(self, destination, prefix, keep_vars):

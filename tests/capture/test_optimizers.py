@@ -8,7 +8,9 @@ from torch import nn, optim
 
 from capture.round_trip import carry, saved
 from capture.sameness import account
-from unbroken.capture import capture, restore
+from unbroken.capture import ParameterNames, capture, restore
+from unbroken.capture.kinds.optimizers import restore_optimizer
+from unbroken.capture.stored_tensor import Filling
 from unbroken.errors import CaptureError, StateMismatchError
 
 transformers = pytest.importorskip("transformers")
@@ -246,6 +248,18 @@ def test_capturable_options_come_back():
     source["optimizer"].state[net[0].weight] = {"step": torch.tensor(3.0)}
     carry(source, target)
     assert target["optimizer"].state[other[0].weight]["step"].item() == 3.0
+
+
+@pytest.mark.parametrize("option", ["capturable", "fused", None])
+def test_step_counters_are_on_the_device_where_torch_has_them_there(option):
+    source, net = trained(optim.AdamW), model(1).to("meta")  # any device but the CPU
+    target, later = optim.AdamW(net.parameters()), Filling()
+    source["optimizer"].param_groups[0].update({} if option is None else {option: True})
+    names = ParameterNames({"model": net})
+    restore_optimizer(target, saved(source)["optimizer"], names, later)
+    later.finish()
+    found = {own["step"].device.type for own in target.state.values()}
+    assert found == {"cpu" if option is None else "meta"}
 
 
 def test_the_state_of_another_optimizer_is_refused_by_name():

@@ -54,6 +54,11 @@ def test_a_position_knows_its_epoch_and_its_place_in_it():
     ]  # fmt: skip
 
 
+def test_a_key_knows_the_epoch_of_its_place_where_an_epoch_is_smaller_than_the_data():
+    keys = GlobalOrder(10, seed=0, epoch_size=8).keys(6, 10)
+    assert [(key.epoch, key.position) for key in keys] == [(0, 6), (0, 7), (1, 8), (1, 9)]
+
+
 def test_a_sample_key_survives_the_way_to_a_worker():
     key = pickle.loads(pickle.dumps(SampleKey(5, epoch=2, position=25)))
     assert (key, key.epoch, key.position, type(key)) == (5, 2, 25, SampleKey)

@@ -367,6 +367,17 @@ def test_batches_of_any_kind_are_told_apart(kind):
     assert digest(make(one)) != digest(make(one + 1)) is not None
 
 
+@pytest.mark.parametrize("shape", [(100, 1600), (64, 3, 40, 40), (8, 100_000)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_something_of_every_sample_of_a_large_batch_counts(dtype, shape):
+    batch = torch.zeros(shape, dtype=dtype)
+    before = digest(batch)
+    for sample in batch:
+        sample.fill_(1)
+        assert digest(batch) != before
+        sample.fill_(0)
+
+
 def test_a_batch_with_nothing_to_compare_has_no_digest():
     assert digest(object()) is None
     assert digest([]) is None

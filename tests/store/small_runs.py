@@ -67,13 +67,15 @@ def state_of(content: str) -> dict[str, bytes]:
     return {leaf.path: leaf.data for leaf in leaves_of(content)} | files_of(content)
 
 
-def save(storage: Storage, step: int, content: str = "", run_id: str = RUN_ID) -> Manifest:
+def save(
+    storage: Storage, step: int, content: str = "", run_id: str = RUN_ID, **more: object
+) -> Manifest:
     content = content or f"state at {step}"
     with CheckpointWriter(storage, step=step, run_id=run_id, clock=lambda: 0.0) as writer:
         writer.write_leaves(leaves_of(content))
         for name, data in files_of(content).items():
             writer.write_file(name, data)
-        return writer.commit({"content": content})
+        return writer.commit({"content": content, **more})
 
 
 def read_leaf(reader: CheckpointReader, path: str) -> bytes:

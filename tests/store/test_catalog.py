@@ -142,6 +142,19 @@ def test_a_save_of_another_state_sets_the_old_one_aside(storage):
     assert read_state(aside) == state_of("state at 10")
 
 
+@pytest.mark.parametrize("differs", ["run", "step", "facts"])
+def test_the_same_state_of_another_run_or_step_or_with_other_facts_is_not_kept(differs, storage):
+    if differs == "step":
+        storage.rename("checkpoint-9", "checkpoint-11")
+    else:
+        more = {"run_id": "another run"} if differs == "run" else {"best_step": 5}
+        save(storage, 11, "state at 9", **more)
+    made = save(storage, 11, "state at 9")
+    found = CheckpointReader(storage, "checkpoint-11").manifest
+    assert (found, made.run_id, made.step) == (made, RUN_ID, 11)
+    assert found.facts == {"content": "state at 9"}
+
+
 def test_a_save_in_place_of_a_damaged_one_keeps_its_remains(storage):
     spoil(storage, 10)
     save(storage, 10)

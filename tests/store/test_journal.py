@@ -175,6 +175,16 @@ def test_the_end_is_found_from_the_tail_alone_however_long_the_lines(lengths, to
     assert Journal(storage, "metrics.jsonl").nbytes == whole
 
 
+def test_what_follows_a_damaged_line_is_cut_together_with_it():
+    storage = MemoryStorage()
+    journal_of(RECORDS[:3], storage)
+    storage.append("metrics.jsonl", b'{"step":\0\n')
+    storage.append("metrics.jsonl", b'{"step":4}\n')
+    journal = Journal(storage, "metrics.jsonl")
+    journal.cut(journal.end_before(lambda record: record["step"] > 3))
+    assert list(journal.records()) == RECORDS[:3]
+
+
 def test_a_journal_is_cut_at_the_end_of_a_record_and_nowhere_else():
     journal = journal_of(RECORDS)
     ends = [journal_of(RECORDS[:count]).nbytes for count in range(len(RECORDS) + 1)]

@@ -125,6 +125,23 @@ def test_nothing_that_is_not_ours_is_touched():
     assert set(storage.list("")) - {".trash"} == before - {"checkpoint-2"}
 
 
+def test_one_under_the_name_of_another_step_is_neither_counted_nor_removed():
+    storage = run_of(1, 2, 3)
+    storage.rename("checkpoint-3", "checkpoint-9")
+    outcome = pruned(storage, KeepPolicy(last=1))
+    assert outcome.removed == ("checkpoint-1",)
+    assert steps_in(storage) == [2, 9]
+
+
+def test_one_that_is_being_replaced_is_neither_counted_nor_removed():
+    storage = run_of(1, 2, 3)
+    storage.make_folder("set-aside")
+    storage.rename("checkpoint-3", "set-aside/checkpoint-3.replaced")
+    outcome = pruned(storage, KeepPolicy(last=1))
+    assert outcome.removed == ("checkpoint-1",)
+    assert storage.list("set-aside") == ["checkpoint-3.replaced"]
+
+
 def test_checkpoints_of_another_run_are_not_counted():
     storage = run_of(1, 2)
     save(storage, 3, run_id="another run")
