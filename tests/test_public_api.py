@@ -48,7 +48,8 @@ NAMES = [
 
 PARAMETERS = {
     unbroken.Trainer: "model config train_dataset eval_dataset callbacks optimizer scheduler "
-    "collate_fn loss_fn state settings types storage display group clock wall_clock",
+    "processing_class collate_fn loss_fn state settings types storage display group clock "
+    "wall_clock",
     unbroken.Trainer.train: "self resume_from_checkpoint",
     unbroken.Trainer.evaluate: "self",
     unbroken.Trainer.save_checkpoint: "self",

@@ -36,3 +36,11 @@ def unbroken(capsys):
         return status, output, errors
 
     return call
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """The user's cache folder; the tokens of all tests stand in one."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder

@@ -8,11 +8,17 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
+from transformers import AutoTokenizer
 
 from unbroken.cli.demo.comparison import compare
 from unbroken.cli.demo.kills import Child, ChildFailedError, Watch
+from unbroken.errors import CorruptCheckpointError
+from unbroken.language_model import ByteTokenizer
+from unbroken.language_model.settings import DataSettings
+from unbroken.training import TrainerConfig
 
 CONFIG = """\
 output_dir: run
@@ -66,11 +72,43 @@ def test_another_seed_ends_with_other_bits(unbroken, folder):
     assert not any(one.is_same for one in compare(folder / "run", folder / "other", step=6)[:1])
 
 
-def test_the_tokens_are_made_once(unbroken, folder):
+def test_the_tokens_are_made_once_in_the_users_cache_and_nothing_is_left_in_the_folder(
+    unbroken, folder, cache
+):
+    before = {*os.listdir(folder), "run", "other"}
     unbroken("train", "config.yaml")
-    tokens = list((folder / ".cache" / "unbroken").iterdir())
+    tokens = list((cache / "unbroken").iterdir())
     unbroken("train", "config.yaml", "--output-dir", "other")
-    assert list((folder / ".cache" / "unbroken").iterdir()) == tokens
+    assert list((cache / "unbroken").iterdir()) == tokens
+    assert {*os.listdir(folder)} == before
+
+
+def test_the_tokenizer_is_read_from_the_run_its_checkpoints_and_an_export(unbroken, folder):
+    assert unbroken("train", "config.yaml")[0] == 0
+    assert unbroken("export", "run", "exported")[0] == 0
+    text = "naïve ☃  question"
+    for place in ("run", "run/checkpoint-2", "run/checkpoint-6", "exported"):
+        found = AutoTokenizer.from_pretrained(folder / place)
+        assert found(text)["input_ids"] == ByteTokenizer().encode(text).tolist()
+
+
+def test_a_changed_byte_of_a_saved_tokenizer_is_damage(unbroken, folder):
+    assert unbroken("train", "config.yaml")[0] == 0
+    file = folder / "run" / "checkpoint-6" / "tokenizer.json"
+    file.write_bytes(file.read_bytes().replace(b"end", b"END"))
+    status, output, errors = unbroken("verify", "run")
+    assert status == CorruptCheckpointError.exit_code
+    assert "tokenizer.json" in output + errors
+
+
+def test_help_lists_every_setting_with_what_it_means(unbroken):
+    status, output, _ = unbroken("train", "--help")
+    assert status == 0
+    names = [field.name for field in fields(TrainerConfig)]
+    names += [f"data.{field.name}" for field in fields(DataSettings)]
+    assert [name for name in names if f"--{name.replace('_', '-')}" not in output] == []
+    assert "The highest learning rate, reached after warm-up." in output
+    assert "Tokens in one sample." in output
 
 
 def test_sigterm_saves_and_ends_with_status_75(folder):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -89,16 +88,6 @@ def test_model_settings_are_read_as_what_they_look_like(parse, words, field, val
 def test_data_settings_are_overridden_one_by_one(parse):
     data = parse("--data.train", "c.txt", "d.txt", "--data.tokenizer", "bpe").data
     assert data == DataSettings(train=("c.txt", "d.txt"), block_size=32, tokenizer="bpe")
-
-
-def test_help_lists_every_setting_with_what_it_means(unbroken):
-    status, output, _ = unbroken("train", "--help")
-    assert status == 0
-    names = [field.name for field in fields(TrainerConfig)]
-    names += [f"data.{field.name}" for field in fields(DataSettings)]
-    assert [name for name in names if f"--{name.replace('_', '-')}" not in output] == []
-    assert "The highest learning rate, reached after warm-up." in output
-    assert "Tokens in one sample." in output
 
 
 SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 8, "n_positions": 16}

@@ -247,3 +247,55 @@ def test_copies_beside_what_else_a_run_has_are_where_a_run_begins(tmp_path):
     (new / "branches").mkdir()
     with RunDirectory.open(new) as run:
         assert run.run_id != old.run_id
+
+
+def test_a_file_for_other_programs_is_put_once_and_set_aside_for_another(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    with RunDirectory.open(tmp_path) as run:
+        run.put_file(path.name, b"first")
+        first = path.stat()
+        run.put_file(path.name, b"first")
+        assert path.stat() == first
+        run.put_file(path.name, b"other")
+    assert path.read_bytes() == b"other"
+    assert (tmp_path / "set-aside" / "tokenizer.json.1").read_bytes() == b"first"
+    assert len(everything_in(tmp_path)) == len(["run.json", "run.lock", path, "set-aside", "first"])
+
+
+@pytest.mark.parametrize("mode", ["kill", *POWER_CUT_MODES])
+def test_a_file_for_other_programs_is_whole_or_not_there_wherever_it_is_cut(mode):
+    def with_the_first():
+        storage = FaultyStorage()
+        run = open_run(storage)
+        run.put_file("a.json", b"first")
+        storage.arm()
+        return storage, run
+
+    whole, run = with_the_first()
+    run.put_file("a.json", b"other")
+    for step in range(1, whole.steps + 1):
+        storage, run = with_the_first()
+        storage.arm(cut_at=step)
+        with pytest.raises(PowerCut):
+            run.put_file("a.json", b"other")
+        after = storage.after_kill() if mode == "kill" else storage.after_power_cut(mode)
+        assert content_of(after) in (b"first", b"other", None)
+        with open_run(after) as again:
+            again.put_file("a.json", b"other")
+        assert content_of(after) == b"other"
+        assert "a.json.new" not in after.list("")
+
+
+def content_of(storage):
+    if "a.json" not in storage.list(""):
+        return None
+    buffer = bytearray(storage.stat("a.json").nbytes)
+    with storage.open("a.json") as file:
+        file.read_into(0, memoryview(buffer))
+    return bytes(buffer)
+
+
+@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "history.jsonl", "run.lock"])
+def test_no_file_for_other_programs_takes_the_place_of_the_runs_own(tmp_path, name):
+    with RunDirectory.open(tmp_path) as run, pytest.raises(RunDirectoryError, match="of the run"):
+        run.put_file(name, b"")

@@ -41,6 +41,7 @@ from unbroken.capture.objects import restore as restore
 from unbroken.capture.objects import restore_beside as restore_beside
 from unbroken.capture.partial_load import Skip as Skip
 from unbroken.capture.partial_load import keep_skipped as keep_skipped
+from unbroken.capture.pretrained_files import files_of_processor as files_of_processor
 from unbroken.capture.pretrained_files import pretrained_files as pretrained_files
 from unbroken.capture.sharded import class_of as class_of
 from unbroken.capture.sharded import how_cut as how_cut
@@ -86,6 +87,7 @@ __all__ = [
     "file_layout",
     "file_of",
     "files_for",
+    "files_of_processor",
     "fill",
     "how_cut",
     "is_sharded",

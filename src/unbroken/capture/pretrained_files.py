@@ -1,8 +1,10 @@
-"""The files beside the weights that `from_pretrained` needs to load a Hugging Face model."""
+"""The files beside the weights that `from_pretrained` needs: of a model, and of its tokenizer."""
 
 from __future__ import annotations
 
 import copy
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -10,7 +12,8 @@ from torch import nn
 from unbroken.capture.dtypes import dtype_name
 from unbroken.capture.kinds.modules import unwrapped
 from unbroken.capture.sharded import class_of
-from unbroken.errors import CaptureError
+from unbroken.errors import CaptureError, ConfigError
+from unbroken.store.format.names import is_file_name
 
 
 def pretrained_files(model: object) -> dict[str, bytes]:
@@ -50,6 +53,37 @@ def pretrained_files(model: object) -> dict[str, bytes]:
             found=f"{type(error).__name__}: {error}",
             hint="a configuration holds plain values: numbers, texts, lists and dicts of them",
         ) from error
+
+
+def files_of_processor(processor: object) -> dict[str, bytes]:
+    """Return the files that a tokenizer, or another processor of Hugging Face, saves itself in.
+
+    Args:
+        processor: Anything with `save_pretrained(folder)`.
+
+    Returns:
+        By file name, the bytes; without folders in the folder.
+
+    Raises:
+        ConfigError: It has no such method.
+
+    Example:
+        >>> files_of_processor("gpt2")
+        Traceback (most recent call last):
+            ...
+        unbroken.errors.ConfigError: processing_class: expected save_pretrained(folder), found str
+    """
+    save = getattr(processor, "save_pretrained", None)
+    if not callable(save):
+        expected, found = "save_pretrained(folder)", type(processor).__name__
+        raise ConfigError("processing_class", expected=expected, found=found)
+    with tempfile.TemporaryDirectory() as folder:
+        save(folder)
+        return {
+            path.name: path.read_bytes()
+            for path in sorted(Path(folder).iterdir())
+            if path.is_file() and is_file_name(path.name)
+        }
 
 
 def _files(model: nn.Module, config: Any) -> dict[str, bytes]:

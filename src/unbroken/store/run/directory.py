@@ -12,7 +12,13 @@ from typing import Self
 
 from unbroken.errors import RunDirectoryError, UnbrokenError
 from unbroken.storage import Lock, Storage, storage_at
-from unbroken.store.checkpoint.commit import copy_file, ensure_folder, free_name, sweep
+from unbroken.store.checkpoint.commit import (
+    copy_file,
+    ensure_folder,
+    free_name,
+    move_durably,
+    sweep,
+)
 from unbroken.store.checkpoint.reader import VerifiedCache
 from unbroken.store.format.names import (
     BRANCHES,
@@ -21,6 +27,7 @@ from unbroken.store.format.names import (
     MANIFEST_NAME,
     METRICS_NAME,
     NEW_RUN_NAME,
+    RUN_NAME,
     SET_ASIDE,
     STAGING,
     TRASH,
@@ -40,6 +47,7 @@ from unbroken.store.run.retention import KeepPolicy, Pruned, prune
 
 # What a start that was killed before it wrote run.json may have left ...
 _OWN_BEGINNINGS = {LOCK_NAME, NEW_RUN_NAME}
+_OWN_FILES = {RUN_NAME, NEW_RUN_NAME, LOCK_NAME, HISTORY_NAME, METRICS_NAME}
 _OWN_FOLDERS = {STAGING, TRASH, SET_ASIDE, BRANCHES}
 # ... and what operating systems put into folders unasked.
 _TOLERATED = {".DS_Store", "Thumbs.db", "desktop.ini", "lost+found"}
@@ -187,6 +195,35 @@ class RunDirectory:
                 verified=self.verified,
             )
 
+    def put_file(self, name: str, data: bytes) -> None:
+        """Have a file for other programs stand beside the checkpoints, whole or not at all.
+
+        One that has the same bytes is left as it is; another one is set aside.
+
+        Args:
+            name: As a file in a checkpoint may be called; none that a run has itself.
+            data: The whole content.
+
+        Raises:
+            RunDirectoryError: The directory is not ours to write in, or cannot be written.
+        """
+        storage, new = self.storage, f"{name}.new"
+        if name in _OWN_FILES:
+            raise RunDirectoryError(storage.describe(name), "is a file of the run itself")
+        with as_directory_error(storage):
+            if _content(storage, name) == data:
+                return
+            self.require_ownership()
+            if storage.stat(new) is not None:  # of a start that was killed
+                storage.remove_file(new)
+            with storage.create(new, len(data)) as file:
+                file.write(data)
+                file.sync()
+            if storage.stat(name) is not None:
+                ensure_folder(storage, SET_ASIDE)
+                move_durably(storage, name, free_name(storage, SET_ASIDE, name))
+            move_durably(storage, new, name)
+
     def set_aside_metrics(self) -> str:
         """Copy metrics.jsonl, durably, to where nothing reads it again, and return the name.
 
@@ -222,6 +259,17 @@ def _storage_of(where: Place, *, create: bool) -> Storage:
     if isinstance(where, str | os.PathLike):
         return storage_at(where, create=create)
     return where
+
+
+def _content(storage: Storage, name: str) -> bytes | None:
+    """Return the bytes of a file; None: there is none."""
+    found = storage.stat(name)
+    if found is None or found.is_folder:
+        return None
+    content = bytearray(found.nbytes)
+    with storage.open(name) as file:
+        file.read_into(0, memoryview(content))
+    return bytes(content)
 
 
 def _refuse_foreign(storage: Storage) -> None:
