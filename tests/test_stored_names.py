@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, StepLR
 from torch.utils.data import DataLoader
 
 from small_trainers import PAIRS, bits, small_model, small_trainer
@@ -28,7 +28,7 @@ from unbroken.checkpoint.resume import agreement
 from unbroken.checkpoint.save import rank_shares
 from unbroken.checkpoint.save.unfinished_gradients import GRADIENTS
 from unbroken.data import MapSource, batch_source
-from unbroken.fingerprint import qualified_name, scheduler_facts
+from unbroken.fingerprint import own_attributes, qualified_name, scheduler_facts
 from unbroken.language_model.settings import DataSettings
 from unbroken.store import RunDirectory
 from unbroken.store.format import names
@@ -39,7 +39,7 @@ from unbroken.stored_names import (
     stored_key,
     to_stored,
 )
-from unbroken.training import TrainerConfig
+from unbroken.training import Trainer, TrainerConfig
 from unbroken.training.config_rules import FORMER_NAMES, by_todays_names
 from unbroken.training.metrics import Statistics
 from unbroken.training.optim import make_scheduler
@@ -151,11 +151,21 @@ class Count(Callback):
         self.steps = state["steps"]
 
 
+class Last(Callback):
+    """Keeps a number as an attribute alone."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def on_step_end(self, trainer):
+        self.step = trainer.progress.step
+
+
 def of_a_trainer(folder: Path) -> Any:
     trainer = small_trainer(
         folder,
         dataset=PAIRS,
-        trainer={"eval_dataset": PAIRS[:8], "callbacks": [Count()]},
+        trainer={"eval_dataset": PAIRS[:8], "callbacks": [Count(), Last()]},
         eval_steps=2,
         early_stopping_patience=9,
         load_best_model_at_end=True,
@@ -170,6 +180,7 @@ def of_a_loop(folder: Path) -> Any:
     for rate in (0.1, 0.2):
         model = small_model()
         optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+        schedule = StepLR(optimizer, step_size=9)  # is found
         data = batch_source(DataLoader(PAIRS, batch_size=2), seed=1, global_batch_size=2)
         objects = {"model": model, "optimizer": optimizer, "data": data}
         with Checkpointer(folder, **objects, policy=meant, settings={"rate": rate}) as checkpointer:
@@ -177,6 +188,7 @@ def of_a_loop(folder: Path) -> Any:
             for step, micro in enumerate(data.from_(), start=report.step + 1):
                 torch.nn.functional.cross_entropy(model(micro.data[0]), micro.data[1]).backward()
                 optimizer.step()
+                schedule.step()
                 optimizer.zero_grad()
                 data.used(micro)
                 if step % 2 == 0:
@@ -212,7 +224,11 @@ def of_the_drop_in(folder: Path) -> Any:
         metric_for_best_model="eval_loss",
     )
     patience = [EarlyStoppingCallback(5)]
-    trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data, callbacks=patience)
+
+    class Mine(Trainer):
+        """Has no attribute of its own: none of ours may be stored as one of it."""
+
+    trainer = Mine(model, arguments, train_dataset=data, eval_dataset=data, callbacks=patience)
     trainer.train()
     return {"callbacks": patience}
 
@@ -236,7 +252,7 @@ def keys_of(value: Any, depth: int, path: str = "") -> Iterator[str]:
 USERS_OWN = {
     *("facts.arguments", "facts.fingerprint.model", "facts.fingerprint.loss"),
     *("facts.fingerprint.optimizer", "facts.fingerprint.scheduler", "facts.settings"),
-    *("facts.covers", "facts.built", "facts.found", "facts.not_given.now"),
+    *("facts.covers", "facts.built", "facts.found.scheduler.facts", "facts.not_given.now"),
     *("optimizer.state.state", "model.state", "scheduler.state", "facts.config"),
 }
 PASSING = ("facts.environment.packages.", "facts.environment.variables.")
@@ -308,6 +324,17 @@ def test_a_renamed_class_without_a_stored_name_is_another_one(tmp_path, rename, 
     monkeypatch.delattr(Window, "__stored_name__")
     with pytest.raises(StateMismatchError, match="expected Window, found OtherWindow"):
         small_trainer(tmp_path).load_checkpoint()
+
+
+def test_no_attribute_of_our_trainer_counts_as_one_of_a_users_subclass(tmp_path):
+    class Mine(Trainer):
+        def evaluate(self, *args):
+            self.judged = True
+            return super().evaluate(*args)
+
+    mine = Mine(small_model(), TrainerConfig(output_dir=str(tmp_path), max_steps=2), PAIRS)
+    mine.judged = False
+    assert own_attributes(mine) == {"judged": False}  # all others would be stored by their names
 
 
 def test_a_class_of_the_users_does_not_inherit_a_stored_name():
