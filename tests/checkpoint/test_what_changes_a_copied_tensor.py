@@ -7,6 +7,7 @@ import hashlib
 import os
 import signal
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -32,6 +33,11 @@ class Slowly:
             real(*where)
 
         monkeypatch.setattr(staging.ctypes, "memmove", copy)
+
+    def then(self, change) -> None:
+        """Change something, and let the copies go."""
+        change()
+        self.go.set()
 
 
 @pytest.fixture(autouse=True)
@@ -216,10 +222,12 @@ UNSEEN = {
 
 
 @pytest.mark.parametrize("change", UNSEEN)
-def test_an_edit_that_moves_no_version_makes_no_torn_checkpoint(change, model, tmp_path):
+def test_an_edit_that_moves_no_version_makes_no_torn_checkpoint(change, model, slowly, tmp_path):
     backward(model)
+    slowly.seconds = None
     before = [one._version for one in model.parameters()]
-    assert not save_and(lambda: UNSEEN[change](model), tmp_path, model=model)
+    edit = partial(slowly.then, partial(UNSEEN[change], model))
+    assert not save_and(edit, tmp_path, model=model)
     assert [one._version for one in model.parameters()] == before
 
 
@@ -248,35 +256,40 @@ def test_weights_that_are_clipped_after_each_step_are_saved_as_they_were(wide, s
         assert all(stored(checkpointer, step) == found[step] for step in made)
 
 
-def test_between_saves_that_look_at_all_bytes_a_sample_shows_an_edit(wide, tmp_path, monkeypatch):
+def test_between_saves_that_look_at_all_bytes_a_sample_shows_an_edit(
+    wide, slowly, tmp_path, monkeypatch
+):
     monkeypatch.setattr(staging, "_FEW", 1)  # as if they were many
     with Checkpointer(tmp_path, snapshot="overlap", model=wide) as checkpointer:
         checkpointer.save(1)
         checkpointer.wait()
+        slowly.seconds = None  # until it is let go
         checkpointer.save(2)
-        clip(wide)
+        slowly.then(lambda: clip(wide))
         with pytest.raises(SaveError, match=r"were changed while they were being copied"):
             checkpointer.wait()
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
-def test_one_element_edited_from_the_second_save_on_is_found_within_few(layer, wide, tmp_path):
+def test_one_element_edited_from_the_second_save_on_is_found_within_few(
+    layer, wide, slowly, tmp_path
+):
     """In turn each tensor is looked at as a whole; see the negative control below."""
-    assert steps_made_under_edits(wide, layer, tmp_path) < TURNS
+    assert steps_made_under_edits(wide, layer, slowly, tmp_path) < TURNS
 
 
-def test_a_sample_alone_would_not_find_one_element(wide, tmp_path, monkeypatch):
+def test_a_sample_alone_would_not_find_one_element(wide, slowly, tmp_path, monkeypatch):
     real = staging._in_turn
     monkeypatch.setattr(
         staging, "_in_turn", lambda leaves, number: [] if number else real(leaves, 0)
     )
-    assert steps_made_under_edits(wide, 1, tmp_path) == TURNS
+    assert steps_made_under_edits(wide, 1, slowly, tmp_path) == TURNS
 
 
 TURNS = 4
 
 
-def steps_made_under_edits(wide, layer: int, where) -> int:
+def steps_made_under_edits(wide, layer: int, slowly, where) -> int:
     """Edit one element under each save but the first; return how many are made."""
     nbytes = sum(one.nbytes for one in wide.parameters())
     with pytest.MonkeyPatch.context() as patch:
@@ -284,9 +297,11 @@ def steps_made_under_edits(wide, layer: int, where) -> int:
         with Checkpointer(where, snapshot="overlap", model=wide) as checkpointer:
             checkpointer.save(0)
             checkpointer.wait()
+            slowly.seconds = None  # until it is let go
             for step in range(1, TURNS + 1):
+                slowly.go.clear()
                 checkpointer.save(step)
-                wide[layer].weight.data[300, 301] += 1
+                slowly.then(lambda: wide[layer].weight.data[300, 301].add_(1))
                 try:
                     checkpointer.wait()
                 except SaveError:
@@ -294,19 +309,21 @@ def steps_made_under_edits(wide, layer: int, where) -> int:
     return TURNS
 
 
-def test_of_a_small_model_each_save_looks_at_all_bytes(wide, tmp_path):
+def test_of_a_small_model_each_save_looks_at_all_bytes(wide, slowly, tmp_path):
     with Checkpointer(tmp_path, snapshot="overlap", model=wide) as checkpointer:
         for step in (1, 2):
             checkpointer.save(step)
             checkpointer.wait()
+        slowly.seconds = None
         checkpointer.save(3)
-        wide[2].weight.data[300, 300] += 1
+        slowly.then(lambda: wide[2].weight.data[300, 300].add_(1))
         with pytest.raises(SaveError, match=r"2\.weight"):
             checkpointer.wait()
 
 
-def test_without_the_digests_such_a_checkpoint_would_be_torn(model, tmp_path, monkeypatch):
+def test_without_the_digests_such_a_checkpoint_would_be_torn(model, slowly, tmp_path, monkeypatch):
     """The negative control."""
+    slowly.seconds = None
     monkeypatch.setattr(staging.Seen, "differing", lambda *_: [])
     with pytest.raises(AssertionError):
-        save_and(lambda: clip(model), tmp_path, model=model)
+        save_and(partial(slowly.then, partial(clip, model)), tmp_path, model=model)

@@ -131,6 +131,7 @@ class Case:
     make: Callable[[int], Loop]
     says: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
+    of_a_trainer: bool = False
 
 
 OWN = {"of_each_rank": ("model", "optimizer", "rng", "values")}
@@ -138,6 +139,9 @@ CASES = {
     "an expert of each rank": Case(
         trained_expert,
         ("rank 1: model.expert.", 'of_each_rank=["model", "optimizer", "rng", "values"]'),
+    ),
+    "an expert of each rank in a Trainer": Case(
+        trained_expert, ("rank 1: model.expert.", "sum all gradients"), of_a_trainer=True
     ),
     "a weight that drifted": Case(drifted_weight, ("rank 1: model.1.weight",)),
     "one element": Case(one_element, ("rank 1: model.weight: is not what",)),
@@ -169,7 +173,7 @@ def save_all(folder: str) -> None:
     for number, (name, case) in enumerate(CASES.items()):
         seed_all(3)
         loop = case.make(group.rank)
-        told[name] = saved(f"{folder}/{number}", loop, group, case.options)
+        told[name] = saved(f"{folder}/{number}", loop, group, case)
     Path(folder, f"told-{group.rank}").write_text(json.dumps(told))
     group.close()
 
@@ -180,10 +184,11 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def saved(folder: str, loop: Loop, group: Group, options: dict[str, Any]) -> str:
+def saved(folder: str, loop: Loop, group: Group, case: Case) -> str:
     objects, told = {"model": loop.model, "optimizer": loop.optimizer, **loop.more}, []
-    more = {"tell": told.append, **options, **objects}
+    more = {"tell": told.append, **case.options, **objects}
     with Checkpointer(folder, group=group, **more) as checkpointer:
+        checkpointer.gives_all = case.of_a_trainer
         try:
             checkpointer.resume()
             checkpointer.save(1)

@@ -24,6 +24,7 @@ def test_a_save_names_what_differs_between_ranks_and_is_stored_once(name, told):
         for says in CASES[name].says:
             assert says in of_rank[name]
         assert CASES[name].says or of_rank[name] == ""
+        assert not CASES[name].of_a_trainer or "Checkpointer" not in of_rank[name]
 
 
 def test_experts_that_are_stored_for_each_rank_go_on_exactly(tmp_path):
