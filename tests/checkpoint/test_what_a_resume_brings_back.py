@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import cached_property
 
 import pytest
 import torch
@@ -78,6 +79,10 @@ class Levels:
     def __len__(self) -> int:
         return 8
 
+    @cached_property
+    def targets(self) -> list[int]:
+        return [*range(8)]
+
     def __getitem__(self, index: int):
         return self.scale * index * self.level
 
@@ -110,6 +115,17 @@ def test_data_that_changed_while_workers_held_copies_are_not_covered(change, nam
             attributes.workers_begin()
         lost = attributes.state({}).get("lost", {})
         assert [*lost] == ([] if is_in_time else [f"data.{name}"])
+
+
+def test_what_data_keep_once_they_were_asked_is_no_change():
+    levels = Levels()
+    attributes = Attributes({"data": batch_source(levels, seed=0, global_batch_size=2)})
+    attributes.note()
+    attributes.workers_begin()
+    assert levels.targets
+    state = attributes.state({})
+    assert [*state["plain"]] == ["data.targets"]
+    assert "lost" not in state
 
 
 def window(*, lr: float = 0.1):

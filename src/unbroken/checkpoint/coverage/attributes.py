@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -277,9 +278,12 @@ class Attributes:
         moved = [path for path in (*found.plain, *found.tensors) if _is_of_data(path)]
         if self._of_workers is None or not moved:
             return
-        looks = self._looks_at_data()
+        looks, owners = self._looks_at_data(), {one.path: one.thing for one in self._owners()}
         for path in moved:
-            if path in looks and looks[path].mark != self._of_workers.get(path, TOLD).mark:
+            was = self._of_workers.get(path)
+            if was is None and _is_cached(owners.get(_owner_path(path)), path):
+                continue  # each process makes it when it is first asked for
+            if path in looks and looks[path].mark != (was or TOLD).mark:
                 found.lost[path] = "was changed while worker processes held copies of it"
 
     def workers_begin(self) -> None:
@@ -622,6 +626,10 @@ def _is_frozen(thing: object) -> bool:
 
 def _is_of_data(path: str) -> bool:
     return path.partition(".")[0] in ("data", "eval_data", "collate_fn")
+
+
+def _is_cached(thing: object, path: str) -> bool:
+    return isinstance(getattr(type(thing), path.rpartition(".")[2], None), cached_property)
 
 
 def _owner_path(path: str) -> str:
