@@ -72,6 +72,12 @@ def test_the_best_and_the_pinned_stay():
     assert (outcome.reasons["checkpoint-1"], outcome.reasons["checkpoint-2"]) == ("best", "pinned")
 
 
+def test_the_newest_counts_as_one_of_the_last_where_it_is_the_best_too():
+    storage = run_of(1, 2, 3)
+    outcome = pruned(storage, KeepPolicy(last=1), best_steps={3})
+    assert outcome.removed == ("checkpoint-2", "checkpoint-1")
+
+
 @pytest.mark.parametrize("damage", [spoil, flip])
 def test_damaged_ones_are_not_counted_and_not_removed(damage):
     storage = run_of(1, 2, 3, 4)
