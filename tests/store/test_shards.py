@@ -270,6 +270,14 @@ def test_files_that_are_not_there_are_not_adopted(storage):
         writer.adopt(files)
 
 
+def test_files_of_another_length_are_not_adopted(storage):
+    with CheckpointWriter(storage, step=10, run_id=RUN_ID) as writer:
+        files = store_leaves(storage, writer.staging, cut_at(numbers((4, 6)), [[], []]), {})
+        storage.append(f"{writer.staging}/{files[0].name}", b"x")
+        with pytest.raises(SaveError, match=f"expected {files[0].nbytes} bytes"):
+            writer.adopt(files)
+
+
 def test_digests_cannot_compare_tensors_that_are_cut_in_two_ways(storage, reader):
     other = saved(storage, cut_at(numbers((4, 6)), [[], [1]]), step=11)
     assert [one.kind for one in diff_checkpoints(reader, other).tensors] == ["shards"]
