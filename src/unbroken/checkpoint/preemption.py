@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from types import FrameType, TracebackType
 
 from unbroken.data.worker_signals import hear_no_more_of_workers
+from unbroken.distributed import Group
 from unbroken.errors import ConfigError
 
 EXIT_STOPPED = 75
@@ -160,3 +161,11 @@ class Preemption:
         if self._begins_in == os.getpid() and not self._is_ending:
             self._is_ending = True
             raise TrainingStopped(None, self._received)
+
+
+def agreed_reason(group: Group, reason: str | None) -> str | None:
+    """Return why to stop, if any rank has a reason: the first rank's that has one."""
+    if not group.any(reason is not None):
+        return None
+    reasons = group.gather("why to stop", reason)
+    return next(str(one) for one in reasons if one is not None)

@@ -14,14 +14,6 @@ if TYPE_CHECKING:
     from unbroken.training.trainer import Trainer
 
 
-def agreed_reason(group: Group, reason: str | None) -> str | None:
-    """Return why to stop, if any rank has a reason: the first rank's that has one."""
-    if not group.any(reason is not None):
-        return None
-    reasons = group.gather("why to stop", reason)
-    return next(str(one) for one in reasons if one is not None)
-
-
 def agree_on_wishes(trainer: Trainer) -> None:
     """Let a stop or a save that one rank's callback asked for be that of all."""
     group = trainer.group

@@ -26,6 +26,7 @@ from unbroken.checkpoint import (
     TrainingStopped,
 )
 from unbroken.checkpoint.arguments import check_kinds
+from unbroken.checkpoint.preemption import agreed_reason
 from unbroken.data import BatchSource, MicroBatch, derive_key
 from unbroken.data.worker_signals import is_end_of_a_worker
 from unbroken.distributed import Group
@@ -403,7 +404,7 @@ class Trainer:
                 self._at_step_edge()
                 self.pace.step_is_over()
                 preemption.margin_seconds = self.pace.seconds_to_stop()
-                reason = rank_agreement.agreed_reason(self.group, preemption.reason())
+                reason = agreed_reason(self.group, preemption.reason())
                 if reason is not None and not self._finished():
                     self._stop(reason)
 

@@ -64,6 +64,7 @@ from unbroken.checkpoint import (
     Selection,
     may_go_on,
 )
+from unbroken.checkpoint.preemption import agreed_reason
 from unbroken.checkpoint.resume.selection import origin_of
 from unbroken.distributed import Alone, Group, join
 from unbroken.errors import ConfigError, CorruptCheckpointError, StateMismatchError
@@ -71,7 +72,6 @@ from unbroken.fingerprint import names_in
 from unbroken.storage import storage_at
 from unbroken.store import CheckpointReader, KeepPolicy
 from unbroken.stored_names import to_stored
-from unbroken.training.rank_agreement import agreed_reason
 
 if TYPE_CHECKING:
     from unbroken.adapters.transformers.trainer import Trainer
