@@ -38,12 +38,16 @@ class Kept:
 
     def with_state(self, folder: str, change: Change) -> MemoryStorage:
         """Change the structure of the state; its digests in the manifest follow."""
-        data = _spelled(change(json.loads(self.files[f"{folder}/state.json"])))
+        return self.with_file(folder, "state.json", change)
+
+    def with_file(self, folder: str, name: str, change: Change) -> MemoryStorage:
+        """Change a file of JSON; its digests in the manifest follow."""
+        data = _spelled(change(json.loads(self.files[f"{folder}/{name}"])))
         body = self._manifest(folder)
-        entry = next(file for file in body["files"] if file["name"] == "state.json")
+        entry = next(file for file in body["files"] if file["name"] == name)
         region = {"digest": digest_of(data), "nbytes": len(data), "offset": 0}
         entry.update(nbytes=len(data), regions=[region])
-        return self._with(folder, body, {f"{folder}/state.json": data})
+        return self._with(folder, body, {f"{folder}/{name}": data})
 
     def with_facts(self, folder: str, change: Change) -> MemoryStorage:
         """Change the facts of the manifest."""

@@ -230,6 +230,8 @@ def own_loader(trainer, kind: str, stock):
         return Wrapped(stock())
     if kind == "uneven":
         return torch.utils.data.DataLoader(rows, batch_sampler=UnevenBatches(len(rows)), **options)
+    if kind.startswith("of "):
+        return torch.utils.data.DataLoader(rows, batch_size=int(kind[3:]), shuffle=True, **options)
     own = {
         "batches": lambda: None,
         "batches with a generator": lambda: torch.Generator().manual_seed(1),

@@ -22,6 +22,7 @@ def serve() -> None:
 
     import unbroken.adapters.transformers  # noqa: F401
     from adapters import runs, seeds
+    from quiet import running
 
     gc.freeze()
     for line in sys.stdin:
@@ -29,7 +30,7 @@ def serve() -> None:
         child = os.fork()
         if child == 0:
             signal.alarm(order.setdefault("seconds", SECONDS))
-            obey({"runs": runs, "seeds": seeds}, order)
+            obey({"runs": runs, "seeds": seeds, "running": running}, order)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 

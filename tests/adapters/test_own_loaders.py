@@ -41,3 +41,24 @@ def test_other_data_in_a_loader_of_the_users_own_are_told(run):
     assert refused.status == 1
     assert "DifferenceError" in refused.text
     assert "data.records" in refused.text
+
+
+OF_8 = {"loader": "of 8", "args": {"save_steps": 4, "lr_scheduler_type": "constant"}}
+
+
+@pytest.mark.parametrize("kill_at", [7, 11])
+def test_a_loader_of_another_batch_size_than_that_of_the_arguments_is_continued(
+    kill_at, run, uninterrupted
+):
+    assert run(kill_at=kill_at, **OF_8).status == -signal.SIGKILL
+    resumed = run(**OF_8)
+    assert (resumed.step, resumed.first_step) == (18, kill_at // 4 * 4 + 1)
+    assert resumed.bits == uninterrupted(**OF_8).bits
+    assert resumed.report[0].endswith(": exact")
+
+
+def test_a_loader_whose_batch_size_changes_is_refused_with_both_sizes(run):
+    assert run(kill_at=7, **OF_8).status == -signal.SIGKILL
+    refused = run(**{**OF_8, "loader": "of 6"})
+    assert refused.status == 1
+    assert "total_batch_size: stored 8, now 6" in refused.text

@@ -58,6 +58,7 @@ def test_a_finished_run_that_is_started_again_trains_nothing_and_says_the_same(r
     first = run()
     again = run()
     assert again.first_step is None
+    assert "finished at step 36 of 36 already; nothing to do" in again.text
     assert (again.digest, again.train_loss) == (first.digest, first.train_loss)
 
 

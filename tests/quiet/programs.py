@@ -428,3 +428,281 @@ class Smooth(nn.Module):
     ),
 }
 """By what is ordinary about them."""
+
+
+OF_RANKS = {
+    "DDP with BatchNorm, over a loader dealt to the ranks": """
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.data import DistributedSampler
+from unbroken.distributed import join
+
+group = join()
+rank = dist.get_rank()
+model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+ddp = DDP(model)
+optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05, momentum=0.9)
+scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=6, gamma=0.5)
+loader = DataLoader(pairs, batch_size=4, sampler=DistributedSampler(pairs, shuffle=True))
+val_loader = DataLoader(pairs[:16], batch_size=8)
+sizes = dict(global_batch_size=8, micro_batch_size=4, world_size=2)
+data = batch_source(loader, seed=0, rank=rank, **sizes)
+objects = dict(model=ddp, optimizer=optimizer, scheduler=scheduler, data=data)
+with Checkpointer(FOLDER, save_steps=4, group=group, **objects) as checkpointer:
+    report = checkpointer.resume()
+    step, running = report.step, 0.0
+    for batch in data.from_():
+        if step == 14:
+            break
+        ddp.train()
+        inputs, labels = batch.data
+        loss = F.cross_entropy(ddp(inputs), labels)
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        data.used(batch)
+        step += 1
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        running += mean.item() / 2
+        if step % 6 == 0 and rank == 0:
+            model.eval()
+            with torch.no_grad():
+                hits = sum((model(a).argmax(1) == b).sum().item() for a, b in val_loader)
+        checkpointer.save_if_due(step)
+        at(step)
+""",
+    "DDP with BatchNorm and dropout, gradients accumulated": """
+import contextlib
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+from unbroken.distributed import join
+
+group = join()
+rank = dist.get_rank()
+model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.1), nn.Linear(8, 3))
+ddp = DDP(model, gradient_as_bucket_view=True)
+optimizer = torch.optim.AdamW(ddp.parameters(), lr=1e-2)
+sizes = dict(global_batch_size=8, micro_batch_size=2, world_size=2)
+data = batch_source(pairs, seed=0, rank=rank, **sizes)
+objects = dict(model=ddp, optimizer=optimizer, data=data)
+with Checkpointer(FOLDER, save_steps=4, group=group, **objects) as checkpointer:
+    report = checkpointer.resume()
+    micros = data.from_()
+    for step in range(report.step + 1, 15):
+        for part in range(2):
+            batch = next(micros)
+            inputs, labels = batch.data
+            with ddp.no_sync() if part == 0 else contextlib.nullcontext():
+                (F.cross_entropy(ddp(inputs), labels) / 2).backward()
+            data.used(batch)
+        nn.utils.clip_grad_norm_(ddp.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        checkpointer.save_if_due(step)
+        at(step)
+""",
+}
+"""Hand-written loops of two ranks."""
+
+HOST = """
+from transformers import (
+    EarlyStoppingCallback, GPT2Config, GPT2LMHeadModel, HfArgumentParser, PreTrainedTokenizerFast,
+    TrainerCallback, TrainingArguments, default_data_collator,
+)
+from unbroken.adapters.transformers import Trainer
+
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        at(state.global_step)
+
+    def on_save(self, args, state, control, **kwargs):
+        pass  # a save is waited for
+
+
+def small_gpt2():
+    size = dict(n_layer=1, n_head=2, n_embd=16, vocab_size=257, n_positions=16)
+    return GPT2LMHeadModel(GPT2Config(**size, bos_token_id=256, eos_token_id=256))
+
+
+TEXT = b"it was the best of times, it was the worst of times, it was the age of wisdom. " * 12
+SETTINGS = dict(
+    output_dir=FOLDER, max_steps=14, save_steps=4, logging_steps=5, learning_rate=1e-2,
+    per_device_train_batch_size=4, use_cpu=True, report_to="none", disable_tqdm=True,
+    dataloader_pin_memory=False,
+)
+"""
+"""What follows PRELUDE in a script around the host's Trainer."""
+
+OF_THE_DROP_IN = {
+    "a LoRA fine-tuning": """
+from peft import LoraConfig, TaskType, get_peft_model
+
+peft_config = LoraConfig(
+    task_type=TaskType.CAUSAL_LM, r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["c_attn"],
+    fan_in_fan_out=True,
+)
+model = get_peft_model(small_gpt2(), peft_config)
+model.print_trainable_parameters()
+model.enable_input_require_grads()
+model.config.use_cache = False
+rows = [list(TEXT[i : i + 16]) for i in range(0, 640, 16)]
+rows = [{"input_ids": row, "attention_mask": [1] * 16, "labels": row[:]} for row in rows]
+arguments = TrainingArguments(
+    **SETTINGS, gradient_accumulation_steps=2, warmup_steps=2, lr_scheduler_type="cosine",
+    weight_decay=0.01, gradient_checkpointing=True,
+    gradient_checkpointing_kwargs={"use_reentrant": False},
+)
+trainer = Trainer(
+    model=model, args=arguments, train_dataset=rows, data_collator=default_data_collator,
+    callbacks=[Kill()],
+)
+trainer.train()
+model.save_pretrained(FOLDER + "-adapter")
+report = trainer.resume_report
+""",
+    "run_clm": """
+from itertools import chain
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import DataCollatorForLanguageModeling, EvalPrediction, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+
+@dataclasses.dataclass
+class DataTrainingArguments:
+    block_size: int = dataclasses.field(default=16, metadata={"help": "length of a block"})
+    max_eval_samples: int = dataclasses.field(default=8, metadata={"help": "for debugging"})
+
+
+class Table(Dataset):
+    # columns by name, as `datasets` has them
+    def __init__(self, columns):
+        self.columns = columns
+
+    @property
+    def column_names(self):
+        return list(self.columns)
+
+    def __len__(self):
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, index):
+        return {name: column[index] for name, column in self.columns.items()}
+
+    def map(self, function):
+        return Table(function(self.columns))
+
+    def select(self, indices):
+        return Table({name: [c[i] for i in indices] for name, c in self.columns.items()})
+
+
+parser = HfArgumentParser((DataTrainingArguments, TrainingArguments))
+data_args, training_args = parser.parse_dict(dict(
+    **SETTINGS, do_train=True, do_eval=True, eval_strategy="steps", eval_steps=5, warmup_steps=3,
+    lr_scheduler_type="linear", seed=11,
+))
+logging.basicConfig(format="%(name)s %(message)s", handlers=[logging.FileHandler(FOLDER + ".log")])
+logger = logging.getLogger(__name__)
+logger.warning(f"Process rank: {training_args.local_process_index}, {training_args.device}")
+last_checkpoint = None
+if os.path.isdir(training_args.output_dir) and training_args.do_train:
+    last_checkpoint = get_last_checkpoint(training_args.output_dir)
+set_seed(training_args.seed)
+vocabulary = {"[UNK]": 0, "[PAD]": 1, **{chr(97 + i): 2 + i for i in range(26)}}
+letters = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="[PAD]")
+
+
+def tokenize_function(examples):
+    return {"input_ids": tokenizer(examples["text"])["input_ids"]}
+
+
+def group_texts(examples):
+    ids = list(chain(*examples["input_ids"]))
+    size = data_args.block_size
+    blocks = [ids[i : i + size] for i in range(0, len(ids) - size + 1, size)]
+    return {"input_ids": blocks, "attention_mask": [[1] * size for _ in blocks]}
+
+
+def preprocess_logits_for_metrics(logits, labels):
+    return logits.argmax(dim=-1)
+
+
+def compute_metrics(prediction: EvalPrediction):
+    labels, found = prediction.label_ids[:, 1:], prediction.predictions[:, :-1]
+    return {"accuracy": float((labels == found).mean())}
+
+
+lm_datasets = Table({"text": [TEXT.decode()]}).map(tokenize_function).map(group_texts)
+train_dataset = lm_datasets.select(range(40))
+eval_dataset = lm_datasets.select(range(40, 40 + data_args.max_eval_samples))
+model = small_gpt2()
+model.resize_token_embeddings(len(tokenizer))
+trainer = Trainer(
+    model=model,
+    args=training_args,
+    train_dataset=train_dataset,
+    eval_dataset=eval_dataset,
+    processing_class=tokenizer,
+    data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    compute_metrics=compute_metrics,
+    preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+    callbacks=[Kill()],
+)
+checkpoint = None
+if training_args.resume_from_checkpoint is not None:
+    checkpoint = training_args.resume_from_checkpoint
+elif last_checkpoint is not None:
+    checkpoint = last_checkpoint
+train_result = trainer.train(resume_from_checkpoint=checkpoint)
+report = trainer.resume_report
+trainer.save_model()
+metrics = train_result.metrics
+metrics["train_samples"] = len(train_dataset)
+trainer.save_metrics("train", metrics)
+trainer.save_state()
+metrics = trainer.evaluate()
+metrics["perplexity"] = math.exp(metrics["eval_loss"])
+trainer.save_metrics("eval", metrics)
+""",
+    "a subclass with a loss and a step of its own": """
+class WeightedTrainer(Trainer):
+    def __init__(self, *args, class_weights=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.class_weights = class_weights
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        logits = model(inputs["x"])
+        loss = F.cross_entropy(logits, labels, weight=self.class_weights)
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.started = time.time()
+        return loss
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        return DataLoader(self.eval_dataset, 3, shuffle=True, collate_fn=self.data_collator)
+
+
+model = Net()
+rows = [{"x": a, "labels": b} for a, b in pairs]
+arguments = TrainingArguments(
+    **SETTINGS, eval_strategy="steps", eval_steps=4, load_best_model_at_end=True,
+    metric_for_best_model="loss", label_names=["labels"], remove_unused_columns=False,
+)
+trainer = WeightedTrainer(
+    model, arguments, train_dataset=rows, eval_dataset=rows[:7],
+    data_collator=default_data_collator,
+    class_weights=torch.tensor([1.0, 2.0, 1.0]),
+    callbacks=[EarlyStoppingCallback(early_stopping_patience=50), Kill()],
+)
+trainer.train()
+report = trainer.resume_report
+""",
+}
+"""Scripts around the drop-in for the host's Trainer; HOST precedes each."""

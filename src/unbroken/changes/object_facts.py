@@ -29,6 +29,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("optimizer.*", ("changed", "other updates from here on; the moments are kept")),
     ("scheduler.*", ("changed", "another learning rate from here on, at the same step")),
     ("loss.*", ("changed", "another loss is trained from here on")),
+    ("trainer.*", ("changed", "the subclass of Trainer trains otherwise from here on")),
     ("data.length", ("changed", "another order of the samples; the position is kept in samples")),
     ("data.records", ("changed", "other samples from here on")),
     ("data.fingerprint", ("changed", "other samples from here on")),

@@ -43,7 +43,14 @@ from unbroken.checkpoint.resume.selection import Origin, ResumeFrom, Selection
 from unbroken.checkpoint.run_access import RunPlace, reader_of
 from unbroken.checkpoint.save.async_saver import BesideTraining, SaveCost, SnapshotMode
 from unbroken.checkpoint.save.layout import Layout
-from unbroken.checkpoint.save.rank_shares import Plan, differing, rng_digest, share_of
+from unbroken.checkpoint.save.rank_shares import (
+    MODES,
+    Plan,
+    differing,
+    modes_apart,
+    rng_digest,
+    share_of,
+)
 from unbroken.checkpoint.save.rehearsal import Rehearsal
 from unbroken.checkpoint.save.session import Line, Saving, Writing
 from unbroken.checkpoint.save.unfinished_gradients import GRADIENTS, UnfinishedGradients
@@ -57,7 +64,7 @@ from unbroken.store.run.directory import now_as_text
 from unbroken.stored_names import stored_class_name
 
 _ONCE = "each rank has a state of its own, and rank 0's is stored for all"
-_RESERVED = ("rng", "values", NAME, GRADIENTS)
+_RESERVED = ("rng", "values", NAME, GRADIENTS, MODES)
 
 
 class Checkpointer:
@@ -408,7 +415,8 @@ class Checkpointer:
             group.agree("the random generators at a save", rng_digest())
         found = group.together("look for what was not given", lambda: self._look_back(values))
         tree = group.together("capture the state", lambda: capture(self.objects))
-        tree |= {"values": values, "rng": capture_rng(), **self._moved(tree), **self._gradients()}
+        tree |= modes_apart(group, tree) | self._moved(tree) | self._gradients()
+        tree |= {"values": values, "rng": capture_rng()}
         apart, once = self._differing(tree, own)
         self._tell_of(once)
         not_given = {NOT_GIVEN: self._not_given.facts((*found, *once))} if found or once else {}
@@ -466,7 +474,7 @@ class Checkpointer:
         """Return what differs between ranks: what each stores, and what is stored once for all."""
         if own is None or own or self.group.world_size == 1:
             return (), ()
-        names = self.apart if self.gives_all else tree.keys() - {"rng", "values", NAME}
+        names = self.apart if self.gives_all else tree.keys() - {"rng", "values", NAME, MODES}
         found = differing(self.group, tree, sorted(names), self._plan.saves)
         if self.gives_all and self._load_from != "rank0":
             return found, ()

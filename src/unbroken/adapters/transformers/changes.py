@@ -17,12 +17,17 @@ from unbroken.checkpoint import Difference, Policy, Rule, compare, ratio
 from unbroken.fingerprint import (
     callable_facts,
     data_facts,
+    is_users_own,
     names_in_class,
     object_facts,
+    own_attributes,
     plain_items,
     plain_or_text,
     qualified_name,
+    source_digest,
 )
+from unbroken.fingerprint.source_code import functions_of
+from unbroken.fingerprint.values import facts_of_items, names_used_by, values_around
 from unbroken.stored_names import from_stored, stored_class_name, stored_name, to_stored
 from unbroken.training.config_rules import LENGTH, LENGTH_SETTINGS, is_another_schedule, tell_length
 
@@ -176,6 +181,10 @@ class CallbackState:
         if _has_state_dict(self.callback):
             self.callback.load_state_dict(state)
             return
+        live = self.callback.state().get("attributes", {})
+        for name, value in state.items():
+            if name not in live or (_is_number(live[name]) and not _is_number(value)):
+                raise TypeError(f"{name}={value!r} is none of {live}")
         for name, value in state.items():
             setattr(self.callback, name, value)
 
@@ -214,6 +223,10 @@ def callback_states(callbacks: Iterable[Any]) -> dict[str, CallbackState]:
     }
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
 def _has_state_dict(callback: Any) -> bool:
     return hasattr(callback, "state_dict") and hasattr(callback, "load_state_dict")
 
@@ -250,7 +263,49 @@ def run_fingerprint(trainer: Trainer, own_loader: Any = None) -> dict[str, Any]:
         "data": data_facts(*data),
         "loss": {} if loss is None else callable_facts(loss),
         "callbacks": facts_of_callbacks(trainer),
+        "trainer": _facts_of_subclass(trainer),
     }
+
+
+def _facts_of_subclass(trainer: Trainer) -> dict[str, Any]:
+    """Return what a user's subclass does in a step: its code, and the settings that this uses.
+
+    They are those of the first call: what training has made of attributes since is no setting.
+    """
+    if trainer.subclass is None:
+        kinds = [one for one in type(trainer).__mro__ if functions_of(one, _NOT_IN_A_STEP)]
+        named = {qualified_name(one): one for one in kinds}
+        around = {name: values_around(one, _NOT_IN_A_STEP) for name, one in named.items()}
+        used = names_used_by(*kinds, leave_out=_NOT_IN_A_STEP) if kinds else set()
+        own = own_attributes(trainer).items()
+        values = {n: value for n, value in own if n in used and _is_setting(value)}
+        trainer.subclass = {
+            "classes": [*named],
+            "source": {n: source_digest(k, leave_out=_NOT_IN_A_STEP) for n, k in named.items()},
+            "globals": {name: values for name, values in around.items() if values},
+            "values": facts_of_items(values, used=used),
+        }
+    return trainer.subclass
+
+
+def _is_setting(value: Any) -> bool:
+    """Return whether a value is no object of a library, such as a writer, and no network."""
+    if isinstance(value, torch.nn.Module):
+        return next(value.parameters(), None) is None
+    plain = (bool, int, float, str, list, tuple, set, dict, torch.Tensor, torch.dtype)
+    return isinstance(value, plain) or callable(value) or is_users_own(type(value))
+
+
+_NOT_IN_A_STEP = frozenset(
+    (
+        *("__init__", "evaluate", "predict", "evaluation_loop", "prediction_step", "_evaluate"),
+        *("get_eval_dataloader", "get_test_dataloader", "_get_eval_sampler", "compute_metrics"),
+        *("log", "log_metrics", "save_metrics", "save_state", "save_model", "_save"),
+        *("_save_checkpoint", "push_to_hub", "create_model_card", "floating_point_ops"),
+        *("state_dict", "load_state_dict", "is_world_process_zero"),
+    )
+)
+"""Methods of the host that a subclass may have in its own way, and the weights do not follow."""
 
 
 def facts_of_callbacks(trainer: Trainer) -> dict[str, Any]:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from transformers.trainer_callback import ExportableState
 
 from unbroken.capture import FileOf, files_for, files_of_processor, named_parameters
+from unbroken.changes.differences import brief
 from unbroken.checkpoint import Layout
+from unbroken.errors import CorruptCheckpointError
 
 if TYPE_CHECKING:
     from unbroken.adapters.transformers.trainer import Trainer
@@ -153,6 +155,41 @@ def state_as_json(trainer: Trainer) -> bytes:
     }
     values = dataclasses.asdict(trainer.state)
     return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
+
+
+def state_from_json(data: bytes, step: int) -> dict[str, Any]:
+    """Return what `state_as_json` has written at a step.
+
+    Raises:
+        CorruptCheckpointError: It is something else, or of another step.
+    """
+    try:
+        state = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CorruptCheckpointError(STATE_NAME, "is no JSON", found=str(error)) from error
+    if not isinstance(state, dict) or state.get("global_step") != step:
+        found = state.get("global_step") if isinstance(state, dict) else type(state).__name__
+        raise CorruptCheckpointError(STATE_NAME, "global_step", expected=step, found=found)
+    for name, (expected, kinds) in _KINDS.items():
+        if name in state and type(state[name]) not in kinds:
+            found = brief(repr(state[name]))
+            raise CorruptCheckpointError(STATE_NAME, name, expected=expected, found=found)
+    if not all(isinstance(line, dict) for line in state.get("log_history", [])):
+        raise CorruptCheckpointError(STATE_NAME, "log_history", expected="lines by name")
+    return state
+
+
+_NONE = type(None)
+_KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
+    "global_step": ("a number of steps", (int,)),
+    **dict.fromkeys(("epoch", "num_input_tokens_seen", "total_flos"), ("a number", (int, float))),
+    "best_metric": ("a number, or null", (int, float, _NONE)),
+    **dict.fromkeys(
+        ("best_global_step", "train_batch_size"), ("a whole number, or null", (int, _NONE))
+    ),
+    "log_history": ("a list", (list,)),
+}
+"""What stands in trainer_state.json of what goes on, unless an older version left it out."""
 
 
 def _tokenizer_files(trainer: Trainer) -> dict[str, bytes]:

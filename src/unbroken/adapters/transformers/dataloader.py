@@ -242,6 +242,20 @@ class IndexBatches(BatchSampler):
         return [generator for generator in found if isinstance(generator, torch.Generator)]
 
 
+def is_drawn_from(order: Mapping[str, Any]) -> bool:
+    """Return whether this is what the order of an epoch can have been drawn from.
+
+    The states of the global generators are looked at where they are restored.
+    """
+    own: Any = order.get("own")
+    try:
+        for state in own.values() if isinstance(own, dict) else (own,):
+            torch.Generator().set_state(state)
+    except (TypeError, RuntimeError):
+        return False
+    return "ambient" in order
+
+
 def _counted(lists: Iterator[list[int]], passed: Passed | None) -> Iterator[list[int]]:
     for indices in lists:
         if passed is not None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import TrainerCallback
 
-from unbroken.errors import ConfigError
+from unbroken.changes.differences import brief
+from unbroken.errors import ConfigError, CorruptCheckpointError
 from unbroken.stored_names import from_stored
 
 
@@ -61,6 +62,12 @@ class Follower(TrainerCallback):  # type: ignore[misc]
 
 
 # How the host's loop is brought to a place: the numbers that it counts epochs and steps by.
+
+
+_Kind = TypeVar("_Kind")
+_SIZES = ("batch", "accumulation", "world_size")
+_OPEN = ("length",)
+_MOST = 1 << 53
 
 
 @dataclass(frozen=True)
@@ -118,9 +125,41 @@ class Stored:
 
     @classmethod
     def of(cls, step: int, facts: Mapping[str, Any]) -> Stored:
-        """Read what `run_facts` wrote."""
-        place, cut = from_stored(Place, facts["place"]), from_stored(Cut, facts["cut"])
-        return cls(step, place, cut, facts["shift"], tuple(facts["stopped"]))
+        """Read what `run_facts` wrote.
+
+        Raises:
+            CorruptCheckpointError: Nobody can have written that.
+        """
+        place, cut = _made(Place, facts, "place"), _made(Cut, facts, "cut")
+        shift, stopped = facts.get("shift"), facts.get("stopped")
+        if type(shift) is not int:
+            raise _odd("shift", "a number of steps", shift)
+        if not isinstance(stopped, list) or [type(one) for one in stopped] != [bool, bool]:
+            raise _odd("stopped", "two of true and false", stopped)
+        if place.epoch > step:
+            raise _odd("place.epoch", f"at most step {step}", place.epoch)
+        return cls(step, place, cut, shift, (stopped[0], stopped[1]))
+
+
+def _made(kind: type[_Kind], facts: Mapping[str, Any], name: str) -> _Kind:
+    """Return one of the facts as what it stands for: its fields are flags, counts, and sizes."""
+    try:
+        made = from_stored(kind, facts[name])
+    except (KeyError, TypeError, AttributeError):
+        expected = f"the {name} of a run of the host's Trainer"
+        raise _odd(name, expected, facts.get(name)) from None
+    for key, value in vars(made).items():
+        least = 1 if key in _SIZES else 0
+        is_count = type(value) is int and least <= value < _MOST
+        if not (type(value) is bool if key.startswith("is_") else is_count or key in _OPEN):
+            raise _odd(f"{name}.{key}", f"a number from {least} on", value)
+        if key in _OPEN and not (value is None or is_count):
+            raise _odd(f"{name}.{key}", "a number, or null", value)
+    return made
+
+
+def _odd(name: str, expected: str, found: object) -> CorruptCheckpointError:
+    return CorruptCheckpointError(f"facts.{name}", expected=expected, found=brief(repr(found)))
 
 
 @dataclass(frozen=True)

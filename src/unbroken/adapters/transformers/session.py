@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -24,13 +23,14 @@ from unbroken.adapters.transformers.changes import (
     run_fingerprint,
     take_effect,
 )
-from unbroken.adapters.transformers.checkpoint_files import STATE_NAME, Folder
+from unbroken.adapters.transformers.checkpoint_files import STATE_NAME, Folder, state_from_json
 from unbroken.adapters.transformers.dataloader import (
     Beginning,
     batch_size_of,
     batches_left,
     begin_at,
     data_state,
+    is_drawn_from,
     is_of_host,
     keyed_loader,
     order_of,
@@ -107,6 +107,14 @@ class Losses:
         trainer._total_loss_scalar = values["logged"]  # noqa: SLF001
         trainer._globalstep_last_logged = values["last_logged"]  # noqa: SLF001
         trainer._initial_global_step = values["first_step"]  # noqa: SLF001
+
+
+def are_losses(values: Any) -> bool:
+    """Return whether these are values that `Losses` has written."""
+    kinds = {"since_log": float, "logged": float, "last_logged": int, "first_step": int}
+    return isinstance(values, dict) and all(
+        type(values.get(name)) is kind for name, kind in kinds.items()
+    )
 
 
 def no_losses(step: int) -> dict[str, Any]:
@@ -262,6 +270,11 @@ class Run:
         self._stack.close()
 
     @property
+    def is_stopped(self) -> bool:
+        """Whether a callback had ended the run before this start."""
+        return self._stored is not None and self._stored.stopped[0]
+
+    @property
     def folder(self) -> Path | None:
         """The checkpoint that is gone on from."""
         return self.chosen.folder
@@ -273,9 +286,13 @@ class Run:
             self._state = read_state(self.folder)
             return
         reader = CheckpointReader(storage_at(self.folder.parent, create=False), self.folder.name)
-        self._state = json.loads(reader.read_file(STATE_NAME))
         self._facts = reader.manifest.facts
+        if "place" not in self._facts:
+            what = "was not saved by this Trainer: it does not say where in the data the run is"
+            hint = "go on with what saved it, or train into another output_dir"
+            raise StateMismatchError(str(self.folder), what, hint=hint)
         self._stored = Stored.of(reader.step, self._facts)
+        self._state = state_from_json(reader.read_file(STATE_NAME), reader.step)
         if may_go_on(self._facts, facts_of_callbacks(self.trainer)):
             self._stored = replace(self._stored, stopped=(False, False))
 
@@ -378,6 +395,8 @@ class Run:
             self.report, self._adopted = adopt(self, self.folder, self._stored, self._loader)
             return
         self.report = self.checkpointer.resume(self.chosen.selection)
+        if self._stored is not None:
+            _require_values(self.checkpointer.values)
         take_effect(self, self.report.differences)
 
     def _objects(self) -> dict[str, Any]:
@@ -531,6 +550,29 @@ class Run:
     def values(self) -> Any:
         """The plain values of the checkpoint that was resumed."""
         return self._adopted or self.checkpointer.values
+
+
+def _require_values(values: Any) -> None:
+    """Raise where the values of a checkpoint are none that a run of this Trainer has saved.
+
+    Raises:
+        CorruptCheckpointError: Naming what is none.
+    """
+    found = values if isinstance(values, dict) else {}
+    order, trail, seconds = (found.get(name) for name in ("order", "trail", "seconds"))
+    are_right = {
+        "loss": are_losses(found.get("loss")),
+        "order": isinstance(order, dict)
+        and ("own" not in order or is_drawn_from(order))
+        and isinstance(seeds := order.get("seeds", {}), dict)
+        and all(type(seed) is int for seed in seeds.values()),
+        "trail": trail is None or isinstance(trail, dict),
+        "seconds": isinstance(seconds, int | float),
+    }
+    for name, is_right in are_right.items():
+        if not is_right:
+            what = "is not what a run of this Trainer saves"
+            raise CorruptCheckpointError(f"values.{name}", what)
 
 
 _OF_THE_PLACE = ("cut", "max_steps", "metrics_bytes", "place", "shift", "stopped")

@@ -111,6 +111,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
 
     Attributes:
         resume_report: What the last start found, and every difference.
+        subclass: What the user's own subclass does in a step; None: no run has asked for it yet.
 
     Raises:
         ConfigError: If the host is set to something that cannot be continued exactly.
@@ -131,6 +132,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         self.start = Start(resume_from_checkpoint, *named, exact_resume, snapshot)
         self.resume_report = ResumeReport(step=0)
         self._run: Run | None = None
+        self.subclass: dict[str, Any] | None = None
         args: Any = options.get("args", arguments[1] if len(arguments) > 1 else None)
         by_signal = getattr(args, "enable_jit_checkpoint", False)
         if by_signal:
@@ -226,8 +228,9 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         if self.is_world_process_zero():
             _tell(self.resume_report)
             step = self.state.global_step
-            if self.resume_report.resumed and step >= max_steps:
-                _log.warning(f"finished at step {step} of {max_steps} already; nothing to do")
+            if self.resume_report.resumed and (run.is_stopped or step >= max_steps):
+                by = "" if step >= max_steps else " (a callback ended the run)"
+                _log.warning(f"finished at step {step} of {max_steps} already{by}; nothing to do")
         return prepared
 
     def _run_epoch(self, *arguments: Any, **options: Any) -> None:

@@ -12,12 +12,18 @@ import torch
 from unbroken.capture import load_tensors
 from unbroken.changes.differences import Difference
 from unbroken.checkpoint.coverage.attributes import NAME
-from unbroken.checkpoint.save.rank_shares import own_key, own_state_file, state_digest
+from unbroken.checkpoint.save.rank_shares import (
+    MODES,
+    own_key,
+    own_state_file,
+    state_digest,
+    with_modes,
+)
 from unbroken.distributed import Group
 from unbroken.errors import CorruptCheckpointError, StateMismatchError
 from unbroken.store import Manifest
 
-_ANYWHERE = ("rng", "values", NAME)
+_ANYWHERE = ("rng", "values", NAME, MODES)
 """What a rank can go on without having had it: generators are seeded anew, others are rank 0's."""
 
 
@@ -58,7 +64,7 @@ def own_state(
     names = [
         name
         for name in _own_tree(read, 1)
-        if name in tree and (of_each_rank is None or name in (*of_each_rank, NAME, *apart))
+        if name in tree and (of_each_rank is None or name in (*of_each_rank, NAME, MODES, *apart))
     ]
     differing: tuple[Difference, ...] = ()
     if saved != group.world_size:
@@ -82,6 +88,18 @@ def ranks_with_own_state(manifest: Manifest) -> int:
     while own_state_file(count) in files:
         count += 1
     return count
+
+
+def with_own_modes(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return a state in which those modules evaluate that did on this rank."""
+    modes = load_tensors(tree.pop(MODES, {}))
+    is_by_name = isinstance(modes, dict) and all(
+        isinstance(names, list) and all(isinstance(name, str) for name in names)
+        for names in modes.values()
+    )
+    if not is_by_name:
+        raise CorruptCheckpointError(MODES, "are no names of modules, by object")
+    return {name: with_modes(value, modes, name) for name, value in tree.items()} if modes else tree
 
 
 def begin_anew(rng: Mapping[str, Any], rank: int) -> None:

@@ -30,10 +30,10 @@ from unbroken.checkpoint.coverage.schedules import FoundSchedules
 from unbroken.checkpoint.coverage.unregistered import of_checkpoint
 from unbroken.checkpoint.resume.agreement import facts_of_rank, told_by_rank_0
 from unbroken.checkpoint.resume.prefetch import ReadAhead
-from unbroken.checkpoint.resume.rank_state import begin_anew, own_state
+from unbroken.checkpoint.resume.rank_state import begin_anew, own_state, with_own_modes
 from unbroken.checkpoint.resume.readers import LoadFrom, Source, readers_for
 from unbroken.checkpoint.resume.selection import Candidates, Origin, Selection, origin_in
-from unbroken.checkpoint.save.rank_shares import STATE_FILE
+from unbroken.checkpoint.save.rank_shares import MODES, STATE_FILE
 from unbroken.checkpoint.save.session import refuse_torn
 from unbroken.checkpoint.save.staging import flattened
 from unbroken.checkpoint.save.unfinished_gradients import GRADIENTS, UnfinishedGradients
@@ -60,7 +60,7 @@ class _Examined:
     gradients: Mapping[str, Any]
 
 
-_BESIDE = ("rng", "values", NAME, GRADIENTS)
+_BESIDE = ("rng", "values", NAME, GRADIENTS, MODES)
 """What of the state is of no registered object."""
 
 
@@ -387,7 +387,7 @@ class Resumption:
             apart=self._apart,
             may_choose=self._may_choose,
         )
-        return {**tree, **own}
+        return with_own_modes({**tree, **own})
 
     def _decoded(self, reader: Source, name: str) -> dict[str, Any]:
         structure = structure_from_bytes(reader.read_file(name), name)

@@ -8,7 +8,7 @@ is the same on all ranks, and for each rank where it is not.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -144,6 +144,9 @@ def _as_list(value: object) -> list[object]:
 
 STATE_FILE = "state.json"
 _LARGE = 32 << 20  # bytes
+MODES = "modes_of_modules"
+"""Where a state tree says which modules of a rank evaluate, where ranks differ."""
+
 Place = tuple[int, int]
 """Where a tensor lies: its address, and its length in bytes."""
 
@@ -282,7 +285,7 @@ def _private_names(
     """Return the names of what each rank has of its own."""
     if of_each_rank is not None:
         own = frozenset(of_each_rank).intersection(tree)
-        moved = {NAME: tree[NAME]} if NAME in tree else {}
+        moved = {name: tree[name] for name in (NAME, MODES) if name in tree}
         return own | (_private_names(group, moved, None) if moved else own)
     digests = group.together(
         "capture the state",
@@ -357,7 +360,8 @@ def _refuse_what_only_others_have(
 
 def _agree_on_the_rest(group: Group, common: Mapping[str, Any]) -> None:
     """Raise unless schedules and the like are the same, where each rank's own are named."""
-    names = [n for n, value in common.items() if not (n in ("rng", "values") or _is_common(value))]
+    apart = ("rng", "values", MODES)
+    names = [n for n, value in common.items() if not (n in apart or _is_common(value))]
     own = group.together("capture the state", lambda: {n: state_digest(common[n]) for n in names})
     try:
         group.agree("what of_each_rank does not name", own)
@@ -370,7 +374,7 @@ def _agree_on_structure(group: Group, encoded: Encoded, common: Iterable[str]) -
     """Raise unless all ranks have the same parameters, state and options of optimizers, ..."""
     structure: Any = encoded.structure
     found = {
-        name: xxhash.xxh3_128_hexdigest(structure_to_bytes(_without_devices(structure[name])))
+        name: xxhash.xxh3_128_hexdigest(structure_to_bytes(_of_all_ranks(structure[name])))
         for name in common
     }
     try:
@@ -414,13 +418,45 @@ def _owner(path: str) -> str:
     return path.partition(".")[0].partition(":")[0]
 
 
-def _without_devices(node: Any) -> Any:
+def _of_all_ranks(node: Any) -> Any:
+    """Return a structure without devices and modes of modules, which may differ."""
     if isinstance(node, list):
-        return [_without_devices(item) for item in node]
+        return [_of_all_ranks(item) for item in node]
     if isinstance(node, dict):
-        kept = {key: node[key] for key in node if key not in ("device", "devices")}
-        return {key: _without_devices(value) for key, value in kept.items()}
+        apart = ("device", "devices", *(["eval"] if "extra_state" in node else ()))
+        return {key: _of_all_ranks(node[key]) for key in node if key not in apart}
     return node
+
+
+def modes_apart(group: Group, tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return which modules of this rank evaluate, where that is not the same on all ranks."""
+    if group.world_size == 1:
+        return {}
+    modes = dict(_modes_in(tree, ""))
+    ranks: Any = group.gather("the modes of modules", state_digest(modes))
+    return {MODES: modes} if len({*ranks}) > 1 else {}
+
+
+def _modes_in(value: Any, path: str) -> Iterator[tuple[str, list[str]]]:
+    if isinstance(value, Captured):
+        yield from [(path, [*value.facts["eval"]])] if value.kind == "module" else []
+    elif isinstance(value, Mapping | list | tuple):
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _modes_in(item, f"{path}.{key}" if path else str(key))
+
+
+def with_modes(value: Any, modes: Mapping[str, list[str]], path: str = "") -> Any:
+    """Return a state in which those modules evaluate that `modes` names."""
+    if isinstance(value, Captured):
+        return (
+            replace(value, facts={**value.facts, "eval": modes[path]}) if path in modes else value
+        )
+    if isinstance(value, dict):
+        below = {key: f"{path}.{key}" if path else str(key) for key in value}
+        return {key: with_modes(item, modes, below[key]) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(with_modes(x, modes, f"{path}.{i}") for i, x in enumerate(value))
+    return value
 
 
 def _planned(

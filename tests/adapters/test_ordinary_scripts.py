@@ -1,0 +1,78 @@
+"""Ordinary scripts around the drop-in resume as exact, and nothing new is said."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from quiet.programs import HOST, OF_THE_DROP_IN
+from quiet.running import KILLED_AT, SAVED_AT, resumes_exactly, run
+
+
+@pytest.fixture(scope="module")
+def by_server(server):
+    def start(script: str, folder: str, kill_at: int) -> list[int]:
+        paths = {"script": script, "run": folder, "folder": str(Path(folder).parent)}
+        what = {"module": "running", "action": "start_by", "kill_at": kill_at}
+        return [server.run({**what, **paths, "log": f"{script}.log"})]
+
+    return start
+
+
+@pytest.mark.parametrize("program", OF_THE_DROP_IN.values(), ids=OF_THE_DROP_IN)
+def test_a_script_resumes_exactly_and_nothing_is_said(program, by_server, tmp_path):
+    resumes_exactly(HOST + program, tmp_path, by_server)
+
+
+SUBCLASS = HOST + OF_THE_DROP_IN["a subclass with a loss and a step of its own"]
+LOSS = "F.cross_entropy(logits, labels, weight=self.class_weights)"
+STEP = "loss = super().training_step(model, inputs, num_items_in_batch)"
+CHANGES_TRAINING = {
+    "weights of classes": ("[1.0, 2.0, 1.0]", "[1.0, 5.0, 1.0]", "trainer.values.class_weights"),
+    "a loss": (LOSS, "F.multi_margin_loss(logits, labels)", "trainer.source"),
+    "a step": (STEP, STEP.replace("super", "0.5 * super"), "trainer.source"),
+    "a global": (LOSS, f"{LOSS} * len(SETTINGS)", "trainer."),
+}
+CHANGES_NOTHING = {
+    "a comment": (STEP, f"{STEP}  # of the host"),
+    "a docstring": (
+        "class WeightedTrainer(Trainer):",
+        'class WeightedTrainer(Trainer):\n    """Mine."""\n',
+    ),
+    "another loader for evaluation": ("self.eval_dataset, 3", "self.eval_dataset, 4"),
+    "a log of its own": (
+        "    def training_step",
+        "    def log(self, *arguments):\n        super().log(*arguments)\n\n    def training_step",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory, by_server):
+    folder = tmp_path_factory.mktemp("killed")
+    assert run(SUBCLASS, folder, KILLED_AT, how=by_server)["status"] == -signal.SIGKILL
+    return folder / "run"
+
+
+def again(killed, folder, by_server, old: str, new: str) -> dict:
+    """Start the script again, edited."""
+    assert SUBCLASS.count(old) == 1
+    shutil.copytree(killed, folder / "run")
+    return run(SUBCLASS.replace(old, new), folder, how=by_server)
+
+
+@pytest.mark.parametrize("edit", CHANGES_TRAINING.values(), ids=CHANGES_TRAINING)
+def test_what_a_subclass_trains_by_is_compared(edit, killed, by_server, tmp_path):
+    found = again(killed, tmp_path, by_server, *edit[:2])
+    assert found.get("error") == "DifferenceError", found
+    assert edit[2] in found["message"]
+
+
+@pytest.mark.parametrize("edit", CHANGES_NOTHING.values(), ids=CHANGES_NOTHING)
+def test_what_no_step_of_a_subclass_uses_may_change(edit, killed, by_server, tmp_path):
+    found = again(killed, tmp_path, by_server, *edit)
+    assert found.get("step") == SAVED_AT, found
+    assert [line.partition(":")[0] for line in found["differences"]] == ["code.script_digest"]
