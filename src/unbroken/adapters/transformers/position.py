@@ -144,7 +144,7 @@ class Stored:
 def _made(kind: type[_Kind], facts: Mapping[str, Any], name: str) -> _Kind:
     """Return one of the facts as what it stands for: its fields are flags, counts, and sizes."""
     try:
-        made = from_stored(kind, facts[name])
+        made: _Kind = from_stored(kind, facts[name])
     except (KeyError, TypeError, AttributeError):
         expected = f"the {name} of a run of the host's Trainer"
         raise _odd(name, expected, facts.get(name)) from None
