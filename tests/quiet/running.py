@@ -108,7 +108,8 @@ SAID_AT_EACH_RESUME = (
     *("DataLoader: reading and skipping", "skipped "),  # what it costs to read an epoch again
 )
 
-SPEED = re.compile(r"_runtime'|it/s]")
+OF_THE_MACHINE = re.compile(r"_runtime'|it/s]|\[c10d\]")
+"""What tells of speed, or of a connection between ranks that a loaded machine was slow to make."""
 
 
 def resumes_exactly(program: str, folder: Path, how: Way = alone) -> None:
@@ -128,8 +129,10 @@ def resumes_exactly(program: str, folder: Path, how: Way = alone) -> None:
 
 
 def new_lines(after: str, before: str, folder: Path) -> list[str]:
-    """Return what a resumed run says that one without a kill does not, speed aside."""
+    """Return what a resumed run says that one without a kill does not, the machine aside."""
     known = before.replace(str(folder / "whole"), str(folder / "killed")).splitlines()
     lines = (line for line in after.splitlines() if line.strip() and line not in known)
-    told = (line.removeprefix("[transformers] ") for line in lines if not SPEED.search(line))
+    told = (
+        line.removeprefix("[transformers] ") for line in lines if not OF_THE_MACHINE.search(line)
+    )
     return [line for line in told if not line.startswith(SAID_AT_EACH_RESUME)]
