@@ -44,8 +44,9 @@ NOT_OF_FILES = (
 )
 BEGIN, END = "/begin-of-measurement", "/end-of-measurement"
 WRITES = ("write", "pwrite", "pwritev", "writev")
-READS = ("read", "pread", "preadv", "readv", "readinto")
-NO_CALLS = ("fspath", "getpid", "getuid", "urandom", "sched_yield", "register_at_fork", "cpu_count")
+READS = ("pread", "preadv", "readv")
+NO_CALLS = {"_path_normpath", "fspath", "getpid", "getuid", "uname", "confstr", "urandom"}
+NO_CALLS |= {"sched_getaffinity", "cpu_count"}
 
 
 # What is measured: small runs
@@ -143,8 +144,9 @@ class Trace:
 
     def _note_call(self, frame: FrameType, function: Any) -> None:
         name = function.__name__
-        if function.__module__ == "posix" and name not in NO_CALLS:
-            self.of_os[name] += 1
+        if function.__module__ != "posix" or name in NO_CALLS:
+            return
+        self.of_os[name] += 1
         if name in self._bytes:
             self.at_the_byte = max(stack_of(frame), self.at_the_byte, key=len)
 
@@ -176,7 +178,7 @@ def stack_of(frame: FrameType | None) -> list[tuple[str, str]]:
         if (place := place_of(frame)) is not None:
             found.append(place)
         frame = frame.f_back
-    return found[::-1]
+    return list(dict.fromkeys(found[::-1]))  # recursion counts once
 
 
 def traced(flow: str) -> dict[str, Any]:

@@ -444,10 +444,11 @@ class Checkpointer:
         return self._found.look()
 
     def _before_step(self, optimizer: Optimizer) -> None:
-        with self._spelled():
-            lines = self._found.before_step(optimizer)
-        for line in lines:
-            self._tell(line)
+        if not self._found.is_checked:
+            with self._spelled():
+                lines = self._found.before_step(optimizer)
+            for line in lines:
+                self._tell(line)
         self._not_given.before_step(optimizer)
         self._unfinished.before_step(optimizer)
 

@@ -14,6 +14,7 @@ from unbroken.fingerprint.own_attributes import names_in_class as names_in_class
 from unbroken.fingerprint.own_attributes import own_attributes as own_attributes
 from unbroken.fingerprint.source_code import MAX_REACHED as MAX_REACHED
 from unbroken.fingerprint.source_code import cut_off as cut_off
+from unbroken.fingerprint.source_code import is_users_module as is_users_module
 from unbroken.fingerprint.source_code import is_users_own as is_users_own
 from unbroken.fingerprint.source_code import names_in as names_in
 from unbroken.fingerprint.source_code import qualified_name as qualified_name
@@ -38,6 +39,7 @@ __all__ = [
     "cut_off",
     "data_facts",
     "facts_of",
+    "is_users_module",
     "is_users_own",
     "keeps_attributes",
     "model_facts",

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import CellType, CodeType, FrameType, FunctionType
 from typing import Any
+from weakref import ref
 
 from torch import nn
 from torch.optim import Optimizer
@@ -70,6 +71,17 @@ def _is_users(code: CodeType, module: Mapping[str, Any]) -> bool:
     return _KNOWN[code]
 
 
+_KNOWN_KINDS: dict[int, tuple[ref[type], bool]] = {}  # by identity: a class may have no hash
+
+
+def _is_users_kind(kind: type) -> bool:
+    """Return whether a class is the user's own: asked for hundreds of things, of few classes."""
+    known = _KNOWN_KINDS.get(id(kind))
+    if known is None or known[0]() is not kind:
+        known = _KNOWN_KINDS[id(kind)] = (ref(kind), is_users_own(kind))
+    return known[1]
+
+
 def _within(name: str, value: object, seen: set[int], *, depth: int) -> Iterator[tuple[str, Any]]:
     kind = type(value)
     if kind in _PLAIN or isinstance(value, type) or name.startswith("__") or id(value) in seen:
@@ -83,7 +95,7 @@ def _within(name: str, value: object, seen: set[int], *, depth: int) -> Iterator
             yield from _within(key, item, seen, depth=depth + 1)
     else:
         yield name, value
-        if depth < _DEEPEST and is_users_own(kind):
+        if depth < _DEEPEST and _is_users_kind(kind):
             for key, item in attributes(value).items():
                 yield from _within(f"{name}.{key}", item, seen, depth=depth + 1)
 
@@ -158,7 +170,8 @@ class FoundSchedules:
         self.found: dict[str, Found] = {}
         self._objects = objects
         self._waiting: dict[str, tuple[Captured, Mapping[str, Any]]] = {}
-        self._has_resumed = self._is_checked = False
+        self._has_resumed = False
+        self.is_checked = False  # before the first step of this start
         self._look_again = 0.0
 
     def forget(self) -> None:
@@ -246,7 +259,7 @@ class FoundSchedules:
 
     def has_resumed(self) -> None:
         """Take note of where all stand after a resume."""
-        self._is_checked = False
+        self.is_checked = False
         for name, one in self.found.items():
             state = capture({name: one.schedule})[name] if self._has_resumed else None
             one.restored = None if state is None else copy.deepcopy(state)
@@ -260,9 +273,9 @@ class FoundSchedules:
         Raises:
             StateMismatchError: It stands elsewhere, or is not here.
         """
-        if self._is_checked or id(optimizer) not in dict(_optimizers(self._objects)):
+        if self.is_checked or id(optimizer) not in dict(_optimizers(self._objects)):
             return []
-        self._is_checked = True
+        self.is_checked = True
         known = set(self.found)
         lines = self.look()
         for name, (stored, facts) in self._waiting.items():

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import wraps
+from types import ModuleType
 from typing import Any, TypeGuard
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -28,6 +29,7 @@ from unbroken.checkpoint.coverage.schedules import attributes, steers, things_ar
 from unbroken.data import BatchSource, KeyedDataset, LoaderSource
 from unbroken.data.sources.iterable import reason_against_its_state
 from unbroken.errors import DataError
+from unbroken.fingerprint import is_users_module
 
 # Which loaders a hand-written loop trains on: seen by what happens between their batches.
 #
@@ -227,8 +229,8 @@ class NotGiven:
         if self.steps < _STEPS:
             self._look_for_a_scaler()
         if self.steps == 0:
-            self._copies = list(self._copies_around())
-            around = (value for _, value in things_around())
+            around = [value for _, value in things_around()]
+            self._copies = list(self._copies_among(around))
             self._steering = [(one, _numbers_of(one)) for one in around if steers(one)]
         for copy in self._copies if self.steps < _SAMPLE else ():
             self._compare(copy)
@@ -356,17 +358,18 @@ class NotGiven:
             if isinstance(one, GradScaler) and one.is_enabled():
                 self._see(one, "scales the loss by what it has seen")
 
-    def _copies_around(self) -> Iterator[_Copy]:
+    def _copies_among(self, around: Iterable[object]) -> Iterator[_Copy]:
         """Yield modules, and tensors held by objects of the user's own, that are like a model's."""
         own = [part for one in all_objects(self._objects) for part in _tensors_in(one)]
         shapes = {_shapes(one.parameters()): one for one in self._modules()}
         known = {id(tensor) for tensor in own}
-        for _, value in things_around():
-            is_told = self._holds(value) or isinstance(value, AveragedModel)
-            for name in () if is_told else _places_of_tensors(value):
-                tensors = _tensors_of(value, name)
-                model = shapes.get(_shapes(tensors)) if tensors else None
-                if model is not None and not any(id(tensor) in known for tensor in tensors):
+        for value in around:
+            for name, tensors in _places_of_tensors(value):
+                model = shapes.get(_shapes(tensors))
+                if model is None or any(id(tensor) in known for tensor in tensors):
+                    continue
+                # Few things come this far; to ask whether one is held takes longer.
+                if not isinstance(value, AveragedModel) and not self._holds(value):
                     known.update(map(id, tensors))  # what holds it comes before it
                     yield _Copy(value, name, model)
 
@@ -397,9 +400,14 @@ def _numbers_of(thing: object) -> dict[str, Any]:
     return {name: one for name, one in held.items() if isinstance(one, bool | int | float)}
 
 
-def _places_of_tensors(thing: object) -> tuple[str | None, ...]:
-    """Return where a thing may hold a copy of a model: in itself, or in attributes."""
-    return (None,) if isinstance(thing, nn.Module) else tuple(attributes(thing))
+def _places_of_tensors(thing: object) -> Iterator[tuple[str | None, list[torch.Tensor]]]:
+    """Yield where a thing may hold a copy of a model: in itself, or in attributes; and what."""
+    if isinstance(thing, ModuleType) and not is_users_module(thing):
+        return  # thousands of names: what trains keeps nothing in those of a library
+    held = {None: thing} if isinstance(thing, nn.Module) else attributes(thing)
+    for name, value in held.items():
+        if tensors := _tensors_in(value):
+            yield name, tensors
 
 
 def _tensors_of(thing: object, name: str | None) -> list[torch.Tensor]:
@@ -496,13 +504,12 @@ def _parts(thing: object) -> Iterator[object]:
 def _tensors_in(thing: object) -> list[torch.Tensor]:
     if _is_module(thing):
         return list(thing.parameters())
-    values: Iterable[object] = ()
+    values: list[Any] = []
     if type(thing) is dict:
         values = list(thing.values())
     elif type(thing) in (list, tuple):
-        values = thing  # type: ignore[assignment]
-    tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    return tensors if len(tensors) == len(list(values)) else []
+        values = list(thing)  # type: ignore[call-overload]
+    return values if all(isinstance(one, torch.Tensor) for one in values) else []
 
 
 def _shapes(tensors: Iterable[torch.Tensor]) -> tuple[torch.Size, ...]:

@@ -7,6 +7,7 @@ is the same on all ranks, and for each rank where it is not.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -87,17 +88,31 @@ def sample_of(tensor: torch.Tensor, turn: int, *, block: int = _BLOCK) -> torch.
         torch.Size([8, 1024])
     """
     whole = tensor if tensor.is_contiguous() else raw(tensor).contiguous()
-    nbytes, start = whole.nbytes, whole.storage_offset() * whole.element_size()
+    start, count, length, row = rows_of_sample(whole.nbytes, turn, block=block)
+    start += int(whole.storage_offset()) * whole.element_size()
+    rows = torch.empty(0, dtype=torch.uint8, device=whole.device)
+    return rows.set_(whole.untyped_storage(), start, (count, length), (row, 1))
+
+
+@functools.lru_cache(maxsize=64)  # many tensors are of the same length
+def rows_of_sample(nbytes: int, turn: int, *, block: int = _BLOCK) -> tuple[int, int, int, int]:
+    """Return where the rows of a sample lie: the first begin, how many, their length and distance.
+
+    Args:
+        nbytes: The length of the tensor.
+        turn: As `sample_of` takes it.
+        block: As `sample_of` takes it.
+
+    Example:
+        >>> rows_of_sample(1 << 20, turn=0), rows_of_sample(100, turn=0)
+        ((0, 4, 1024, 262144), (0, 1, 100, 100))
+    """
     count = max(_FEWEST, nbytes // (_BLOCK * _EVERY))
     row, place = nbytes // count, turn * _GOLDEN
     if row < block:
-        count, row, length = 1, nbytes, nbytes
-    else:
-        length = block
-        start += place % (nbytes - row * count + 1)  # what is left over is at either end
-        start += place % (row - block + 1)
-    rows = torch.empty(0, dtype=torch.uint8, device=whole.device)
-    return rows.set_(whole.untyped_storage(), start, (count, length), (row, 1))
+        return 0, 1, nbytes, nbytes
+    # What is left over is at either end.
+    return place % (nbytes - row * count + 1) + place % (row - block + 1), count, block, row
 
 
 def _on_the_host(samples: Sequence[torch.Tensor]) -> torch.Tensor:

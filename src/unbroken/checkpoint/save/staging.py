@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from unbroken.capture import TensorLeaf, raw
-from unbroken.checkpoint.save.rank_shares import gathered, sample_of
+from unbroken.checkpoint.save.rank_shares import gathered, rows_of_sample, sample_of
 from unbroken.distributed.dtensors import local_part
 from unbroken.storage.direct_io import aligned_buffer
 from unbroken.store import places_in_files
@@ -105,7 +105,7 @@ class Seen:
     Args:
         leaves: The tensors.
         turn: Chooses the places of the sample; None: the digests.
-        samples: The sample of each, of one kind and on one device, unless it is the digests.
+        samples: The sample of each that is on a device: of one kind, and on one device.
     """
 
     def __init__(
@@ -114,21 +114,27 @@ class Seen:
         self.on_device = leaves[0].tensor.is_cuda
         self._leaves, self._turn = leaves, turn
         self._digests = [] if turn is not None else [_digest(leaf) for leaf in leaves]
+        self._blocks: list[list[bytes]] = []
+        if turn is not None and not self.on_device:
+            self._blocks = [_blocks(one.tensor.data_ptr(), one.nbytes, turn) for one in leaves]
         self._lengths = [sample.numel() for sample in samples]
         self._sample = gathered(samples) if samples else torch.empty(0, dtype=torch.uint8)
 
     @classmethod
     def of(cls, leaves: Sequence[TensorLeaf], number: int) -> list[Seen]:
         """Look at tensors that are to be copied in the save of this number."""
-        wholly = _in_turn([leaf for leaf in leaves if not leaf.tensor.is_cuda], number)
+        on_host = [leaf for leaf in leaves if not leaf.tensor.is_cuda]
+        wholly = _in_turn(on_host, number)
         known = {leaf.path for leaf in wholly}
+        rest = [leaf for leaf in on_host if leaf.path not in known]
         alike: dict[tuple[torch.device, bool], list[tuple[TensorLeaf, torch.Tensor]]] = {}
         for leaf in leaves:
-            if leaf.path not in known:
+            if leaf.tensor.is_cuda:
                 sample = sample_of(leaf.tensor, number, block=_BLOCK)
                 alike.setdefault((sample.device, len(sample) > 1), []).append((leaf, sample))
         kinds = [zip(*pairs, strict=True) for pairs in alike.values()]
         found = [cls(these, number, samples) for these, samples in kinds]
+        found += [cls(rest, number)] if rest else []
         return [cls(wholly, None), *found] if wholly else found
 
     def bring(self, copies: DeviceCopies) -> None:
@@ -145,11 +151,27 @@ class Seen:
         paths = [leaf.path for leaf in self._leaves]
         if self._turn is None:
             return [p for p, seen in zip(paths, self._digests, strict=True) if digests[p] != seen]
+        if not self.on_device:
+            begin = memory.data_ptr()
+            return [
+                one.path
+                for one, seen in zip(self._leaves, self._blocks, strict=True)
+                if _blocks(begin + places[one.path], one.nbytes, self._turn) != seen
+            ]
         copies = [memory[places[one.path] :][: one.nbytes] for one in self._leaves]
         samples = [sample_of(copy, self._turn, block=_BLOCK) for copy in copies]
         differs = gathered(samples) != self._sample
+        if not differs.any():
+            return []
         pieces = zip(paths, torch.split(differs, self._lengths), strict=True)
-        return [path for path, piece in pieces if piece.any()] if differs.any() else []
+        return [path for path, piece in pieces if piece.any()]
+
+
+def _blocks(address: int, nbytes: int, turn: int) -> list[bytes]:
+    """Return the sample of a tensor in memory, without a view of it for each."""
+    start, count, length, row = rows_of_sample(nbytes, turn, block=_BLOCK)
+    first = address + start
+    return [ctypes.string_at(at, length) for at in range(first, first + count * row, row)]
 
 
 def _in_turn(leaves: Sequence[TensorLeaf], number: int) -> Sequence[TensorLeaf]:
