@@ -114,7 +114,7 @@ def bare_bandwidth(nbytes: int) -> float:
 
 def saved_beside(training: Training, folder: Path, windows: int) -> dict[str, float]:
     lost, blocked, steps = [], [], []
-    with Checkpointer(folder, snapshot="overlap", **training.objects) as checkpointer:
+    with Checkpointer(folder, save_mode="overlap", **training.objects) as checkpointer:
         checkpointer.resume()
         checkpointer.save(0)
         checkpointer.wait()

@@ -15,8 +15,8 @@ Checkpoints: a model in FSDP2 with its optimizer is saved and loaded a few times
 not counted; a process's figure is the median. *blocked* is how long the call takes, *durable* how
 long it takes until all files are synced. Ours are hashed as they are written, and verified as
 they are loaded. They are made in each way of taking hold of the state: while the caller waits
-("stream"), copied at once ("sync"), or copied beside the training ("overlap"). With the last, the
-next step of the optimizer waits for the copy; there is none here.
+("blocking"), copied at once ("async"), or copied beside the training ("overlap"). With the last,
+the next step of the optimizer waits for the copy; there is none here.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def timed(action) -> float:
     return time.perf_counter() - began
 
 
-def our_checkpoints(snapshot: str) -> dict[str, float]:
+def our_checkpoints(save_mode: str) -> dict[str, float]:
     import torch.distributed as dist
 
     from unbroken import Checkpointer
@@ -175,7 +175,7 @@ def our_checkpoints(snapshot: str) -> dict[str, float]:
     run, group = os.path.join(os.environ["BENCHMARK_FOLDER"], "run"), join()
     blocked, durable = [], []
     objects = {"model": model, "optimizer": optimizer}
-    with Checkpointer(run, group=group, snapshot=snapshot, **objects) as checkpointer:
+    with Checkpointer(run, group=group, save_mode=save_mode, **objects) as checkpointer:
         checkpointer.resume()
         for number in range(1, SAVES + 2):
             dist.barrier()
@@ -186,7 +186,7 @@ def our_checkpoints(snapshot: str) -> dict[str, float]:
             dist.barrier()
             durable.append(time.perf_counter() - began)
     found = {"blocked": median(blocked[1:]), "durable": median(durable[1:])}
-    if snapshot != "stream":
+    if save_mode != "blocking":
         return found
     with Checkpointer(run, group=group, **objects) as checkpointer:
         loads = [
@@ -252,8 +252,8 @@ STEP_METHODS = {
 CHECKPOINT_METHODS = {
     "dcp.save": dcp_checkpoints,
     "dcp.async_save": dcp_async_checkpoints,
-    "unbroken": lambda: our_checkpoints("stream"),
-    "unbroken, sync": lambda: our_checkpoints("sync"),
+    "unbroken": lambda: our_checkpoints("blocking"),
+    "unbroken, sync": lambda: our_checkpoints("async"),
     "unbroken, overlap": lambda: our_checkpoints("overlap"),
 }
 STOCK = {"steps": ("ddp",), "checkpoints": ("dcp.save", "dcp.async_save")}

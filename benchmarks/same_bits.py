@@ -316,7 +316,7 @@ class Run:
 
 
 accumulated = partial(own, micro_batch_size=2)
-overlapped = {"snapshot": "overlap"}
+overlapped = {"save_mode": "overlap"}
 RUNS: Mapping[str, Run] = {
     "trainer": Run(accumulated),
     "trainer, stopped by a signal": Run(accumulated, end="stopped 8"),

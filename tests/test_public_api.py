@@ -25,11 +25,11 @@ NAMES = [
     "Difference",
     "DifferenceError",
     "EXIT_STOPPED",
-    "Interval",
+    "KeepEvery",
     "KeepPolicy",
     "LockHeldError",
     "NewerFormatError",
-    "Policy",
+    "ResumePolicy",
     "Progress",
     "RankError",
     "RankTimeoutError",
@@ -56,8 +56,8 @@ PARAMETERS = {
     unbroken.Trainer.load_checkpoint: "self which",
     unbroken.Trainer.stop: "self reason",
     unbroken.Checkpointer: "directory branch save_steps save_minutes max_lost_minutes mtbf_hours "
-    "keep types clock wall_clock settings policy fingerprint examine told group load_from "
-    "of_each_rank snapshot tell objects",
+    "keep types clock wall_clock settings policy fingerprint examine told group read_from "
+    "per_rank save_mode tell objects",
     unbroken.Checkpointer.resume: "self which",
     unbroken.Checkpointer.adopt: "self step values facts came",
     unbroken.Checkpointer.load: "self step names",

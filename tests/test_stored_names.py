@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR, StepLR
 from torch.utils.data import DataLoader
 
 from small_trainers import PAIRS, bits, small_model, small_trainer
-from unbroken import Callback, Checkpointer, Policy, StateMismatchError
+from unbroken import Callback, Checkpointer, ResumePolicy, StateMismatchError
 from unbroken.changes import ddp_buckets
 from unbroken.checkpoint.coverage import attributes, unregistered
 from unbroken.checkpoint.resume import agreement
@@ -111,6 +111,14 @@ def test_a_former_name_is_compared_as_the_setting_of_today(monkeypatch):
     assert by_todays_names({"beta_one": 0.9, "seed": 1}) == {"adam_beta1": 0.9, "seed": 1}
 
 
+@pytest.mark.parametrize("former", ["stream", "sync", "overlap"])
+def test_a_former_value_is_compared_as_the_value_of_today(former, tmp_path):
+    today = {"stream": "blocking", "sync": "async"}.get(former, former)
+    config = TrainerConfig(output_dir=str(tmp_path), save_mode=today)
+    stored = by_todays_names({"snapshot": former, "load_from": "all"})
+    assert stored == {"save_mode": config.save_mode, "read_from": config.read_from}
+
+
 def test_the_labels_by_which_random_numbers_are_drawn_are_frozen():
     labels = {
         part.value
@@ -176,7 +184,7 @@ def of_a_trainer(folder: Path) -> Any:
 
 def of_a_loop(folder: Path) -> Any:
     """Train by hand, twice: the history tells of a start that resumes with differences."""
-    meant = Policy(allow=["rate", "optimizer.lr"])
+    meant = ResumePolicy(allow=["rate", "optimizer.lr"])
     for rate in (0.1, 0.2):
         model = small_model()
         optimizer = torch.optim.SGD(model.parameters(), lr=rate)

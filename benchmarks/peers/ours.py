@@ -9,12 +9,12 @@ from unbroken import Checkpointer
 
 
 class Stream(Method):
-    snapshot = "stream"
+    save_mode = "blocking"
 
     def __init__(self, model, optimizer, folder: Path) -> None:
         super().__init__(model, optimizer, folder)
         objects = {"model": model, "optimizer": optimizer}
-        self._checkpointer = Checkpointer(folder, snapshot=self.snapshot, **objects)
+        self._checkpointer = Checkpointer(folder, save_mode=self.save_mode, **objects)
         self._checkpointer.resume()
         self._is_durable = False
 
@@ -42,8 +42,8 @@ class Stream(Method):
 
 
 class Sync(Stream):
-    snapshot = "sync"
+    save_mode = "async"
 
 
 class Overlap(Stream):
-    snapshot = "overlap"
+    save_mode = "overlap"

@@ -28,7 +28,7 @@ def make(work: Work) -> Trainer:
         save_total_limit=work.keep,
         save_at_start=False,
         save_compressed=work.compressed,
-        snapshot="overlap",
+        save_mode="overlap",
     )
     callbacks = [Steps(work)]
     return Trainer(work.model, config, work.data(), callbacks=callbacks, display=Silence())

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from unbroken.checkpoint import EXIT_STOPPED as EXIT_STOPPED
     from unbroken.checkpoint import Checkpointer as Checkpointer
     from unbroken.checkpoint import Difference as Difference
-    from unbroken.checkpoint import Policy as Policy
+    from unbroken.checkpoint import ResumePolicy as ResumePolicy
     from unbroken.checkpoint import ResumeReport as ResumeReport
     from unbroken.checkpoint import TrainingStopped as TrainingStopped
     from unbroken.data import batch_source as batch_source
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from unbroken.errors import SaveError as SaveError
     from unbroken.errors import StateMismatchError as StateMismatchError
     from unbroken.errors import UnbrokenError as UnbrokenError
-    from unbroken.store import Interval as Interval
+    from unbroken.store import KeepEvery as KeepEvery
     from unbroken.store import KeepPolicy as KeepPolicy
     from unbroken.training import Callback as Callback
     from unbroken.training import Progress as Progress
@@ -53,7 +53,7 @@ _HOMES = {
         "EXIT_STOPPED",
         "Checkpointer",
         "Difference",
-        "Policy",
+        "ResumePolicy",
         "ResumeReport",
         "TrainingStopped",
     ),
@@ -76,7 +76,7 @@ _HOMES = {
         "StateMismatchError",
         "UnbrokenError",
     ),
-    "unbroken.store": ("Interval", "KeepPolicy"),
+    "unbroken.store": ("KeepEvery", "KeepPolicy"),
     "unbroken.training": ("Callback", "Progress", "TrainResult", "Trainer", "TrainerConfig"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -101,9 +101,9 @@ Place = Literal["loop", "command"]
 """Where settings are spelled otherwise than in a Trainer: in a loop around a Checkpointer, in a
 command line."""
 
-_NAMES = re.compile(r"""(?<!Policy\()\b(allow|skip)=\[([^\]]*)\]""")
+_NAMES = re.compile(r"""(?<!ResumePolicy\()\b(allow|skip)=\[([^\]]*)\]""")
 _WHICH = re.compile(r"""resume_from_checkpoint=(?:"([^"]*)"|'([^']*)')""")
-_STRICT = re.compile(r"""(?<!Policy\()\bexact_resume=['"](\w+)['"]""")
+_STRICT = re.compile(r"""(?<!ResumePolicy\()\bexact_resume=['"](\w+)['"]""")
 
 
 def spelled(text: str, place: Place) -> str:
@@ -112,13 +112,13 @@ def spelled(text: str, place: Place) -> str:
     Example:
         >>> hint = "go on with the new value: allow=['seed']"
         >>> spelled(hint, "loop")
-        "go on with the new value: policy=Policy(allow=['seed'])"
+        "go on with the new value: policy=ResumePolicy(allow=['seed'])"
         >>> spelled(hint, "command")
         'go on with the new value: --allow seed'
     """
     if place == "loop":
-        text = _NAMES.sub(r"policy=Policy(\1=[\2])", text)
-        text = _STRICT.sub(r"policy=Policy(exact_resume='\1')", text)
+        text = _NAMES.sub(r"policy=ResumePolicy(\1=[\2])", text)
+        text = _STRICT.sub(r"policy=ResumePolicy(exact_resume='\1')", text)
         return _WHICH.sub(lambda found: f'resume("{found[1] or found[2]}")', text)
     text = _NAMES.sub(lambda found: f"--{found[1]} {_words(found[2])}", text)
     text = _STRICT.sub(r"--exact-resume \1", text)
@@ -143,8 +143,8 @@ def one_of(options: Iterable[object]) -> str:
     """Return choices as the text of what was expected.
 
     Example:
-        >>> print(ConfigError("load_from", expected=one_of(["all", "rank0"]), found="rank1"))
-        load_from: expected one of: all, rank0, found rank1
+        >>> print(ConfigError("read_from", expected=one_of(["all", "rank0"]), found="rank1"))
+        read_from: expected one of: all, rank0, found rank1
     """
     return f"one of: {', '.join(map(str, options))}"
 

@@ -10,14 +10,14 @@ BESIDE = {"beside": True}
 HELD = {**BESIDE, "hold_commit_until": 8}
 
 
-@pytest.mark.parametrize("snapshot", ["sync", "overlap"])
-def test_training_goes_on_while_a_checkpoint_is_written(snapshot, run, uninterrupted):
-    done = run(snapshot=snapshot, **HELD)
+@pytest.mark.parametrize("save_mode", ["async", "overlap"])
+def test_training_goes_on_while_a_checkpoint_is_written(save_mode, run, uninterrupted):
+    done = run(save_mode=save_mode, **HELD)
     assert (done.status, done.bits) == (0, uninterrupted().bits), done.text
     assert (run.folder / "run/checkpoint-5/manifest.json").exists()
 
 
-@pytest.mark.parametrize("waits", [{**HELD, "snapshot": "stream"}, {**HELD, "beside": False}])
+@pytest.mark.parametrize("waits", [{**HELD, "save_mode": "blocking"}, {**HELD, "beside": False}])
 def test_training_waits_if_that_is_asked_for_or_a_callback_looks_at_saves(waits, run):
     failed = run(**waits)
     assert failed.status == 1

@@ -41,7 +41,7 @@ class Run:
         torch.manual_seed(5)
         self.model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)) if model is None else model
         self.objects = {"model": self.model, **objects}
-        self.checkpointer = Checkpointer(where, snapshot="overlap", **self.objects)
+        self.checkpointer = Checkpointer(where, save_mode="overlap", **self.objects)
 
     def backward(self) -> None:
         self.model(torch.ones(4, 8)).square().sum().backward()

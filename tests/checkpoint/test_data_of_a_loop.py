@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, SequentialSampler, WeightedRandomSampler
 
 from unbroken import Checkpointer, batch_source
-from unbroken.checkpoint import Policy, ResumeReport
+from unbroken.checkpoint import ResumePolicy, ResumeReport
 from unbroken.errors import DataError, DifferenceError
 from unbroken.fingerprint import sampled_records
 
@@ -170,7 +170,7 @@ def test_another_collator_of_a_loop_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize("name", ["records", "length", "records of a loader"])
 def test_other_data_of_a_loop_that_are_named_go_on(name, tmp_path):
     first, second, _ = OTHERS[name]
-    report = again(tmp_path, first, second, policy=Policy(allow=["data"]))
+    report = again(tmp_path, first, second, policy=ResumePolicy(allow=["data"]))
     assert (report.step, report.verdict) == (5, "changed")
 
 

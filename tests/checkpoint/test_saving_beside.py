@@ -21,8 +21,8 @@ from unbroken.store import CheckpointReader
 from unbroken.testing import POWER_CUT_MODES, FaultyStorage, PowerCut
 from unbroken.training import Callback
 
-BESIDE = ["sync", "overlap"]
-MODES = ["stream", *BESIDE]
+BESIDE = ["async", "overlap"]
+MODES = ["blocking", *BESIDE]
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 DEVICES = ["cpu", pytest.param("cuda", marks=CUDA)]
 
@@ -38,7 +38,7 @@ class Training:
         self.ema = AveragedModel(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
         self.objects = {"model": self.model, "ema": self.ema, "optimizer": self.optimizer}
-        self.checkpointer = Checkpointer(where, snapshot=mode, **self.objects, **more)
+        self.checkpointer = Checkpointer(where, save_mode=mode, **self.objects, **more)
         self.checkpointer.resume()
         self.step = 0
 
@@ -184,7 +184,7 @@ def test_an_edit_that_no_later_save_makes_good_is_an_error(tmp_path):
 def test_an_embedding_that_edits_its_weight_in_the_forward_pass_is_found(tmp_path):
     model = nn.Embedding(8, 4, max_norm=0.1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with Checkpointer(tmp_path, snapshot="overlap", model=model, optimizer=optimizer) as saving:
+    with Checkpointer(tmp_path, save_mode="overlap", model=model, optimizer=optimizer) as saving:
         saving.save(1)
         model(torch.arange(8)).sum().backward()
         optimizer.step()
@@ -201,7 +201,7 @@ def test_memory_that_was_exchanged_is_found(tmp_path):
 
 
 def test_what_is_copied_at_once_may_be_edited_at_once(tmp_path):
-    training = Training(tmp_path, "sync")
+    training = Training(tmp_path, "async")
     data = training.save()
     training.model[0].weight.data.zero_()
     training.checkpointer.wait()
@@ -260,7 +260,7 @@ def test_a_cut_at_any_step_leaves_the_last_checkpoint_or_the_new_one(mode):
 
 
 def test_memory_is_used_again(tmp_path):
-    training = Training(tmp_path, "sync")
+    training = Training(tmp_path, "async")
     places = set()
     for _ in range(3):
         training.train_step()
@@ -274,7 +274,7 @@ FORGETS_TO_CLOSE = """
 import sys, torch
 from unbroken import Checkpointer
 model = torch.nn.Sequential(*(torch.nn.Linear(size, 1031) for size in (1031, 517, 2050)))
-Checkpointer(sys.argv[1], snapshot=sys.argv[2], model=model).save(1)
+Checkpointer(sys.argv[1], save_mode=sys.argv[2], model=model).save(1)
 """
 
 
@@ -296,7 +296,7 @@ class NotesSaves(Callback):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_trainer_ends_with_the_same_bits_and_tells_of_each_durable_checkpoint(mode, tmp_path):
     notes = NotesSaves()
-    trainer = small_trainer(tmp_path, snapshot=mode, trainer={"callbacks": [notes]})
+    trainer = small_trainer(tmp_path, save_mode=mode, trainer={"callbacks": [notes]})
     trainer.train()
     assert notes.there == steps_in(tmp_path) == [0, 2, 4, 6]
     plain = small_trainer(tmp_path / "other")
@@ -309,7 +309,7 @@ def test_a_trainer_goes_on_from_a_checkpoint_made_beside_it(mode, tmp_path):
     whole = small_trainer(tmp_path / "whole", lr_scheduler_type="constant")
     whole.train()
     for steps in (3, 6):
-        settings = {"snapshot": mode, "max_steps": steps, "save_steps": 1}
+        settings = {"save_mode": mode, "max_steps": steps, "save_steps": 1}
         trainer = small_trainer(tmp_path / "cut", lr_scheduler_type="constant", **settings)
         trainer.train()
     assert trainer.resume_report.step == 3

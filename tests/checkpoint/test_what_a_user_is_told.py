@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from small_trainers import small_trainer
-from unbroken import Checkpointer, KeepPolicy, Policy
+from unbroken import Checkpointer, KeepPolicy, ResumePolicy
 from unbroken.cli.main import main
 from unbroken.errors import ConfigError, DifferenceError, UnbrokenError
 from unbroken.training import Callback
@@ -27,12 +27,12 @@ def told(error: pytest.ExceptionInfo[UnbrokenError]) -> str:
 
 MISTAKES = {
     "save_step": (5, "did you mean save_steps?"),
-    "snapshots": ("sync", "did you mean snapshot?"),
+    "save_modes": ("async", "did you mean save_mode?"),
     "keep": (3, "keep=KeepPolicy(last=3)"),
-    "policy": ("require", 'policy=Policy(exact_resume="require")'),
-    "allow": (["seed"], "policy=Policy(allow=['seed'])"),
-    "skip": (["head.*"], "policy=Policy(skip=['head.*'])"),
-    "exact_resume": ("require", "policy=Policy(exact_resume='require')"),
+    "policy": ("require", 'policy=ResumePolicy(exact_resume="require")'),
+    "allow": (["seed"], "policy=ResumePolicy(allow=['seed'])"),
+    "skip": (["head.*"], "policy=ResumePolicy(skip=['head.*'])"),
+    "exact_resume": ("require", "policy=ResumePolicy(exact_resume='require')"),
     "resume": (False, "resume(False)"),
     "seed": (7, "settings={...}"),
     "betas": ((0.9, 0.99), "settings={...}"),
@@ -43,7 +43,7 @@ MISTAKES = {
     "group": ([0, 1], "group=join()"),
     "types": ("Phase", "types=[Name]"),
     "settings": ([("seed", 1)], 'settings={"data"'),
-    "of_each_rank": ("rng", 'of_each_rank=["rng", "values"]'),
+    "per_rank": ("rng", 'per_rank=["rng", "values"]'),
     "told": ("model", "expected names of objects, found str 'model'"),
     "fingerprint": ({}, "expected a function, found dict {}"),
     "tell": ("quiet", "expected a function"),
@@ -90,7 +90,7 @@ def test_a_mistake_in_an_argument_of_a_trainer_is_named_as_a_trainer_takes_it(na
 
 def test_what_is_no_mistake_is_taken(tmp_path):
     more = {"scalers": [], "heads": {"a": nn.Linear(1, 1)}, "keep": KeepPolicy(last=1)}
-    with of(tmp_path, policy=Policy(), temperature=torch.ones(()), **more) as checkpointer:
+    with of(tmp_path, policy=ResumePolicy(), temperature=torch.ones(()), **more) as checkpointer:
         checkpointer.save(1)
 
 
@@ -99,7 +99,7 @@ def test_hints_of_a_checkpointer_name_its_policy_and_its_resume(tmp_path):
         checkpointer.save(1)
     with of(tmp_path, 0.2) as other, pytest.raises(DifferenceError) as caught:
         other.resume()
-    assert "go on with the new value: policy=Policy(allow=['model.layer.0'])" in told(caught)
+    assert "go on with the new value: policy=ResumePolicy(allow=['model.layer.0'])" in told(caught)
     assert "--allow" not in told(caught)
     (tmp_path / "checkpoint-1" / "manifest.json").write_text("{}")
     with of(tmp_path) as again, pytest.raises(UnbrokenError) as caught:
@@ -113,7 +113,7 @@ def test_hints_of_a_trainer_name_its_settings(tmp_path):
     with pytest.raises(DifferenceError) as caught:
         small_trainer(tmp_path, max_steps=2, learning_rate=0.02).train()
     assert "go on with the new value: allow=['learning_rate'];" in told(caught)
-    assert not {"--allow", "Policy"} & set(told(caught).replace("(", " ").split())
+    assert not {"--allow", "ResumePolicy"} & set(told(caught).replace("(", " ").split())
 
 
 def test_hints_of_the_command_name_its_options_and_a_run_that_is_over_says_so(tmp_path, capsys):

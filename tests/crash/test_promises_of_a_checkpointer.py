@@ -29,10 +29,10 @@ def resumed(disk: FaultyStorage) -> tuple[int, list]:
 
 
 @EACH_CUT
-@pytest.mark.parametrize("snapshot", ["stream", "sync", "overlap"])
-def test_the_metrics_that_a_checkpoint_knows_of_survive_a_power_cut_with_it(snapshot, mode):
+@pytest.mark.parametrize("save_mode", ["blocking", "async", "overlap"])
+def test_the_metrics_that_a_checkpoint_knows_of_survive_a_power_cut_with_it(save_mode, mode):
     disk = FaultyStorage()
-    checkpointer = Checkpointer(disk, model=model(), snapshot=snapshot)
+    checkpointer = Checkpointer(disk, model=model(), save_mode=save_mode)
     lines = [{"step": step, "loss": 0.5} for step in (1, 2)]
     for line in lines:
         checkpointer.log(line)

@@ -34,7 +34,7 @@ class Run:
         self.layout = layout
         self.model, self.optimizer = build(layout, seed=1)
         self.objects = {"model": self.model, "optimizer": self.optimizer}
-        options = {"snapshot": mode, "group": self.group, **options, **self.objects}
+        options = {"save_mode": mode, "group": self.group, **options, **self.objects}
         self.checkpointer = Checkpointer(f"{folder}/run", **options)
         self.checkpointer.resume()
         self.folder, self.step = folder, 0
@@ -218,7 +218,7 @@ def save_on_a_full_disk(folder: str, layout: str, mode: str) -> None:
 
 def ask_while_a_save_runs(folder: str, layout: str) -> None:
     """Ask at each step whether it is over; tell what that asked of the other rank, and when."""
-    run = Run(folder, layout, "sync", save_steps=MANY)
+    run = Run(folder, layout, "async", save_steps=MANY)
     run.train_step()
     run.checkpointer.is_due(run.step)  # after the first step all hear whether it can be saved
     run.save()

@@ -134,11 +134,11 @@ class Case:
     of_a_trainer: bool = False
 
 
-OWN = {"of_each_rank": ("model", "optimizer", "rng", "values")}
+OWN = {"per_rank": ("model", "optimizer", "rng", "values")}
 CASES = {
     "an expert of each rank": Case(
         trained_expert,
-        ("rank 1: model.expert.", 'of_each_rank=["model", "optimizer", "rng", "values"]'),
+        ("rank 1: model.expert.", 'per_rank=["model", "optimizer", "rng", "values"]'),
     ),
     "an expert of each rank in a Trainer": Case(
         trained_expert, ("rank 1: model.expert.", "sum all gradients"), of_a_trainer=True
@@ -151,7 +151,7 @@ CASES = {
         own_statistics, ("rank 1: model.norm.running_mean", "(and 1 more tensor")
     ),
     "a schedule that is not named": Case(
-        unnamed_schedule, ("scheduler",), {"of_each_rank": ("rng", "values")}
+        unnamed_schedule, ("scheduler",), {"per_rank": ("rng", "values")}
     ),
     "an expert that is stored for each rank": Case(trained_expert, options=OWN),
     "statistics of rank 0, and an average of them": Case(statistics_of_rank_0),
@@ -159,10 +159,10 @@ CASES = {
     "a schedule of rank 0 for all": Case(
         another_schedule,
         ("scaler: not covered: each rank has a state of its own", "scheduler: not covered"),
-        {"of_each_rank": ()},
+        {"per_rank": ()},
     ),
     "a schedule that rank 0 stores for all": Case(
-        unnamed_schedule, ("scheduler: not covered",), {"load_from": "rank0"}
+        unnamed_schedule, ("scheduler: not covered",), {"read_from": "rank0"}
     ),
 }
 

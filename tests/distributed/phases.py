@@ -2,7 +2,7 @@
 
 The phases are those of rank 0, which makes the staging folder and commits, whoever writes what
 in between. When rank 0 comes to the phase, it kills the victim, and goes on when it is dead. With
-`snapshot="overlap"` that happens beside the training.
+`save_mode="overlap"` that happens beside the training.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Arm(Callback):
 
 
 def train_until_killed(
-    folder: str, phase: str, victim: int, snapshot: str = "stream", act=kill
+    folder: str, phase: str, victim: int, save_mode: str = "blocking", act=kill
 ) -> None:
     """Train; rank 0 kills a rank, the others leave their errors in files."""
     group = join(timeout=600.0)
@@ -88,7 +88,7 @@ def train_until_killed(
     parts = {"group": group, "callbacks": [Arm()]}
     if group.rank == 0:
         parts["storage"] = PhaseStorage(f"{folder}/run", phase, pids[victim], act)
-    _end_with_error(folder, parts, snapshot)
+    _end_with_error(folder, parts, save_mode)
 
 
 class Fill(Callback):
@@ -103,13 +103,13 @@ class Fill(Callback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
 
 
-def train_without_room(folder: str, rank: int, snapshot: str) -> None:
+def train_without_room(folder: str, rank: int, save_mode: str) -> None:
     group = join(timeout=30.0)
-    _end_with_error(folder, {"group": group, "callbacks": [Fill(rank)]}, snapshot)
+    _end_with_error(folder, {"group": group, "callbacks": [Fill(rank)]}, save_mode)
 
 
-def _end_with_error(folder: str, parts: dict, snapshot: str) -> None:
-    settings = {"logging_steps": 8, "snapshot": snapshot}
+def _end_with_error(folder: str, parts: dict, save_mode: str) -> None:
+    settings = {"logging_steps": 8, "save_mode": save_mode}
     try:
         make_trainer(f"{folder}/run", settings, **parts).train()
     except UnbrokenError as error:

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from distributed.sharded import build, checkpointer_in, digest, facts, train
-from unbroken.checkpoint import Checkpointer, Policy
+from unbroken.checkpoint import Checkpointer, ResumePolicy
 from unbroken.distributed import join
 from unbroken.distributed.dtensors import local_part
 from unbroken.errors import CheckpointError, ConfigError, RankError, SaveError
@@ -58,7 +58,7 @@ def run_to_the_end(folder: str, mode: str, kill: tuple[int, str] | None = None) 
     armed = threading.Event()
     group = join(timeout=60.0) if kill is None else Killed(join(timeout=60.0), *kill, armed)
     model, optimizer = build(LAYOUT, seed=1)
-    options = {"snapshot": mode}
+    options = {"save_mode": mode}
     checkpointer = checkpointer_in(f"{folder}/run", group, model, optimizer, **options)
     done = checkpointer.resume().step
     for step in range(done + 1, END + 1):
@@ -128,7 +128,7 @@ def save_on_a_full_disk(checkpointer, model, optimizer):
 
 def save_where_only_rank_0_sees(checkpointer, model, optimizer):
     blind = Checkpointer(
-        checkpointer.path(0) + "-run", group=checkpointer.group, load_from="rank0", model=model
+        checkpointer.path(0) + "-run", group=checkpointer.group, read_from="rank0", model=model
     )
     for seed in (torch.manual_seed, random.seed, np.random.seed):
         seed(1)  # the generators must be the same on all ranks
@@ -155,15 +155,15 @@ def save_tapes(checkpointer, model, optimizer):
     return checkpointer.group.rank
 
 
-def read_tapes(folder: str, of_each_rank) -> None:
+def read_tapes(folder: str, per_rank) -> None:
     """Resume on any number of ranks, without the model."""
     from unbroken.distributed import Alone
 
     group = join(timeout=30.0) if int(os.environ["WORLD_SIZE"]) > 1 else Alone()
     tape = Tape(0)
-    policy = Policy(skip=("model", "optimizer"), allow=("model", "optimizer"))
+    policy = ResumePolicy(skip=("model", "optimizer"), allow=("model", "optimizer"))
     checkpointer = Checkpointer(
-        f"{folder}/run", group=group, policy=policy, of_each_rank=of_each_rank, tape=tape
+        f"{folder}/run", group=group, policy=policy, per_rank=per_rank, tape=tape
     )
     found = error_of(lambda: checkpointer.load(1, ["tape"]), CheckpointError, RankError)
     leave(folder, group, checkpointer, {"found": [tape.at, found]})
@@ -205,7 +205,9 @@ def load_over_what_is_there(checkpointer, model, optimizer):
 def resume_without_the_embedding(checkpointer, model, optimizer):
     """Leave the embedding as it is here, and load the rest."""
     here = digest(model.embed.weight)
-    policy = Policy(skip=("embed.weight", "head.weight"), allow=("embed.weight", "head.weight"))
+    policy = ResumePolicy(
+        skip=("embed.weight", "head.weight"), allow=("embed.weight", "head.weight")
+    )
     place = checkpointer.run.storage.describe()
     checkpointer.close()
     with Checkpointer(

@@ -19,7 +19,7 @@ from unbroken.storage import LocalStorage
 from unbroken.store import CheckpointReader
 
 LAYOUTS = ["ddp-2", "fsdp-2"]
-BESIDE = ["sync", "overlap"]
+BESIDE = ["async", "overlap"]
 
 
 def told(folder: Path, act, *arguments, world_size: int = 2, code: int = 0) -> list:

@@ -26,7 +26,7 @@ from unbroken.store import Catalog
 FAILED, STOPPED = 3, 75
 FEW_LINES = {"logging_steps": 8}
 CASES = [
-    (world_size, rank, phase, "stream")
+    (world_size, rank, phase, "blocking")
     for world_size in (2, 4)
     for rank, phase in product(range(world_size), PHASES)
 ]
@@ -47,9 +47,9 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world_size", "rank", "phase", "snapshot"), CASES + BESIDE)
-def test_a_rank_killed_in_a_save(world_size, rank, phase, snapshot, whole, tmp_path):
-    began, case = time.monotonic(), (phase, rank, snapshot)
+@pytest.mark.parametrize(("world_size", "rank", "phase", "save_mode"), CASES + BESIDE)
+def test_a_rank_killed_in_a_save(world_size, rank, phase, save_mode, whole, tmp_path):
+    began, case = time.monotonic(), (phase, rank, save_mode)
     codes = run_ranks(train_until_killed, str(tmp_path), *case, world_size=world_size)
     assert time.monotonic() - began < SECONDS
     assert codes == [-signal.SIGKILL if one == rank else FAILED for one in range(world_size)]
@@ -68,9 +68,9 @@ def test_a_rank_killed_while_a_save_goes_on_beside_the_training(whole, tmp_path)
     test_a_rank_killed_in_a_save(2, 1, "written", "overlap", whole, tmp_path)
 
 
-@pytest.mark.parametrize("snapshot", ["sync", "overlap"])
-def test_one_rank_asked_to_stop_meanwhile_ends_all_after_one_more_save(snapshot, whole, tmp_path):
-    case = ("staged", 1, snapshot, terminate)
+@pytest.mark.parametrize("save_mode", ["async", "overlap"])
+def test_one_rank_asked_to_stop_meanwhile_ends_all_after_one_more_save(save_mode, whole, tmp_path):
+    case = ("staged", 1, save_mode, terminate)
     codes = run_ranks(train_until_killed, str(tmp_path), *case)
     assert codes in ([STOPPED] * 2, [0] * 2)  # the last step may be over before it is asked
     newest, rejected = Catalog(LocalStorage(tmp_path / "run")).newest_intact()
@@ -78,11 +78,11 @@ def test_one_rank_asked_to_stop_meanwhile_ends_all_after_one_more_save(snapshot,
     assert finished(tmp_path, 2) == whole[2]
 
 
-@pytest.mark.parametrize(("rank", "snapshot"), [(0, "stream"), (1, "stream"), (1, "overlap")])
+@pytest.mark.parametrize(("rank", "save_mode"), [(0, "blocking"), (1, "blocking"), (1, "overlap")])
 def test_the_full_disk_of_one_rank_ends_all_and_costs_nothing_saved(
-    rank, snapshot, whole, tmp_path
+    rank, save_mode, whole, tmp_path
 ):
-    codes = run_ranks(train_without_room, str(tmp_path), rank, snapshot)
+    codes = run_ranks(train_without_room, str(tmp_path), rank, save_mode)
     assert codes == [FAILED] * 2
     own, other = ((tmp_path / f"error-{one}").read_text() for one in (rank, 1 - rank))
     assert own.startswith("SaveError: ")

@@ -112,7 +112,7 @@ def test_a_run_that_one_rank_does_not_see_is_an_error_that_says_what_to_do(copy,
     assert run_ranks(train_there, {}, of_rank=places) == [FAILED] * 2
     first, second = errors_of(places)
     assert first.startswith("RankError: rank 1: open the run directory: RunDirectoryError")
-    assert 'load_from="rank0"' in second
+    assert 'read_from="rank0"' in second
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -122,7 +122,7 @@ def test_ranks_that_do_not_see_the_run_go_on_from_what_rank_0_sends(world_size, 
     empty = [tmp_path / str(rank) for rank in range(1, world_size)]
     for folder in empty:
         folder.mkdir()
-    settings = {"load_from": "rank0"}
+    settings = {"read_from": "rank0"}
     assert went_on([str(tmp_path / "0"), *map(str, empty)], settings)
     assert [list(folder.iterdir()) for folder in empty] == [[]] * len(empty)
     if world_size == 2:
@@ -148,7 +148,7 @@ def test_every_rank_has_every_byte_that_rank_0_saved(world_size, which, tmp_path
 def test_damage_that_rank_0_finds_sends_all_to_the_next_older_one(run, copy, tmp_path):
     (tmp_path / "1").mkdir()
     flip(copy / "run", 4, "optimizer.state.1.weight.exp_avg")
-    assert went_on([str(copy), str(tmp_path / "1")], {"load_from": "rank0"})
+    assert went_on([str(copy), str(tmp_path / "1")], {"read_from": "rank0"})
     assert outcome(copy / "run", STEPS) == outcome(run / "run", STEPS)
     assert rejected(copy)[0][0] == "checkpoint-4"
 
@@ -166,7 +166,7 @@ def test_what_rank_0_cannot_load_is_an_error_on_all(settings, words, copy, tmp_p
     (tmp_path / "1").mkdir()
     flip(copy / "run", 4, "model.1.weight")
     places = [str(copy), str(tmp_path / "1")]
-    more = {"load_from": "rank0", **settings}
+    more = {"read_from": "rank0", **settings}
     assert run_ranks(train_there, more, of_rank=places) == [FAILED] * 2
     own, other = errors_of(places)
     assert words in own
@@ -196,9 +196,9 @@ def test_a_rank_with_another_version_of_a_package_is_named(versions, code, copy,
         assert 'rank 1: versions.packages.timm: expected "1.0" (rank 0), found "2.0"' in text
 
 
-@pytest.mark.parametrize("load_from", ["all", "rank0"])
-def test_what_one_rank_refuses_has_changed_nothing_on_any(load_from, tmp_path):
-    codes = run_ranks(resume_what_rank_1_refuses, str(tmp_path), load_from)
+@pytest.mark.parametrize("read_from", ["all", "rank0"])
+def test_what_one_rank_refuses_has_changed_nothing_on_any(read_from, tmp_path):
+    codes = run_ranks(resume_what_rank_1_refuses, str(tmp_path), read_from)
     told = [json.loads((tmp_path / f"told-{rank}").read_text()) for rank in range(2)]
     assert codes == [0, 0]
     assert [one["error"] for one in told] == ["RankError", "DataError"]
@@ -206,8 +206,8 @@ def test_what_one_rank_refuses_has_changed_nothing_on_any(load_from, tmp_path):
     assert (tmp_path / "run" / "checkpoint-2").exists()
 
 
-@pytest.mark.parametrize(("load_from", "how"), [("all", "copy"), ("rank0", "path")])
-def test_all_ranks_begin_elsewhere_and_then_go_on(load_from, how, tmp_path):
-    assert run_ranks(begin_elsewhere_and_go_on, str(tmp_path), load_from, how) == [0, 0]
+@pytest.mark.parametrize(("read_from", "how"), [("all", "copy"), ("rank0", "path")])
+def test_all_ranks_begin_elsewhere_and_then_go_on(read_from, how, tmp_path):
+    assert run_ranks(begin_elsewhere_and_go_on, str(tmp_path), read_from, how) == [0, 0]
     told = [json.loads((tmp_path / f"told-{rank}").read_text()) for rank in range(2)]
     assert told == [[8, 10], [8, 10]]

@@ -15,9 +15,9 @@ from unbroken.store import CheckpointReader, export_weights
 
 PHASES = ["begin a save", "who sees the staging folder", "save", "what is stored", "commit"]
 HEARD = "when to hear of a save"
-KILLS = [("stream", phase) for phase in PHASES]
+KILLS = [("blocking", phase) for phase in PHASES]
 KILLS += [("overlap", phase) for phase in ("copy the rest", *PHASES, HEARD)]
-KILLS += [("sync", "what is stored")]
+KILLS += [("async", "what is stored")]
 
 
 def found(folder: Path, rank: int = 0) -> dict:
@@ -34,7 +34,7 @@ def told_by_all(act, folder: Path) -> list:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    assert run_ranks(acts.run_to_the_end, str(folder), "stream") == [0, 0]
+    assert run_ranks(acts.run_to_the_end, str(folder), "blocking") == [0, 0]
     return folder
 
 
@@ -56,7 +56,7 @@ def test_a_rank_killed_in_a_save_leaves_a_checkpoint_that_goes_on_exactly(
 
 def test_a_rank_killed_before_it_told_what_it_stored_is_named_by_the_others(tmp_path):
     kill = (1, "what is stored")
-    assert run_ranks(acts.run_to_the_end, str(tmp_path), "stream", kill) == [3, -signal.SIGKILL]
+    assert run_ranks(acts.run_to_the_end, str(tmp_path), "blocking", kill) == [3, -signal.SIGKILL]
     assert "rank 1: has ended before gather what is stored" in (tmp_path / "error-0").read_text()
     assert not (tmp_path / "run" / "checkpoint-3").exists()
 
@@ -64,7 +64,7 @@ def test_a_rank_killed_before_it_told_what_it_stored_is_named_by_the_others(tmp_
 @pytest.fixture
 def damaged(tmp_path) -> Path:
     """A run of which one shard of the newest checkpoint is damaged."""
-    assert run_ranks(acts.run_to_the_end, str(tmp_path), "stream") == [0, 0]
+    assert run_ranks(acts.run_to_the_end, str(tmp_path), "blocking") == [0, 0]
     shards = tmp_path / "run" / "checkpoint-3" / "model.rank1.safetensors"
     raw = bytearray(shards.read_bytes())
     raw[-1] ^= 1
@@ -97,8 +97,8 @@ def test_shards_are_not_saved_where_only_rank_0_sees_the_disk(tmp_path):
         assert "rank 1 cannot store it" in error
 
 
-def tapes(folder: Path, world_size: int, of_each_rank=None) -> list:
-    codes = run_ranks(acts.read_tapes, str(folder), of_each_rank, world_size=world_size)
+def tapes(folder: Path, world_size: int, per_rank=None) -> list:
+    codes = run_ranks(acts.read_tapes, str(folder), per_rank, world_size=world_size)
     assert codes == [0] * world_size
     return [found(folder, rank)["found"] for rank in range(world_size)]
 
@@ -110,7 +110,7 @@ def test_each_rank_gets_back_its_own_on_as_many_ranks_only(tmp_path):
         assert at == 0
         assert "tape: each rank has a state of its own" in error
         assert "expected 2 ranks, found 1" in error
-    assert [at for at, _ in tapes(tmp_path, 1, of_each_rank=())] == [10]
+    assert [at for at, _ in tapes(tmp_path, 1, per_rank=())] == [10]
 
 
 def test_an_optimizer_with_another_state_on_each_rank_is_refused(tmp_path):

@@ -89,19 +89,19 @@ def read(reader: CheckpointReader, name: str) -> dict:
     return decode(structure_of(reader.read_file(name), name), reader)
 
 
-def save(storage: MemoryStorage, trees: list, of_each_rank, group: Ranks) -> None:
+def save(storage: MemoryStorage, trees: list, per_rank, group: Ranks) -> None:
     writer = lambda: CheckpointWriter(storage, step=1, run_id="a" * 32)  # noqa: E731
     with Saving(storage, writer, lambda one: one.commit({})) as saving:
         assert saving.stage(group) == ()
-        share = share_of(group, trees[group.rank], file_of, of_each_rank, Plan())
+        share = share_of(group, trees[group.rank], file_of, per_rank, Plan())
         saving.store(group, share)
 
 
-def loaded(storage: MemoryStorage, of_each_rank, alike: bool, rank: int, size: int) -> tuple:
+def loaded(storage: MemoryStorage, per_rank, alike: bool, rank: int, size: int) -> tuple:
     reader = CheckpointReader(storage, "checkpoint-1")
     group = Ranks(HashStore(), rank=rank, world_size=size)
     tree, of_a_file = read(reader, STATE_FILE), partial(read, reader)
-    own, anew = own_state(tree, reader.manifest, group, of_each_rank, of_a_file, alike=alike)
+    own, anew = own_state(tree, reader.manifest, group, per_rank, of_a_file, alike=alike)
     return spelled({name: {**tree, **own}[name] for name in NAMES}), anew
 
 
@@ -114,16 +114,16 @@ def spelled(tree: dict) -> tuple:
 
 
 @pytest.mark.parametrize("alike", [False, True], ids=["each reads", "rank 0 reads"])
-@pytest.mark.parametrize("of_each_rank", [None, ("noise", "rng", "values")], ids=["found", "named"])
-def test_each_rank_gets_back_what_it_had_and_not_what_another_had(of_each_rank, alike):
+@pytest.mark.parametrize("per_rank", [None, ("noise", "rng", "values")], ids=["found", "named"])
+def test_each_rank_gets_back_what_it_had_and_not_what_another_had(per_rank, alike):
     state, storage = capture_rng(), MemoryStorage()
     trees = [state_of(rank) for rank in (0, 1)]
     restore_rng(state)
-    on_two_ranks(partial(save, storage, trees, of_each_rank))
+    on_two_ranks(partial(save, storage, trees, per_rank))
     expected = [spelled(tree) for tree in trees]
     assert expected[0] != expected[1]
     for rank in (0, 1):
-        assert loaded(storage, of_each_rank, alike, rank, 2) == (expected[rank], False)
+        assert loaded(storage, per_rank, alike, rank, 2) == (expected[rank], False)
 
 
 @pytest.fixture

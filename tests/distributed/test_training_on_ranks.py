@@ -180,7 +180,7 @@ BY_TIME = {
     "auto": {"save_steps": "auto", "max_lost_minutes": 2},
     "a limit": {"save_steps": None, "max_lost_minutes": 2},
     "minutes": {"save_steps": None, "save_minutes": 2},
-    "beside the training": {"save_steps": "auto", "max_lost_minutes": 2, "snapshot": "overlap"},
+    "beside the training": {"save_steps": "auto", "max_lost_minutes": 2, "save_mode": "overlap"},
 }
 
 

@@ -137,7 +137,7 @@ HARMLESS = {
     "workers": ("seed=3", "seed=3, dataloader_num_workers=1"),
     "pinned memory": ("seed=3", "seed=3, dataloader_pin_memory=False"),
     "a time limit": ("seed=3", 'seed=3, max_time="10:00:00"'),
-    "saves beside the training": ("seed=3", 'seed=3, snapshot="sync"'),
+    "saves beside the training": ("seed=3", 'seed=3, save_mode="async"'),
     "more steps of a schedule by step": ("max_steps=12", "max_steps=14"),
     "a checkpoint kept now and then": ("seed=3", "seed=3, keep_every_n_steps=4"),
     "a default written out": ("seed=3", "seed=3, shuffle=True"),

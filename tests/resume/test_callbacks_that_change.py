@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from small_trainers import small_model, small_trainer
-from unbroken.checkpoint import Checkpointer, Policy
+from unbroken.checkpoint import Checkpointer, ResumePolicy
 from unbroken.errors import DifferenceError
 from unbroken.training import Callback
 
@@ -80,7 +80,7 @@ def test_a_stateful_callback_comes_and_goes_by_the_name_in_the_message(name, way
 
 def test_objects_of_a_loop_come_and_go_by_name(tmp_path):
     def save(step: int, allow=(), **callbacks):
-        policy, model = Policy(allow=allow), small_model()
+        policy, model = ResumePolicy(allow=allow), small_model()
         with Checkpointer(tmp_path, policy=policy, model=model, callbacks=callbacks) as one:
             report = one.resume()
             one.save(step)

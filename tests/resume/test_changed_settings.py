@@ -131,7 +131,7 @@ def test_the_differences_stand_in_the_history(run):
 
 def test_every_setting_has_a_rule():
     of_the_start = {"allow", "skip", "exact_resume", "resume_from_checkpoint"}
-    of_the_start |= {"load_from", "ddp_timeout"}
+    of_the_start |= {"read_from", "ddp_timeout"}
     assert set(TrainerConfig().to_dict()) - set(RULES) == of_the_start
 
 
@@ -187,7 +187,7 @@ OTHER = {
         "logging_steps": 3, "logging_minutes": 5.0, "log_data_digest": True, "eval_steps": 3,
         "eval_minutes": 5.0, "eval_batch_size": 4, "save_steps": 3, "save_minutes": 5.0,
         "save_at_start": False, "save_total_limit": 3, "keep_every_n_steps": 3, "max_time": 3600.0,
-        "snapshot": "sync", "max_lost_minutes": 5.0, "mtbf_hours": 5.0, "save_compressed": True,
+        "save_mode": "async", "max_lost_minutes": 5.0, "mtbf_hours": 5.0, "save_compressed": True,
         "output_dir": "another", "branch": "another", "dataloader_num_workers": 1,
         "dataloader_prefetch_factor": 3, "dataloader_pin_memory": True,
         "metric_for_best_model": "eval_other", "greater_is_better": True,
@@ -262,6 +262,6 @@ def test_a_change_of_any_one_setting_is_told_with_what_it_means(
 
 def test_all_settings_are_changed_in_turn():
     of_the_start = {"allow", "skip", "exact_resume", "resume_from_checkpoint"}
-    of_the_start |= {"load_from", "ddp_timeout"}
+    of_the_start |= {"read_from", "ddp_timeout"}
     names = {name for _, name, _ in EACH_SETTING}
     assert names == set(TrainerConfig().to_dict()) - of_the_start

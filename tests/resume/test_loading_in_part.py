@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from small_trainers import PAIRS, bits, small_trainer
-from unbroken.checkpoint import Checkpointer, Policy
+from unbroken.checkpoint import Checkpointer, ResumePolicy
 from unbroken.errors import ConfigError, StateMismatchError
 from unbroken.training import Callback
 
@@ -93,7 +93,9 @@ def test_a_loop_of_ones_own_skips_too(tmp_path):
     old, new = with_head(4), with_head(7, seed=9)
     with Checkpointer(tmp_path, model=old) as checkpointer:
         checkpointer.save(1)
-    with Checkpointer(tmp_path, policy=Policy(("model",), ("head.*",)), model=new) as checkpointer:
+    with Checkpointer(
+        tmp_path, policy=ResumePolicy(("model",), ("head.*",)), model=new
+    ) as checkpointer:
         assert checkpointer.resume().step == 1
     assert bits(new)["body.weight"] == bits(old)["body.weight"]
 
@@ -107,6 +109,6 @@ def test_tied_weights_cannot_be_skipped_by_half(tmp_path):
 
     with Checkpointer(tmp_path, model=tied()) as checkpointer:
         checkpointer.save(1)
-    again = Checkpointer(tmp_path, policy=Policy((), ("head.*",)), model=tied())
+    again = Checkpointer(tmp_path, policy=ResumePolicy((), ("head.*",)), model=tied())
     with again, pytest.raises(StateMismatchError, match=r"body\.weight: is tied to a tensor"):
         again.resume()

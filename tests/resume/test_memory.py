@@ -44,7 +44,7 @@ def extra_memory_beside(folder: str, mode: str) -> int:
     """Return the bytes by which the peak grew in saves beside the training, the first is small."""
     model = nn.Linear(4096, 4096)  # 64 MiB, and 128 MiB of moments from the first step on
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    checkpointer = Checkpointer(folder, snapshot=mode, model=model, optimizer=optimizer)
+    checkpointer = Checkpointer(folder, save_mode=mode, model=model, optimizer=optimizer)
     checkpointer.save(0)
     model.weight.grad = torch.zeros(4096, 4096)
     optimizer.step()
@@ -74,7 +74,7 @@ def test_saving_and_resuming_half_a_gigabyte_takes_at_most_64_mib_and_one_tensor
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="nobody tells how much is resident")
-@pytest.mark.parametrize("mode", ["sync", "overlap"])
+@pytest.mark.parametrize("mode", ["async", "overlap"])
 def test_saving_beside_the_training_takes_one_copy_of_what_is_saved(mode, tmp_path):
     found, state = measured(tmp_path, mode), 3 * 64 * MIB
     assert found < state + 32 * MIB
@@ -82,5 +82,5 @@ def test_saving_beside_the_training_takes_one_copy_of_what_is_saved(mode, tmp_pa
 
 
 if __name__ == "__main__":
-    is_beside = sys.argv[2] in ("sync", "overlap")
+    is_beside = sys.argv[2] in ("async", "overlap")
     print((extra_memory_beside if is_beside else extra_memory)(*sys.argv[1:]))

@@ -9,7 +9,7 @@ from torch import nn
 from scenarios import metrics, outcome, run_fresh
 from unbroken.checkpoint import Checkpointer
 from unbroken.storage import MemoryStorage
-from unbroken.store import Interval, KeepPolicy
+from unbroken.store import KeepEvery, KeepPolicy
 from unbroken.training import Silence, Trainer, TrainerConfig
 
 
@@ -79,7 +79,7 @@ def test_torchtitans_three_runs_have_equal_losses(tmp_path):
 def test_levanters_retention_list_is_kept_under_a_time_and_a_step_policy():
     seconds = [0.0]
     storage = MemoryStorage()
-    every = (Interval(2, until=10), Interval(5, until=20), Interval(10))
+    every = (KeepEvery(2, until=10), KeepEvery(5, until=20), KeepEvery(10))
     checkpointer = Checkpointer(
         storage,
         save_minutes=10 / 60,

@@ -11,7 +11,7 @@ from torch import nn
 
 from small_trainers import PAIRS, bits, small_model, small_trainer, steps_in
 from unbroken import Checkpointer
-from unbroken.changes.compare import Policy
+from unbroken.changes.compare import ResumePolicy
 from unbroken.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -75,7 +75,7 @@ def test_random_states_of_a_device_that_is_not_here_are_refused_before_a_change(
     with checkpointer, pytest.raises(DifferenceError, match=r"rng\.cuda: stored 1, now 0"):
         checkpointer.resume(which)
     assert (bits(model), ambient(), names_in(saved_on_a_gpu)) == before
-    allowed = Checkpointer(saved_on_a_gpu, model=model, policy=Policy(allow=["rng.cuda"]))
+    allowed = Checkpointer(saved_on_a_gpu, model=model, policy=ResumePolicy(allow=["rng.cuda"]))
     with allowed:
         report = allowed.resume(which)
     assert (report.resumed, report.verdict) == (True, "changed")

@@ -25,7 +25,7 @@ import os, signal, sys, torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim import lr_scheduler as schedules
-from unbroken import Checkpointer, Policy, batch_source
+from unbroken import Checkpointer, ResumePolicy, batch_source
 
 FOLDER, STOP = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)
@@ -266,8 +266,8 @@ def test_a_schedule_that_stands_elsewhere_at_the_first_step_is_refused(how, loop
 def test_a_schedule_that_is_meant_to_be_gone_is_named(loop):
     gone = script()
     refused = loop.killed_and_resumed(scheduled(SCHEDULES["CosineAnnealingLR"]), gone)
-    assert "to go on without it: policy=Policy(skip=['scheduler'])" in refused["message"]
-    named = loop.run(gone.replace("**given", "policy=Policy(skip=['scheduler']), **given"))
+    assert "to go on without it: policy=ResumePolicy(skip=['scheduler'])" in refused["message"]
+    named = loop.run(gone.replace("**given", "policy=ResumePolicy(skip=['scheduler']), **given"))
     assert (named["began"], named["rate"]) == (SAVED, pytest.approx(0.0075))
 
 
@@ -391,7 +391,10 @@ def test_show_says_what_a_checkpoint_covers(loop, capsys):
 
 
 def test_exact_resume_require_refuses_it_at_the_first_save_and_at_a_resume(loop):
-    text, policy = script(**NOT_GIVEN["scaler"]), "policy=Policy(exact_resume='require'), **given"
+    text, policy = (
+        script(**NOT_GIVEN["scaler"]),
+        "policy=ResumePolicy(exact_resume='require'), **given",
+    )
     strict = text.replace("**given", policy)
     for again in (loop.run(strict, out="first"), loop.killed_and_resumed(text, strict)):
         assert again["error"] == "DifferenceError"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from store.small_runs import RUN_ID, newest_state, save, state_of
 from unbroken.errors import ConfigError
 from unbroken.storage import MemoryStorage
-from unbroken.store import Catalog, Interval, KeepPolicy, VerifiedCache, prune
+from unbroken.store import Catalog, KeepEvery, KeepPolicy, VerifiedCache, prune
 
 
 def run_of(*steps: int) -> MemoryStorage:
@@ -54,7 +54,7 @@ def test_the_last_ones_stay():
 
 def test_intervals_stay_until_they_end():
     storage = run_of(5, 10, 15, 20, 25, 30, 35, 40)
-    policy = KeepPolicy(last=1, every=(Interval(10, until=20), Interval(15)))
+    policy = KeepPolicy(last=1, every=(KeepEvery(10, until=20), KeepEvery(15)))
     assert pruned(storage, policy).removed == (
         "checkpoint-35",
         "checkpoint-25",
@@ -195,10 +195,10 @@ def test_the_last_intact_ones_always_stay(steps, bad, last):
     "make",
     [
         lambda: KeepPolicy(last=0),
-        lambda: Interval(0),
-        lambda: Interval(5, until=0),
-        lambda: KeepPolicy(every=(Interval(5), Interval(10, until=20))),
-        lambda: KeepPolicy(every=(Interval(5, until=20), Interval(10, until=10))),
+        lambda: KeepEvery(0),
+        lambda: KeepEvery(5, until=0),
+        lambda: KeepPolicy(every=(KeepEvery(5), KeepEvery(10, until=20))),
+        lambda: KeepPolicy(every=(KeepEvery(5, until=20), KeepEvery(10, until=10))),
     ],
 )
 def test_an_impossible_policy_is_refused(make):

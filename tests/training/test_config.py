@@ -97,11 +97,11 @@ def test_a_missing_file_is_named():
 
 # Ours alone, for a reason: the global batch, minutes beside steps, this library's own work.
 OWN = {
-    "load_from",
+    "read_from",
     "allow", "skip", "exact_resume", "branch", "batch_size", "micro_batch_size", "shuffle",
     "samples_per_epoch", "sgd_momentum", "device", "lanes",
     "logging_minutes", "log_data_digest", "eval_minutes", "eval_batch_size", "save_minutes",
-    "max_lost_minutes", "mtbf_hours", "save_at_start", "save_compressed", "snapshot",
+    "max_lost_minutes", "mtbf_hours", "save_at_start", "save_compressed", "save_mode",
     "keep_every_n_steps", "max_time", "early_stopping_patience", "early_stopping_threshold",
 }  # fmt: skip
 

@@ -128,7 +128,7 @@ the same of what it compares itself."""
 
 
 @dataclass(frozen=True)
-class Policy:
+class ResumePolicy:
     """Which differences a start accepts.
 
     Args:
@@ -139,7 +139,7 @@ class Policy:
             another class with a named setting is not loaded.
 
     Example:
-        >>> Policy(allow=("learning_rate",)).exact_resume
+        >>> ResumePolicy(allow=("learning_rate",)).exact_resume
         'prefer'
     """
 
@@ -184,7 +184,7 @@ class Comparison:
         *,
         settings: Mapping[str, Any] | None = None,
         more: Callable[[], Mapping[str, Any]] | None = None,
-        policy: Policy | None = None,
+        policy: ResumePolicy | None = None,
         examine: Examine | None = None,
         told: Collection[str] = (),
         buckets: DdpBuckets | None = None,
@@ -195,7 +195,7 @@ class Comparison:
         self._objects = objects
         self._settings = _plain_settings(settings or {})
         self._more = more
-        self._policy = Policy() if policy is None else policy
+        self._policy = ResumePolicy() if policy is None else policy
         self._examine = examine
 
     def note_what_is_here(self) -> None:
@@ -442,7 +442,7 @@ _DESCRIBED: Mapping[str, tuple[type, Callable[[Any], dict[str, Plain]]]] = {
 }
 
 
-def _unrefused(found: tuple[Difference, ...], policy: Policy) -> list[Difference]:
+def _unrefused(found: tuple[Difference, ...], policy: ResumePolicy) -> list[Difference]:
     """What is not loaded at all cannot fail to fit."""
     effect = "begins anew: skip names it"
     return [

@@ -6,7 +6,7 @@ from unbroken.changes.code_version import code_differences as code_differences
 from unbroken.changes.code_version import code_facts as code_facts
 from unbroken.changes.compare import Comparison as Comparison
 from unbroken.changes.compare import Examine as Examine
-from unbroken.changes.compare import Policy as Policy
+from unbroken.changes.compare import ResumePolicy as ResumePolicy
 from unbroken.changes.compare import environment_differences as environment_differences
 from unbroken.changes.differences import Difference as Difference
 from unbroken.changes.differences import ExactResume as ExactResume
@@ -30,11 +30,11 @@ from unbroken.checkpoint.preemption import Preemption as Preemption
 from unbroken.checkpoint.preemption import TrainingStopped as TrainingStopped
 from unbroken.checkpoint.resume.prefetch import ReadAhead as ReadAhead
 from unbroken.checkpoint.resume.prefetch import read_ahead as read_ahead
-from unbroken.checkpoint.resume.readers import LoadFrom as LoadFrom
+from unbroken.checkpoint.resume.readers import ReadFrom as ReadFrom
 from unbroken.checkpoint.resume.selection import ResumeFrom as ResumeFrom
 from unbroken.checkpoint.resume.selection import Selection as Selection
 from unbroken.checkpoint.save.async_saver import SaveCost as SaveCost
-from unbroken.checkpoint.save.async_saver import SnapshotMode as SnapshotMode
+from unbroken.checkpoint.save.async_saver import SaveMode as SaveMode
 from unbroken.checkpoint.save.layout import Layout as Layout
 
 __all__ = [
@@ -48,16 +48,16 @@ __all__ = [
     "ExactResume",
     "Examine",
     "Layout",
-    "LoadFrom",
-    "Policy",
     "Preemption",
     "ReadAhead",
+    "ReadFrom",
     "ResumeFrom",
+    "ResumePolicy",
     "ResumeReport",
     "Rule",
     "SaveCost",
+    "SaveMode",
     "Selection",
-    "SnapshotMode",
     "Timer",
     "TrainingStopped",
     "Verdict",

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from unbroken.changes.compare import Policy
+from unbroken.changes.compare import ResumePolicy
 from unbroken.changes.differences import brief
 from unbroken.data import has
 from unbroken.errors import ConfigError
@@ -35,12 +35,13 @@ def check_keywords(keep: object, policy: object) -> None:
         last = keep if isinstance(keep, int) else 3
         hint = f"keep=KeepPolicy(last={last}), from unbroken"
         raise ConfigError("keep", expected="a KeepPolicy", found=repr(keep), hint=hint)
-    if policy is not None and not isinstance(policy, Policy):
+    if policy is not None and not isinstance(policy, ResumePolicy):
         word = policy if policy in ("require", "prefer") else "require"
         hint = (
-            f'policy=Policy(exact_resume="{word}") or policy=Policy(allow=["..."]), from unbroken'
+            f'policy=ResumePolicy(exact_resume="{word}") or policy=ResumePolicy(allow=["..."]), '
+            "from unbroken"
         )
-        raise ConfigError("policy", expected="a Policy", found=repr(policy), hint=hint)
+        raise ConfigError("policy", expected="a ResumePolicy", found=repr(policy), hint=hint)
 
 
 def check_kinds(**given: object) -> None:
@@ -135,10 +136,10 @@ _KINDS: Mapping[str, tuple[str, Callable[[Any], bool], str | None]] = {
     "state": ("a dict", lambda value: isinstance(value, Mapping), 'state={"name": object}'),
     "callbacks": ("callbacks", _are_callbacks, "callbacks=[MyCallback()]"),
     "told": ("names of objects", _are_texts, None),
-    "of_each_rank": (
+    "per_rank": (
         "names of objects",
         _are_texts,
-        'of_each_rank=["rng", "values"]; None: whatever differs',
+        'per_rank=["rng", "values"]; None: whatever differs',
     ),
     "group": ("the ranks", _is_group, "group=join(), from unbroken.distributed"),
 }
@@ -166,7 +167,7 @@ def _is_plain(value: object) -> bool:
     """Return whether a value has no state: a number, a text, a list of these, a class."""
     if type(value) in (list, tuple, set, frozenset) and value:
         return all(map(_is_plain, value))  # type: ignore[call-overload]
-    is_part = isinstance(value, KeepPolicy | Policy | FunctionType | type)
+    is_part = isinstance(value, KeepPolicy | ResumePolicy | FunctionType | type)
     return isinstance(value, _PLAIN) or is_part
 
 
@@ -179,7 +180,7 @@ def _meant(name: str, value: object, keywords: Collection[str]) -> str:
     if value is None:
         return "leave it out where there is none"
     if name in _OF_POLICY:
-        return f"policy=Policy({name}={value!r}), from unbroken"
+        return f"policy=ResumePolicy({name}={value!r}), from unbroken"
     if name in _OF_RESUME:
         return f"say so when you resume: resume({value!r})"
     if name in ("output_dir", "folder", "path", "run_dir"):

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from unbroken.capture import capture, capture_rng
 from unbroken.changes.apply import named_objects
-from unbroken.changes.compare import Comparison, Examine, Policy
+from unbroken.changes.compare import Comparison, Examine, ResumePolicy
 from unbroken.changes.ddp_buckets import DdpBuckets
 from unbroken.changes.differences import Difference
 from unbroken.changes.report import ResumeReport
@@ -37,11 +37,11 @@ from unbroken.checkpoint.coverage.unregistered import FACT as NOT_GIVEN
 from unbroken.checkpoint.coverage.unregistered import NotGiven
 from unbroken.checkpoint.resume.agreement import FACT, Other, agree_on_versions, others_of_ranks
 from unbroken.checkpoint.resume.prefetch import ReadAhead
-from unbroken.checkpoint.resume.readers import LoadFrom
+from unbroken.checkpoint.resume.readers import ReadFrom
 from unbroken.checkpoint.resume.resume import Resumption
 from unbroken.checkpoint.resume.selection import Origin, ResumeFrom, Selection
 from unbroken.checkpoint.run_access import RunPlace, reader_of
-from unbroken.checkpoint.save.async_saver import BesideTraining, SaveCost, SnapshotMode
+from unbroken.checkpoint.save.async_saver import BesideTraining, SaveCost, SaveMode
 from unbroken.checkpoint.save.layout import Layout
 from unbroken.checkpoint.save.rank_shares import (
     MODES,
@@ -70,8 +70,8 @@ _RESERVED = ("rng", "values", NAME, GRADIENTS, MODES)
 class Checkpointer:
     """Saves objects of a training run, and resumes them bit for bit.
 
-    A save is atomic and durable: when `save` returns (or `wait`, with `snapshot` other than
-    "stream"), the checkpoint survives a power cut; when it does not return, all earlier
+    A save is atomic and durable: when `save` returns (or `wait`, with `save_mode` other than
+    "blocking"), the checkpoint survives a power cut; when it does not return, all earlier
     checkpoints are as they were. `resume` uses a checkpoint only
     if every byte is the one that was saved. The states of all global random generators (Python,
     NumPy, PyTorch on every device) belong to each checkpoint.
@@ -100,14 +100,14 @@ class Checkpointer:
         told: Names of objects whose hyperparameters `settings` or `examine` tell already.
         group: The ranks that train the same model, each calling every method. Each stores its
             share of a checkpoint, and rank 0 commits. None: this process alone.
-        load_from: "all": every rank reads what it needs, and they divide the verification;
+        read_from: "all": every rank reads what it needs, and they divide the verification;
             "rank0": rank 0 reads and sends each tensor to the others, which need not see the
             run directory; it also stores all, so that no tensor may be sharded.
-        of_each_rank: Names of objects ("rng" and "values" among them) of which each rank stores
+        per_rank: Names of objects ("rng" and "values" among them) of which each rank stores
             and gets back its own; the others must be the same on all ranks. None: whatever
             differs between them when it is saved.
-        snapshot: How a save gets hold of the state. "stream": it is written while the caller
-            waits. "sync": it is copied, and written while training goes on. "overlap":
+        save_mode: How a save gets hold of the state. "blocking": it is written while the caller
+            waits. "async": it is copied, and written while training goes on. "overlap":
             parameters and optimizer state are copied under the next forward and backward passes;
             the optimizer's next step waits for that. If something else changes such a tensor
             before then, the checkpoint of the next step is made instead. A change through `.data`,
@@ -136,7 +136,7 @@ class Checkpointer:
         ahead: What is being read of the checkpoint that `resume` is going to choose; may be set.
         note: As `tell`; may be set.
         apart: Names of objects of which each rank stores its own where they differ, though
-            `of_each_rank` does not name them; to be set before the first use.
+            `per_rank` does not name them; to be set before the first use.
         gives_all: Whether the objects are all that training depends on, so that nothing else is
             looked for, and the caller tells what a resume finds; to be set before the first use.
 
@@ -167,28 +167,28 @@ class Checkpointer:
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
         settings: Mapping[str, Any] | None = None,
-        policy: Policy | None = None,
+        policy: ResumePolicy | None = None,
         fingerprint: Callable[[], Mapping[str, Any]] | None = None,
         examine: Examine | None = None,
         told: Collection[str] = (),
         group: Group | None = None,
-        load_from: LoadFrom = "all",
-        of_each_rank: Collection[str] | None = None,
-        snapshot: SnapshotMode = "stream",
+        read_from: ReadFrom = "all",
+        per_rank: Collection[str] | None = None,
+        save_mode: SaveMode = "blocking",
         tell: Callable[[str], None] | None = tell_line,
         **objects: object,
     ) -> None:
         check_keywords(keep, policy)
         check_kinds(directory=directory, branch=branch, types=types, settings=settings, told=told)
-        check_kinds(group=group, of_each_rank=of_each_rank, fingerprint=fingerprint, tell=tell)
+        check_kinds(group=group, per_rank=per_rank, fingerprint=fingerprint, tell=tell)
         check_kinds(examine=examine, clock=clock, wall_clock=wall_clock, save_minutes=save_minutes)
         check_kinds(max_lost_minutes=max_lost_minutes, mtbf_hours=mtbf_hours)
         check_objects(objects, _KEYWORDS)
         if taken := [name for name in _RESERVED if name in objects]:
             raise ConfigError(f"Checkpointer({taken[0]}=...)", "this name is taken: choose another")
-        if load_from not in get_args(LoadFrom):
+        if read_from not in get_args(ReadFrom):
             raise ConfigError(
-                "load_from", expected=one_of(get_args(LoadFrom)), found=repr(load_from)
+                "read_from", expected=one_of(get_args(ReadFrom)), found=repr(read_from)
             )
         bare = {name: objects.pop(name) for name in [*objects] if is_bare(objects[name])}
         self.objects: dict[str, object] = objects
@@ -198,9 +198,9 @@ class Checkpointer:
         self.values: Any = None
         self.resumed_facts: Mapping[str, Any] = {}
         self.group: Group = Alone() if group is None else group
-        self._load_from: LoadFrom = load_from
-        self._of_each_rank = of_each_rank
-        unseen = load_from == "rank0"
+        self._read_from: ReadFrom = read_from
+        self._per_rank = per_rank
+        unseen = read_from == "rank0"
         self._place = RunPlace(self.group, directory, branch, clock=wall_clock, unseen=unseen)
         self.layout: Callable[[Mapping[str, object]], Layout] = Layout.of
         self.among_others = False
@@ -215,7 +215,7 @@ class Checkpointer:
         self._others: dict[str, list[Other]] | None = None  # what other ranks are
         self._known: set[str] = set()  # paths of what is not covered, and was told
         self._line = Line()
-        self._beside = BesideTraining(snapshot, self.group, self.note_event)
+        self._beside = BesideTraining(save_mode, self.group, self.note_event)
         self._plan = Plan()
         self._types = tuple(types)
         self._wall_clock = wall_clock
@@ -361,7 +361,7 @@ class Checkpointer:
         run: RunDirectory | None = None,
         **more: Any,
     ) -> Resumption:
-        more |= {"load_from": self._load_from, "of_each_rank": self._of_each_rank}
+        more |= {"read_from": self._read_from, "per_rank": self._per_rank}
         more |= {"apart": self.apart, "may_choose": not self.gives_all}
         more["clock"] = self._wall_clock
         where = self.run if run is None else run
@@ -385,8 +385,8 @@ class Checkpointer:
     def save(self, step: int, values: Any = None, *, facts: Mapping[str, Any] | None = None) -> str:
         """Save the objects as they are now; the checkpoint is durable when this returns.
 
-        With `snapshot` other than "stream" it is so when `wait` returns, or when `committed` tells
-        of it; what it failed at is raised by the next `save`, `is_due`, `committed` or `wait`.
+        With `save_mode` other than "blocking" it is so when `wait` returns, or when `committed`
+        names it; the next `save`, `is_due`, `committed` or `wait` raises what it failed at.
 
         Args:
             step: Completed optimizer steps.
@@ -410,7 +410,7 @@ class Checkpointer:
         group, run = self.group, self.run
         for line in self._look():
             self._tell(line)
-        own = () if self._load_from == "rank0" else self._of_each_rank
+        own = () if self._read_from == "rank0" else self._per_rank
         if group.world_size > 1 and own is not None and "rng" not in own:
             group.agree("the random generators at a save", rng_digest())
         found = group.together("look for what was not given", lambda: self._look_back(values))
@@ -477,7 +477,7 @@ class Checkpointer:
             return (), ()
         names = self.apart if self.gives_all else tree.keys() - {"rng", "values", NAME, MODES}
         found = differing(self.group, tree, sorted(names), self._plan.saves)
-        if self.gives_all and self._load_from != "rank0":
+        if self.gives_all and self._read_from != "rank0":
             return found, ()
         once = (Difference(one, None, None, _ONCE, "not covered") for one in sorted(found))
         return (), tuple(once)
@@ -531,7 +531,7 @@ class Checkpointer:
 
         Raises:
             SaveError: If the disk failed or is full, or if tensors were changed while they were
-                copied (`snapshot="overlap"`); all earlier checkpoints are as they were.
+                copied (`save_mode="overlap"`); all earlier checkpoints are as they were.
         """
         self._beside.wait()
 
@@ -565,7 +565,7 @@ class Checkpointer:
         return others_of_ranks(
             self.group,
             self.comparison.facts if self.group.world_size > 1 else {},
-            of_each_rank=self._of_each_rank or (),
+            per_rank=self._per_rank or (),
             one_data_set=self.comparison.one_data_set,
         )
 

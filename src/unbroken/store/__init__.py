@@ -35,7 +35,7 @@ from unbroken.store.run.catalog import Rejection as Rejection
 from unbroken.store.run.directory import RunDirectory as RunDirectory
 from unbroken.store.run.directory import this_machine as this_machine
 from unbroken.store.run.journal import Journal as Journal
-from unbroken.store.run.retention import Interval as Interval
+from unbroken.store.run.retention import KeepEvery as KeepEvery
 from unbroken.store.run.retention import KeepPolicy as KeepPolicy
 from unbroken.store.run.retention import Pruned as Pruned
 from unbroken.store.run.retention import prune as prune
@@ -49,9 +49,9 @@ __all__ = [
     "Diff",
     "Exported",
     "FileEntry",
-    "Interval",
     "Journal",
     "Json",
+    "KeepEvery",
     "KeepPolicy",
     "Leaf",
     "Lineage",

@@ -45,7 +45,7 @@ class Callback:
     def on_save(self, trainer: Trainer, checkpoint: str) -> None:
         """Called after each commit of a checkpoint; what is changed here is in the next one.
 
-        Of one that was made beside the training (`snapshot`), at the next edge of a step.
+        Of one that was made beside the training (`save_mode`), at the next edge of a step.
         """
 
     def on_train_end(self, trainer: Trainer) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get
 
 import typeguard
 
-from unbroken.checkpoint import ExactResume, LoadFrom, SnapshotMode
+from unbroken.checkpoint import ExactResume, ReadFrom, SaveMode
 from unbroken.config_file import nearest, read_mapping, write_mapping
 from unbroken.errors import ConfigError, one_of
 from unbroken.store import check_branch_name
@@ -87,7 +87,7 @@ class TrainerConfig:
     exact_resume: ExactResume = "prefer"
     """"require": a resume that is only equivalent (other machine, other rounding) is refused."""
 
-    load_from: LoadFrom = "all"
+    read_from: ReadFrom = "all"
     """Who reads the checkpoint on several ranks: "all" of them; or "rank0", which sends it to the
     others, for a run directory that they cannot see."""
 
@@ -177,9 +177,9 @@ class TrainerConfig:
     """Save so often, besides, that a failure takes no more than so many minutes of training."""
     mtbf_hours: float | None = None
     """Mean time between failures, for `save_steps="auto"`; None: as the history of the run says."""
-    snapshot: SnapshotMode = "stream"
-    """How a save gets hold of the state: "stream" writes it while training waits, "sync" copies it
-    and writes beside the training, "overlap" copies beside the training too; see `Checkpointer`."""
+    save_mode: SaveMode = "blocking"
+    """How a save gets hold of the state: "blocking" writes it while training waits, "async" copies
+    it and writes while training goes on, "overlap" copies meanwhile, too; see `Checkpointer`."""
     save_compressed: bool = False
     """Keep tensors compressed, without loss, for storage that is slow or metered; needs
     `unbroken[zstd]`. Other programs cannot read such files: see `unbroken export`."""

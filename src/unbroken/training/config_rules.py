@@ -39,7 +39,7 @@ _OPTIMIZER: Rule = ("refused", 'the state of one means nothing to another; skip=
 _RULED: tuple[tuple[Rule, str], ...] = (
     (_CADENCE, "logging_steps logging_minutes log_data_digest eval_steps eval_minutes"),
     (_CADENCE, "eval_batch_size save_steps save_minutes save_at_start save_total_limit"),
-    (_CADENCE, "keep_every_n_steps max_time snapshot max_lost_minutes mtbf_hours"),
+    (_CADENCE, "keep_every_n_steps max_time save_mode max_lost_minutes mtbf_hours"),
     (_STORING, "save_compressed"),
     (_NAMING, "output_dir branch"),
     (_LOADING, "dataloader_num_workers dataloader_prefetch_factor dataloader_pin_memory"),
@@ -63,7 +63,7 @@ _OF_THE_START = {
     "allow",
     "skip",
     "exact_resume",
-    "load_from",
+    "read_from",
     "ddp_timeout",
 }
 OPTIMIZER_SETTINGS = {"weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "sgd_momentum"}
@@ -297,18 +297,27 @@ def _mapping(facts: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-FORMER_NAMES: dict[str, str] = {}
+FORMER_NAMES: dict[str, str] = {"load_from": "read_from", "snapshot": "save_mode"}
 """The settings that were stored under another name than they have today: {"former": "today"}."""
+
+FORMER_VALUES: dict[str, dict[Any, Any]] = {"save_mode": {"stream": "blocking", "sync": "async"}}
+"""By the names of today, the values that were stored in other words: {"former": "today"}."""
 
 
 def by_todays_names(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings in a checkpoint by the names that they have today.
+    """Return the settings in a checkpoint by the names, and in the words, that they have today.
 
     Example:
-        >>> by_todays_names({"learning_rate": 0.1})
-        {'learning_rate': 0.1}
+        >>> by_todays_names({"learning_rate": 0.1, "snapshot": "sync"})
+        {'learning_rate': 0.1, 'save_mode': 'async'}
     """
-    return {FORMER_NAMES.get(name, name): value for name, value in stored.items()}
+    renamed = {FORMER_NAMES.get(name, name): value for name, value in stored.items()}
+    words = {name: FORMER_VALUES[name] for name in FORMER_VALUES.keys() & renamed.keys()}
+    return renamed | {
+        name: known.get(renamed[name], renamed[name])
+        for name, known in words.items()
+        if isinstance(renamed[name], str)
+    }
 
 
 def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from unbroken.capture import Stateful
-from unbroken.checkpoint import Checkpointer, Policy
+from unbroken.checkpoint import Checkpointer, ResumePolicy
 from unbroken.checkpoint.arguments import check_state
 from unbroken.checkpoint.checkpointer import TAKEN
 from unbroken.data import BatchSource, batch_source, derive_key
@@ -20,7 +20,7 @@ from unbroken.distributed import Group, RankSums, join
 from unbroken.distributed.dtensors import is_dtensor
 from unbroken.errors import ConfigError
 from unbroken.storage import CompressedStorage, LocalStorage, Storage
-from unbroken.store import Interval, KeepPolicy
+from unbroken.store import KeepEvery, KeepPolicy
 from unbroken.store.run.directory import as_directory_error
 from unbroken.training.callback import named, with_state
 from unbroken.training.config import LeftOpen, TrainerConfig
@@ -211,9 +211,9 @@ def make_checkpointer(
         examine=Examination(trainer, own_optimizer=trainer.has_own_optimizer),
         told=_made_by_settings(trainer),
         group=trainer.group,
-        load_from=config.load_from,
-        of_each_rank=(),  # all is derived: the ranks have the same
-        snapshot=config.snapshot,
+        read_from=config.read_from,
+        per_rank=(),  # all is derived: the ranks have the same
+        save_mode=config.save_mode,
         tell=trainer.display.note,
         **_named_objects(trainer, state),
     )
@@ -235,12 +235,12 @@ def _made_by_settings(trainer: Trainer) -> list[str]:
     return [name for name, is_own in made.items() if is_own]
 
 
-def _resume_policy(config: TrainerConfig) -> Policy:
+def _resume_policy(config: TrainerConfig) -> ResumePolicy:
     """Return which differences a run accepts: those it names, and what follows from them."""
     follows = () if config.exact_resume == "require" else (LENGTH,)
     follows = (*follows, *(LENGTH_SETTINGS if LENGTH in config.allow else ()))
     parts = {"fp16": "scaler", "lr_scheduler_type": "scheduler", "optim": "optimizer"}
-    return Policy((*config.allow, *follows), config.skip, config.exact_resume, parts)
+    return ResumePolicy((*config.allow, *follows), config.skip, config.exact_resume, parts)
 
 
 def _named_objects(trainer: Trainer, more: Mapping[str, object]) -> dict[str, object]:
@@ -367,7 +367,7 @@ def _keep_policy(config: TrainerConfig) -> KeepPolicy:
     every = config.keep_every_n_steps
     return KeepPolicy(
         last=config.save_total_limit,
-        every=() if every is None else (Interval(every),),
+        every=() if every is None else (KeepEvery(every),),
     )
 
 

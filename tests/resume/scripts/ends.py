@@ -154,7 +154,7 @@ def own_loop():
     else:
         data = batch_source(samples, seed=0, global_batch_size=4, num_workers=workers)
     parts = {"model": model, "optimizer": optimizer, "data": data}
-    checkpointer = Checkpointer(out, save_steps=2, snapshot="sync", **parts)
+    checkpointer = Checkpointer(out, save_steps=2, save_mode="async", **parts)
     if "with" in way:
         with checkpointer:
             train(checkpointer, **parts)

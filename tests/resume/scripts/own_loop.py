@@ -7,7 +7,7 @@ import sys
 import torch
 from torch import nn
 
-from unbroken.checkpoint import Checkpointer, Policy
+from unbroken.checkpoint import Checkpointer, ResumePolicy
 
 FOLDER, KILL_AT = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)
@@ -21,7 +21,7 @@ checkpointer = Checkpointer(
     FOLDER,
     save_steps=4,
     settings={"data": {"noise": 0.5}},
-    policy=Policy(allow, skip),
+    policy=ResumePolicy(allow, skip),
     model=model,
     optimizer=optimizer,
     scheduler=scheduler,

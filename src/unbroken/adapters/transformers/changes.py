@@ -13,7 +13,7 @@ from transformers import get_scheduler
 from transformers.trainer_callback import ExportableState
 
 from unbroken.adapters.transformers.position import Cut
-from unbroken.checkpoint import Difference, Policy, Rule, compare, ratio
+from unbroken.checkpoint import Difference, ResumePolicy, Rule, compare, ratio
 from unbroken.fingerprint import (
     callable_facts,
     data_facts,
@@ -234,7 +234,7 @@ def _has_state_dict(callback: Any) -> bool:
 # What two starts of the host's Trainer have in common, what differs, and what then happens.
 
 
-def policy_of(trainer: Trainer, *, is_named: bool) -> Policy:
+def policy_of(trainer: Trainer, *, is_named: bool) -> ResumePolicy:
     """Return which differences a start accepts.
 
     Args:
@@ -247,7 +247,7 @@ def policy_of(trainer: Trainer, *, is_named: bool) -> Policy:
     follows = () if start.exact_resume == "require" else (LENGTH, "ignore_data_skip")
     follows = (*follows, *(LENGTH_SETTINGS if LENGTH in start.allow else ()))
     parts = {"fp16": "scaler", "lr_scheduler_type": "scheduler", "optim": "optimizer"}
-    return Policy((*start.allow, *meant, *follows), start.skip, start.exact_resume, parts)
+    return ResumePolicy((*start.allow, *meant, *follows), start.skip, start.exact_resume, parts)
 
 
 def run_fingerprint(trainer: Trainer, own_loader: Any = None) -> dict[str, Any]:

@@ -239,7 +239,7 @@ class Run:
             examine=self._examine,
             told=[name for name, by_arguments in made.items() if by_arguments],
             group=self.group,
-            snapshot=trainer.start.snapshot,
+            save_mode=trainer.start.save_mode,
         )
         self.checkpointer.comparison.one_data_set = True
         self.checkpointer.layout = Folder(trainer).layout

@@ -17,7 +17,7 @@ from unbroken.checkpoint import (
     ExactResume,
     ResumeFrom,
     ResumeReport,
-    SnapshotMode,
+    SaveMode,
     TrainingStopped,
 )
 from unbroken.data.worker_signals import leave_signals_of
@@ -82,7 +82,7 @@ class Start:
     allow: Sequence[str] = ()
     skip: Sequence[str] = ()
     exact_resume: ExactResume = "prefer"
-    snapshot: SnapshotMode = "sync"
+    save_mode: SaveMode = "async"
 
 
 class Trainer(transformers.Trainer):  # type: ignore[misc]
@@ -104,8 +104,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             by its path or step means the hyperparameters that he gives with it.
         skip: What of a checkpoint is not loaded: "optimizer", or patterns of parameters.
         exact_resume: "require" refuses also what is only equivalent.
-        snapshot: "sync": what is saved is copied, and written while training goes on, unless a
-            callback's `on_save` or the hub waits for the folder; "stream": no copy, and training
+        save_mode: "async": what is saved is copied, and written while training goes on, unless a
+            callback's `on_save` or the hub waits for the folder; "blocking": no copy, and training
             waits; "overlap": as `Checkpointer` takes it.
         options: As `transformers.Trainer` takes them.
 
@@ -124,12 +124,12 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         allow: Sequence[str] = (),
         skip: Sequence[str] = (),
         exact_resume: ExactResume = "prefer",
-        snapshot: SnapshotMode = "sync",
+        save_mode: SaveMode = "async",
         **options: Any,
     ) -> None:
         require_supported_version()
         named = tuple(allow), tuple(skip)
-        self.start = Start(resume_from_checkpoint, *named, exact_resume, snapshot)
+        self.start = Start(resume_from_checkpoint, *named, exact_resume, save_mode)
         self.resume_report = ResumeReport(step=0)
         self._run: Run | None = None
         self.subclass: dict[str, Any] | None = None

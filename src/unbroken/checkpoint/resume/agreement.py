@@ -63,7 +63,7 @@ def others_of_ranks(
     group: Group,
     facts: Mapping[str, Any],
     *,
-    of_each_rank: Collection[str] = (),
+    per_rank: Collection[str] = (),
     one_data_set: bool = False,
 ) -> dict[str, list[Other]]:
     """Return which facts other ranks have than rank 0; all ranks call this.
@@ -71,7 +71,7 @@ def others_of_ranks(
     Args:
         group: The ranks.
         facts: Those of this rank: settings, fingerprint, environment.
-        of_each_rank: Objects of which each rank has its own.
+        per_rank: Objects of which each rank has its own.
         one_data_set: Whether all ranks are given the same data, and share them out.
 
     Returns:
@@ -94,7 +94,7 @@ def others_of_ranks(
         return {}
     first: Any = group.share("what rank 0 trains", json.loads(text) if group.rank == 0 else None)
     ranks: list[Any] = group.gather("what differs", [*_others(first, json.loads(text), ())])
-    _refuse_other_trainings(first, ranks, of_each_rank, one_data_set=one_data_set)
+    _refuse_other_trainings(first, ranks, per_rank, one_data_set=one_data_set)
     return {str(rank): others for rank, others in enumerate(ranks) if others}
 
 
@@ -199,7 +199,7 @@ def _put(facts: dict[str, Any], keys: list[str], value: list[Any]) -> None:
 def _refuse_other_trainings(
     first: Mapping[str, Any],
     ranks: list[list[Other]],
-    of_each_rank: Collection[str],
+    per_rank: Collection[str],
     *,
     one_data_set: bool,
 ) -> None:
@@ -208,7 +208,7 @@ def _refuse_other_trainings(
     paths = dict.fromkeys(keys for others in found for keys in others)
     has_own_values = any(keys[1:3] == ("data", "values") for keys in paths)
     for keys in paths:
-        if keys[0] != "fingerprint" or not {*keys[1:3]}.isdisjoint(of_each_rank):
+        if keys[0] != "fingerprint" or not {*keys[1:3]}.isdisjoint(per_rank):
             continue
         values = [others.get(keys, _at(first, [*keys])) for others in found]
         shared = one_data_set and not has_own_values

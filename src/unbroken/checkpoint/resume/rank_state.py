@@ -31,7 +31,7 @@ def own_state(
     tree: Mapping[str, Any],
     manifest: Manifest,
     group: Group,
-    of_each_rank: Collection[str] | None,
+    per_rank: Collection[str] | None,
     read: Callable[[str], Mapping[str, Any]],
     *,
     alike: bool,
@@ -44,11 +44,11 @@ def own_state(
         tree: The decoded state of rank 0: those objects alone that are wanted.
         manifest: Of the checkpoint.
         group: The ranks that resume.
-        of_each_rank: As `Checkpointer` has it.
+        per_rank: As `Checkpointer` has it.
         read: Decodes a file of the checkpoint.
         alike: Whether all ranks must read the same, as one reads for all of them.
         apart: As `Checkpointer` has it.
-        may_choose: Whether the caller can say `of_each_rank`, which a hint then tells.
+        may_choose: Whether the caller can say `per_rank`, which a hint then tells.
 
     Returns:
         The state by name, whether the random generators of this rank have to begin anew, and what
@@ -64,7 +64,7 @@ def own_state(
     names = [
         name
         for name in _own_tree(read, 1)
-        if name in tree and (of_each_rank is None or name in (*of_each_rank, NAME, MODES, *apart))
+        if name in tree and (per_rank is None or name in (*per_rank, NAME, MODES, *apart))
     ]
     differing: tuple[Difference, ...] = ()
     if saved != group.world_size:
@@ -129,7 +129,7 @@ def _of_other_ranks(names: Collection[str], saved: int, here: int) -> Iterator[D
 def _refuse_what_cannot_move(
     names: Collection[str], saved: int, here: int, *, may_choose: bool
 ) -> None:
-    for_all = "; or take rank 0's for all: of_each_rank=()" if may_choose else ""
+    for_all = "; or take rank 0's for all: per_rank=()" if may_choose else ""
     for name in names:
         raise StateMismatchError(
             name,

@@ -77,7 +77,7 @@ def open_as_another(said: Any, given: str | Storage, *, unseen: bool) -> RunDire
     try:
         return RunDirectory.open_readonly(_seen_from_here(said["place"], given))
     except RunDirectoryError as error:
-        error.add_note('a folder that only rank 0 sees: load_from="rank0"')
+        error.add_note('a folder that only rank 0 sees: read_from="rank0"')
         raise
 
 
@@ -218,7 +218,7 @@ def _flat(buffer: memoryview) -> memoryview:
     return buffer.cast("B") if buffer.nbytes else memoryview(b"")
 
 
-LoadFrom = Literal["all", "rank0"]
+ReadFrom = Literal["all", "rank0"]
 """Who reads checkpoints: every rank; or rank 0, which sends them to the others."""
 
 
@@ -278,9 +278,9 @@ class Readers(Protocol):
         """
 
 
-def readers_for(run: RunDirectory, group: Group, load_from: LoadFrom) -> Readers:
+def readers_for(run: RunDirectory, group: Group, read_from: ReadFrom) -> Readers:
     """Return how these ranks read the checkpoints of a run."""
-    if load_from == "rank0" and group.world_size > 1:
+    if read_from == "rank0" and group.world_size > 1:
         return FromRank0(run, group)
     return EachForItself(run, group)
 

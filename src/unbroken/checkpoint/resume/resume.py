@@ -31,7 +31,7 @@ from unbroken.checkpoint.coverage.unregistered import of_checkpoint
 from unbroken.checkpoint.resume.agreement import facts_of_rank, told_by_rank_0
 from unbroken.checkpoint.resume.prefetch import ReadAhead
 from unbroken.checkpoint.resume.rank_state import begin_anew, own_state, with_own_modes
-from unbroken.checkpoint.resume.readers import LoadFrom, Source, readers_for
+from unbroken.checkpoint.resume.readers import ReadFrom, Source, readers_for
 from unbroken.checkpoint.resume.selection import Candidates, Origin, Selection, origin_in
 from unbroken.checkpoint.save.rank_shares import MODES, STATE_FILE
 from unbroken.checkpoint.save.session import refuse_torn
@@ -76,10 +76,10 @@ class Resumption:
         unfinished: Gets the gradients of an unfinished step back.
         notes: What else the report says.
         group: The ranks that resume together: rank 0 chooses, all load, all must succeed.
-        load_from: Which of them read the checkpoint.
-        of_each_rank: Names of what each rank gets back its own of; None: of all that was stored so.
+        read_from: Which of them read the checkpoint.
+        per_rank: Names of what each rank gets back its own of; None: of all that was stored so.
         apart: More such names, of which further ranks get rank 0's.
-        may_choose: Whether the caller can say `of_each_rank`.
+        may_choose: Whether the caller can say `per_rank`.
         ahead: What was read of the checkpoint before.
         attributes: What training makes of attributes of the user's own objects.
         is_torn: Whether an attempt before has left the objects with parts of a checkpoint.
@@ -105,8 +105,8 @@ class Resumption:
         unfinished: UnfinishedGradients | None = None,
         notes: tuple[str, ...] = (),
         group: Group,
-        load_from: LoadFrom = "all",
-        of_each_rank: Collection[str] | None = None,
+        read_from: ReadFrom = "all",
+        per_rank: Collection[str] | None = None,
         apart: Collection[str] = (),
         may_choose: bool = True,
         ahead: ReadAhead | None = None,
@@ -123,11 +123,11 @@ class Resumption:
         self._candidates = Candidates(run.catalog, run.storage, run.history)
         self._ahead = ahead
         self._attributes = attributes
-        self._readers = readers_for(run, group, load_from)
-        self._of_each_rank = of_each_rank
+        self._readers = readers_for(run, group, read_from)
+        self._per_rank = per_rank
         self._apart, self._may_choose = apart, may_choose
         self._of_other_ranks: tuple[Difference, ...] = ()
-        self._load_from = load_from
+        self._read_from = read_from
         self._clock = clock
         self._begins_anew = False
         self._is_beginning = False
@@ -381,9 +381,9 @@ class Resumption:
             wanted,
             reader.manifest,
             self._group,
-            self._of_each_rank,
+            self._per_rank,
             partial(self._decoded, reader),
-            alike=self._load_from == "rank0",
+            alike=self._read_from == "rank0",
             apart=self._apart,
             may_choose=self._may_choose,
         )

@@ -198,7 +198,8 @@ class BackgroundSave:
             where,
             "was not made: tensors were changed while they were being copied",
             found=", ".join(self.edited[:3]),
-            hint='save once more; with snapshot="sync" they may be changed as soon as save returns',
+            hint='save once more; with save_mode="async" they may be changed as soon as save '
+            "returns",
         )
 
     def _run(self) -> None:
@@ -252,7 +253,7 @@ class BackgroundSave:
 
 
 _TOLD = 10  # paths of tensors in the history
-SnapshotMode = Literal["stream", "sync", "overlap"]
+SaveMode = Literal["blocking", "async", "overlap"]
 """How a save gets hold of the state: see `Checkpointer`."""
 
 
@@ -260,7 +261,7 @@ class BesideTraining:
     """Starts saves, and hears how they ended: on all ranks at the same edge of a step.
 
     Args:
-        mode: With "stream", a save is over when it was started.
+        mode: With "blocking", a save is over when it was started.
         group: The ranks; all make the same calls.
         note: Tells the history of a save that was given up.
 
@@ -274,10 +275,10 @@ class BesideTraining:
     """
 
     def __init__(
-        self, mode: SnapshotMode, group: Group, note: Callable[[Mapping[str, Json]], None]
+        self, mode: SaveMode, group: Group, note: Callable[[Mapping[str, Json]], None]
     ) -> None:
-        if mode not in get_args(SnapshotMode):
-            raise ConfigError("snapshot", expected=one_of(get_args(SnapshotMode)), found=repr(mode))
+        if mode not in get_args(SaveMode):
+            raise ConfigError("save_mode", expected=one_of(get_args(SaveMode)), found=repr(mode))
         self.mode = mode
         self.again = False
         self.cost: SaveCost | None = None
@@ -312,10 +313,10 @@ class BesideTraining:
         """
         with ExitStack() as stack:
             stack.enter_context(saving)
-            if self.mode == "stream" or self._blind is None:  # later, that is the thread's work
+            if self.mode == "blocking" or self._blind is None:  # later, that is the thread's work
                 self._blind = saving.stage(self._group)
             share = share_of(self._blind)
-            if self.mode == "stream":
+            if self.mode == "blocking":
                 saving.store(self._group, share)
                 self._note_streamed(step, began)
                 return
@@ -325,7 +326,7 @@ class BesideTraining:
         self._blocked = time.perf_counter() - began
 
     def _taken(self, share: Share, objects: Mapping[str, object]) -> Snapshot:
-        if self.mode == "sync":
+        if self.mode == "async":
             return self._staging.take(share.leaves)
         steady = steady_tensors(objects, share.leaves, self._restless)
         return self._staging.take(share.leaves, steady)
@@ -342,7 +343,7 @@ class BesideTraining:
         self._running = BackgroundSave(
             step, saving, share, snapshot, self._channel, self._blind or ()
         )
-        if self.mode == "sync":
+        if self.mode == "async":
             self._running.approve()
         self.again = False
 

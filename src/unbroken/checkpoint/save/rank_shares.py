@@ -144,7 +144,7 @@ def _differing(
     owners = dict.fromkeys(path.partition(".")[0].partition(":")[0] for path in differing)
     each = ", ".join(f'"{name}"' for name in (*owners, "rng", "values"))
     alike = "begin with the same weights (seed before the model is built), and sum all gradients"
-    apart = f"if the ranks should not be alike: Checkpointer(of_each_rank=[{each}])"
+    apart = f"if the ranks should not be alike: Checkpointer(per_rank=[{each}])"
     return RankError(
         name_ranks(odd),
         f"{differing[0]}{more}: is not what the other ranks have, and is stored once for all",
@@ -220,7 +220,7 @@ def share_of(
     group: Group,
     tree: Mapping[str, Any],
     file_of: FileOf,
-    of_each_rank: Collection[str] | None,
+    per_rank: Collection[str] | None,
     plan: Plan,
     blind: Sequence[int] = (),
     *,
@@ -234,13 +234,13 @@ def share_of(
         group: The ranks.
         tree: What this rank captured, with "rng" and "values".
         file_of: Gives each leaf its file and its name there.
-        of_each_rank: The names of which each rank stores its own; None: whatever differs.
+        per_rank: The names of which each rank stores its own; None: whatever differs.
         plan: How the save before was divided.
         blind: Ranks that do not see where to store; with one of them, rank 0 stores all.
         of_rank_0: Buffers that other ranks get from rank 0: what they have meanwhile is nothing.
         apart: More names of which each rank stores its own; what training made of attributes is
             one of them where it differs.
-        may_choose: Whether the caller can say `of_each_rank`, which a hint then tells.
+        may_choose: Whether the caller can say `per_rank`, which a hint then tells.
 
     Raises:
         CaptureError: A value cannot be stored.
@@ -250,7 +250,7 @@ def share_of(
     if group.world_size == 1:
         encoded = encode(dict(tree), file_of=file_of, memo=plan.memo)
         return Share(encoded.leaves, {STATE_FILE: partial(structure_to_bytes, encoded.structure)})
-    private = _private_names(group, tree, of_each_rank).union(apart)
+    private = _private_names(group, tree, per_rank).union(apart)
     common = {name: value for name, value in tree.items() if name not in private}
     own = {name: tree[name] for name in tree if name in private}
     encoded = group.together(
@@ -259,13 +259,13 @@ def share_of(
     )
     if blind:
         _refuse_what_only_others_have(encoded, own, blind)
-    if of_each_rank:
+    if per_rank:
         _agree_on_the_rest(group, common)
     together = [name for name, value in common.items() if _are_alike(name, value)]
     _agree_on_structure(group, encoded, together)
     _agree_on_copies(group, encoded)
     replicas = _replicas(encoded, together, of_rank_0)
-    agree_on_replicas(group, replicas, plan.saves, may_differ=may_choose and of_each_rank != ())
+    agree_on_replicas(group, replicas, plan.saves, may_differ=may_choose and per_rank != ())
     plan.saves += 1
     mine = _planned(group, encoded, common, plan, divided=not blind)
     if group.rank == 0:
@@ -294,12 +294,12 @@ def differing(
 def _private_names(
     group: Group,
     tree: Mapping[str, Any],
-    of_each_rank: Collection[str] | None,
+    per_rank: Collection[str] | None,
     save: int | None = None,
 ) -> frozenset[str]:
     """Return the names of what each rank has of its own."""
-    if of_each_rank is not None:
-        own = frozenset(of_each_rank).intersection(tree)
+    if per_rank is not None:
+        own = frozenset(per_rank).intersection(tree)
         moved = {name: tree[name] for name in (NAME, MODES) if name in tree}
         return own | (_private_names(group, moved, None) if moved else own)
     digests = group.together(
@@ -368,7 +368,7 @@ def _refuse_what_only_others_have(
             path,
             f"is of each rank, but {name_ranks(blind)} cannot store it: where rank 0 saves is not "
             "there",
-            hint='put the run directory where all ranks see it; load_from="rank0" is for models '
+            hint='put the run directory where all ranks see it; read_from="rank0" is for models '
             "and states that all ranks have alike",
         )
 
@@ -379,9 +379,9 @@ def _agree_on_the_rest(group: Group, common: Mapping[str, Any]) -> None:
     names = [n for n, value in common.items() if not (n in apart or _is_common(value))]
     own = group.together("capture the state", lambda: {n: state_digest(common[n]) for n in names})
     try:
-        group.agree("what of_each_rank does not name", own)
+        group.agree("what per_rank does not name", own)
     except RankError as error:
-        error.add_note("of_each_rank names what is each rank's own; None: whatever differs")
+        error.add_note("per_rank names what is each rank's own; None: whatever differs")
         raise
 
 

@@ -18,7 +18,7 @@ from unbroken.store.run.catalog import Catalog, Lineage, belongs_to
 
 
 @dataclass(frozen=True)
-class Interval:
+class KeepEvery:
     """Keep the checkpoint of every so many steps, up to a step.
 
     Source: `CheckpointInterval` of Levanter.
@@ -31,7 +31,7 @@ class Interval:
         ConfigError: One of them is not positive.
 
     Example:
-        >>> Interval(every=1000, until=10_000).every
+        >>> KeepEvery(every=1000, until=10_000).every
         1000
     """
 
@@ -40,9 +40,9 @@ class Interval:
 
     def __post_init__(self) -> None:
         if self.every < 1:
-            raise ConfigError("Interval.every", "must be at least 1", found=self.every)
+            raise ConfigError("KeepEvery.every", "must be at least 1", found=self.every)
         if self.until is not None and self.until < 1:
-            raise ConfigError("Interval.until", "must be at least 1", found=self.until)
+            raise ConfigError("KeepEvery.until", "must be at least 1", found=self.until)
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ class KeepPolicy:
         ConfigError: `last` is not positive, or the intervals do not rise.
 
     Example:
-        >>> policy = KeepPolicy(last=2, every=(Interval(1000, until=10_000), Interval(5000)))
+        >>> policy = KeepPolicy(last=2, every=(KeepEvery(1000, until=10_000), KeepEvery(5000)))
         >>> [policy.keeps_step(step) for step in (1500, 3000, 13_000, 15_000)]
         [False, True, False, True]
     """
 
     last: int | None = None
-    every: tuple[Interval, ...] = ()
+    every: tuple[KeepEvery, ...] = ()
 
     def __post_init__(self) -> None:
         if self.last is not None and self.last < 1:
