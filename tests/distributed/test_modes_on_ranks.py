@@ -20,11 +20,11 @@ def modes(modules: list) -> list[bool]:
     return [part.training for one in (modules[0], modules[1]["inner"]) for part in one.modules()]
 
 
-def on_a_rank(folder: str, of_each_rank: list[str] | None) -> None:
+def on_a_rank(folder: str, per_rank: list[str] | None) -> None:
     """Save where a part of a model evaluates on rank 0, and resume where all train, or none."""
     group, found = join(), []
     for trains in (True, False):
-        where, parts = f"{folder}/{trains}", {"group": group, "of_each_rank": of_each_rank}
+        where, parts = f"{folder}/{trains}", {"group": group, "per_rank": per_rank}
         before, after = [model(), {"inner": model()}], [model(), {"inner": model()}]
         with Checkpointer(where, **parts, models=before) as checkpointer:
             checkpointer.resume()
@@ -38,8 +38,6 @@ def on_a_rank(folder: str, of_each_rank: list[str] | None) -> None:
     os._exit(0 if all(found) else 3)
 
 
-@pytest.mark.parametrize("of_each_rank", [None, ["rng"]])
-def test_a_rank_that_evaluates_alone_before_a_save_is_no_error_and_comes_back(
-    of_each_rank, tmp_path
-):
-    assert run_ranks(on_a_rank, str(tmp_path), of_each_rank) == [0, 0]
+@pytest.mark.parametrize("per_rank", [None, ["rng"]])
+def test_a_rank_that_evaluates_alone_before_a_save_is_no_error_and_comes_back(per_rank, tmp_path):
+    assert run_ranks(on_a_rank, str(tmp_path), per_rank) == [0, 0]
