@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from small_trainers import PAIRS, bits, small_model, small_trainer
 from unbroken import Callback, Checkpointer, ResumePolicy, StateMismatchError
-from unbroken.changes import ddp_buckets
+from unbroken.checkpoint import ddp_buckets
 from unbroken.checkpoint.coverage import attributes, unregistered
 from unbroken.checkpoint.resume import agreement
 from unbroken.checkpoint.save import rank_shares

@@ -11,8 +11,9 @@ from types import ModuleType
 
 import pytest
 
-from unbroken.changes.code_version import CODE_RULES, facts_of, is_dirty, read_commit
+from unbroken.changes.rules import CODE_RULES
 from unbroken.checkpoint import code_differences, code_facts
+from unbroken.fingerprint.code_version import facts_of, is_dirty, read_commit
 from unbroken.store.format.digest import digest_of
 
 ONE, TWO = "1" * 40, "2" * 40

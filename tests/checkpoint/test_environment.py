@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from unbroken.changes.environment import _gpu_count_before_use, _gpu_software, _gpus
-from unbroken.changes.rules import ENVIRONMENT_RULES, VARIABLES
+from unbroken.changes.rules import ENVIRONMENT_RULES
 from unbroken.checkpoint import environment_differences, environment_facts
+from unbroken.fingerprint.environment import VARIABLES, _gpu_count_before_use, _gpu_software, _gpus
 from unbroken.store.format.canonical_json import to_canonical
 
 

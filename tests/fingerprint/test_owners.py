@@ -11,8 +11,14 @@ import pytest
 from torch import nn
 
 from unbroken import Checkpointer
-from unbroken.changes import environment
-from unbroken.fingerprint import cut_off, is_users_own, model_facts, source_code, source_digest
+from unbroken.fingerprint import (
+    cut_off,
+    environment,
+    is_users_own,
+    model_facts,
+    source_code,
+    source_digest,
+)
 from unbroken.fingerprint.source_code import _installation, _is_library
 
 MODULE = """

@@ -15,8 +15,6 @@ from torch.utils.data import DataLoader
 
 from unbroken.capture import ParameterNames, Skip, how_cut, keep_skipped, structure_digest
 from unbroken.changes.apply import NOT_LOADED, AsBuilt, named_objects, take_effect, untrained_names
-from unbroken.changes.code_version import code_differences, code_facts
-from unbroken.changes.ddp_buckets import DdpBuckets
 from unbroken.changes.differences import (
     Difference,
     ExactResume,
@@ -27,9 +25,8 @@ from unbroken.changes.differences import (
     refuse_unnamed,
     unchanged,
 )
-from unbroken.changes.environment import GPU_DETAILS, GPU_SOFTWARE, environment_facts
 from unbroken.changes.object_facts import fingerprint_differences, flat, rule_of, uncovered_facts
-from unbroken.changes.rules import ENVIRONMENT_RULES, GPU, MACHINE
+from unbroken.changes.rules import CODE_RULES, ENVIRONMENT_RULES, GPU, MACHINE, SCRIPT_RENAMED
 from unbroken.data import LoaderSource, MapSource
 from unbroken.fingerprint import (
     MAX_REACHED,
@@ -41,6 +38,8 @@ from unbroken.fingerprint import (
     plain_or_text,
     scheduler_facts,
 )
+from unbroken.fingerprint.code_version import code_facts
+from unbroken.fingerprint.environment import GPU_DETAILS, GPU_SOFTWARE, environment_facts
 from unbroken.stored_names import stored_class_name
 
 # How the machine and the software of a checkpoint differ from those of this start.
@@ -119,6 +118,46 @@ def _gpu_effect(before: Counter[str], after: Counter[str]) -> str:
     return "the same GPU, but another number of them: sums over GPUs run in another order"
 
 
+# How the code that this start runs differs from that of a checkpoint.
+
+
+def code_differences(
+    stored: Mapping[str, Any], now: Mapping[str, Any] | None = None
+) -> tuple[Difference, ...]:
+    """Return how the code of a start differs from that of a checkpoint, as far as files tell.
+
+    All that differs is "equivalent": a change may be a comment, or the loss. `git_dirty` is no
+    exception: at one commit it can only change when tracked files did. (That files are dirty at
+    both starts says nothing about whether they are the same; only the script is compared.) A
+    script that was renamed, and has the same bytes, is "harmless". What one side does not know
+    is no difference.
+
+    Args:
+        stored: `code_facts()` of the checkpoint.
+        now: Those of this start; None: of this process.
+
+    Returns:
+        Differences whose paths begin with "code.".
+
+    Example:
+        >>> stored = {"script": "train.py", "script_digest": "5a", "git_dirty": None}
+        >>> now = {"script": "train.py", "script_digest": "c3", "git_dirty": True}
+        >>> for difference in code_differences(stored, now):
+        ...     print(difference.path, difference.verdict)
+        code.script_digest equivalent
+    """
+    before, after = _known(stored), _known(code_facts() if now is None else now)
+    rules = dict(CODE_RULES)
+    digest = before.get("code.script_digest")
+    if digest is not None and digest == after.get("code.script_digest"):
+        rules["code.script"] = SCRIPT_RENAMED
+    return compare(before, after, rules)
+
+
+def _known(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"code.{name}": value for name, value in facts.items() if value is not None}
+
+
 FINGERPRINT_VERSION = 1
 """Raised whenever the same thing would get other facts than before."""
 
@@ -172,7 +211,6 @@ class Comparison:
         policy: Which differences are accepted.
         examine: May add differences or take some away.
         told: Names of objects that settings make, and so tell enough of.
-        buckets: How `DistributedDataParallel` adds gradients; None: it is not looked at.
 
     Attributes:
         one_data_set: Whether all ranks are given the same data, and share them out; may be set.
@@ -187,10 +225,8 @@ class Comparison:
         policy: ResumePolicy | None = None,
         examine: Examine | None = None,
         told: Collection[str] = (),
-        buckets: DdpBuckets | None = None,
     ) -> None:
         self._told = set(told)
-        self._buckets = buckets
         self.one_data_set = False
         self._objects = objects
         self._settings = _plain_settings(settings or {})
@@ -234,15 +270,24 @@ class Comparison:
             "fingerprint": {"version": FINGERPRINT_VERSION, **groups},
         }
 
-    def rows(self, stored: Mapping[str, Any]) -> tuple[Difference, ...]:
-        """Return all that was compared, what is the same last; nothing is refused yet."""
-        found = self._differences(stored)
+    def rows(
+        self, stored: Mapping[str, Any], more: tuple[Difference, ...] = ()
+    ) -> tuple[Difference, ...]:
+        """Return all that was compared, what is the same last; nothing is refused yet.
+
+        Args:
+            stored: The facts of the checkpoint.
+            more: Differences that were found elsewhere.
+        """
+        found = self._differences(stored, more)
         told = {row.path for row in found}
         same = unchanged(_all_facts(stored), _all_facts(self.facts))
         known = (row for row in same if row.path not in told and row.now is not None)
         return (*found, *known)
 
-    def _differences(self, stored: Mapping[str, Any]) -> tuple[Difference, ...]:
+    def _differences(
+        self, stored: Mapping[str, Any], more: tuple[Difference, ...]
+    ) -> tuple[Difference, ...]:
         same = _same_software(stored, self.facts)
         given, now = flat(_group(stored, "settings")), flat(self._settings)
         if same:  # a setting that came or went is the user's
@@ -257,16 +302,12 @@ class Comparison:
             *(difference for difference in others if difference.path not in told),
             *code_differences(_group(before, "code")),
             *environment_differences(_group(stored, "environment"), self.facts["environment"]),
-            *self.of_buckets(stored),
+            *more,
             *_of_code(),
         )
         if self._examine is not None:
             found = self._examine(stored, found)
         return gravest_first(_unrefused(found, self._policy))
-
-    def of_buckets(self, stored: Mapping[str, Any]) -> tuple[Difference, ...]:
-        """Return why the ranks will not add gradients in the order of a checkpoint."""
-        return () if self._buckets is None else self._buckets.differences(stored)
 
     def _of_fingerprints(
         self, before: Mapping[str, Any], now: Mapping[str, Any], *, same_software: bool
@@ -290,12 +331,11 @@ class Comparison:
             if name not in ("code", "version")
         }
 
-    def uncovered(self) -> tuple[Difference, ...]:
+    def uncovered(self, more: tuple[Difference, ...] = ()) -> tuple[Difference, ...]:
         """Return what this start knows that no checkpoint of it can hold, nor any start compare."""
         facts = self._untold(self.facts["fingerprint"])
         facts.pop("eval_data", None)  # `examine` tells whether anything depends on it
-        hooks = () if self._buckets is None else self._buckets.uncovered()
-        return (*uncovered_facts(facts), *hooks, *_of_code())
+        return (*uncovered_facts(facts), *more, *_of_code())
 
     @property
     def skipped(self) -> set[str]:

@@ -1,13 +1,11 @@
-"""What each fact about the machine and the software means for the bits of a run.
-
-The names of the environment variables and packages that are looked at stand here alone.
-"""
+"""What each fact about the machine, the software and the code means for the bits of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from unbroken.changes.differences import Rule
+from unbroken.fingerprint.environment import PACKAGES, VARIABLES_BY_TOPIC
 
 VERSION: Rule = ("equivalent", "another version may have other kernels, which round differently")
 MACHINE: Rule = ("equivalent", "another processor or system may round differently")
@@ -32,58 +30,18 @@ UNREAD: Rule = ("harmless", "fills memory that nothing should read")
 CACHED_CASTS: Rule = ("harmless", "the same casts, kept or made again")
 SETS: Rule = ("harmless", "the order of sets of text; nothing in unbroken depends on it")
 
-PACKAGES: Mapping[str, str] = {
-    "transformers": "transformers",
-    "tokenizers": "tokenizers",
-    "accelerate": "accelerate",
-    "lightning": "lightning",
-    "pytorch_lightning": "pytorch-lightning",
-    "peft": "peft",
-    "trl": "trl",
-    "datasets": "datasets",
-    "diffusers": "diffusers",
-    "timm": "timm",
-    "torchvision": "torchvision",
-    "torchaudio": "torchaudio",
-    "torchdata": "torchdata",
-    "torchao": "torchao",
-    "triton": "triton",
-    "flash_attn": "flash-attn",
-    "xformers": "xformers",
-    "deepspeed": "deepspeed",
-    "bitsandbytes": "bitsandbytes",
-    "transformer_engine": "transformer-engine",
-    "scipy": "scipy",
-    "PIL": "pillow",
-    "cv2": "opencv-python",
-    "albumentations": "albumentations",
-    "webdataset": "webdataset",
+_VARIABLES: Mapping[str, Rule] = {
+    "threads": THREADS,
+    "vectors": VECTORS,
+    "float32": FLOAT32,
+    "determinism": DETERMINISM,
+    "kernels": KERNELS,
+    "ranks": WORLD,
+    "compiler": COMPILER,
+    "waiting": WAITING,
+    "memory": MEMORY,
+    "sets": SETS,
 }
-"""Modules that a training's bits may depend on, and the packages that bring them."""
-
-# Values of these are numbers and words of their libraries: no paths, names or secrets.
-_VARIABLES: tuple[tuple[Rule, str], ...] = (
-    (THREADS, "OMP_NUM_THREADS OMP_THREAD_LIMIT OMP_DYNAMIC MKL_NUM_THREADS MKL_DYNAMIC"),
-    (THREADS, "OPENBLAS_NUM_THREADS"),
-    # Which instructions the CPU libraries may use; MKL_CBWR pins MKL's order of sums.
-    (VECTORS, "ATEN_CPU_CAPABILITY MKL_CBWR MKL_ENABLE_INSTRUCTIONS OPENBLAS_CORETYPE"),
-    (VECTORS, "ONEDNN_MAX_CPU_ISA DNNL_MAX_CPU_ISA NPY_DISABLE_CPU_FEATURES"),
-    # oneDNN may compute float32 in bfloat16; the others switch TF32 on or off behind torch's flags.
-    (FLOAT32, "ONEDNN_DEFAULT_FPMATH_MODE DNNL_DEFAULT_FPMATH_MODE"),
-    (FLOAT32, "NVIDIA_TF32_OVERRIDE TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"),
-    # With another workspace than :4096:8 or :16:8, cuBLAS does not repeat its own bits.
-    (DETERMINISM, "CUBLAS_WORKSPACE_CONFIG"),
-    (KERNELS, "CUBLASLT_WORKSPACE_SIZE TORCH_BLAS_PREFER_CUBLASLT DISABLE_ADDMM_CUDA_LT"),
-    (KERNELS, "TORCH_LINALG_PREFER_CUSOLVER TORCH_CUDNN_V8_API_DISABLED"),
-    # NCCL sums along rings or trees, by a switch or by the GPUs.
-    (WORLD, "NCCL_ALGO NCCL_PROTO NCCL_NVLS_ENABLE NCCL_COLLNET_ENABLE"),
-    (COMPILER, "TORCH_COMPILE_DISABLE TORCHDYNAMO_DISABLE TORCHINDUCTOR_MAX_AUTOTUNE"),
-    (WAITING, "CUDA_LAUNCH_BLOCKING TORCH_NCCL_BLOCKING_WAIT"),
-    (MEMORY, "PYTORCH_ALLOC_CONF PYTORCH_CUDA_ALLOC_CONF"),
-    (SETS, "PYTHONHASHSEED"),
-)
-VARIABLES: tuple[str, ...] = tuple(name for _, names in _VARIABLES for name in names.split())
-"""The environment variables that are looked at, and no others."""
 
 _RULED: tuple[tuple[Rule, str], ...] = (
     (VERSION, "python torch numpy blas mkl onednn libc cuda hip cudnn nccl"),
@@ -111,6 +69,21 @@ _RULED: tuple[tuple[Rule, str], ...] = (
 ENVIRONMENT_RULES: Mapping[str, Rule] = {
     **{name: rule for rule, names in _RULED for name in names.split()},
     **{f"packages.{name}": VERSION for name in PACKAGES.values()},
-    **{f"variables.{name}": rule for rule, names in _VARIABLES for name in names.split()},
+    **{
+        f"variables.{name}": _VARIABLES[topic]
+        for topic, names in VARIABLES_BY_TOPIC.items()
+        for name in names
+    },
 }
 """The verdict and the effect of each fact that differs, by its path in `environment_facts()`."""
+
+_UNSEEN = "whether the training depends on it cannot be seen"
+SCRIPT_RENAMED: Rule = ("harmless", "the script has another name; it is the same, byte for byte")
+CODE_RULES: Mapping[str, Rule] = {
+    "code.script": ("equivalent", f"another script was started: {_UNSEEN}"),
+    "code.script_digest": ("equivalent", f"the script is not the same file: {_UNSEEN}"),
+    "code.git_commit": ("equivalent", f"another commit is checked out: {_UNSEEN}"),
+    "code.git_dirty": ("equivalent", f"files differ from the commit, or do no longer: {_UNSEEN}"),
+    "code.unbroken": ("equivalent", "another version of unbroken; its changelog tells of changes"),
+}
+"""The verdict and the effect of each fact about the code that differs."""

@@ -2,11 +2,10 @@
 
 from unbroken.changes.apply import AsBuilt as AsBuilt
 from unbroken.changes.apply import ratio as ratio
-from unbroken.changes.code_version import code_differences as code_differences
-from unbroken.changes.code_version import code_facts as code_facts
 from unbroken.changes.compare import Comparison as Comparison
 from unbroken.changes.compare import Examine as Examine
 from unbroken.changes.compare import ResumePolicy as ResumePolicy
+from unbroken.changes.compare import code_differences as code_differences
 from unbroken.changes.compare import environment_differences as environment_differences
 from unbroken.changes.differences import Difference as Difference
 from unbroken.changes.differences import ExactResume as ExactResume
@@ -18,7 +17,6 @@ from unbroken.changes.differences import compare as compare
 from unbroken.changes.differences import gravest_first as gravest_first
 from unbroken.changes.differences import overall as overall
 from unbroken.changes.differences import unchanged as unchanged
-from unbroken.changes.environment import environment_facts as environment_facts
 from unbroken.changes.object_facts import may_go_on as may_go_on
 from unbroken.changes.report import ResumeReport as ResumeReport
 from unbroken.changes.rules import ENVIRONMENT_RULES as ENVIRONMENT_RULES
@@ -36,6 +34,8 @@ from unbroken.checkpoint.resume.selection import Selection as Selection
 from unbroken.checkpoint.save.async_saver import SaveCost as SaveCost
 from unbroken.checkpoint.save.async_saver import SaveMode as SaveMode
 from unbroken.checkpoint.save.layout import Layout as Layout
+from unbroken.fingerprint.code_version import code_facts as code_facts
+from unbroken.fingerprint.environment import environment_facts as environment_facts
 
 __all__ = [
     "ENVIRONMENT_RULES",

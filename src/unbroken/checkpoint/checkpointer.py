@@ -20,7 +20,6 @@ from torch.utils.hooks import RemovableHandle
 from unbroken.capture import capture, capture_rng
 from unbroken.changes.apply import named_objects
 from unbroken.changes.compare import Comparison, Examine, ResumePolicy
-from unbroken.changes.ddp_buckets import DdpBuckets
 from unbroken.changes.differences import Difference
 from unbroken.changes.report import ResumeReport
 from unbroken.checkpoint.arguments import (
@@ -35,6 +34,7 @@ from unbroken.checkpoint.coverage.attributes import NAME, Attributes, is_bare
 from unbroken.checkpoint.coverage.schedules import FoundSchedules
 from unbroken.checkpoint.coverage.unregistered import FACT as NOT_GIVEN
 from unbroken.checkpoint.coverage.unregistered import NotGiven
+from unbroken.checkpoint.ddp_buckets import DdpBuckets
 from unbroken.checkpoint.resume.agreement import FACT, Other, agree_on_versions, others_of_ranks
 from unbroken.checkpoint.resume.prefetch import ReadAhead
 from unbroken.checkpoint.resume.readers import ReadFrom
@@ -130,6 +130,7 @@ class Checkpointer:
         attributes: What training makes of attributes of the user's own objects, those that are
             registered and others that may be named there: they are saved and restored.
         comparison: What this start is, for checkpoints to be compared with.
+        buckets: How `DistributedDataParallel` adds gradients.
         layout: Returns for the objects how the folder of a checkpoint looks; may be set.
         among_others: Whether a run may begin in a directory that holds other things, which stay;
             to be set before the first use.
@@ -219,7 +220,7 @@ class Checkpointer:
         self._plan = Plan()
         self._types = tuple(types)
         self._wall_clock = wall_clock
-        self._buckets = DdpBuckets(objects, self.group, self._tell_of)
+        self.buckets = DdpBuckets(objects, self.group, self._tell_of)
         self.comparison = Comparison(
             objects,
             settings=settings,
@@ -227,7 +228,6 @@ class Checkpointer:
             policy=policy,
             examine=examine,
             told=told,
-            buckets=self._buckets,
         )
         self._rehearsal = Rehearsal(objects)
         fixed, by_itself = (save_steps, save_minutes), (max_lost_minutes, mtbf_hours)
@@ -290,7 +290,7 @@ class Checkpointer:
         run = self.run  # opened by now, which the notes tell of
         more: dict[str, Any] = {"notes": (*self._place.notes, *lines), "ahead": self.ahead}
         more |= {"is_torn": self._line.is_torn, "found": self._found}
-        more["attributes"] = self.attributes
+        more |= {"attributes": self.attributes, "buckets": self.buckets}
         more["unfinished"] = None if self.gives_all else self._unfinished
         resumption = self._resumption(self.objects, comparison, run, **more)
         try:
@@ -298,7 +298,7 @@ class Checkpointer:
         finally:
             self._line.is_torn = resumption.is_torn
         self._line.resumed(resumption, reader_of(self.run, report))
-        self._buckets.bring_back(resumption.facts)
+        self.buckets.bring_back(resumption.facts)
         self.resumed_facts = resumption.facts
         self.values, self.best_step = resumption.values, resumption.best_step
         self._timer.begin(report.step, self.run.history.records(past_damage=True))
@@ -311,7 +311,8 @@ class Checkpointer:
         return report
 
     def _refuse_beginning(self, left: RunDirectory, step: int) -> None:
-        more = {"ahead": self.ahead, "is_torn": self._line.is_torn, "found": self._found}
+        more: dict[str, Any] = {"ahead": self.ahead, "is_torn": self._line.is_torn}
+        more |= {"found": self._found, "buckets": self.buckets}
         self._resumption(self.objects, self.comparison, run=left, **more).refuse_beginning(step)
 
     def adopt(
@@ -425,7 +426,7 @@ class Checkpointer:
         writing = self._line.next(run, step, layout, told, self.keep, self._wall_clock, news)
         share = partial(share_of, group, tree, layout.file_of, own, self._plan)
         saving = Saving(run.storage, partial(self._begin, writing), writing.commit)
-        buffers, by_hand = self._buckets.buffers_of_rank_0(), not self.gives_all
+        buffers, by_hand = self.buckets.buffers_of_rank_0(), not self.gives_all
         share = partial(share, of_rank_0=buffers, apart=apart, may_choose=by_hand)
         self._beside.save(step, saving, share, self.objects, began)
         self._rehearsal.has_saved(step)
@@ -487,12 +488,15 @@ class Checkpointer:
         if self._step_hook is not None:
             self._not_given.require_used()
         found = () if self._step_hook is None else self._not_given.found(values)
-        self._tell_of((*self.comparison.uncovered(), *found))
+        self._tell_of((*self._uncovered(), *found))
         return found
 
     def _tell_uncovered(self) -> None:
         """Tell, once, of what a resume will not be exact for; raise where that is not accepted."""
-        self._tell_of(self.comparison.uncovered())
+        self._tell_of(self._uncovered())
+
+    def _uncovered(self) -> tuple[Difference, ...]:
+        return self.comparison.uncovered(self.buckets.uncovered())
 
     def _tell_of(self, found: tuple[Difference, ...]) -> None:
         news = tuple(one for one in found if one.path not in self._known)
@@ -578,7 +582,7 @@ class Checkpointer:
             **self._line.facts(),
             **self.comparison.facts,
             "covers": self._covers(),
-            **self._buckets.facts(),
+            **self.buckets.facts(),
             **({"found": self._found.facts()} if self._found.found else {}),
             **({FACT: self._others} if self._others else {}),
             **({"not_judged": self.attributes.unknown} if self.attributes.unknown else {}),
@@ -619,7 +623,7 @@ class Checkpointer:
         self._close(None)
 
     def _close(self, error: BaseException | None) -> None:
-        self._buckets.close()
+        self.buckets.close()
         try:
             self._rehearsal.end()
             self._beside.close(hurried=error is not None)

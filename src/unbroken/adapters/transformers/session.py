@@ -177,7 +177,7 @@ def _differences(run: Run, folder: Path, stored: Stored, loader: Any) -> tuple[D
             effect = "sums run in another order, and dropout draws otherwise"
             found = (*found, Difference("world_size", was, now, effect, "equivalent"))
         else:
-            found = (*found, *run.checkpointer.comparison.of_buckets({}))
+            found = (*found, *run.checkpointer.buckets.differences({}))
     missing = missing_devices_of_stock(folder, rank=run.group.rank)
     if missing is not None:
         effect = "devices: what draws on them draws otherwise from here on"

@@ -16,9 +16,9 @@ from typing import Any
 import xxhash
 
 from unbroken.changes.differences import Difference, gravest_first
-from unbroken.changes.environment import environment_facts
 from unbroken.distributed import Group, disagreement, name_ranks
 from unbroken.errors import RankError
+from unbroken.fingerprint.environment import environment_facts
 
 _SOFTWARE = ("python", "torch", "numpy")
 

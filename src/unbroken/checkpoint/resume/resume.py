@@ -28,6 +28,7 @@ from unbroken.changes.report import ResumeReport
 from unbroken.checkpoint.coverage.attributes import NAME, Attributes
 from unbroken.checkpoint.coverage.schedules import FoundSchedules
 from unbroken.checkpoint.coverage.unregistered import of_checkpoint
+from unbroken.checkpoint.ddp_buckets import DdpBuckets
 from unbroken.checkpoint.resume.agreement import facts_of_rank, told_by_rank_0
 from unbroken.checkpoint.resume.prefetch import ReadAhead
 from unbroken.checkpoint.resume.rank_state import begin_anew, own_state, with_own_modes
@@ -81,6 +82,7 @@ class Resumption:
         apart: More such names, of which further ranks get rank 0's.
         may_choose: Whether the caller can say `per_rank`.
         ahead: What was read of the checkpoint before.
+        buckets: How `DistributedDataParallel` adds gradients; None: it is not compared.
         attributes: What training makes of attributes of the user's own objects.
         is_torn: Whether an attempt before has left the objects with parts of a checkpoint.
         clock: Seconds since 1970.
@@ -111,6 +113,7 @@ class Resumption:
         may_choose: bool = True,
         ahead: ReadAhead | None = None,
         attributes: Attributes | None = None,
+        buckets: DdpBuckets | None = None,
         is_torn: bool = False,
         clock: Callable[[], float],
     ) -> None:
@@ -123,6 +126,7 @@ class Resumption:
         self._candidates = Candidates(run.catalog, run.storage, run.history)
         self._ahead = ahead
         self._attributes = attributes
+        self._buckets = buckets
         self._readers = readers_for(run, group, read_from)
         self._per_rank = per_rank
         self._apart, self._may_choose = apart, may_choose
@@ -340,7 +344,8 @@ class Resumption:
             return tree
         place = self._group.rank, self._group.world_size
         facts = facts_of_rank(facts, comparison.facts, *place)
-        rows = comparison.rows(facts)
+        sums = () if self._buckets is None else self._buckets.differences(facts)
+        rows = comparison.rows(facts, sums)
         found = tuple(row for row in rows if row.verdict != "same")
         count = len(found)
         found = tuple(row for row in found if not self._is_of_what_was_given_since(row))

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from unbroken.changes.environment import usable_cores
 from unbroken.checkpoint import environment_facts
 from unbroken.cli.doctor.checks import Machine, check_switches
 from unbroken.cli.doctor.experiment import Answer, run_experiments
@@ -24,6 +23,7 @@ from unbroken.cli.tables import (
     size_text,
     value_text,
 )
+from unbroken.fingerprint.environment import usable_cores
 
 _ON_A_GPU = ("cudnn.", "float32.cuda.", "autocast.cuda", "reduced_sums.bf16", "reduced_sums.fp16")
 _SECTIONS = {

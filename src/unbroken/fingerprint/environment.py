@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -14,9 +15,72 @@ from typing import Any
 import numpy as np
 import torch
 
-from unbroken.changes.code_version import changes_digest, read_commit
-from unbroken.changes.rules import PACKAGES, VARIABLES
+from unbroken.fingerprint.code_version import changes_digest, read_commit
 from unbroken.store import Json
+
+PACKAGES: Mapping[str, str] = {
+    "transformers": "transformers",
+    "tokenizers": "tokenizers",
+    "accelerate": "accelerate",
+    "lightning": "lightning",
+    "pytorch_lightning": "pytorch-lightning",
+    "peft": "peft",
+    "trl": "trl",
+    "datasets": "datasets",
+    "diffusers": "diffusers",
+    "timm": "timm",
+    "torchvision": "torchvision",
+    "torchaudio": "torchaudio",
+    "torchdata": "torchdata",
+    "torchao": "torchao",
+    "triton": "triton",
+    "flash_attn": "flash-attn",
+    "xformers": "xformers",
+    "deepspeed": "deepspeed",
+    "bitsandbytes": "bitsandbytes",
+    "transformer_engine": "transformer-engine",
+    "scipy": "scipy",
+    "PIL": "pillow",
+    "cv2": "opencv-python",
+    "albumentations": "albumentations",
+    "webdataset": "webdataset",
+}
+"""Modules that a training's bits may depend on, and the packages that bring them."""
+
+# Values of these are numbers and words of their libraries: no paths, names or secrets.
+VARIABLES_BY_TOPIC: Mapping[str, tuple[str, ...]] = {
+    "threads": (
+        *("OMP_NUM_THREADS", "OMP_THREAD_LIMIT", "OMP_DYNAMIC", "MKL_NUM_THREADS", "MKL_DYNAMIC"),
+        "OPENBLAS_NUM_THREADS",
+    ),
+    # Which instructions the CPU libraries may use; MKL_CBWR pins MKL's order of sums.
+    "vectors": (
+        *("ATEN_CPU_CAPABILITY", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "OPENBLAS_CORETYPE"),
+        *("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "NPY_DISABLE_CPU_FEATURES"),
+    ),
+    # oneDNN may compute float32 in bfloat16; the others switch TF32 on or off behind torch's flags.
+    "float32": (
+        *("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"),
+        *("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"),
+    ),
+    # With another workspace than :4096:8 or :16:8, cuBLAS does not repeat its own bits.
+    "determinism": ("CUBLAS_WORKSPACE_CONFIG",),
+    "kernels": (
+        *("CUBLASLT_WORKSPACE_SIZE", "TORCH_BLAS_PREFER_CUBLASLT", "DISABLE_ADDMM_CUDA_LT"),
+        *("TORCH_LINALG_PREFER_CUSOLVER", "TORCH_CUDNN_V8_API_DISABLED"),
+    ),
+    # NCCL sums along rings or trees, by a switch or by the GPUs.
+    "ranks": ("NCCL_ALGO", "NCCL_PROTO", "NCCL_NVLS_ENABLE", "NCCL_COLLNET_ENABLE"),
+    "compiler": (*("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE", "TORCHINDUCTOR_MAX_AUTOTUNE"),),
+    "waiting": ("CUDA_LAUNCH_BLOCKING", "TORCH_NCCL_BLOCKING_WAIT"),
+    "memory": ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"),
+    "sets": ("PYTHONHASHSEED",),
+}
+"""The environment variables that are looked at, by what they steer."""
+
+VARIABLES: tuple[str, ...] = tuple(n for names in VARIABLES_BY_TOPIC.values() for n in names)
+"""The environment variables that are looked at, and no others."""
+
 
 _BACKENDS: Any = torch.backends  # its switches are values that the type checker takes for classes
 _SMALLEST_NORMAL = sys.float_info.min
@@ -29,8 +93,8 @@ def environment_facts() -> dict[str, Json]:
 
     No random number is drawn, nothing heavy is imported, and CUDA is not initialised. It takes
     a tenth of a millisecond, the first call a few. Nothing in it names a user, a
-    host or a path. None means: not there, not set, or not known. `ENVIRONMENT_RULES` has a
-    line on each path.
+    host or a path. None means: not there, not set, or not known. `changes.rules` has a line on
+    each path.
 
     Asking for the name of a GPU would initialise CUDA: a context of some hundred MB, and
     no forking of workers that use it. So `gpus`, `gpu_memory` (bytes) and

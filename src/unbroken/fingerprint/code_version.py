@@ -7,13 +7,10 @@ import re
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
-from unbroken.changes.differences import Difference, Rule, compare
 from unbroken.store import Json
 from unbroken.store.format.digest import digest_of
 
@@ -129,16 +126,6 @@ def _ask(folder: Path, seconds: float, *arguments: str) -> str | None:
 
 _PACKAGE = "unbroken"
 _SITES = {"site-packages", "dist-packages"}
-_UNSEEN = "whether the training depends on it cannot be seen"
-_RENAMED: Rule = ("harmless", "the script has another name; it is the same, byte for byte")
-CODE_RULES: Mapping[str, Rule] = {
-    "code.script": ("equivalent", f"another script was started: {_UNSEEN}"),
-    "code.script_digest": ("equivalent", f"the script is not the same file: {_UNSEEN}"),
-    "code.git_commit": ("equivalent", f"another commit is checked out: {_UNSEEN}"),
-    "code.git_dirty": ("equivalent", f"files differ from the commit, or do no longer: {_UNSEEN}"),
-    "code.unbroken": ("equivalent", "another version of unbroken; its changelog tells of changes"),
-}
-"""The verdict and the effect of each fact about the code that differs."""
 
 
 def code_facts() -> dict[str, Json]:
@@ -208,40 +195,3 @@ def _digest(path: Path) -> str | None:
         return digest_of(path.read_bytes())
     except OSError:
         return None
-
-
-def code_differences(
-    stored: Mapping[str, Any], now: Mapping[str, Any] | None = None
-) -> tuple[Difference, ...]:
-    """Return how the code of a start differs from that of a checkpoint, as far as files tell.
-
-    All that differs is "equivalent": a change may be a comment, or the loss. `git_dirty` is no
-    exception: at one commit it can only change when tracked files did. (That files are dirty at
-    both starts says nothing about whether they are the same; only the script is compared.) A
-    script that was renamed, and has the same bytes, is "harmless". What one side does not know
-    is no difference.
-
-    Args:
-        stored: `code_facts()` of the checkpoint.
-        now: Those of this start; None: of this process.
-
-    Returns:
-        Differences whose paths begin with "code.".
-
-    Example:
-        >>> stored = {"script": "train.py", "script_digest": "5a", "git_dirty": None}
-        >>> now = {"script": "train.py", "script_digest": "c3", "git_dirty": True}
-        >>> for difference in code_differences(stored, now):
-        ...     print(difference.path, difference.verdict)
-        code.script_digest equivalent
-    """
-    before, after = _known(stored), _known(code_facts() if now is None else now)
-    rules = dict(CODE_RULES)
-    digest = before.get("code.script_digest")
-    if digest is not None and digest == after.get("code.script_digest"):
-        rules["code.script"] = _RENAMED
-    return compare(before, after, rules)
-
-
-def _known(facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"code.{name}": value for name, value in facts.items() if value is not None}
