@@ -52,13 +52,13 @@ class Alternate:
 
 def measure(method: str, size: str) -> None:
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    from unbroken.check.recorder.protocol import Plan
-    from unbroken.check.recorder.recorder import Watch
+    from unbroken.check.recorder.protocol import RecordPlan
+    from unbroken.check.recorder.recorder import Recorder
 
     with tempfile.TemporaryDirectory() as folder:
         recorder = None
         if method != "untouched":
-            recorder = Watch(Plan(folder, digests=method))
+            recorder = Recorder(RecordPlan(folder, digests=method))
             recorder.attach()
         alternate = Alternate(recorder)
         bare(size, alternate, folder)

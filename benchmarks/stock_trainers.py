@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from machine import RESULTS
-from unbroken.check import Answer, Question, Status, prove
+from unbroken.check import CheckRequest, CheckResult, Status, check_script
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs/stock-trainers.md"
@@ -60,10 +60,10 @@ CASES = {
 }
 
 
-def ask(trainer: str, case: str, kill_after: int) -> Answer:
+def ask(trainer: str, case: str, kill_after: int) -> CheckResult:
     script = HERE / f"stock/{trainer}_script.py"
     command = (sys.executable, str(script), "--out", "{out}", "--case", case)
-    return prove(Question(command, at=(kill_after,), timeout=300))
+    return check_script(CheckRequest(command, at=(kill_after,), timeout=300))
 
 
 HEAD = """# Which stock trainers resume exactly

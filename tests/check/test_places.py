@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from unbroken.check.isolation import Places, Separation, choose_separation
+from unbroken.check.isolation import Separation, Workspaces, choose_separation
 from unbroken.errors import ConfigError
 
 
@@ -19,13 +19,13 @@ def current(tmp_path):
 
 
 def test_a_copy_has_the_user_s_files_and_no_others(current):
-    place = Places(current / "kept", current, Separation.COPY).make("first")
+    place = Workspaces(current / "kept", current, Separation.COPY).make("first")
     found = sorted(str(path.relative_to(place.folder)) for path in place.folder.rglob("*"))
     assert found == ["data", "data/x", "train.py"]
 
 
 def test_two_runs_share_nothing(current, tmp_path):
-    places = Places(tmp_path, current, Separation.COPY)
+    places = Workspaces(tmp_path, current, Separation.COPY)
     first, second = places.make("first"), places.make("second")
     (first.folder / "data/x").write_text("changed")
     assert (second.folder / "data/x").read_bytes() == bytes(100)
@@ -33,13 +33,13 @@ def test_two_runs_share_nothing(current, tmp_path):
 
 
 def test_the_placeholder_is_filled_in_everywhere(current, tmp_path):
-    place = Places(tmp_path, current, Separation.PLACEHOLDER).make("run")
+    place = Workspaces(tmp_path, current, Separation.PLACEHOLDER).make("run")
     assert place.command(["a", "--x={out}/y"]) == ["a", f"--x={tmp_path}/run/out/y"]
     assert place.folder == current
 
 
 def test_logs_are_no_checkpoints(current, tmp_path):
-    place = Places(tmp_path, current, Separation.PLACEHOLDER).make("run")
+    place = Workspaces(tmp_path, current, Separation.PLACEHOLDER).make("run")
     for name in ("log.txt", "metrics.jsonl", "events.out.tfevents.1"):
         (place.out / name).write_bytes(bytes(1000))
     assert place.bytes_written_since(0) == 0
@@ -48,7 +48,7 @@ def test_logs_are_no_checkpoints(current, tmp_path):
 
 
 def test_what_is_named_for_removal_is_removed_before_each_run(current, tmp_path):
-    places = Places(tmp_path, current, Separation.CLEAN, (current / "run", current / "run.log"))
+    places = Workspaces(tmp_path, current, Separation.CLEAN, (current / "run", current / "run.log"))
     places.make("first")
     (current / "run").mkdir()
     (current / "run.log").touch()

@@ -11,9 +11,9 @@ import sys
 import pytest
 
 from check.trials import SCRIPTS
-from unbroken.check.isolation import Place
+from unbroken.check.isolation import Workspace
 from unbroken.check.launch import launch, processes_of
-from unbroken.check.recorder.protocol import Plan
+from unbroken.check.recorder.protocol import RecordPlan
 from unbroken.check.recording import read_recordings
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -27,8 +27,8 @@ def start(tmp_path):
         count[0] += 1
         records = tmp_path / f"records-{count[0]}"
         records.mkdir()
-        orders = Plan(str(records), parent=os.getpid(), **plan)
-        return launch(words, Place(folder, tmp_path, (tmp_path,)), records, orders, 120.0)
+        orders = RecordPlan(str(records), parent=os.getpid(), **plan)
+        return launch(words, Workspace(folder, tmp_path, (tmp_path,)), records, orders, 120.0)
 
     return run
 
@@ -46,9 +46,9 @@ def test_a_script_does_the_same_with_and_without(start, how):
 @pytest.fixture(scope="module")
 def quiet(tmp_path_factory):
     records = tmp_path_factory.mktemp("records")
-    orders = Plan(str(records), parent=os.getpid())
+    orders = RecordPlan(str(records), parent=os.getpid())
     words = [sys.executable, str(SCRIPTS / "quiet.py")]
-    done = launch(words, Place(records, records, (records,)), records, orders, 120.0)
+    done = launch(words, Workspace(records, records, (records,)), records, orders, 120.0)
     return done.ranks[0]
 
 
@@ -105,8 +105,8 @@ def test_a_process_that_trains_nothing_leaves_no_recording(start):
 
 
 def test_a_launch_that_takes_too_long_is_ended_with_all_it_started(tmp_path):
-    orders = Plan(str(tmp_path), parent=os.getpid())
-    place = Place(tmp_path, tmp_path, (tmp_path,))
+    orders = RecordPlan(str(tmp_path), parent=os.getpid())
+    place = Workspace(tmp_path, tmp_path, (tmp_path,))
     done = launch(["sh", "-c", "setsid sleep 600 & sleep 600"], place, tmp_path, orders, 0.5)
     assert done.is_timed_out
     assert processes_of(tmp_path / "plan.json") == []
@@ -124,7 +124,7 @@ def test_an_error_of_the_recorder_ends_the_watching_not_the_script(server, tmp_p
         "print('lives')\n"
     )
     plan = tmp_path / "plan.json"
-    Plan(str(tmp_path), parent=server.pid).write(plan)
+    RecordPlan(str(tmp_path), parent=server.pid).write(plan)
     status, _ = server.run([str(script)], tmp_path, plan, tmp_path / "log")
     assert (status, (tmp_path / "log").read_text()) == (0, "lives\n")
     assert "RuntimeError: mine" in read_recordings(tmp_path)[0].errors[0]

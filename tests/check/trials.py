@@ -11,11 +11,11 @@ from pathlib import Path
 
 from check.fork_server import ForkServer
 from unbroken.check import Verdict
-from unbroken.check.isolation import Place
+from unbroken.check.isolation import Workspace
 from unbroken.check.judge import Kill, Reference, judge_killed, make_reference
 from unbroken.check.launch import Launch, launch
 from unbroken.check.prove import judge_launch
-from unbroken.check.recorder.protocol import Plan
+from unbroken.check.recorder.protocol import RecordPlan
 from unbroken.check.recording import read_recordings
 
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -42,7 +42,7 @@ class Trials:
     launcher: Sequence[str] = (sys.executable,)
     stop_after: int | None = None
     count: int = 0
-    killed: dict[tuple[str, ...], Place] = field(default_factory=dict)
+    killed: dict[tuple[str, ...], Workspace] = field(default_factory=dict)
     kept: dict[tuple[str, ...], Reference | Verdict] = field(default_factory=dict)
 
     def verdict(self, *, broken: Sequence[str] = (), resumed: Sequence[str] = ()) -> Verdict:
@@ -58,28 +58,28 @@ class Trials:
         place = self.place_of_a_copy(self.after_the_kill(reference, *broken))
         param_bytes = max(one.param_bytes for one in reference.ranks.values())
         saved = place.bytes_written_since(0) >= param_bytes // 2
-        run = self.launch(place, Plan("", stop_after=self.stop_after), *broken, *resumed)
+        run = self.launch(place, RecordPlan("", stop_after=self.stop_after), *broken, *resumed)
         return judge_launch(reference, run, Kill(self.kill_after, saved), is_last=True)
 
     def reference(self, *words: str) -> Reference | Verdict:
         if words not in self.kept:
-            plan = Plan("", stop_after=self.stop_after)
+            plan = RecordPlan("", stop_after=self.stop_after)
             runs = [self.launch(self.new_place(), plan, *words) for _ in range(2)]
             assert [run.status for run in runs] == [0, 0], runs[0].output
             self.kept[words] = make_reference(runs[0].ranks, runs[1].ranks)
         return self.kept[words]
 
-    def after_the_kill(self, reference: Reference, *words: str) -> Place:
+    def after_the_kill(self, reference: Reference, *words: str) -> Workspace:
         """Return what a killed run has left."""
         if words not in self.killed:
             self.killed[words] = self.new_place()
-            plan = Plan("", kill_after=self.kill_after)
+            plan = RecordPlan("", kill_after=self.kill_after)
             run = self.launch(self.killed[words], plan, *words)
             assert run.is_killed, run.output
             assert judge_killed(reference, run.ranks) is None
         return self.killed[words]
 
-    def launch(self, place: Place, plan: Plan, *words: str) -> Launch:
+    def launch(self, place: Workspace, plan: RecordPlan, *words: str) -> Launch:
         records = self.new_folder("records")
         words = (str(SCRIPTS / self.script), "--out", "{out}", *words)
         if self.server is None:
@@ -94,14 +94,14 @@ class Trials:
         output = tuple(log.read_text().splitlines())
         return Launch(status, False, seconds, output, read_recordings(records))
 
-    def place_of_a_copy(self, killed: Place) -> Place:
+    def place_of_a_copy(self, killed: Workspace) -> Workspace:
         place = self.new_place()
         shutil.copytree(killed.out, place.out, dirs_exist_ok=True)
         return place
 
-    def new_place(self) -> Place:
+    def new_place(self) -> Workspace:
         out = self.new_folder("out")
-        return Place(self.root, out, (out,))
+        return Workspace(self.root, out, (out,))
 
     def new_folder(self, name: str) -> Path:
         self.count += 1

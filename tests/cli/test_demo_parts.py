@@ -16,8 +16,8 @@ from unbroken.cli.demo.demo import start_lines
 from unbroken.cli.demo.kills import (
     Child,
     ChildFailedError,
-    Start,
-    Watch,
+    RunObserver,
+    RunStart,
     plan_kills,
     save_steps_for,
 )
@@ -111,7 +111,7 @@ def test_a_start_tells_what_it_found_and_what_it_swept():
         "rejected": [{"checkpoint": "checkpoint-30", "reason": "state.json: is missing"}],
         "set_aside": [{"from": "checkpoint-30", "to": "set-aside/checkpoint-30.1"}],
     }
-    lines = start_lines(Start(record, staged=()), left=["checkpoint-40.1"])
+    lines = start_lines(RunStart(record, staged=()), left=["checkpoint-40.1"])
     assert [" ".join(line.split()) for line in lines] == [
         "start goes on from checkpoint-20",
         "swept the half-written .staging/checkpoint-40.1",
@@ -122,7 +122,7 @@ def test_a_start_tells_what_it_found_and_what_it_swept():
 
 def test_what_is_still_there_was_not_swept():
     record = {"checkpoint": None, "rejected": [], "set_aside": []}
-    lines = start_lines(Start(record, staged=("checkpoint-40.1",)), left=["checkpoint-40.1"])
+    lines = start_lines(RunStart(record, staged=("checkpoint-40.1",)), left=["checkpoint-40.1"])
     assert len(lines) == 1
 
 
@@ -143,5 +143,5 @@ def test_a_child_ends_with_its_context(tmp_path):
 
 
 def test_watching_a_run_that_is_not_there_yet_sees_nothing(tmp_path):
-    watch = Watch(tmp_path / "nothing")
+    watch = RunObserver(tmp_path / "nothing")
     assert (watch.starts(), watch.metrics(), watch.step(), watch.staged()) == ([], [], 0, [])

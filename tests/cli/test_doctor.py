@@ -18,7 +18,12 @@ from rich.console import Console
 
 from unbroken.checkpoint import environment_facts
 from unbroken.cli.doctor.checks import Machine, check_switches
-from unbroken.cli.doctor.experiment import Answer, run_experiments, train, train_in_a_process
+from unbroken.cli.doctor.experiment import (
+    Experiment,
+    run_experiments,
+    train,
+    train_in_a_process,
+)
 from unbroken.cli.doctor.filesystem import Disk, check_disk, mount_of
 from unbroken.cli.doctor.report import Diagnosis, _print
 from unbroken.errors import UnbrokenError
@@ -182,7 +187,7 @@ def test_bits_that_do_not_repeat_break_exactness():
 
 
 def test_that_the_bits_depend_on_the_threads_breaks_nothing_by_itself():
-    assert list(Answer("depends on the number of threads", "cpu", True, None).findings()) == []
+    assert list(Experiment("depends on the number of threads", "cpu", True, None).findings()) == []
 
 
 def test_the_disk_is_tried_and_left_as_it_was(here):
@@ -276,7 +281,7 @@ def test_the_page_fits_into_80_columns(here):
     facts = {**environment_facts(), "cpu": "A Processor of a Rather Long Name " * 4}
     findings = [*check_switches({**facts, "gpus": ["H200"]}), *Machine(1, 9.0, 9, 0.0).check()]
     page = io.StringIO()
-    answers = [Answer("the same bits in two other processes", "cuda", yes=False, wanted=True)]
+    answers = [Experiment("the same bits in two other processes", "cuda", yes=False, wanted=True)]
     disk = Disk({"tried in": f"/{'long/' * 30}"}, [])
     _print(Console(width=80, file=page), Diagnosis(facts, disk, answers, findings))
     assert max(len(line) for line in page.getvalue().splitlines()) <= 80

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from cli.sample_run import in_a_process, make_run
 from unbroken.cli.ls import rows_of
-from unbroken.cli.run_paths import open_place
+from unbroken.cli.run_paths import open_run_path
 from unbroken.cli.tables import make_table
 from unbroken.store.format.digest import digest_of
 
@@ -145,7 +145,7 @@ def test_a_run_without_checkpoints_says_so(unbroken, here):
 
 def test_a_table_keeps_every_word_in_a_narrow_terminal(run):
     console = Console(width=30, record=True, file=io.StringIO())
-    rows = [(row.folder, row.state) for row in rows_of(open_place(str(run)))]
+    rows = [(row.folder, row.state) for row in rows_of(open_run_path(str(run)))]
     console.print(make_table(("checkpoint", "state"), rows, ()))
     shown = "".join(console.export_text().split())
     assert "checkpoint-10" in shown

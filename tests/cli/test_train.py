@@ -14,7 +14,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from unbroken.cli.demo.comparison import compare
-from unbroken.cli.demo.kills import Child, ChildFailedError, Watch
+from unbroken.cli.demo.kills import Child, ChildFailedError, RunObserver
 from unbroken.errors import CorruptCheckpointError
 from unbroken.language_model import ByteTokenizer
 from unbroken.language_model.settings import DataSettings
@@ -62,7 +62,7 @@ def test_a_run_begun_again_at_a_step_ends_with_the_same_bits(unbroken, folder):
     assert unbroken("train", "config.yaml", "--output-dir", "whole")[0] == 0
     assert unbroken("train", "config.yaml")[0] == 0
     assert unbroken("train", "config.yaml", "--resume_from_checkpoint", "2")[0] == 0
-    assert len(Watch(folder / "run").starts()) == 2
+    assert len(RunObserver(folder / "run").starts()) == 2
     assert all(one.is_same for one in compare(folder / "whole", folder / "run", step=6))
 
 
@@ -112,7 +112,7 @@ def test_help_lists_every_setting_with_what_it_means(unbroken):
 
 
 def test_sigterm_saves_and_ends_with_status_75(folder):
-    watch = Watch(folder / "run")
+    watch = RunObserver(folder / "run")
     with Child(["config.yaml", "--max-steps", "100000"], folder, folder / "log") as child:
         assert child.wait_until(lambda: watch.step() >= 3)
         os.kill(child.pid, signal.SIGTERM)

@@ -27,7 +27,7 @@ PARTS = (*_PARTS, *LATENT)
 
 
 @dataclass(frozen=True)
-class Difference:
+class StepDifference:
     """The first step at which two recordings differ.
 
     Attributes:
@@ -39,14 +39,14 @@ class Difference:
     parts: tuple[str, ...]
 
 
-def first_effect(reference: Sequence[Step], again: Sequence[Step]) -> Difference | None:
+def first_effect(reference: Sequence[Step], again: Sequence[Step]) -> StepDifference | None:
     """Return the first step at which the runs themselves differ, not only what may lead to it."""
     for index, (there, here) in enumerate(zip(reference, again, strict=False)):
         parts = tuple(
             part for part in differing_parts(there, here, frozenset()) if part not in LATENT
         )
         if parts:
-            return Difference(index, parts)
+            return StepDifference(index, parts)
     return None
 
 

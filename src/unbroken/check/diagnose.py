@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from unbroken.check.compare import Difference, differing_generators, first_effect
+from unbroken.check.compare import StepDifference, differing_generators, first_effect
 from unbroken.check.recording import Batch, Recording, Step
 from unbroken.check.verdict import Culprit, Verdict, not_exact
 
@@ -326,7 +326,7 @@ _INDEPENDENT = {
 
 
 @dataclass(frozen=True)
-class Scenery:
+class Evidence:
     """All that an explanation can look at.
 
     Attributes:
@@ -341,7 +341,7 @@ class Scenery:
     reference: Recording
     resumed: Recording
     start: int
-    difference: Difference
+    difference: StepDifference
     generators: frozenset[str]
     ranks: Mapping[int, Recording]
 
@@ -361,32 +361,32 @@ class Scenery:
         return self.resumed.steps[self.difference.index]
 
 
-def explain(scenery: Scenery) -> Verdict:
+def explain(observed: Evidence) -> Verdict:
     """Return the verdict for the first thing that differs, and name what else was lost."""
-    parts = scenery.difference.parts
-    verdict = _CAUSES[parts[0]](scenery)
+    parts = observed.difference.parts
+    verdict = _CAUSES[parts[0]](observed)
     also = {_INDEPENDENT[part] for part in parts[1:] if part in _INDEPENDENT}
     known = {verdict.culprit}
     if verdict.culprit in (Culprit.SEED_RESET, Culprit.WRONG_RANK):
         known.add(Culprit.GENERATORS)
-    return replace(verdict, step=scenery.place + 1, also=tuple(sorted(also - known)))
+    return replace(verdict, step=observed.place + 1, also=tuple(sorted(also - known)))
 
 
-def _data(scenery: Scenery) -> Verdict:
-    index = scenery.difference.index
-    found = explain_data(scenery.reference, scenery.resumed, scenery.start, index)
-    has_loaders = any(step.fetched for step in scenery.resumed.steps)
-    if has_loaders or "generators" not in scenery.difference.parts:
+def _data(observed: Evidence) -> Verdict:
+    index = observed.difference.index
+    found = explain_data(observed.reference, observed.resumed, observed.start, index)
+    has_loaders = any(step.fetched for step in observed.resumed.steps)
+    if has_loaders or "generators" not in observed.difference.parts:
         return found
-    culprit, why = _which_generators(scenery)  # batches that no loader gave are drawn at random
+    culprit, why = _which_generators(observed)  # batches that no loader gave are drawn at random
     return not_exact(culprit, f"data: other batches; {why}", found.words, *found.evidence)
 
 
-def _learning_rate(scenery: Scenery) -> Verdict:
-    here, there = scenery.here.learning_rates, scenery.there.learning_rates
+def _learning_rate(observed: Evidence) -> Verdict:
+    here, there = observed.here.learning_rates, observed.there.learning_rates
     same = [
         place + 1
-        for place, step in enumerate(scenery.reference.steps)
+        for place, step in enumerate(observed.reference.steps)
         if step.learning_rates == here
     ]
     words = (
@@ -397,28 +397,28 @@ def _learning_rate(scenery: Scenery) -> Verdict:
     return not_exact(Culprit.SCHEDULER, words, *evidence)
 
 
-def _schedulers(scenery: Scenery) -> Verdict:
+def _schedulers(observed: Evidence) -> Verdict:
     names = [
         ", ".join(f"{name} at {step}" for name, step in one.schedulers)
-        for one in (scenery.here, scenery.there)
+        for one in (observed.here, observed.there)
     ]
     words = f"scheduler: {names[0]}, reference {names[1]}: it was not restored"
-    return not_exact(Culprit.SCHEDULER, words, _first_other_rate(scenery))
+    return not_exact(Culprit.SCHEDULER, words, _first_other_rate(observed))
 
 
-def _first_other_rate(scenery: Scenery) -> str:
-    theirs = scenery.reference.steps[scenery.start :]
-    for place, (there, here) in enumerate(zip(theirs, scenery.resumed.steps, strict=False)):
+def _first_other_rate(observed: Evidence) -> str:
+    theirs = observed.reference.steps[observed.start :]
+    for place, (there, here) in enumerate(zip(theirs, observed.resumed.steps, strict=False)):
         if there.learning_rates != here.learning_rates:
             return (
-                f"step {scenery.start + place + 1}: learning rate "
+                f"step {observed.start + place + 1}: learning rate "
                 f"{_numbers(here.learning_rates)}, reference {_numbers(there.learning_rates)}"
             )
     return "no learning rate of the compared steps shows it"
 
 
-def _settings(scenery: Scenery) -> Verdict:
-    firsts = [_settings_of(one.steps) for one in (scenery.resumed, scenery.reference)]
+def _settings(observed: Evidence) -> Verdict:
+    firsts = [_settings_of(one.steps) for one in (observed.resumed, observed.reference)]
     different = [
         f"{name} {ours[name]}, reference {theirs.get(name)}"
         for ours, theirs in zip(*firsts, strict=False)
@@ -434,8 +434,8 @@ def _settings_of(steps: Sequence[Step]) -> tuple[Mapping[str, object], ...]:
     return next((step.setting_values for step in steps if step.setting_values), ())
 
 
-def _scaler(scenery: Scenery) -> Verdict:
-    here, there = scenery.here.scalers, scenery.there.scalers
+def _scaler(observed: Evidence) -> Verdict:
+    here, there = observed.here.scalers, observed.there.scalers
     words = (
         f"gradient scaler: scale and growth count {_pairs(here)}, reference {_pairs(there)}: "
         "it was not restored"
@@ -443,17 +443,17 @@ def _scaler(scenery: Scenery) -> Verdict:
     return not_exact(Culprit.SCALER, words)
 
 
-def _loss(scenery: Scenery) -> Verdict:
+def _loss(observed: Evidence) -> Verdict:
     evidence = (
-        f"loss {_numbers(scenery.here.loss_values)}, "
-        f"reference {_numbers(scenery.there.loss_values)}"
+        f"loss {_numbers(observed.here.loss_values)}, "
+        f"reference {_numbers(observed.there.loss_values)}"
     )
-    if "generators" in scenery.difference.parts:
-        culprit, why = _which_generators(scenery)
+    if "generators" in observed.difference.parts:
+        culprit, why = _which_generators(observed)
         words = f"dropout: same batch, same weights, other loss: {why}"
         return not_exact(culprit, words, evidence)
-    if "buffers" in scenery.difference.parts:
-        return replace(_buffers(scenery), evidence=(evidence,))
+    if "buffers" in observed.difference.parts:
+        return replace(_buffers(observed), evidence=(evidence,))
     words = (
         "same batch, same weights, same generators, other loss: something in the model that is "
         "neither parameter nor buffer was not restored (a mode, a flag, a counter), or it draws "
@@ -462,9 +462,9 @@ def _loss(scenery: Scenery) -> Verdict:
     return not_exact(Culprit.MODEL, words, evidence)
 
 
-def _gradients(scenery: Scenery) -> Verdict:
-    if "generators" in scenery.difference.parts:
-        culprit, why = _which_generators(scenery)
+def _gradients(observed: Evidence) -> Verdict:
+    if "generators" in observed.difference.parts:
+        culprit, why = _which_generators(observed)
         return not_exact(culprit, f"same loss, other gradients: {why}")
     words = (
         "same batch, same loss, other gradients: gradients that were pending were lost or kept, "
@@ -473,10 +473,10 @@ def _gradients(scenery: Scenery) -> Verdict:
     return not_exact(Culprit.GRADIENTS, words)
 
 
-def _buffers(scenery: Scenery) -> Verdict:
-    pairs = enumerate(zip(scenery.here.buffers_each, scenery.there.buffers_each, strict=False))
+def _buffers(observed: Evidence) -> Verdict:
+    pairs = enumerate(zip(observed.here.buffers_each, observed.there.buffers_each, strict=False))
     different = [index for index, (here, there) in pairs if here != there]
-    names = scenery.reference.buffer_names
+    names = observed.reference.buffer_names
     shown = [names[index] if index < len(names) else f"buffer {index}" for index in different]
     words = (
         "the model's buffers (BatchNorm's running statistics, say) differ, the weights do not: "
@@ -485,7 +485,7 @@ def _buffers(scenery: Scenery) -> Verdict:
     return not_exact(Culprit.BUFFERS, words, f"different: {', '.join(shown[:4])}")
 
 
-def _update(scenery: Scenery) -> Verdict:
+def _update(observed: Evidence) -> Verdict:
     words = (
         "same weights, gradients and learning rate, other update: something in the optimizer that "
         "is neither moment nor step count was not restored"
@@ -493,9 +493,9 @@ def _update(scenery: Scenery) -> Verdict:
     return not_exact(Culprit.OPTIMIZER, words)
 
 
-def _others(scenery: Scenery) -> Verdict:
-    here = set(scenery.here.others)
-    lost = [label for label, digest in scenery.there.others if (label, digest) not in here]
+def _others(observed: Evidence) -> Verdict:
+    here = set(observed.here.others)
+    lost = [label for label, digest in observed.there.others if (label, digest) not in here]
     words = (
         f"weights that no optimizer moves differ ({'; '.join(lost)}): "
         "an average of the weights (EMA), or another copy of them, was not restored"
@@ -503,25 +503,25 @@ def _others(scenery: Scenery) -> Verdict:
     return not_exact(Culprit.AVERAGE, words, "the trained weights do not show it")
 
 
-def _generators(scenery: Scenery) -> Verdict:
-    culprit, why = _which_generators(scenery)
-    effect = first_effect(scenery.reference.steps[scenery.start :], scenery.resumed.steps)
+def _generators(observed: Evidence) -> Verdict:
+    culprit, why = _which_generators(observed)
+    effect = first_effect(observed.reference.steps[observed.start :], observed.resumed.steps)
     if effect is None:
         later = "nothing in the compared steps depended on it; what is drawn later will"
     else:
-        step, part = scenery.start + effect.index + 1, effect.parts[0]
+        step, part = observed.start + effect.index + 1, effect.parts[0]
         later = f"its first effect is on step {step}: {part}"
     return not_exact(culprit, why, later)
 
 
-def _which_generators(scenery: Scenery) -> tuple[Culprit, str]:
-    names = differing_generators(scenery.there, scenery.here, scenery.generators)
+def _which_generators(observed: Evidence) -> tuple[Culprit, str]:
+    names = differing_generators(observed.there, observed.here, observed.generators)
     for name in names:
-        digest = scenery.here.generators.get(name)
-        for rank, other in scenery.ranks.items():
-            if rank != scenery.reference.rank and _stands(other, scenery.place, name, digest):
+        digest = observed.here.generators.get(name)
+        for rank, other in observed.ranks.items():
+            if rank != observed.reference.rank and _stands(other, observed.place, name, digest):
                 return Culprit.WRONG_RANK, f"the {name} generator is that of rank {rank}"
-        if _stands(scenery.reference, scenery.difference.index, name, digest):
+        if _stands(observed.reference, observed.difference.index, name, digest):
             return Culprit.SEED_RESET, (
                 f"the {name} generator began again from the seed: the script seeds at its start "
                 "and does not restore the generator after that"
@@ -542,7 +542,7 @@ def _pairs(values: Sequence[tuple[float, float]]) -> str:
     return ", ".join(f"{scale:g} and {count:g}" for scale, count in values) or "none"
 
 
-_CAUSES: dict[str, Callable[[Scenery], Verdict]] = {
+_CAUSES: dict[str, Callable[[Evidence], Verdict]] = {
     "data": _data,
     "learning rate": _learning_rate,
     "settings": _settings,

@@ -29,7 +29,7 @@ class Separation(StrEnum):
 
 
 @dataclass(frozen=True)
-class Place:
+class Workspace:
     """Where one run works, over all its starts.
 
     Attributes:
@@ -58,7 +58,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Places:
+class Workspaces:
     """Makes a place for each run.
 
     Args:
@@ -73,18 +73,18 @@ class Places:
     separation: Separation
     clean: tuple[Path, ...] = ()
 
-    def make(self, name: str) -> Place:
+    def make(self, name: str) -> Workspace:
         """Return a fresh place for a run."""
         out = self.root / name / "out"
         out.mkdir(parents=True)
         if self.separation is Separation.CLEAN:
             self.remove_leftovers()
-            return Place(self.current, out, (out, *self.clean))
+            return Workspace(self.current, out, (out, *self.clean))
         if self.separation is Separation.COPY:
             folder = self.root / name / "folder"
             shutil.copytree(self.current, folder, ignore=self._not_copied, symlinks=True)
-            return Place(folder, out, (out, folder))
-        return Place(self.current, out, (out,))
+            return Workspace(folder, out, (out, folder))
+        return Workspace(self.current, out, (out,))
 
     def _not_copied(self, folder: str, names: list[str]) -> list[str]:
         """Return what of a folder is not copied: what is not the script's, and our own root."""

@@ -9,7 +9,7 @@ from unbroken.check.compare import (
     LATENT,
     PARTS,
     Alignment,
-    Difference,
+    StepDifference,
     align,
     differing_parts,
     first_effect,
@@ -18,7 +18,7 @@ from unbroken.check.compare import (
     moving_generators,
     reproducible_generators,
 )
-from unbroken.check.diagnose import Scenery, epoch_starts, explain
+from unbroken.check.diagnose import Evidence, epoch_starts, explain
 from unbroken.check.recording import Recording
 from unbroken.check.verdict import Culprit, Status, Verdict, not_exact, unknown
 
@@ -271,9 +271,9 @@ def _judge_rank(
     start, generators = place.start, reference.generators[rank]
     difference = _lasting_difference(uninterrupted, resumed, start, generators)
     if difference is not None and not _is_harmless(difference, uninterrupted, resumed, start):
-        scenery = Scenery(uninterrupted, resumed, start, difference, generators, reference.ranks)
-        order = (scenery.place, PARTS.index(difference.parts[0]))
-        return _Judged(explain(scenery), rank, order)
+        observed = Evidence(uninterrupted, resumed, start, difference, generators, reference.ranks)
+        order = (observed.place, PARTS.index(difference.parts[0]))
+        return _Judged(explain(observed), rank, order)
     verdict = _judge_end(uninterrupted, resumed, start, is_whole)
     if difference is not None and verdict.status is Status.EXACT:
         verdict = replace(verdict, evidence=(*verdict.evidence, _HARMLESS))
@@ -287,7 +287,7 @@ _HARMLESS = (
 
 
 def _is_harmless(
-    difference: Difference, reference: Recording, resumed: Recording, start: int
+    difference: StepDifference, reference: Recording, resumed: Recording, start: int
 ) -> bool:
     """Return whether only generators differ, and that could have shown itself and did not.
 
@@ -304,7 +304,7 @@ def _is_harmless(
 
 def _lasting_difference(
     reference: Recording, resumed: Recording, start: int, generators: frozenset[str]
-) -> Difference | None:
+) -> StepDifference | None:
     """Return the first difference; of what may heal by itself only what lasts to the end."""
     theirs, ours = reference.steps[start:], resumed.steps
     pairs = list(zip(theirs, ours, strict=False))
@@ -317,7 +317,7 @@ def _lasting_difference(
         kept = [part for part in parts if part not in LATENT or part in lasting]
         if kept:
             at_once = [part for part in parts if part in LATENT and part not in lasting]
-            return Difference(index, (*kept, *at_once))
+            return StepDifference(index, (*kept, *at_once))
     return None
 
 

@@ -11,8 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from unbroken.check.isolation import VARIABLE, Place
-from unbroken.check.recorder.protocol import Plan
+from unbroken.check.isolation import VARIABLE, Workspace
+from unbroken.check.recorder.protocol import RecordPlan
 from unbroken.check.recording import Recording, read_recordings
 from unbroken.errors import ConfigError
 
@@ -48,7 +48,9 @@ class Launch:
         return self.status == -signal.SIGKILL
 
 
-def launch(words: Sequence[str], place: Place, records: Path, plan: Plan, timeout: float) -> Launch:
+def launch(
+    words: Sequence[str], place: Workspace, records: Path, plan: RecordPlan, timeout: float
+) -> Launch:
     """Run a command to its end, with the recorder in it and in all that it starts.
 
     Args:
@@ -85,7 +87,7 @@ def launch(words: Sequence[str], place: Place, records: Path, plan: Plan, timeou
     return Launch(status, is_timed_out, seconds, tuple(tail), read_recordings(records))
 
 
-def _environment(place: Place, plan: Path) -> dict[str, str]:
+def _environment(place: Workspace, plan: Path) -> dict[str, str]:
     paths = [str(_ENTRY), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,

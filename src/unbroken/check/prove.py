@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from unbroken.check.compare import states_before
-from unbroken.check.isolation import Place, Places, Separation, choose_separation
+from unbroken.check.isolation import Separation, Workspace, Workspaces, choose_separation
 from unbroken.check.judge import Kill, Reference, judge_killed, judge_resumed, make_reference
 from unbroken.check.launch import Launch, launch
-from unbroken.check.recorder.protocol import Digests, Plan, state_keys
+from unbroken.check.recorder.protocol import Digests, RecordPlan, state_keys
 from unbroken.check.recording import Recording
 from unbroken.check.verdict import Culprit, Status, Verdict, not_exact, unknown
 from unbroken.errors import ConfigError
@@ -84,7 +84,7 @@ def summary_of(kills: Sequence[tuple[int, Verdict]]) -> Verdict:
 
 
 @dataclass(frozen=True)
-class Question:
+class CheckRequest:
     """Which script is to be checked, and how.
 
     Attributes:
@@ -101,7 +101,7 @@ class Question:
         keep: Keep recordings and outputs in this new folder; None: a temporary one.
 
     Example:
-        >>> Question(("python", "train.py"), at=(7, 12)).kills
+        >>> CheckRequest(("python", "train.py"), at=(7, 12)).kills
         2
     """
 
@@ -136,7 +136,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answer:
+class CheckResult:
     """What a check has found.
 
     Attributes:
@@ -159,7 +159,7 @@ class Answer:
 Tell = Callable[[str], None]
 
 
-def prove(question: Question, tell: Tell = lambda _: None) -> Answer:
+def check_script(request: CheckRequest, tell: Tell = lambda _: None) -> CheckResult:
     """Find out whether a script resumes exactly; it is started at least four times.
 
     Exact means: every optimizer step after each resume has the same data, loss, learning rate,
@@ -168,7 +168,7 @@ def prove(question: Question, tell: Tell = lambda _: None) -> Answer:
     SIGKILL right after the optimizer step that is named.
 
     Args:
-        question: What is to be checked.
+        request: What is to be checked.
         tell: Called with each line of the story.
 
     Raises:
@@ -176,9 +176,9 @@ def prove(question: Question, tell: Tell = lambda _: None) -> Answer:
             runs cannot be kept apart.
     """
     began = time.monotonic()
-    with _working_folder(question.keep) as root:
-        answer = _Check(question, root, tell).answer()
-    return replace(answer, seconds=time.monotonic() - began)
+    with _working_folder(request.keep) as root:
+        result = _Check(request, root, tell).result()
+    return replace(result, seconds=time.monotonic() - began)
 
 
 @contextmanager
@@ -198,30 +198,30 @@ def _working_folder(keep: Path | None) -> Iterator[Path]:
 class _Check:
     """The parts of a check, in their order."""
 
-    def __init__(self, question: Question, root: Path, tell: Tell) -> None:
-        self._question = question
+    def __init__(self, request: CheckRequest, root: Path, tell: Tell) -> None:
+        self._request = request
         self._root = root
         self._tell = tell
-        self._resume = question.resume_command or question.command
-        current = question.folder if question.folder is not None else Path.cwd()
-        commands = (question.command, self._resume)
-        separation, clean = choose_separation(commands, current, question.clean)
-        self._places = Places(root, current, separation, clean)
+        self._resume = request.resume_command or request.command
+        current = request.folder if request.folder is not None else Path.cwd()
+        commands = (request.command, self._resume)
+        separation, clean = choose_separation(commands, current, request.clean)
+        self._places = Workspaces(root, current, separation, clean)
         self._launches = 0
 
-    def answer(self) -> Answer:
+    def result(self) -> CheckResult:
         """Return what was found; leave nothing of the runs in the user's folder."""
         self._tell(f"Kept apart: {self._places.separation}.")
         try:
             reference = self._make_reference()
             if isinstance(reference, Verdict):
-                return Answer(reference)
+                return CheckResult(reference)
             kills = tuple(self._kill_and_resume(reference))
         finally:
             if self._places.separation is Separation.CLEAN:
                 self._places.remove_leftovers()
         overheads = [one.overhead for one in reference.ranks.values() if one.overhead is not None]
-        return Answer(
+        return CheckResult(
             summary_of(kills),
             kills,
             reference.steps,
@@ -231,11 +231,11 @@ class _Check:
 
     def _make_reference(self) -> Reference | Verdict:
         """Run the script twice without a kill."""
-        self._tell(f"1. Without a kill, twice: {shlex.join(self._question.command)}")
+        self._tell(f"1. Without a kill, twice: {shlex.join(self._request.command)}")
         runs = []
         for name in ("reference-1", "reference-2"):
-            plan = Plan("", self._question.digests, stop_after=self._question.steps)
-            run = self._launch(self._question.command, self._places.make(name), plan)
+            plan = RecordPlan("", self._request.digests, stop_after=self._request.steps)
+            run = self._launch(self._request.command, self._places.make(name), plan)
             if run.is_timed_out or run.status != 0:
                 return failed(run, Culprit.SCRIPT_FAILED)
             steps = max((len(one.steps) for one in run.ranks.values()), default=0)
@@ -249,7 +249,7 @@ class _Check:
         moments = self._moments(reference.steps)
         self._tell(f"2. Killed after {_list(moments)}: {shlex.join(self._resume)}")
         place, began = self._places.make("killed"), time.time_ns()
-        first = self._launch(self._question.command, place, self._plan(moments[0]))
+        first = self._launch(self._request.command, place, self._plan(moments[0]))
         wrong = judge_killed(reference, first.ranks) or not_hit(first)
         if wrong is not None:
             yield moments[0], wrong
@@ -268,26 +268,26 @@ class _Check:
 
     def _moments(self, steps: int) -> tuple[int, ...]:
         """Return the steps after which to kill; there must be a step left after each."""
-        if self._question.at:
-            if max(self._question.at) >= steps:
+        if self._request.at:
+            if max(self._request.at) >= steps:
                 expected = f"below {steps}, the steps of the run"
-                raise ConfigError("--at", expected=expected, found=max(self._question.at))
-            return self._question.at
+                raise ConfigError("--at", expected=expected, found=max(self._request.at))
+            return self._request.at
         if steps < 2:
             raise ConfigError("check", "the run is too short to be killed", found=f"{steps} step")
         possible = range(max(1, steps // 3), steps)
-        count = min(self._question.kills, len(possible))
-        return tuple(sorted(random.Random(self._question.seed).sample(possible, count)))  # noqa: S311
+        count = min(self._request.kills, len(possible))
+        return tuple(sorted(random.Random(self._request.seed).sample(possible, count)))  # noqa: S311
 
-    def _plan(self, kill_after: int | None, states: dict[str, int] | None = None) -> Plan:
-        return Plan("", self._question.digests, kill_after, self._question.steps, states or {})
+    def _plan(self, kill_after: int | None, states: dict[str, int] | None = None) -> RecordPlan:
+        return RecordPlan("", self._request.digests, kill_after, self._request.steps, states or {})
 
-    def _launch(self, words: Sequence[str], place: Place, plan: Plan) -> Launch:
+    def _launch(self, words: Sequence[str], place: Workspace, plan: RecordPlan) -> Launch:
         self._launches += 1
         records = self._root / "records" / f"launch-{self._launches}"
         records.mkdir(parents=True)
         plan = replace(plan, folder=str(records), parent=os.getpid())
-        return launch(words, place, records, plan, self._question.timeout)
+        return launch(words, place, records, plan, self._request.timeout)
 
 
 def _list(steps: Sequence[int]) -> str:

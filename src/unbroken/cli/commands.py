@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import tyro
@@ -15,7 +17,7 @@ Json = Annotated[bool, arg(name="json")]
 
 
 @dataclass(frozen=True)
-class Ls:
+class LsCommand:
     """List runs, or the checkpoints of a run.
 
     Only manifests and file sizes are looked at; `unbroken verify` reads every byte.
@@ -34,7 +36,7 @@ class Ls:
 
 
 @dataclass(frozen=True)
-class Show:
+class ShowCommand:
     """Show what a run or one checkpoint is: progress, configuration, environment, files."""
 
     path: Positional[str]
@@ -52,7 +54,7 @@ class Show:
 
 
 @dataclass(frozen=True)
-class Verify:
+class VerifyCommand:
     """Read every byte of the checkpoints and list all damage; exit status 10 if there is any."""
 
     path: Positional[str]
@@ -64,13 +66,13 @@ class Verify:
 
     def run(self) -> int:
         """Print what was found; return the exit status."""
-        from unbroken.cli.verify import print_verdicts
+        from unbroken.cli.verify import print_results
 
-        return print_verdicts(self.path, step=self.step, as_json=self.as_json)
+        return print_results(self.path, step=self.step, as_json=self.as_json)
 
 
 @dataclass(frozen=True)
-class Diff:
+class DiffCommand:
     """Tell what differs between checkpoints, runs and configuration files.
 
     Configuration, environment, data, every value of the state, and all tensors; by their digests,
@@ -103,7 +105,7 @@ class Diff:
 
 
 @dataclass(frozen=True)
-class Export:
+class ExportCommand:
     """Write what a checkpoint holds for other programs: whole weights, or another trainer's layout.
 
     Weights that several ranks saved in shards are put together, without a process group and in
@@ -133,7 +135,7 @@ class Export:
 
 
 @dataclass(frozen=True)
-class Check:
+class CheckCommand:
     """Prove whether any training script resumes exactly.
 
     unbroken check [options] -- python train.py ARGS. The script runs twice without a kill, and
@@ -166,13 +168,27 @@ class Check:
 
     def run(self) -> int:
         """Print the verdict; return the exit status."""
-        from unbroken.cli.check import print_check, question_of
+        from unbroken.check import CheckRequest
+        from unbroken.cli.check import print_check
 
-        return print_check(question_of(self), as_json=self.as_json)
+        again = None if self.resume_command is None else tuple(shlex.split(self.resume_command))
+        request = CheckRequest(
+            command=self.command,
+            resume_command=again,
+            steps=self.steps,
+            at=_steps(self.at),
+            kills=self.kills,
+            seed=self.seed,
+            clean=self.clean,
+            timeout=self.timeout,
+            digests=self.digests,
+            keep=None if self.keep is None else Path(self.keep),
+        )
+        return print_check(request, as_json=self.as_json)
 
 
 @dataclass(frozen=True)
-class Demo:
+class DemoCommand:
     """Kill a training run again and again, and show that it equals one that was not killed.
 
     A small GPT-2 is trained twice on real text by `unbroken train`, in processes of their own:
@@ -202,7 +218,7 @@ class Demo:
 
 
 @dataclass(frozen=True)
-class Doctor:
+class DoctorCommand:
     """Tell what this machine is, and what on it would break bit-exactness, with the remedy.
 
     Versions, switches, environment variables, the file system of a run directory; and a small
@@ -225,7 +241,7 @@ class Doctor:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlanCommand:
     """Tell how often a cluster that is not here should save, and what failures will cost it.
 
     The interval that loses least time, the useful part of the time (goodput), the storage needed;
@@ -277,7 +293,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Train:
+class TrainCommand:
     """Train a causal language model on text files, as a YAML file says.
 
     The same command continues a run that was stopped or killed.
@@ -289,29 +305,46 @@ class Train:
 
 MIN_DEMO_STEPS = 12
 COMMANDS = {
-    "train": Train,
-    "demo": Demo,
-    "check": Check,
-    "ls": Ls,
-    "show": Show,
-    "verify": Verify,
-    "diff": Diff,
-    "export": Export,
-    "doctor": Doctor,
-    "plan": Plan,
+    "train": TrainCommand,
+    "demo": DemoCommand,
+    "check": CheckCommand,
+    "ls": LsCommand,
+    "show": ShowCommand,
+    "verify": VerifyCommand,
+    "diff": DiffCommand,
+    "export": ExportCommand,
+    "doctor": DoctorCommand,
+    "plan": PlanCommand,
 }
+
+
+def _steps(text: str | None) -> tuple[int, ...]:
+    try:
+        return () if text is None else tuple(int(step) for step in text.split(","))
+    except ValueError:
+        raise ConfigError("--at", expected="steps such as 7 or 7,12", found=text) from None
 
 
 # From the words of a command line to the command.
 
 
+Command = (
+    CheckCommand
+    | DemoCommand
+    | DiffCommand
+    | DoctorCommand
+    | LsCommand
+    | PlanCommand
+    | ShowCommand
+    | VerifyCommand
+)
 _DESCRIPTION = (
     "A PyTorch training run that is killed at any moment and started again is the same run, "
     "bit for bit."
 )
 
 
-def parse_command(given: Sequence[str]) -> Check | Demo | Diff | Doctor | Ls | Plan | Show | Verify:
+def parse_command(given: Sequence[str]) -> Command:
     """Return the command that the words ask for.
 
     Raises:
@@ -324,12 +357,12 @@ def parse_command(given: Sequence[str]) -> Check | Demo | Diff | Doctor | Ls | P
     classes = cast("dict[str, Any]", COMMANDS)
     own, command = _before_and_after_dashes(given)
     found = cast(
-        "Check | Demo | Diff | Doctor | Ls | Plan | Show | Verify",
+        "Command",
         tyro.extras.subcommand_cli_from_dict(
             classes, prog="unbroken", description=_DESCRIPTION, args=own
         ),
     )
-    return replace(found, command=tuple(command)) if isinstance(found, Check) else found
+    return replace(found, command=tuple(command)) if isinstance(found, CheckCommand) else found
 
 
 def _before_and_after_dashes(given: Sequence[str]) -> tuple[list[str], list[str]]:

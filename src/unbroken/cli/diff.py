@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from unbroken.cli.run_paths import Place, open_place
+from unbroken.cli.run_paths import RunPath, open_run_path
 from unbroken.cli.tables import (
     date_text,
     make_console,
@@ -98,13 +98,13 @@ def open_side(text: str) -> Side:
     path = Path(text)
     if path.suffix in _SUFFIXES and not path.is_dir():
         return ConfigSide(text, _read_config(path))
-    place = open_place(text)
+    place = open_run_path(text)
     if place.folder is not None:
         return CheckpointSide(text, place.open(place.folder))
     return _newest(text, place)
 
 
-def _newest(text: str, place: Place) -> CheckpointSide:
+def _newest(text: str, place: RunPath) -> CheckpointSide:
     skipped: dict[str, str] = {}
     for folder in reversed(place.folders):
         try:

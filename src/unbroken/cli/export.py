@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from unbroken.cli.run_paths import open_place
+from unbroken.cli.run_paths import open_run_path
 from unbroken.cli.tables import make_console, size_text
 from unbroken.errors import CheckpointNotFoundError, ConfigError
 from unbroken.store import CheckpointReader, export_weights
@@ -65,7 +65,7 @@ def print_export_to_transformers(path: str, folder: str) -> int:
 
 def _open(path: str) -> CheckpointReader:
     """Return the checkpoint that a path names; of a run, the newest."""
-    place = open_place(path)
+    place = open_run_path(path)
     reader = place.newest() if place.folder is None else place.open(place.folder)
     if reader is None:
         raise CheckpointNotFoundError(path, "holds no checkpoint that can be opened")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from unbroken.cli.run_paths import Place, best_step_of, is_pinned, is_run, open_place, runs_in
+from unbroken.cli.run_paths import RunPath, best_step_of, is_pinned, is_run, open_run_path, runs_in
 from unbroken.cli.tables import (
     date_text,
     make_console,
@@ -33,9 +33,9 @@ class Branching:
         parent: The run that it left, if that is in the tree.
     """
 
-    place: Place
+    place: RunPath
     depth: int
-    parent: Place | None
+    parent: RunPath | None
 
     @property
     def name(self) -> str:
@@ -50,12 +50,12 @@ class Branching:
         return f"{'  ' * self.depth}{name} at step {lineage.step}"
 
 
-def lineage_of(place: Place) -> Lineage | None:
+def lineage_of(place: RunPath) -> Lineage | None:
     """Return where a run comes from, if it is a branch."""
     return None if place.run is None else place.run.parent
 
 
-def origin_of(place: Place) -> str | None:
+def origin_of(place: RunPath) -> str | None:
     """Return in words where a branch comes from; None for a run that is none."""
     lineage = lineage_of(place)
     if lineage is None:
@@ -82,7 +82,7 @@ def _holds_no_runs(name: str) -> bool:
     return name.startswith(".") or name == SET_ASIDE or step_of(name) is not None
 
 
-def as_tree(places: Sequence[Place]) -> list[Branching]:
+def as_tree(places: Sequence[RunPath]) -> list[Branching]:
     """Return runs so that each stands below the one that it left, by the steps where they left.
 
     A parent is known by its id. Of several copies with that id, the one that stands where the
@@ -97,11 +97,11 @@ def as_tree(places: Sequence[Place]) -> list[Branching]:
 
 
 def _with_branches(
-    place: Place,
+    place: RunPath,
     depth: int,
-    parent: Place | None,
-    places: Sequence[Place],
-    parents: dict[Path, Place | None],
+    parent: RunPath | None,
+    places: Sequence[RunPath],
+    parents: dict[Path, RunPath | None],
 ) -> Iterator[Branching]:
     yield Branching(place, depth, parent)
     children = [one for one in places if parents[one.path] is place]
@@ -109,12 +109,12 @@ def _with_branches(
         yield from _with_branches(child, depth + 1, place, places, parents)
 
 
-def _left_at(place: Place) -> tuple[int, Path]:
+def _left_at(place: RunPath) -> tuple[int, Path]:
     lineage = lineage_of(place)
     return (0 if lineage is None else lineage.step, place.path)
 
 
-def _parent_in(place: Place, places: Sequence[Place]) -> Place | None:
+def _parent_in(place: RunPath, places: Sequence[RunPath]) -> RunPath | None:
     lineage = lineage_of(place)
     if lineage is None:
         return None
@@ -123,7 +123,7 @@ def _parent_in(place: Place, places: Sequence[Place]) -> Place | None:
     return next((one for one in known if one.path == recorded), known[0] if known else None)
 
 
-def _recorded(place: Place, lineage: Lineage) -> Path:
+def _recorded(place: RunPath, lineage: Lineage) -> Path:
     return Path(os.path.normpath(place.path / lineage.path))
 
 
@@ -189,13 +189,13 @@ def print_listing(given: Sequence[str], *, as_json: bool) -> int:
     return 0
 
 
-def rows_of(place: Place) -> list[Row]:
+def rows_of(place: RunPath) -> list[Row]:
     """Return the checkpoints of a run, by rising step."""
     best = best_step_of(place)
     return [_row(place, folder, best) for folder in place.folders]
 
 
-def _row(place: Place, folder: str, best: int | None) -> Row:
+def _row(place: RunPath, folder: str, best: int | None) -> Row:
     try:
         reader = place.open(folder)
     except CheckpointError as error:
@@ -213,7 +213,7 @@ def _row(place: Place, folder: str, best: int | None) -> Row:
     )
 
 
-def _places(given: Sequence[str]) -> list[Place]:
+def _places(given: Sequence[str]) -> list[RunPath]:
     if given:
         return [place for text in given for place in _places_at(text)]
     here = Path.cwd()
@@ -222,13 +222,13 @@ def _places(given: Sequence[str]) -> list[Place]:
         raise RunDirectoryError(
             str(here), "no run in ./runs or here", hint="name a run: unbroken ls RUN"
         )
-    return [Place(path, RunDirectory.open_readonly(path)) for path in found]
+    return [RunPath(path, RunDirectory.open_readonly(path)) for path in found]
 
 
-def _places_at(text: str) -> list[Place]:
+def _places_at(text: str) -> list[RunPath]:
     """Return the run or checkpoint that a path names, or else the runs in that folder."""
     inside = [] if is_run(Path(text)) else runs_below(Path(text).absolute())
-    return [open_place(str(path)) for path in inside] or [open_place(text)]
+    return [open_run_path(str(path)) for path in inside] or [open_run_path(text)]
 
 
 def _runs_from(here: Path) -> list[Path]:
@@ -238,21 +238,21 @@ def _runs_from(here: Path) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def _branches_below(places: Sequence[Place]) -> list[Place]:
+def _branches_below(places: Sequence[RunPath]) -> list[RunPath]:
     """Return the runs that stand below the runs named, and are not named themselves."""
     named = {place.path for place in places}
     found = [path for place in places if place.folder is None for path in runs_below(place.path)]
     others = [path for path in dict.fromkeys(found) if path not in named]
-    return [Place(path, RunDirectory.open_readonly(path)) for path in others]
+    return [RunPath(path, RunDirectory.open_readonly(path)) for path in others]
 
 
-def _is_overview(given: Sequence[str], places: Sequence[Place]) -> bool:
+def _is_overview(given: Sequence[str], places: Sequence[RunPath]) -> bool:
     """Return whether the paths name folders of runs, not runs: then one line a run is enough."""
     named = {Path(text).absolute() for text in given} or {Path.cwd()}
     return not any(place.path in named or place.folder is not None for place in places)
 
 
-def _run_json(place: Place) -> dict[str, object]:
+def _run_json(place: RunPath) -> dict[str, object]:
     lineage = lineage_of(place)
     return {
         "path": str(place.path),
@@ -283,12 +283,12 @@ def _overview_row(item: Branching) -> tuple[str, ...]:
     )
 
 
-def _nbytes_in(place: Place, folder: str) -> int:
+def _nbytes_in(place: RunPath, folder: str) -> int:
     found = (place.storage.stat(f"{folder}/{name}") for name in place.storage.list(folder))
     return sum(stat.nbytes for stat in found if stat is not None)
 
 
-def _print_each(places: Sequence[Place]) -> None:
+def _print_each(places: Sequence[RunPath]) -> None:
     console = make_console()
     columns = ("step", "created", "size", "tensors", "marks", "state")
     for number, place in enumerate(places):
@@ -309,7 +309,7 @@ def _print_branches(tree: Sequence[Branching]) -> None:
     _print_overview(tree)
 
 
-def _title(place: Place) -> str:
+def _title(place: RunPath) -> str:
     origin = origin_of(place)
     return short(place.path) + ("" if origin is None else f": a branch of {origin}")
 

@@ -26,7 +26,7 @@ _HABITS = (600.0, 1800.0, 3600.0, 4 * 3600.0)  # seconds: what people choose by 
 
 
 @dataclass(frozen=True)
-class Plan:
+class ClusterPlan:
     """A cluster, the best rhythm for it, and what becomes of others.
 
     Attributes:
@@ -58,7 +58,7 @@ class Plan:
 
 def make_plan(
     cluster: Cluster, *, kept: int, step_seconds: float | None = None, seed: int = 0
-) -> Plan:
+) -> ClusterPlan:
     """Return the best rhythm for a cluster, checked by simulation.
 
     Raises:
@@ -88,10 +88,10 @@ def make_plan(
             hint="more bandwidth, fewer GPUs, or less to save",
         )
     simulated = simulate(rhythm, random.Random(seed))  # noqa: S311  (nothing secret)
-    return Plan(cluster, rhythm, simulated, kept, step_seconds)
+    return ClusterPlan(cluster, rhythm, simulated, kept, step_seconds)
 
 
-def print_plan(plan: Plan, *, as_json: bool) -> int:
+def print_plan(plan: ClusterPlan, *, as_json: bool) -> int:
     """Print the plan; return the exit status."""
     if as_json:
         print_json(_as_json(plan))
@@ -120,7 +120,7 @@ def number_of(text: str, where: str) -> float:
         raise ConfigError(where, expected="a number such as 8B or 50GB/s", found=text) from None
 
 
-def _facts(plan: Plan) -> dict[str, str]:
+def _facts(plan: ClusterPlan) -> dict[str, str]:
     cluster, rhythm = plan.cluster, plan.rhythm
     in_steps = "" if plan.save_steps is None else f": save_steps={plan.save_steps}"
     return {
@@ -138,7 +138,7 @@ def _facts(plan: Plan) -> dict[str, str]:
     }
 
 
-def _print_other_intervals(console: Console, plan: Plan) -> None:
+def _print_other_intervals(console: Console, plan: ClusterPlan) -> None:
     best = plan.rhythm.interval
     others = {plan.cluster.rhythm(interval) for interval in (best, *_HABITS)}
     rhythms = sorted(others, key=lambda one: one.interval)
@@ -153,7 +153,7 @@ def _print_other_intervals(console: Console, plan: Plan) -> None:
     print_table(console, make_table(columns, rows, columns[1:]))
 
 
-def _as_json(plan: Plan) -> dict[str, Any]:
+def _as_json(plan: ClusterPlan) -> dict[str, Any]:
     rhythm = plan.rhythm
     return {
         "cluster": {**asdict(plan.cluster), "state_bytes": plan.cluster.state_bytes},

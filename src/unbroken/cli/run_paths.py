@@ -12,7 +12,7 @@ from unbroken.store.format.names import MANIFEST_NAME, PINNED_NAME, RUN_NAME, st
 
 
 @dataclass(frozen=True)
-class Place:
+class RunPath:
     """What a path names: a whole run, or one checkpoint.
 
     Attributes:
@@ -59,7 +59,7 @@ class Place:
                 continue
         return None
 
-    def narrowed(self, step: int) -> Place:
+    def narrowed(self, step: int) -> RunPath:
         """Return the place of one checkpoint of the run.
 
         Raises:
@@ -71,10 +71,10 @@ class Place:
             raise CheckpointNotFoundError(
                 str(self.path), "no such checkpoint", expected=expected, found=step
             )
-        return Place(self.path, self.run, known[step])
+        return RunPath(self.path, self.run, known[step])
 
 
-def open_place(text: str) -> Place:
+def open_run_path(text: str) -> RunPath:
     """Return what a path names.
 
     Raises:
@@ -83,10 +83,10 @@ def open_place(text: str) -> Place:
     """
     path = Path(text).absolute()
     if is_run(path):
-        return Place(path, RunDirectory.open_readonly(path))
+        return RunPath(path, RunDirectory.open_readonly(path))
     is_checkpoint_name = step_of(path.name) is not None
     if is_checkpoint_name and is_run(path.parent):
-        run = Place(path.parent, RunDirectory.open_readonly(path.parent))
+        run = RunPath(path.parent, RunDirectory.open_readonly(path.parent))
         return run.narrowed(step_of(path.name) or 0)
     if not path.exists():
         raise RunDirectoryError(text, "no such directory")
@@ -97,7 +97,7 @@ def open_place(text: str) -> Place:
             expected=f"a {RUN_NAME} or a {MANIFEST_NAME} in it",
             hint="`unbroken ls` lists the runs that are here",
         )
-    return Place(path, None, path.name)
+    return RunPath(path, None, path.name)
 
 
 def is_run(path: Path) -> bool:
@@ -115,7 +115,7 @@ def is_pinned(reader: CheckpointReader) -> bool:
     return reader.storage.stat(f"{reader.folder}/{PINNED_NAME}") is not None
 
 
-def best_step_of(place: Place) -> int | None:
+def best_step_of(place: RunPath) -> int | None:
     """Return the step that the newest readable checkpoint calls the best."""
     newest = place.newest()
     step = None if newest is None else newest.manifest.facts.get("best_step")

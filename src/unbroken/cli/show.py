@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 from rich.console import Console
 
 from unbroken.cli.ls import lineage_of, origin_of
-from unbroken.cli.run_paths import Place, best_step_of, is_pinned, open_place
+from unbroken.cli.run_paths import RunPath, best_step_of, is_pinned, open_run_path
 from unbroken.cli.tables import (
     date_text,
     make_console,
@@ -37,7 +37,7 @@ class Story:
         history: Every record of history.jsonl.
     """
 
-    place: Place
+    place: RunPath
     reader: CheckpointReader | None
     skipped: dict[str, str]
     metrics: list[dict[str, Json]]
@@ -51,7 +51,7 @@ def print_run(path: str, *, with_history: bool, as_json: bool) -> int:
         CheckpointError: The path names a checkpoint that cannot be opened.
         RunDirectoryError: The path names no run and no checkpoint.
     """
-    story = _read(open_place(path))
+    story = _read(open_run_path(path))
     if as_json:
         print_json(_as_json(story, with_history=with_history))
     else:
@@ -59,7 +59,7 @@ def print_run(path: str, *, with_history: bool, as_json: bool) -> int:
     return 0
 
 
-def _read(place: Place) -> Story:
+def _read(place: RunPath) -> Story:
     skipped: dict[str, str] = {}
     reader = None
     for folder in reversed(place.folders):
@@ -168,7 +168,7 @@ def _not_judged(manifest: Manifest) -> dict[str, str]:
 
 
 def _marks(story: Story, reader: CheckpointReader) -> dict[str, bool]:
-    whole = Place(story.place.path, story.place.run)
+    whole = RunPath(story.place.path, story.place.run)
     return {"best": best_step_of(whole) == reader.step, "pinned": is_pinned(reader)}
 
 

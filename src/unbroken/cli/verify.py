@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-from unbroken.cli.run_paths import Place, open_place
+from unbroken.cli.run_paths import RunPath, open_run_path
 from unbroken.cli.tables import make_console, print_json, size_text
 from unbroken.errors import (
     CheckpointError,
@@ -19,7 +19,7 @@ from unbroken.store.format.names import MANIFEST_NAME
 
 
 @dataclass(frozen=True)
-class Verdict:
+class VerifyResult:
     """What reading a checkpoint whole has shown.
 
     Attributes:
@@ -44,50 +44,50 @@ class Verdict:
         return not self.is_newer and all(damage.kind == "stray" for damage in self.damage)
 
 
-def print_verdicts(path: str, *, step: int | None, as_json: bool) -> int:
+def print_results(path: str, *, step: int | None, as_json: bool) -> int:
     """Verify the checkpoints at a path, print all that is wrong, and return the exit status.
 
     Raises:
         CheckpointNotFoundError: There is no checkpoint.
         RunDirectoryError: The path names no run and no checkpoint.
     """
-    place = open_place(path)
+    place = open_run_path(path)
     if step is not None:
         place = place.narrowed(step)
     if not place.folders:
         raise CheckpointNotFoundError(path, "there is no checkpoint yet")
     if as_json:
-        verdicts = list(verify(place))
-        print_json({"path": str(place.path), "checkpoints": [_as_json(one) for one in verdicts]})
+        results = list(verify(place))
+        print_json({"path": str(place.path), "checkpoints": [_as_json(one) for one in results]})
     else:
-        verdicts = _print_as_found(place)
-    return _status(verdicts)
+        results = _print_as_found(place)
+    return _status(results)
 
 
-def verify(place: Place) -> Iterator[Verdict]:
-    """Yield the verdict on each checkpoint that a place names."""
+def verify(place: RunPath) -> Iterator[VerifyResult]:
+    """Yield the result on each checkpoint that a place names."""
     for folder in place.folders:
-        yield _verdict(place, folder)
+        yield _result(place, folder)
 
 
-def _verdict(place: Place, folder: str) -> Verdict:
+def _result(place: RunPath, folder: str) -> VerifyResult:
     problem: CheckpointError | None = None
     try:
         storage = place.open(folder).storage
     except NewerFormatError as error:
-        return Verdict(folder, (_of_manifest(error),), is_newer=True)
+        return VerifyResult(folder, (_of_manifest(error),), is_newer=True)
     except CheckpointError as error:
         storage, problem = place.storage, error
     try:
         reader = _EagerReader(storage, folder)
     except CheckpointError as error:
-        return Verdict(folder, (_of_manifest(error),))
+        return VerifyResult(folder, (_of_manifest(error),))
     damage = reader.verify()
     if problem is not None and not damage:  # whole, but of another step or run than its place
         damage.append(_of_manifest(problem))
     manifest = reader.manifest
     counts = (manifest.nbytes, len(manifest.files), len(manifest.tensors))
-    return Verdict(folder, tuple(damage), *counts)
+    return VerifyResult(folder, tuple(damage), *counts)
 
 
 class _EagerReader(CheckpointReader):
@@ -102,38 +102,38 @@ def _of_manifest(error: CheckpointError) -> Damage:
     return Damage(MANIFEST_NAME, "unreadable", None, str(sentence))
 
 
-def _print_as_found(place: Place) -> list[Verdict]:
-    """Print each verdict as soon as it is known: reading large checkpoints takes its time."""
+def _print_as_found(place: RunPath) -> list[VerifyResult]:
+    """Print each result as soon as it is known: reading large checkpoints takes its time."""
     console = make_console()
-    verdicts = []
-    for verdict in verify(place):
-        verdicts.append(verdict)
-        console.print(f"{verdict.folder}: {_words(verdict)}")
-        for damage in verdict.damage:
+    results = []
+    for result in verify(place):
+        results.append(result)
+        console.print(f"{result.folder}: {_words(result)}")
+        for damage in result.damage:
             console.print(f"  {damage}")
         console.file.flush()
-    bad = [verdict.folder for verdict in verdicts if not verdict.is_intact]
+    bad = [result.folder for result in results if not result.is_intact]
     if bad:
-        console.print(f"not usable: {len(bad)} of {len(verdicts)}: {', '.join(bad)}")
+        console.print(f"not usable: {len(bad)} of {len(results)}: {', '.join(bad)}")
     else:
-        console.print(f"all intact: {len(verdicts)} of {len(verdicts)}")
-    return verdicts
+        console.print(f"all intact: {len(results)} of {len(results)}")
+    return results
 
 
-def _words(verdict: Verdict) -> str:
-    if verdict.is_newer:
+def _words(result: VerifyResult) -> str:
+    if result.is_newer:
         return "of a newer format"
-    if not verdict.is_intact:
+    if not result.is_intact:
         return "damaged"
-    size = size_text(verdict.nbytes or 0)
-    return f"intact: {size}, {verdict.files} files, {verdict.tensors} tensors: every byte matches"
+    size = size_text(result.nbytes or 0)
+    return f"intact: {size}, {result.files} files, {result.tensors} tensors: every byte matches"
 
 
-def _as_json(verdict: Verdict) -> dict[str, object]:
-    return {**asdict(verdict), "is_intact": verdict.is_intact}
+def _as_json(result: VerifyResult) -> dict[str, object]:
+    return {**asdict(result), "is_intact": result.is_intact}
 
 
-def _status(verdicts: list[Verdict]) -> int:
-    if any(not verdict.is_intact and not verdict.is_newer for verdict in verdicts):
+def _status(results: list[VerifyResult]) -> int:
+    if any(not result.is_intact and not result.is_newer for result in results):
         return CorruptCheckpointError.exit_code
-    return NewerFormatError.exit_code if any(one.is_newer for one in verdicts) else 0
+    return NewerFormatError.exit_code if any(one.is_newer for one in results) else 0

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from unbroken.check import Answer, Question, Status, prove
+from unbroken.check import CheckRequest, CheckResult, Status, check_script
 from unbroken.errors import ConfigError
 
 
@@ -120,7 +120,7 @@ def assert_resumes_exactly(
     timeout: float = 600.0,
     folder: str | Path | None = None,
     clean: Sequence[str] = (),
-) -> Answer:
+) -> CheckResult:
     """Prove that a training script, killed and started again, is the same run bit for bit.
 
     The script is run without a kill twice and with SIGKILLs once, as `unbroken check` does; see
@@ -154,7 +154,7 @@ def assert_resumes_exactly(
     """
     here = Path.cwd() if folder is None else Path(folder)
     again = None if resume_command is None else _words(resume_command, here)
-    question = Question(
+    request = CheckRequest(
         command=(*_words(command, here), *arguments),
         resume_command=again,
         at=tuple(at),
@@ -165,10 +165,10 @@ def assert_resumes_exactly(
         folder=here,
         clean=tuple(clean),
     )
-    answer = prove(question)
-    if answer.verdict.status is not Status.EXACT:
-        raise AssertionError("\n".join((str(answer.verdict), *answer.verdict.evidence)))
-    return answer
+    result = check_script(request)
+    if result.verdict.status is not Status.EXACT:
+        raise AssertionError("\n".join((str(result.verdict), *result.verdict.evidence)))
+    return result
 
 
 def _words(command: str | Path | Sequence[str], folder: Path) -> tuple[str, ...]:

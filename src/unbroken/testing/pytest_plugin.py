@@ -7,11 +7,11 @@ from functools import partial
 
 import pytest
 
-from unbroken.check import Answer
+from unbroken.check import CheckResult
 from unbroken.testing.assertions import assert_resumes_exactly
 
 
 @pytest.fixture
-def resumes_exactly(request: pytest.FixtureRequest) -> Callable[..., Answer]:
+def resumes_exactly(request: pytest.FixtureRequest) -> Callable[..., CheckResult]:
     """Return `assert_resumes_exactly`, for which paths are relative to the test's own file."""
     return partial(assert_resumes_exactly, folder=request.path.parent)

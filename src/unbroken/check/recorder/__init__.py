@@ -9,16 +9,16 @@ stands in a plan (`plan.py`); what it sees goes to one file of JSON lines for ea
 from __future__ import annotations
 
 from .import_hook import after_import
-from .protocol import Plan
+from .protocol import RecordPlan
 
 
 def enter(path: str) -> None:
     """Wait in this process until torch is imported, then record as the plan at `path` says."""
 
     def attach() -> None:
-        from .recorder import Watch
+        from .recorder import Recorder
 
-        Watch(Plan.read(path)).attach()
+        Recorder(RecordPlan.read(path)).attach()
 
     after_import("torch", attach)
 

@@ -29,7 +29,7 @@ _SAMPLED_FROM = 1 << 26  # bytes of weights outside the optimizer from which sam
 _REFERENCES_OF_OURS = 3  # the list that holds it, the loop variable, the argument of getrefcount
 
 
-class Scene:
+class LiveObjects:
     """The live objects of training, as found at one moment; modules are held weakly."""
 
     def __init__(self) -> None:

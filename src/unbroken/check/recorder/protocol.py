@@ -15,7 +15,7 @@ Digests = Literal["auto", "full", "sampled"]
 
 
 @dataclass(frozen=True)
-class Plan:
+class RecordPlan:
     """The recorder's orders; a step is one call of `optimizer.step()` by the outermost optimizer.
 
     Attributes:
@@ -41,7 +41,7 @@ class Plan:
         path.write_text(json.dumps(asdict(self)))
 
     @classmethod
-    def read(cls, path: str) -> Plan:
+    def read(cls, path: str) -> RecordPlan:
         """Return the plan that stands in a file."""
         return cls(**json.loads(Path(path).read_text()))
 
@@ -59,7 +59,7 @@ def state_keys(params: str, moments: str, counts: str) -> tuple[str, str]:
 # The file into which a process writes what it saw: one JSON object a line, flushed each time.
 
 
-class Journal:
+class RecordingFile:
     """A recording on disk; a SIGKILL can tear its last line, no other.
 
     The file is made with the first line, so that a process that sees nothing leaves nothing; a

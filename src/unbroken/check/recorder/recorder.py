@@ -34,16 +34,16 @@ from .digests import (
     parameters_of,
     settings_of,
 )
-from .live_objects import Scene
+from .live_objects import LiveObjects
 from .loaders import LoaderLog
-from .protocol import Journal, Plan, kill_now, state_keys, stop_now
+from .protocol import RecordingFile, RecordPlan, kill_now, state_keys, stop_now
 
 SAMPLED_FROM = 1 << 30  # bytes of parameters from which "auto" reads samples only
 _LOOK_AROUND = {2, *(8**power for power in range(1, 8))}  # steps; what is new is found then
 _MAX_PENDING = 4096  # batches that wait for a step: more come only where no step does
 
 
-class Watch:
+class Recorder:
     """The recorder of one process.
 
     It replaces three functions by ones that look and then call them (`DataLoader`'s next batch, a
@@ -51,13 +51,13 @@ class Watch:
     down and ends the watching, never the script.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: RecordPlan) -> None:
         self._plan = plan
-        self._journal = Journal(plan.folder)
+        self._journal = RecordingFile(plan.folder)
         self._digester: TensorDigester | None = None
         self._optimizers: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self._stepping: list[weakref.ref[Optimizer]] = []
-        self._scene: Scene | None = None
+        self._live: LiveObjects | None = None
         self._inside = threading.local()
         self._loaders = LoaderLog()
         self._step = 0  # steps of this process
@@ -216,13 +216,13 @@ class Watch:
 
     def _note_step(self, optimizer: Optimizer) -> None:
         generators = generator_digests()
-        if self._scene is None or self._step in _LOOK_AROUND:
+        if self._live is None or self._step in _LOOK_AROUND:
             self._look_around(optimizer)
-        scene, digester = self._scene, self._digester_for(optimizer)
-        if scene is None:
+        live, digester = self._live, self._digester_for(optimizer)
+        if live is None:
             return
         parameters = digester.of_all(parameters_of(optimizer))
-        buffers = scene.buffers(digester)
+        buffers = live.buffers(digester)
         self._journal.write(
             {
                 "kind": "step",
@@ -235,8 +235,8 @@ class Watch:
                 "loss_values": [loss.item() for loss in self._losses],
                 "learning_rates": learning_rates_of(optimizer),
                 "settings": digest_of(repr(settings_of(optimizer)).encode()),
-                "schedulers": scene.schedulers(),
-                "scalers": scene.scalers(),
+                "schedulers": live.schedulers(),
+                "scalers": live.scalers(),
                 "gradients": digester.of_all(gradients_of(optimizer)).whole,
                 "params": parameters.whole,
                 "params_each": parameters.each,
@@ -244,7 +244,7 @@ class Watch:
                 "counts": counts_digest(optimizer),
                 "buffers": buffers.whole,
                 "buffers_each": buffers.each,
-                "others": scene.others(digester),
+                "others": live.others(digester),
                 "generators": generators,
                 "spent": self._spent,
                 "at": time.perf_counter(),
@@ -254,14 +254,14 @@ class Watch:
         self._left[self._optimizers[optimizer]] = parameters.whole
 
     def _look_around(self, optimizer: Optimizer) -> None:
-        self._scene = Scene()
+        self._live = LiveObjects()
         self._journal.write(
             {
                 "kind": "scene",
                 "optimizer": self._optimizers[optimizer],
                 "class": type(optimizer).__name__,
-                "names": self._scene.names(optimizer),
-                "buffer_names": self._scene.buffer_names(),
+                "names": self._live.names(optimizer),
+                "buffer_names": self._live.buffer_names(),
                 "param_bytes": _nbytes(optimizer),
                 "hash": HASH_NAME,
                 "sampled": self._digester_for(optimizer).sampled,

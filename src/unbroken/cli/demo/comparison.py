@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unbroken.cli.demo.kills import Watch
+from unbroken.cli.demo.kills import RunObserver
 from unbroken.storage import LocalStorage
 from unbroken.store import CheckpointReader, Json
 
@@ -16,7 +16,7 @@ _TIMING = ("seconds", "logged_seconds", "tokens_per_second")  # no two runs agre
 
 
 @dataclass(frozen=True)
-class Finding:
+class ComparedPart:
     """What comparing one kind of thing has shown.
 
     Attributes:
@@ -39,7 +39,7 @@ class Finding:
         return self.total > 0 and not self.different
 
 
-def compare(left: Path, right: Path, *, step: int) -> list[Finding]:
+def compare(left: Path, right: Path, *, step: int) -> list[ComparedPart]:
     """Compare two run directories at a step; every byte of both checkpoints is verified first.
 
     Raises:
@@ -77,7 +77,7 @@ def _verified(run: Path, step: int) -> CheckpointReader:
 
 def _compare_tensors(
     what: str, one: CheckpointReader, other: CheckpointReader, is_of_kind: Callable[[str], bool]
-) -> Finding:
+) -> ComparedPart:
     digests = _digests(one, is_of_kind)
     nbytes = sum(one.manifest.tensors[path].nbytes for path in digests)
     return _finding(what, "tensors", digests, _digests(other, is_of_kind), nbytes)
@@ -117,7 +117,7 @@ def _leaves(value: Json, path: str) -> Iterator[tuple[str, str]]:
 def _records(run: Path, step: int) -> dict[str, dict[str, Any]]:
     """Return the records of metrics.jsonl up to a step; one that is there twice stands out."""
     found: dict[str, dict[str, Any]] = {}
-    for record in Watch(run).metrics():
+    for record in RunObserver(run).metrics():
         if record["step"] <= step:
             name = f"step {record['step']}" + ("" if "loss" in record else ", evaluation")
             while name in found:
@@ -143,7 +143,7 @@ def _finding(
     one: Mapping[str, str],
     other: Mapping[str, str],
     nbytes: int | None = None,
-) -> Finding:
+) -> ComparedPart:
     names = [*one, *(name for name in other if name not in one)]
     different = tuple(name for name in names if one.get(name) != other.get(name))
-    return Finding(what, unit, len(names), different, nbytes)
+    return ComparedPart(what, unit, len(names), different, nbytes)

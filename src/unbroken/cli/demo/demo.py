@@ -14,15 +14,15 @@ from types import FrameType
 
 from rich.console import Console
 
-from unbroken.cli.demo.comparison import Finding, compare
+from unbroken.cli.demo.comparison import ComparedPart, compare
 from unbroken.cli.demo.kills import (
     ENVIRONMENT,
     Child,
     Hit,
     Moment,
-    Pace,
-    Start,
-    Watch,
+    RunObserver,
+    RunPace,
+    RunStart,
     await_start,
     config_text,
     kill_in_start,
@@ -74,9 +74,9 @@ class Stage:
         log = self.folder / f"{run}.log"
         return Child(self._arguments(run, more), self.folder, log)
 
-    def watch(self, run: str) -> Watch:
+    def watch(self, run: str) -> RunObserver:
         """Look at a run directory from outside."""
-        return Watch(self.folder / run)
+        return RunObserver(self.folder / run)
 
     def _arguments(self, run: str, more: Sequence[str]) -> list[str]:
         return [CONFIG_NAME, "--output-dir", run, *more]
@@ -127,7 +127,7 @@ class Siege:
         pace: How fast the machine is.
     """
 
-    def __init__(self, stage: Stage, run: str, more: Sequence[str], pace: Pace) -> None:
+    def __init__(self, stage: Stage, run: str, more: Sequence[str], pace: RunPace) -> None:
         self._stage = stage
         self._run = run
         self._more = more
@@ -163,17 +163,17 @@ class Siege:
         self._starts = len(self._watch.starts())
         return self._stage.start(self._run, self._more)
 
-    def _await_start(self, child: Child) -> Start | None:
+    def _await_start(self, child: Child) -> RunStart | None:
         with self._stage.waiting("starting"):
             return await_start(child, self._watch, self._starts)
 
-    def _tell_start(self, start: Start | None) -> None:
+    def _tell_start(self, start: RunStart | None) -> None:
         if start is not None:
             for line in start_lines(start, self._left):
                 self._stage.say(f"   {line}")
 
 
-def start_lines(start: Start, left: Sequence[str]) -> list[str]:
+def start_lines(start: RunStart, left: Sequence[str]) -> list[str]:
     """Return in words what a start has found and done.
 
     Args:
@@ -261,7 +261,7 @@ class _Demo:
         self._conclude(is_killed=is_killed, is_same=is_same, can_fail=can_fail)
         return is_killed and is_same and can_fail
 
-    def _train_in_peace(self) -> Pace:
+    def _train_in_peace(self) -> RunPace:
         self._stage.say("", "1. Without a kill", f"   {self._stage.command(_PEACE)}")
         watch = self._stage.watch(_PEACE)
         with self._stage.start(_PEACE) as child, self._stage.waiting("training"):
@@ -274,10 +274,10 @@ class _Demo:
             f"   {seconds:.0f} s, {start:.0f} of them to load Python's libraries; "
             f"loss {losses[0]:.3f} at step 1, {losses[-1]:.3f} at step {watch.step()}"
         )
-        return Pace(start=start, step=(seconds - start) / self._steps)
+        return RunPace(start=start, step=(seconds - start) / self._steps)
 
     def _train_under_fire(
-        self, moments: Sequence[Moment], seed: int, pace: Pace, more: Sequence[str]
+        self, moments: Sequence[Moment], seed: int, pace: RunPace, more: Sequence[str]
     ) -> bool:
         """Return whether every kill has hit."""
         self._stage.say(
@@ -312,7 +312,7 @@ class _Demo:
         must_differ = ("weights", "optimizer", "loss of each step", "order of the data")
         return not any(found[what].is_same for what in must_differ)
 
-    def _findings(self, run: str, step: int) -> list[Finding]:
+    def _findings(self, run: str, step: int) -> list[ComparedPart]:
         folder = self._stage.folder
         found = compare(folder / _PEACE, folder / run, step=step)
         self._stage.say(*(f"   {_sentence(finding)}" for finding in found))
@@ -331,7 +331,7 @@ class _Demo:
         self._stage.say("", f"{verdict} ({seconds:.0f} s)")
 
 
-def _sentence(finding: Finding) -> str:
+def _sentence(finding: ComparedPart) -> str:
     size = "" if finding.nbytes is None else f", {size_text(finding.nbytes)}"
     total = f"{finding.total} {finding.unit}{size}"
     if finding.is_same:

@@ -233,7 +233,7 @@ class Child:
         return ChildFailedError(self._name, what, hint=hint)
 
 
-class Watch:
+class RunObserver:
     """What a run directory shows from outside, while another process works in it.
 
     Args:
@@ -272,7 +272,7 @@ _SAVE_SECONDS = 0.02  # about what a save of the demo takes; a wrong guess only 
 
 
 @dataclass(frozen=True)
-class Pace:
+class RunPace:
     """How fast the machine is, measured on the run that is not killed.
 
     Attributes:
@@ -300,7 +300,7 @@ class Hit:
 
 
 @dataclass(frozen=True)
-class Start:
+class RunStart:
     """What a start has found.
 
     Attributes:
@@ -312,7 +312,7 @@ class Start:
     staged: tuple[str, ...]
 
 
-def await_start(child: Child, watch: Watch, starts: int) -> Start | None:
+def await_start(child: Child, watch: RunObserver, starts: int) -> RunStart | None:
     """Wait until a process has chosen where to begin; None if it was over before.
 
     Args:
@@ -322,17 +322,17 @@ def await_start(child: Child, watch: Watch, starts: int) -> Start | None:
     """
     if not child.wait_until(lambda: len(watch.starts()) > starts):
         return None
-    return Start(watch.starts()[-1], tuple(watch.staged()))
+    return RunStart(watch.starts()[-1], tuple(watch.staged()))
 
 
-def kill_in_start(moment: Moment, child: Child, watch: Watch, pace: Pace) -> Hit | None:
+def kill_in_start(moment: Moment, child: Child, watch: RunObserver, pace: RunPace) -> Hit | None:
     """Kill a process that has just begun; None if it came to its end before."""
     starts = len(watch.starts())
     is_time = child.wait_until(lambda: child.seconds >= moment.fraction * pace.start)
     return _kill(child, watch, starts) if is_time else None
 
 
-def kill_in_training(moment: Moment, child: Child, watch: Watch, pace: Pace) -> Hit | None:
+def kill_in_training(moment: Moment, child: Child, watch: RunObserver, pace: RunPace) -> Hit | None:
     """Kill a process that trains, as the moment says; None if it came to its end before."""
     starts = len(watch.starts()) - 1  # this one does not count: it has begun already
     if not child.wait_until(lambda: watch.step() >= moment.step):
@@ -345,7 +345,7 @@ def kill_in_training(moment: Moment, child: Child, watch: Watch, pace: Pace) -> 
     return _kill(child, watch, starts) if is_time else None
 
 
-def _freeze_in_a_save(child: Child, watch: Watch, delay: float) -> bool:
+def _freeze_in_a_save(child: Child, watch: RunObserver, delay: float) -> bool:
     """Stop the process inside a save; if the commit won the race, try at the next save."""
     while child.wait_until(lambda: bool(watch.staged()), pause=_POLL_SECONDS):
         time.sleep(delay)
@@ -357,13 +357,13 @@ def _freeze_in_a_save(child: Child, watch: Watch, delay: float) -> bool:
     return False
 
 
-def _kill(child: Child, watch: Watch, starts: int) -> Hit:
+def _kill(child: Child, watch: RunObserver, starts: int) -> Hit:
     seconds = child.seconds
     child.kill()
     return Hit(_phase(watch, starts), seconds, tuple(watch.staged()))
 
 
-def _phase(watch: Watch, starts: int) -> str:
+def _phase(watch: RunObserver, starts: int) -> str:
     if len(watch.starts()) == starts:
         return "while starting"
     staged = watch.staged()

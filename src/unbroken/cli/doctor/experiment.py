@@ -23,7 +23,7 @@ Train = Callable[[str], str]
 
 
 @dataclass(frozen=True)
-class Answer:
+class Experiment:
     """What an experiment has shown.
 
     Attributes:
@@ -111,7 +111,7 @@ def train_in_a_process(device: str) -> str:
 
 def run_experiments(
     *, cores: int, thorough: bool, train: Train = train, train_afresh: Train = train_in_a_process
-) -> list[Answer]:
+) -> list[Experiment]:
     """Train on each kind of device, and answer whether the bits are the same.
 
     Args:
@@ -124,15 +124,15 @@ def run_experiments(
     answers = []
     for device in devices:
         here = [train(device) for _ in range(2)]
-        answers.append(Answer("the same bits twice", device, len({*here}) == 1, wanted=True))
+        answers.append(Experiment("the same bits twice", device, len({*here}) == 1, wanted=True))
         if thorough:
             all_of_them = {*here, train_afresh(device), train_afresh(device)}
             question = "the same bits in two other processes"
-            answers.append(Answer(question, device, len(all_of_them) == 1, wanted=True))
+            answers.append(Experiment(question, device, len(all_of_them) == 1, wanted=True))
     return [*answers, *_threads(train, cores)]
 
 
-def _threads(train: Train, cores: int) -> Iterator[Answer]:
+def _threads(train: Train, cores: int) -> Iterator[Experiment]:
     threads = torch.get_num_threads()
     others = threads if threads > 1 else cores
     if others == 1:
@@ -145,4 +145,4 @@ def _threads(train: Train, cores: int) -> Iterator[Answer]:
     finally:
         torch.set_num_threads(threads)
     question = f"depends on the number of threads (1 or {others})"
-    yield Answer(question, "cpu", alone != together, wanted=None)
+    yield Experiment(question, "cpu", alone != together, wanted=None)

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from unbroken.checkpoint import environment_facts
 from unbroken.cli.doctor.checks import Machine, check_switches
-from unbroken.cli.doctor.experiment import Answer, run_experiments
+from unbroken.cli.doctor.experiment import Experiment, run_experiments
 from unbroken.cli.doctor.filesystem import Disk, check_disk
 from unbroken.cli.doctor.finding import Finding, gravest_first
 from unbroken.cli.tables import (
@@ -49,7 +49,7 @@ class Diagnosis:
 
     environment: dict[str, Any]
     disk: Disk | None
-    answers: list[Answer]
+    answers: list[Experiment]
     findings: list[Finding]
 
     @property
