@@ -23,8 +23,8 @@ def sabotage(part: str) -> None:
     def nothing(*_: Any, **__: Any) -> None: ...
 
     targets = {
-        "random states": (session.Run, "restore_random_states"),
-        "losses": (session.Losses, "bring_back"),
+        "random states": (session.TrainSession, "restore_random_states"),
+        "losses": (session.LossAccumulators, "bring_back"),
         "callbacks": (changes.CallbackState, "load_state_dict"),
         "order": (dataloader.IndexBatches, "_draw_from"),
         "keys": (KeyedRandom, "seed"),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -12,8 +13,18 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
 from transformers.trainer_callback import ExportableState
 
-from unbroken.adapters.transformers.position import Cut
-from unbroken.checkpoint import Difference, ResumePolicy, Rule, compare, ratio
+from unbroken.adapters.transformers.position import Cut, Place
+from unbroken.changes.apply import AsBuilt
+from unbroken.checkpoint import (
+    Difference,
+    ExactResume,
+    ResumeFrom,
+    ResumePolicy,
+    Rule,
+    SaveMode,
+    compare,
+    ratio,
+)
 from unbroken.fingerprint import (
     callable_facts,
     data_facts,
@@ -28,13 +39,8 @@ from unbroken.fingerprint import (
 )
 from unbroken.fingerprint.source_code import functions_of
 from unbroken.fingerprint.values import facts_of_items, names_used_by, values_around
-from unbroken.stored_names import from_stored, stored_class_name, stored_name, to_stored
+from unbroken.stored_names import from_stored, stored_class_name, stored_name
 from unbroken.training.config_rules import LENGTH, LENGTH_SETTINGS, is_another_schedule, tell_length
-
-if TYPE_CHECKING:
-    from unbroken.adapters.transformers.session import Run
-    from unbroken.adapters.transformers.trainer import Trainer
-
 
 _CADENCE: Rule = ("harmless", "something happens at other steps; the training is the same")
 _NAMING: Rule = ("harmless", "where things are, or what they are called; the training is the same")
@@ -234,58 +240,73 @@ def _has_state_dict(callback: Any) -> bool:
 # What two starts of the host's Trainer have in common, what differs, and what then happens.
 
 
-def policy_of(trainer: Trainer, *, is_named: bool) -> ResumePolicy:
-    """Return which differences a start accepts.
+@dataclass(frozen=True)
+class UserChoices:
+    """What the caller of a trainer said about resuming, and which objects he made himself.
 
-    Args:
-        trainer: The trainer, with what its caller allowed.
-        is_named: Whether the caller named one checkpoint: who does that and gives other
-            hyperparameters means them.
+    Attributes:
+        has_optimizer: Whether the optimizer is one that he gave: no argument makes it.
+        has_scheduler: The same of the scheduler.
     """
-    start = trainer.start
-    meant = MEANT if is_named and start.exact_resume == "prefer" else ()
-    follows = () if start.exact_resume == "require" else (LENGTH, "ignore_data_skip")
-    follows = (*follows, *(LENGTH_SETTINGS if LENGTH in start.allow else ()))
-    parts = {"fp16": "scaler", "lr_scheduler_type": "scheduler", "optim": "optimizer"}
-    return ResumePolicy((*start.allow, *meant, *follows), start.skip, start.exact_resume, parts)
+
+    resume_from_checkpoint: ResumeFrom = None
+    allow: Sequence[str] = ()
+    skip: Sequence[str] = ()
+    exact_resume: ExactResume = "prefer"
+    save_mode: SaveMode = "async"
+    has_optimizer: bool = False
+    has_scheduler: bool = False
+
+    def policy(self, *, is_named: bool) -> ResumePolicy:
+        """Return which differences a start accepts.
+
+        Args:
+            is_named: Whether the caller named one checkpoint: who does that and gives other
+                hyperparameters means them.
+        """
+        is_strict = self.exact_resume == "require"
+        meant = MEANT if is_named and self.exact_resume == "prefer" else ()
+        follows = () if is_strict else (LENGTH, "ignore_data_skip")
+        follows = (*follows, *(LENGTH_SETTINGS if LENGTH in self.allow else ()))
+        parts = {"fp16": "scaler", "lr_scheduler_type": "scheduler", "optim": "optimizer"}
+        return ResumePolicy((*self.allow, *meant, *follows), self.skip, self.exact_resume, parts)
+
+    @property
+    def made_by_arguments(self) -> list[str]:
+        """The names of the objects that the host makes, as its arguments say."""
+        given = {"optimizer": self.has_optimizer, "scheduler": self.has_scheduler}
+        return [name for name, is_given in given.items() if not is_given]
 
 
-def run_fingerprint(trainer: Trainer, own_loader: Any = None) -> dict[str, Any]:
+def run_fingerprint(data: Iterable[Any], loss: Any, callbacks: Iterable[Any]) -> dict[str, Any]:
     """Return the facts of a run that its arguments and objects do not hold.
 
     Args:
-        trainer: The trainer.
-        own_loader: The loader of the training data, if the host did not make it.
+        data: The data set and its collator; or the user's own loader.
+        loss: What computes the loss in place of the model; None: nothing does.
+        callbacks: All callbacks.
     """
-    collate, loss = trainer.data_collator, trainer.compute_loss_func
-    data = (trainer.train_dataset, collate) if own_loader is None else (own_loader,)
     return {
         "data": data_facts(*data),
         "loss": {} if loss is None else callable_facts(loss),
-        "callbacks": facts_of_callbacks(trainer),
-        "trainer": _facts_of_subclass(trainer),
+        "callbacks": facts_of_callbacks(callbacks),
     }
 
 
-def _facts_of_subclass(trainer: Trainer) -> dict[str, Any]:
-    """Return what a user's subclass does in a step: its code, and the settings that this uses.
-
-    They are those of the first call: what training has made of attributes since is no setting.
-    """
-    if trainer.subclass is None:
-        kinds = [one for one in type(trainer).__mro__ if functions_of(one, _NOT_IN_A_STEP)]
-        named = {qualified_name(one): one for one in kinds}
-        around = {name: values_around(one, _NOT_IN_A_STEP) for name, one in named.items()}
-        used = names_used_by(*kinds, leave_out=_NOT_IN_A_STEP) if kinds else set()
-        own = own_attributes(trainer).items()
-        values = {n: value for n, value in own if n in used and _is_setting(value)}
-        trainer.subclass = {
-            "classes": [*named],
-            "source": {n: source_digest(k, leave_out=_NOT_IN_A_STEP) for n, k in named.items()},
-            "globals": {name: values for name, values in around.items() if values},
-            "values": facts_of_items(values, used=used),
-        }
-    return trainer.subclass
+def facts_of_subclass(host: object) -> dict[str, Any]:
+    """Return what a user's subclass does in a step: its code, and the settings that this uses."""
+    kinds = [one for one in type(host).__mro__ if functions_of(one, _NOT_IN_A_STEP)]
+    named = {qualified_name(one): one for one in kinds}
+    around = {name: values_around(one, _NOT_IN_A_STEP) for name, one in named.items()}
+    used = names_used_by(*kinds, leave_out=_NOT_IN_A_STEP) if kinds else set()
+    own = own_attributes(host).items()
+    values = {n: value for n, value in own if n in used and _is_setting(value)}
+    return {
+        "classes": [*named],
+        "source": {n: source_digest(k, leave_out=_NOT_IN_A_STEP) for n, k in named.items()},
+        "globals": {name: values for name, values in around.items() if values},
+        "values": facts_of_items(values, used=used),
+    }
 
 
 def _is_setting(value: Any) -> bool:
@@ -308,9 +329,9 @@ _NOT_IN_A_STEP = frozenset(
 """Methods of the host that a subclass may have in its own way, and the weights do not follow."""
 
 
-def facts_of_callbacks(trainer: Trainer) -> dict[str, Any]:
+def facts_of_callbacks(callbacks: Iterable[Any]) -> dict[str, Any]:
     """Return what callbacks are; of the host's own, those that keep a state."""
-    all_of_them = named(trainer.callback_handler.callbacks).items()
+    all_of_them = named(callbacks).items()
     kept = {n: one for n, one in all_of_them if not _is_of_host(one) or _arguments(one)}
     names = sorted(qualified_name(type(one)) for one in kept.values() if not _is_of_host(one))
     return {"names": names, **{name: _callback_facts(one) for name, one in kept.items()}}
@@ -333,116 +354,130 @@ def _is_of_host(callback: Any) -> bool:
     return type(callback).__module__.partition(".")[0] in ("transformers", "unbroken")
 
 
-def run_facts(run: Run) -> dict[str, Any]:
-    """Return what the next start compares, and needs to know before it has built anything."""
-    trainer = run.trainer
-    state, control = trainer.state, trainer.control
-    stopped = control.should_training_stop and state.global_step < state.max_steps
-    return {
-        "arguments": plain_arguments(trainer.args),
-        "cut": to_stored(run.cut),
-        "host": "transformers",
-        "max_steps": state.max_steps,
-        "place": to_stored(run.follower.place),
-        "shift": run.shift,
-        "stopped": [bool(stopped), bool(control.should_epoch_stop)],
-    }
+@dataclass(frozen=True)
+class CurrentSettings:
+    """What this start trains with, to be compared with what a checkpoint was trained with.
 
+    Attributes:
+        arguments: The host's TrainingArguments.
+        choices: What the user chose.
+        batching: How this start cuts an epoch into steps.
+        scheduler: The scheduler, as the host has built it.
+        step: Optimizer steps that the checkpoint has.
+        max_steps: The last step of this start.
+        restarted: The position in an epoch that is begun again; None: none is.
+    """
 
-def compared(
-    run: Run, stored: Mapping[str, Any], found: tuple[Difference, ...]
-) -> tuple[Difference, ...]:
-    """Return all differences from the checkpoint with these facts."""
-    trainer = run.trainer
-    before = stored.get("arguments")
-    if not isinstance(before, Mapping):
-        return found
-    own, size = trainer.own_optimizers, _of_size(run, stored)
-    arguments = argument_differences(
-        before, plain_arguments(trainer.args), own_optimizer=own[0], same_size=not size
-    )
-    changed = {difference.path for difference in arguments}
-    if changed & CUT_ARGUMENTS:
-        size = ()  # the arguments tell it
-    found = (*_of_data_skip(run), *found)
-    if not own[1]:
-        arguments = _with_length(trainer, stored, arguments, (*size, *found))
-    return (*arguments, *size, *found)
+    arguments: Any
+    choices: UserChoices
+    batching: Cut
+    scheduler: Any
+    step: int
+    max_steps: int
+    restarted: Place | None = None
 
+    def differences(
+        self, stored: Mapping[str, Any], found: tuple[Difference, ...]
+    ) -> tuple[Difference, ...]:
+        """Return all differences from the checkpoint with these facts.
 
-def _of_size(run: Run, stored: Mapping[str, Any]) -> tuple[Difference, ...]:
-    """Tell of steps with more or fewer samples than they had, on all ranks together."""
-    if not isinstance(stored.get("cut"), Mapping):
-        return ()
-    was, now = from_stored(Cut, stored["cut"]).samples_in_step, run.cut.samples_in_step
-    if was == now:
-        return ()
-    effect = "steps of another size from here on; the position is kept in samples"
-    kept_by, rest = divmod(was, run.cut.batch * run.cut.world_size)
-    if not rest:
-        effect = f"{effect} (gradient_accumulation_steps={kept_by} keeps the size)"
-    return (Difference("total_batch_size", was, now, effect, "changed"),)
+        Args:
+            stored: Its facts.
+            found: What differs besides arguments.
+        """
+        before = stored.get("arguments")
+        if not isinstance(before, Mapping):
+            return found
+        size = self._of_size(stored)
+        arguments = argument_differences(
+            before,
+            plain_arguments(self.arguments),
+            own_optimizer=self.choices.has_optimizer,
+            same_size=not size,
+        )
+        changed = {difference.path for difference in arguments}
+        if changed & CUT_ARGUMENTS:
+            size = ()  # the arguments tell it
+        found = (*self._of_data_skip(), *found)
+        if not self.choices.has_scheduler:
+            arguments = self._with_length(stored, arguments, (*size, *found))
+        return (*arguments, *size, *found)
 
+    def _of_size(self, stored: Mapping[str, Any]) -> tuple[Difference, ...]:
+        """Tell of steps with more or fewer samples than they had, on all ranks together."""
+        if not isinstance(stored.get("cut"), Mapping):
+            return ()
+        was, now = from_stored(Cut, stored["cut"]).samples_in_step, self.batching.samples_in_step
+        if was == now:
+            return ()
+        effect = "steps of another size from here on; the position is kept in samples"
+        kept_by, rest = divmod(was, self.batching.batch * self.batching.world_size)
+        if not rest:
+            effect = f"{effect} (gradient_accumulation_steps={kept_by} keeps the size)"
+        return (Difference("total_batch_size", was, now, effect, "changed"),)
 
-def _of_data_skip(run: Run) -> tuple[Difference, ...]:
-    """Tell of an epoch that is begun anew because `ignore_data_skip` asks for that."""
-    if run.given_up is None:
-        return ()
-    was = f"{run.given_up.samples} samples into epoch {run.given_up.epoch}"
-    effect = "they come again in this epoch, and as many at the end of the run never come"
-    return (Difference("ignore_data_skip", was, "its beginning", effect, "changed"),)
+    def _of_data_skip(self) -> tuple[Difference, ...]:
+        """Tell of an epoch that is begun again because `ignore_data_skip` asks for that."""
+        if self.restarted is None:
+            return ()
+        was = f"{self.restarted.samples} samples into epoch {self.restarted.epoch}"
+        effect = "they come again in this epoch, and as many at the end of the run never come"
+        return (Difference("ignore_data_skip", was, "its beginning", effect, "changed"),)
 
-
-def _with_length(
-    trainer: Trainer,
-    stored: Mapping[str, Any],
-    arguments: tuple[Difference, ...],
-    others: tuple[Difference, ...],
-) -> tuple[Difference, ...]:
-    """Tell what a run of another length does to a schedule that falls to its end."""
-    was, now, step = stored.get("max_steps"), trainer.state.max_steps, trainer.state.global_step
-    if not isinstance(was, int) or was == now or not isinstance(trainer.lr_scheduler, LambdaLR):
+    def _with_length(
+        self,
+        stored: Mapping[str, Any],
+        arguments: tuple[Difference, ...],
+        others: tuple[Difference, ...],
+    ) -> tuple[Difference, ...]:
+        """Tell what a run of another length does to a schedule that falls to its end."""
+        was, now, step = stored.get("max_steps"), self.max_steps, self.step
+        if not isinstance(was, int) or was == now or not isinstance(self.scheduler, LambdaLR):
+            return arguments
+        if now <= step:
+            return arguments
+        before, after = self._factor(was), self._factor(now)
+        rate, stop = self.arguments.learning_rate, min(was, now)
+        for at in sorted({step, *(step + (stop - step) * i // 1000 for i in range(1001))}):
+            rates = rate * before(at), rate * after(at)
+            if rates[0] != rates[1]:
+                by_schedule = SCHEDULE_ARGUMENTS & {one.path for one in arguments}
+                told = tell_length(arguments, others, (was, now), at, rates)
+                return arguments if by_schedule and told[-1].path == LENGTH else told
         return arguments
-    if now <= step:
-        return arguments
-    before, after = _factor(trainer, was), _factor(trainer, now)
-    stop = min(was, now)
-    for at in sorted({step, *(step + (stop - step) * i // 1000 for i in range(1001))}):
-        rates = trainer.args.learning_rate * before(at), trainer.args.learning_rate * after(at)
-        if rates[0] != rates[1]:
-            by_schedule = SCHEDULE_ARGUMENTS & {one.path for one in arguments}
-            told = tell_length(arguments, others, (was, now), at, rates)
-            return arguments if by_schedule and told[-1].path == LENGTH else told
-    return arguments
 
+    def _factor(self, max_steps: int) -> Any:
+        """Return the function from step to factor that the host's schedule of this length has."""
+        parameter = torch.nn.Parameter(torch.zeros(()))
+        scheduler = get_scheduler(
+            self.arguments.lr_scheduler_type,
+            optimizer=torch.optim.SGD([parameter], lr=self.arguments.learning_rate),
+            num_warmup_steps=self.arguments.get_warmup_steps(max_steps),
+            num_training_steps=max_steps,
+            scheduler_specific_kwargs=self.arguments.lr_scheduler_kwargs,
+        )
+        return scheduler.lr_lambdas[0]
 
-def _factor(trainer: Trainer, max_steps: int) -> Any:
-    """Return the function from step to factor that the host's schedule of this length has."""
-    parameter = torch.nn.Parameter(torch.zeros(()))
-    scheduler = get_scheduler(
-        trainer.args.lr_scheduler_type,
-        optimizer=torch.optim.SGD([parameter], lr=trainer.args.learning_rate),
-        num_warmup_steps=trainer.args.get_warmup_steps(max_steps),
-        num_training_steps=max_steps,
-        scheduler_specific_kwargs=trainer.args.lr_scheduler_kwargs,
-    )
-    return scheduler.lr_lambdas[0]
+    def apply(
+        self, differences: tuple[Difference, ...], objects: Mapping[str, object], built: AsBuilt
+    ) -> None:
+        """Set again what arguments make, over the state that was restored; moments are kept.
 
-
-def take_effect(run: Run, differences: tuple[Difference, ...]) -> None:
-    """Set anew what arguments make, over the state that was restored; moments are kept."""
-    changed = {difference.path: difference for difference in differences}
-    objects, built = run.checkpointer.objects, run.checkpointer.comparison.built
-    optimizer, scheduler = objects["optimizer"], objects["scheduler"]
-    own_optimizer, own_scheduler = run.trainer.own_optimizers
-    if not own_optimizer and isinstance(optimizer, Optimizer):
-        options = [option for name in changed for option in OPTIMIZER_OPTIONS.get(name, ())]
-        built.set_options(optimizer, options)
-    anew = changed.keys() & {*SCHEDULE_ARGUMENTS, "optim"}
-    anew |= {one.path for one in differences if is_another_schedule(one)}
-    if not anew or own_scheduler or not isinstance(scheduler, LRScheduler):
-        return
-    if isinstance(scheduler, LambdaLR) and scheduler.last_epoch == 0:
-        scheduler.last_epoch = run.trainer.state.global_step  # it took the place of another
-    rate = changed.get("learning_rate")
-    built.reschedule(scheduler, scale=1.0 if rate is None else ratio(rate))
+        Args:
+            differences: Those from the checkpoint that was loaded.
+            objects: "optimizer" and "scheduler".
+            built: What this start had built before the load.
+        """
+        changed = {difference.path: difference for difference in differences}
+        optimizer, scheduler = objects["optimizer"], objects["scheduler"]
+        if not self.choices.has_optimizer and isinstance(optimizer, Optimizer):
+            options = [option for name in changed for option in OPTIMIZER_OPTIONS.get(name, ())]
+            built.set_options(optimizer, options)
+        remade = changed.keys() & {*SCHEDULE_ARGUMENTS, "optim"}
+        remade |= {one.path for one in differences if is_another_schedule(one)}
+        if not remade or self.choices.has_scheduler or not isinstance(scheduler, LRScheduler):
+            return
+        if isinstance(scheduler, LambdaLR) and scheduler.last_epoch == 0:
+            scheduler.last_epoch = self.step  # it took the place of another
+        rate = changed.get("learning_rate")
+        built.reschedule(scheduler, scale=1.0 if rate is None else ratio(rate))

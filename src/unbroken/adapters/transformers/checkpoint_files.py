@@ -5,20 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import transformers
 from transformers.trainer_callback import ExportableState
 
 from unbroken.capture import FileOf, files_for, files_of_processor, named_parameters
 from unbroken.changes.differences import brief
 from unbroken.checkpoint import Layout
 from unbroken.errors import CorruptCheckpointError
-
-if TYPE_CHECKING:
-    from unbroken.adapters.transformers.trainer import Trainer
-
 
 # Models with PEFT adapters: the adapter as its own tools read it, the frozen base stored once.
 
@@ -115,15 +112,15 @@ STATE_NAME = "trainer_state.json"
 ARGUMENTS_NAME = "training_args.json"
 
 
-class Folder:
+class CheckpointFiles:
     """Says what a checkpoint's folder holds besides the state of the run.
 
     Args:
-        trainer: The trainer of this start.
+        host: The trainer of this start; its state is read at each save.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
+    def __init__(self, host: transformers.Trainer) -> None:
+        self._host = host
         self._tokenizer: dict[str, bytes] | None = None
 
     def layout(self, objects: Mapping[str, object]) -> Layout:
@@ -134,26 +131,27 @@ class Folder:
         return Layout.of(objects).with_files(self._files)
 
     def _files(self) -> dict[str, bytes]:
+        host = self._host
         if self._tokenizer is None:
-            self._tokenizer = _tokenizer_files(self._trainer)
-        arguments: str = self._trainer.args.to_json_string()
+            self._tokenizer = _tokenizer_files(host.processing_class, host.data_collator)
+        arguments: str = host.args.to_json_string()
         return {
             **self._tokenizer,
-            STATE_NAME: state_as_json(self._trainer),
+            STATE_NAME: state_as_json(host.state, (*host.callback_handler.callbacks, host.control)),
             ARGUMENTS_NAME: arguments.encode(),
         }
 
 
-def state_as_json(trainer: Trainer) -> bytes:
+def state_as_json(state: Any, callbacks: Iterable[Any]) -> bytes:
     """Return trainer_state.json as the host writes it, with each callback's state once."""
-    callbacks: dict[str, Any] = {}
-    for one in (*trainer.callback_handler.callbacks, trainer.control):
+    found: dict[str, Any] = {}
+    for one in callbacks:
         if isinstance(one, ExportableState):
-            callbacks.setdefault(type(one).__name__, []).append(one.state())
-    trainer.state.stateful_callbacks = {
-        name: states if len(states) > 1 else states[0] for name, states in callbacks.items()
+            found.setdefault(type(one).__name__, []).append(one.state())
+    state.stateful_callbacks = {
+        name: states if len(states) > 1 else states[0] for name, states in found.items()
     }
-    values = dataclasses.asdict(trainer.state)
+    values = dataclasses.asdict(state)
     return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
 
 
@@ -192,10 +190,8 @@ _KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
 """What stands in trainer_state.json of what goes on, unless an older version left it out."""
 
 
-def _tokenizer_files(trainer: Trainer) -> dict[str, bytes]:
-    tokenizer = trainer.processing_class
+def _tokenizer_files(tokenizer: Any, collator: Any) -> dict[str, bytes]:
+    """Return the files of the tokenizer; where the trainer has none, of its collator's."""
     if tokenizer is None:
-        tokenizer = getattr(trainer.data_collator, "tokenizer", None)
-    if tokenizer is None:
-        return {}
-    return files_of_processor(tokenizer)
+        tokenizer = getattr(collator, "tokenizer", None)
+    return {} if tokenizer is None else files_of_processor(tokenizer)

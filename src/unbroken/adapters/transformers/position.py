@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from unbroken.changes.differences import brief
 from unbroken.errors import ConfigError, CorruptCheckpointError
-from unbroken.stored_names import from_stored
+from unbroken.stored_names import from_stored, to_stored
 
 
 @dataclass
@@ -125,7 +125,7 @@ class Stored:
 
     @classmethod
     def of(cls, step: int, facts: Mapping[str, Any]) -> Stored:
-        """Read what `run_facts` wrote.
+        """Read what `facts` returned when the checkpoint was saved.
 
         Raises:
             CorruptCheckpointError: Nobody can have written that.
@@ -139,6 +139,15 @@ class Stored:
         if place.epoch > step:
             raise _odd("place.epoch", f"at most step {step}", place.epoch)
         return cls(step, place, cut, shift, (stopped[0], stopped[1]))
+
+    def facts(self) -> dict[str, Any]:
+        """Return what `of` reads."""
+        return {
+            **({} if self.cut is None else {"cut": to_stored(self.cut)}),
+            "place": to_stored(self.place),
+            "shift": self.shift,
+            "stopped": [*self.stopped],
+        }
 
 
 def _made(kind: type[_Kind], facts: Mapping[str, Any], name: str) -> _Kind:

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import transformers
 
 from unbroken.adapters.transformers.changes import (
     RULES,
     CallbackState,
+    CurrentSettings,
+    UserChoices,
     callback_states,
-    compared,
     facts_of_callbacks,
     named,
     plain_arguments,
-    policy_of,
-    run_facts,
     run_fingerprint,
-    take_effect,
 )
-from unbroken.adapters.transformers.checkpoint_files import STATE_NAME, Folder, state_from_json
+from unbroken.adapters.transformers.checkpoint_files import (
+    STATE_NAME,
+    CheckpointFiles,
+    state_from_json,
+)
 from unbroken.adapters.transformers.dataloader import (
     Beginning,
     batch_size_of,
@@ -73,21 +77,17 @@ from unbroken.storage import storage_at
 from unbroken.store import CheckpointReader, KeepPolicy
 from unbroken.stored_names import to_stored
 
-if TYPE_CHECKING:
-    from unbroken.adapters.transformers.trainer import Trainer
-
-
 # The losses that the host adds up between two lines of its log, and over the whole run.
 
 
-class Losses:
+class LossAccumulators:
     """Reads and sets what the host's loop keeps in attributes of its own.
 
     Args:
         trainer: In training: before that, the host has none of it.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: transformers.Trainer) -> None:
         self._trainer = trainer
 
     def values(self) -> dict[str, Any]:
@@ -122,79 +122,19 @@ def no_losses(step: int) -> dict[str, Any]:
     return {"since_log": 0.0, "logged": 0.0, "last_logged": step, "first_step": step}
 
 
-# Going on from a checkpoint of the host's own Trainer: it becomes one of ours.
-
-
 _NOTE = "the checkpoint is one of transformers' own Trainer: it goes on as that would"
-
-
-def adopt(run: Run, folder: Path, stored: Stored, loader: Any) -> tuple[ResumeReport, Any]:
-    """Load a stock checkpoint and save it as one of ours, with which the run begins.
-
-    Args:
-        run: The run, whose objects the host has built.
-        folder: The checkpoint.
-        stored: Its place.
-        loader: The loader of the training data.
-
-    Returns:
-        What was found, and the values that go on with the run.
-
-    Raises:
-        DifferenceError: The training changed, and the change is not named.
-        StateMismatchError: The checkpoint does not fit the objects.
-    """
-    checkpointer, checkpoint = run.checkpointer, str(folder)
-    if how_cut(checkpointer.objects) is not None:
-        hint = "resume it once under DDP or on one process: from then on it is one of ours"
-        what = "a checkpoint of transformers' own Trainer cannot be put into a sharded model"
-        raise StateMismatchError(checkpoint, what, hint=hint)
-    checkpointer.comparison.note_what_is_here()
-    differences = _differences(run, folder, stored, loader)
-    checkpointer.comparison.refuse(checkpoint, differences)
-    # The host draws the order of an epoch before it brings back its random states.
-    values = {"loss": no_losses(stored.step), "order": {"before": capture_rng()}, "seconds": 0.0}
-    objects, rank = checkpointer.objects, run.group.rank
-    run.group.together("check the checkpoint", lambda: refuse_what_does_not_fit(folder, objects))
-    load_stock(folder, objects, rank=rank)
-    report = ResumeReport(
-        stored.step, checkpoint, run.chosen.rejected, differences=differences, notes=(_NOTE,)
-    )
-    take_effect(run, differences)
-    came = origin_of(folder, state_of_any(folder))
-    checkpointer.adopt(stored.step, values, facts=run_facts(run), came=came)
-    return report, values
-
-
-def _differences(run: Run, folder: Path, stored: Stored, loader: Any) -> tuple[Difference, ...]:
-    facts = facts_of_stock(folder)
-    found = unknown_order(loader, stored.place)
-    if stored.cut is not None:
-        facts["cut"] = to_stored(stored.cut)
-        facts["arguments"]["gradient_accumulation_steps"] = stored.cut.accumulation
-        was, now = stored.cut.world_size, run.cut.world_size
-        if was != now:
-            effect = "sums run in another order, and dropout draws otherwise"
-            found = (*found, Difference("world_size", was, now, effect, "equivalent"))
-        else:
-            found = (*found, *run.checkpointer.buckets.differences({}))
-    missing = missing_devices_of_stock(folder, rank=run.group.rank)
-    if missing is not None:
-        effect = "devices: what draws on them draws otherwise from here on"
-        found = (*found, Difference("rng.cuda", *missing, effect, "changed"))
-    return compared(run, facts, found)
-
-
 _NAMES = ("path", "step")
 _TRAINS = ("changed", "")  # what a rule does not know
 
 
-class Run:
+class TrainSession:
     """The run that one call of `train` begins, or goes on with.
 
     Args:
         trainer: The trainer.
+        choices: What its caller said about resuming.
         wanted: What to resume.
+        subclass_facts: Returns what a user's subclass of the trainer does in a step.
 
     Attributes:
         checkpointer: Saves and resumes.
@@ -206,8 +146,15 @@ class Run:
         own_loader: The loader of the training data, if it is the user's own.
     """
 
-    def __init__(self, trainer: Trainer, wanted: Any) -> None:
-        self.trainer = trainer
+    def __init__(
+        self,
+        trainer: transformers.Trainer,
+        choices: UserChoices,
+        wanted: Any,
+        subclass_facts: Callable[[], dict[str, Any]],
+    ) -> None:
+        self.trainer, self.choices = trainer, choices
+        self._subclass_facts = subclass_facts
         self.report = ResumeReport(step=0)
         self.shift = 0
         self.given_up: Place | None = None
@@ -229,20 +176,18 @@ class Run:
         args = trainer.args
         self.cut = self._cut(None)
         self.follower = Follower(self.cut.batch * self.cut.world_size)
-        own_optimizer, own_scheduler = trainer.own_optimizers
-        made = {"optimizer": not own_optimizer, "scheduler": not own_scheduler}
         self.checkpointer = Checkpointer(
             args.output_dir,
             keep=KeepPolicy(last=args.save_total_limit),
-            policy=policy_of(trainer, is_named=Selection.parse(wanted).kind in _NAMES),
-            fingerprint=lambda: run_fingerprint(trainer, self.own_loader),
+            policy=choices.policy(is_named=Selection.parse(wanted).kind in _NAMES),
+            fingerprint=self._fingerprint,
             examine=self._examine,
-            told=[name for name, by_arguments in made.items() if by_arguments],
+            told=choices.made_by_arguments,
             group=self.group,
-            save_mode=trainer.start.save_mode,
+            save_mode=choices.save_mode,
         )
         self.checkpointer.comparison.one_data_set = True
-        self.checkpointer.layout = Folder(trainer).layout
+        self.checkpointer.layout = CheckpointFiles(trainer).layout
         self.checkpointer.among_others = True
         self.checkpointer.gives_all = True
         attributes = self.checkpointer.attributes
@@ -254,7 +199,7 @@ class Run:
         batch = by_host if batch_size is None else batch_size
         return Cut(batch, args.gradient_accumulation_steps, args.world_size, length)
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> TrainSession:
         self._stack.callback(self.checkpointer.close)
         try:
             preemption = Preemption(clock=time.monotonic, wall_clock=time.time)
@@ -293,7 +238,7 @@ class Run:
             raise StateMismatchError(str(self.folder), what, hint=hint)
         self._stored = Stored.of(reader.step, self._facts)
         self._state = state_from_json(reader.read_file(STATE_NAME), reader.step)
-        if may_go_on(self._facts, facts_of_callbacks(self.trainer)):
+        if may_go_on(self._facts, facts_of_callbacks(self.trainer.callback_handler.callbacks)):
             self._stored = replace(self._stored, stopped=(False, False))
 
     def _examine(
@@ -303,7 +248,36 @@ class Run:
         if read is not None and any(facts.get(name) != read.get(name) for name in _OF_THE_PLACE):
             what = "is another checkpoint than the one whose place was read"
             raise CorruptCheckpointError("resume", what)
-        return compared(self, facts, found)
+        return self._settings.differences(facts, found)
+
+    @property
+    def _settings(self) -> CurrentSettings:
+        trainer = self.trainer
+        state, begun = trainer.state, self.given_up
+        steps = state.global_step, state.max_steps
+        return CurrentSettings(
+            trainer.args, self.choices, self.cut, trainer.lr_scheduler, *steps, begun
+        )
+
+    def _fingerprint(self) -> dict[str, Any]:
+        trainer, loader = self.trainer, self.own_loader
+        data = (trainer.train_dataset, trainer.data_collator) if loader is None else (loader,)
+        callbacks = trainer.callback_handler.callbacks
+        facts = run_fingerprint(data, trainer.compute_loss_func, callbacks)
+        return {**facts, "trainer": self._subclass_facts()}
+
+    def _facts_to_save(self) -> dict[str, Any]:
+        """Return what the next start compares, and needs to know before it has built anything."""
+        state, control = self.trainer.state, self.trainer.control
+        is_stopped = bool(control.should_training_stop and state.global_step < state.max_steps)
+        stopped = (is_stopped, bool(control.should_epoch_stop))
+        position = Stored(state.global_step, self.follower.place, self.cut, self.shift, stopped)
+        return {
+            "arguments": plain_arguments(self.trainer.args),
+            "host": "transformers",
+            "max_steps": state.max_steps,
+            **position.facts(),
+        }
 
     # What follows is called by the host's loop, in this order.
 
@@ -345,7 +319,7 @@ class Run:
         self.shift = self._reach.shift
         self.follower.place = self._reach.place
         if self._reach.place.batches % self.cut.accumulation:
-            refuse_own_windows(self.trainer)
+            refuse_own_windows(type(self.trainer))
         return tuple(getattr(numbers, name) for name in Numbers.__dataclass_fields__)
 
     def _leave_out_the_skip(self, numbers: Numbers) -> None:
@@ -392,12 +366,67 @@ class Run:
         of_all = {n: v for n, v in arguments.items() if RULES.get(n, _TRAINS)[0] != "harmless"}
         self.group.agree("TrainingArguments", of_all)
         if self.chosen.is_stock and self.folder is not None and self._stored is not None:
-            self.report, self._adopted = adopt(self, self.folder, self._stored, self._loader)
+            self.report = self._import_hf_checkpoint(self.folder, self._stored)
             return
         self.report = self.checkpointer.resume(self.chosen.selection)
         if self._stored is not None:
             _require_values(self.checkpointer.values)
-        take_effect(self, self.report.differences)
+        self._apply(self.report.differences)
+
+    def _apply(self, differences: tuple[Difference, ...]) -> None:
+        built = self.checkpointer.comparison.built
+        self._settings.apply(differences, self.checkpointer.objects, built)
+
+    def _import_hf_checkpoint(self, folder: Path, stored: Stored) -> ResumeReport:
+        """Load a checkpoint of the host's own Trainer and save it as one of ours.
+
+        Args:
+            folder: The checkpoint.
+            stored: Its place.
+
+        Raises:
+            DifferenceError: The training changed, and the change is not named.
+            StateMismatchError: The checkpoint does not fit the objects.
+        """
+        checkpointer, group, checkpoint = self.checkpointer, self.group, str(folder)
+        objects = checkpointer.objects
+        if how_cut(objects) is not None:
+            hint = "resume it once under DDP or on one process: from then on it is one of ours"
+            what = "a checkpoint of transformers' own Trainer cannot be put into a sharded model"
+            raise StateMismatchError(checkpoint, what, hint=hint)
+        checkpointer.comparison.note_what_is_here()
+        differences = self._differences_from_hf(folder, stored)
+        checkpointer.comparison.refuse(checkpoint, differences)
+        # The host draws the order of an epoch before it brings back its random states.
+        order = {"before": capture_rng()}
+        self._adopted = {"loss": no_losses(stored.step), "order": order, "seconds": 0.0}
+        group.together("check the checkpoint", lambda: refuse_what_does_not_fit(folder, objects))
+        load_stock(folder, objects, rank=group.rank)
+        self._apply(differences)
+        came = origin_of(folder, state_of_any(folder))
+        checkpointer.adopt(stored.step, self._adopted, facts=self._facts_to_save(), came=came)
+        rejected = self.chosen.rejected
+        return ResumeReport(
+            stored.step, checkpoint, rejected, differences=differences, notes=(_NOTE,)
+        )
+
+    def _differences_from_hf(self, folder: Path, stored: Stored) -> tuple[Difference, ...]:
+        facts = facts_of_stock(folder)
+        found = unknown_order(self._loader, stored.place)
+        if stored.cut is not None:
+            facts["cut"] = to_stored(stored.cut)
+            facts["arguments"]["gradient_accumulation_steps"] = stored.cut.accumulation
+            was, now = stored.cut.world_size, self.cut.world_size
+            if was != now:
+                effect = "sums run in another order, and dropout draws otherwise"
+                found = (*found, Difference("world_size", was, now, effect, "equivalent"))
+            else:
+                found = (*found, *self.checkpointer.buckets.differences({}))
+        missing = missing_devices_of_stock(folder, rank=self.group.rank)
+        if missing is not None:
+            effect = "devices: what draws on them draws otherwise from here on"
+            found = (*found, Difference("rng.cuda", *missing, effect, "changed"))
+        return self._settings.differences(facts, found)
 
     def _objects(self) -> dict[str, Any]:
         trainer = self.trainer
@@ -445,7 +474,7 @@ class Run:
 
     def _trail(self) -> Mapping[str, Any]:
         """Return what the data are held against, unless other data are meant, or known to be."""
-        named = (name.partition(".")[0] for name in self.trainer.start.allow)
+        named = (name.partition(".")[0] for name in self.choices.allow)
         changed = (d for d in self.report.differences if d.verdict in ("changed", "not covered"))
         groups = {*named, *(one.path.partition(".")[0] for one in changed)}
         is_other = self.group.world_size > 1 or groups & {"data", "seed", "data_seed"}
@@ -467,7 +496,7 @@ class Run:
         if self._stored is None:
             self.checkpointer.attributes.restore(again=True)
             return
-        Losses(self.trainer).bring_back(self.values["loss"])
+        LossAccumulators(self.trainer).bring_back(self.values["loss"])
         states = self.checkpointer.objects["callbacks"]
         for name, state in self._callbacks.items():
             states[name].load_state_dict(copy.deepcopy(state))  # type: ignore[index]
@@ -523,13 +552,14 @@ class Run:
             )
         self.checkpointer.best_step = best
         self.saved_step = state.global_step
-        return self.checkpointer.save(state.global_step, self._values(), facts=run_facts(self))
+        facts = self._facts_to_save()
+        return self.checkpointer.save(state.global_step, self._values(), facts=facts)
 
     def _values(self) -> dict[str, Any]:
         of_many = self.group.world_size > 1  # each reads its own part
         place = self.follower.place
         return {
-            "loss": Losses(self.trainer).values(),
+            "loss": LossAccumulators(self.trainer).values(),
             "order": order_of(self._loader),
             "data": data_state(self._loader, place.epoch, place.batches),
             "trail": {} if of_many else trail_of(self._loader, place.epoch, place.batches),
@@ -585,13 +615,13 @@ _STATE = (
 """What of the host's stored state goes on; all else follows from the arguments of this start."""
 
 
-def refuse_own_windows(trainer: Trainer) -> None:
+def refuse_own_windows(kind: type) -> None:
     """Raise where a subclass fetches the batches of a step, and the next step has fewer of them.
 
     Raises:
         ConfigError: Its `get_batch_samples` does not call that of the class above.
     """
-    own: Any = type(trainer).get_batch_samples
+    own: Any = kind.get_batch_samples  # type: ignore[attr-defined]
     if own.__module__ == __name__.rpartition(".")[0] + ".trainer" or "super" in names_in(own):
         return
     what = "does not call super(): the checkpoint lies inside of a step, whose rest it must fetch"

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import transformers
 from transformers.utils import logging
 
-from unbroken.adapters.transformers.session import Run
+from unbroken.adapters.transformers.changes import UserChoices, facts_of_subclass
+from unbroken.adapters.transformers.session import TrainSession
 from unbroken.checkpoint import (
     ExactResume,
     ResumeFrom,
@@ -74,17 +75,6 @@ GOING_BACK = (
 )
 
 
-@dataclass(frozen=True)
-class Start:
-    """What the caller of a trainer said about resuming."""
-
-    resume_from_checkpoint: ResumeFrom = None
-    allow: Sequence[str] = ()
-    skip: Sequence[str] = ()
-    exact_resume: ExactResume = "prefer"
-    save_mode: SaveMode = "async"
-
-
 class Trainer(transformers.Trainer):  # type: ignore[misc]
     """A `transformers.Trainer` whose runs continue bit for bit, whenever they are killed.
 
@@ -111,7 +101,6 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
 
     Attributes:
         resume_report: What the last start found, and every difference.
-        subclass: What the user's own subclass does in a step; None: no run has asked for it yet.
 
     Raises:
         ConfigError: If the host is set to something that cannot be continued exactly.
@@ -128,11 +117,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         require_supported_version()
-        named = tuple(allow), tuple(skip)
-        self.start = Start(resume_from_checkpoint, *named, exact_resume, save_mode)
         self.resume_report = ResumeReport(step=0)
-        self._run: Run | None = None
-        self.subclass: dict[str, Any] | None = None
+        self._session: TrainSession | None = None
         args: Any = options.get("args", arguments[1] if len(arguments) > 1 else None)
         by_signal = getattr(args, "enable_jit_checkpoint", False)
         if by_signal:
@@ -140,7 +126,15 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         super().__init__(*arguments, **options)
         if by_signal:
             args.enable_jit_checkpoint = True
-        self.own_optimizers = (self.optimizer is not None, self.lr_scheduler is not None)
+        self.resume_choices = UserChoices(
+            resume_from_checkpoint,
+            tuple(allow),
+            tuple(skip),
+            exact_resume,
+            save_mode,
+            has_optimizer=self.optimizer is not None,
+            has_scheduler=self.lr_scheduler is not None,
+        )
 
     def train(
         self,
@@ -168,11 +162,15 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         """
         if trial is not None:
             return super().train(None, trial, ignore_keys_for_eval)
-        refuse_what_cannot_resume(self)
-        said = (resume_from_checkpoint, self.start.resume_from_checkpoint)
+        choices = self.resume_choices
+        refuse_what_cannot_resume(self, choices.allow)
+        said = (resume_from_checkpoint, choices.resume_from_checkpoint)
         wanted = next((one for one in said if one is not None), self.args.resume_from_checkpoint)
-        with telling_of_an_early_stop(), Run(self, _as_path(wanted)) as run:
-            self._run = run
+        with (
+            telling_of_an_early_stop(),
+            TrainSession(self, choices, _as_path(wanted), lambda: self._subclass_facts) as run,
+        ):
+            self._session = run
             run.checkpointer.note = _log.warning
             self.add_callback(run.follower)
             skips, self.args.ignore_data_skip = self.args.ignore_data_skip, False  # known by now
@@ -181,13 +179,18 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
                 return super().train(folder, None, ignore_keys_for_eval)
             finally:
                 self.args.ignore_data_skip = skips
-                self._run = None
+                self._session = None
                 self.remove_callback(run.follower)
+
+    @cached_property
+    def _subclass_facts(self) -> dict[str, Any]:
+        """What a user's subclass is at the first start: what training made of it is no setting."""
+        return facts_of_subclass(self)
 
     # Hooks of the host's loop, in the order in which it calls them.
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self._run is None:  # else the weights come with everything else
+        if self._session is None:  # else the weights come with everything else
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
@@ -196,10 +199,10 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         Whatever `get_train_dataloader` has returned, of the host or of a subclass, is from here on
         a loader whose batches continue exactly at any place.
         """
-        if self._run is None:
+        if self._session is None:
             return super().set_initial_training_values(args, dataloader)
-        loader = self._run.loader(dataloader)
-        return self._run.settled(super().set_initial_training_values(args, loader))
+        loader = self._session.loader(dataloader)
+        return self._session.settled(super().set_initial_training_values(args, loader))
 
     def _init_training_state(
         self,
@@ -209,15 +212,15 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         resume_from_checkpoint: str | None,
         trial: Any,
     ) -> tuple[int, int]:
-        folder = resume_from_checkpoint if self._run is None else None
+        folder = resume_from_checkpoint if self._session is None else None
         counts = (max_steps, num_update_steps_per_epoch, num_train_epochs)
         begin: tuple[int, int] = super()._init_training_state(*counts, folder, trial)
-        return begin if self._run is None else self._run.state_from_checkpoint()
+        return begin if self._session is None else self._session.state_from_checkpoint()
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
-        run = self._run
+        run = self._session
         if run is None:
             return super()._prepare_for_training(
                 max_steps, train_dataloader, resume_from_checkpoint
@@ -234,38 +237,38 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         return prepared
 
     def _run_epoch(self, *arguments: Any, **options: Any) -> None:
-        if self._run is not None:
-            self._run.epoch_begins(options["epoch"])
+        if self._session is not None:
+            self._session.epoch_begins(options["epoch"])
         super()._run_epoch(*arguments, **options)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if self._run is None:
+        if self._session is None:
             super()._load_rng_state(checkpoint)
         else:
-            self._run.restore_random_states()
+            self._session.restore_random_states()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """Fetch the batches of a step; fewer where the run went on inside of a window."""
-        if self._run is not None:
-            num_batches = self._run.first_batches(num_batches)
+        if self._session is not None:
+            num_batches = self._session.first_batches(num_batches)
         samples = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self._run is not None:
-            self._run.preemption.training_begins()
+        if self._session is not None:
+            self._session.preemption.training_begins()
         return samples
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
-        if skip_scheduler and self._run is not None and self._run.report.resumed:
+        if skip_scheduler and self._session is not None and self._session.report.resumed:
             return {}  # the evaluation at the start of the run has been
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     def evaluation_loop(self, dataloader: Any, *arguments: Any, **options: Any) -> Any:
         """Evaluate as the host does; a signal to all processes ends no worker in the middle."""
-        if self._run is not None:
+        if self._session is not None:
             leave_signals_of(dataloader)
         return super().evaluation_loop(dataloader, *arguments, **options)
 
     def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
-        run = self._run
+        run = self._session
         if run is None:
             super()._maybe_log_save_evaluate(*arguments, **options)
             return
@@ -282,29 +285,29 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             raise stopped
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self._run is None:
+        if self._session is None:
             super()._save_checkpoint(model, trial)
             return
-        folder = self._run.save()
-        if self.args.push_to_hub or looks_at_saves(self):
-            self._run.checkpointer.wait()
+        folder = self._session.save()
+        if self.args.push_to_hub or looks_at_saves(self.callback_handler.callbacks):
+            self._session.checkpointer.wait()
         if self.args.push_to_hub:
             self._push_from_checkpoint(folder)
 
     def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
         """Log as the host does, and into metrics.jsonl, where each line is exactly once."""
         super().log(logs, *arguments, **options)
-        if self._run is not None:
-            self._run.note(logs)
+        if self._session is not None:
+            self._session.note(logs)
 
     def _load_best_model(self) -> None:
-        if self._run is None:
+        if self._session is None:
             super()._load_best_model()
         else:
-            self._run.load_best()
+            self._session.load_best()
 
     def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
-        run = self._run
+        run = self._session
         if run is None:
             return super()._finalize_training(trial, num_train_samples, start_time)
         run.bring_back()
@@ -320,29 +323,33 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         return result
 
 
-def fsdp_version(trainer: Trainer) -> int | None:
+def fsdp_version(host: transformers.Trainer) -> int | None:
     """Return which FSDP accelerate shards the model by; None: by none."""
-    if not trainer.is_fsdp_enabled:
+    if not host.is_fsdp_enabled:
         return None
-    return int(getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1))
+    return int(getattr(host.accelerator.state.fsdp_plugin, "fsdp_version", 1))
 
 
-def refuse_what_cannot_resume(trainer: Trainer) -> None:
+def refuse_what_cannot_resume(host: transformers.Trainer, allow: Collection[str] = ()) -> None:
     """Raise where the host is set to something that this adapter does not bring back exactly.
+
+    Args:
+        host: The trainer.
+        allow: Names of methods that a subclass may have in its own way.
 
     Raises:
         ConfigError: Naming the setting.
     """
-    args = trainer.args
-    if trainer.is_deepspeed_enabled:
+    args = host.args
+    if host.is_deepspeed_enabled:
         hint = "use FSDP2 or DDP, or transformers' own Trainer"
         raise ConfigError("deepspeed", "keeps the optimizer where no other sees it", hint=hint)
-    version = fsdp_version(trainer)
+    version = fsdp_version(host)
     if version == 1:
         what = "FSDP1 keeps parameters in flat ones without names, and PyTorch gives it up"
         hint = 'fsdp_config={"version": 2, ...}'
         raise ConfigError("fsdp_config", what, expected="version 2", found="version 1", hint=hint)
-    refuse_overrides(trainer)
+    refuse_overrides(type(host), allow)
     if args.save_only_model:
         hint = "take it out, or use transformers' own Trainer"
         raise ConfigError("save_only_model", "leaves nothing to resume from", hint=hint)
@@ -355,15 +362,15 @@ _NOT_CALLED = (
 """What the host calls for its checkpoints, and a subclass may have in its own way."""
 
 
-def refuse_overrides(trainer: Trainer) -> None:
+def refuse_overrides(kind: type, allow: Collection[str]) -> None:
     """Raise where a subclass saves or loads in a way of its own, unless that is named.
 
     Raises:
         ConfigError: Naming the method.
     """
     for name in _NOT_CALLED:
-        own = getattr(type(trainer), name)
-        if own is not getattr(transformers.Trainer, name) and name not in trainer.start.allow:
+        own = getattr(kind, name)
+        if own is not getattr(transformers.Trainer, name) and name not in allow:
             what = "is not called for checkpoints: what it writes or reads would be missing"
             hint = (
                 f"allow=[{name!r}] leaves it out of checkpoints, where all is saved without it; "
@@ -372,10 +379,10 @@ def refuse_overrides(trainer: Trainer) -> None:
             raise ConfigError(own.__qualname__, what, hint=hint)
 
 
-def looks_at_saves(trainer: Trainer) -> bool:
+def looks_at_saves(callbacks: Iterable[Any]) -> bool:
     """Return whether a callback does something when a checkpoint is there."""
     plain = transformers.TrainerCallback.on_save
-    return any(type(one).on_save is not plain for one in trainer.callback_handler.callbacks)
+    return any(type(one).on_save is not plain for one in callbacks)
 
 
 def _as_path(wanted: Any) -> Any:
