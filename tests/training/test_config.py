@@ -112,6 +112,10 @@ def test_every_other_name_is_one_of_transformers():
     assert ours - theirs == OWN
 
 
+def test_each_field_says_what_another_value_means_for_a_resume():
+    assert [one.name for one in fields(TrainerConfig) if "setting" not in one.metadata] == []
+
+
 def test_all_fields_are_plain_json():
     assert json.loads(json.dumps(TrainerConfig().to_dict())) == TrainerConfig().to_dict()
 

@@ -6,42 +6,11 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Any
 
-from unbroken.changes.differences import Difference, Rule
-from unbroken.changes.rules import ATTENTION
+from unbroken.changes.differences import Difference
+from unbroken.changes.rules import rule_of
 from unbroken.fingerprint import NOT_COMPARED, sampled_records
-
-RULES: tuple[tuple[str, Rule], ...] = (
-    ("model.class", ("changed", "another class of model computes from here on")),
-    ("model.source.*", ("changed", "the code of this class is not what it was")),
-    ("model.layer.*", ("changed", "this layer computes something else; its weights are kept")),
-    ("model.eval", ("changed", "other parts are in evaluation mode from here on")),
-    ("model.frozen", ("changed", "other parameters train from here on; all other state is kept")),
-    ("model.attn_implementation", ATTENTION),
-    ("model.*.attn_implementation", ATTENTION),
-    ("model.*", ("changed", "the model computes something else; its weights are kept")),
-    ("optimizer.*class", ("refused", 'its state means nothing to another; skip=["optimizer"]')),
-    ("optimizer.*foreach", ("equivalent", "another kernel rounds in another order")),
-    ("optimizer.*fused", ("equivalent", "another kernel rounds in another order")),
-    ("optimizer.*capturable", ("equivalent", "another kernel rounds in another order")),
-    ("optimizer.*", ("changed", "other updates from here on; the moments are kept")),
-    ("scheduler.*", ("changed", "another learning rate from here on, at the same step")),
-    ("loss.*", ("changed", "another loss is trained from here on")),
-    ("trainer.*", ("changed", "the subclass of Trainer trains otherwise from here on")),
-    ("data.length", ("changed", "another order of the samples; the position is kept in samples")),
-    ("data.records", ("changed", "other samples from here on")),
-    ("data.fingerprint", ("changed", "other samples from here on")),
-    ("data.source.*", ("changed", "the code of the data set is not what it was")),
-    ("data.*", ("changed", "other batches are made from here on")),
-    ("state.*", ("changed", "an object in the state of the run is another one")),
-    ("eval_data.*", ("changed", "other evaluations steer the learning rate")),
-    ("callbacks.names", ("equivalent", "whether the training depends on it cannot be seen")),
-    ("callbacks.*.source*", ("equivalent", "whether the training depends on it cannot be seen")),
-    ("callbacks.*", ("equivalent", "the new value counts; the run may go on and end otherwise")),
-)
-"""What a difference means: the first pattern that fits the path counts."""
 
 _REPEATABLE, _RECORDS = ".repeatable", ".records"
 OWN_GENERATOR = (
@@ -247,17 +216,6 @@ _NO_RECORDS = dict.fromkeys(_UNSEEN, f"{NOT_COMPARED}none were read")
 
 def _name_of(part: Any) -> Any:
     return part.get("name") if isinstance(part, Mapping) else part and "given"
-
-
-def rule_of(path: str) -> Rule:
-    """Return what a difference at a path means.
-
-    Example:
-        >>> rule_of("optimizer.class")[0]
-        'refused'
-    """
-    known = (rule for pattern, rule in RULES if fnmatchcase(path, pattern))
-    return next(known, ("changed", "the training depends on it"))
 
 
 def _differs(path: str, stored: Any, now: Any) -> bool:

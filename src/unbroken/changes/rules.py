@@ -1,8 +1,12 @@
-"""What each fact about the machine, the software and the code means for the bits of a run."""
+"""What a difference means for the bits of a run: in a setting, an object, the machine, the code.
+
+Each rule stands here once. Which setting has which rule stands at the setting.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 
 from unbroken.changes.differences import Rule
 from unbroken.fingerprint.environment import PACKAGES, VARIABLES_BY_TOPIC
@@ -29,6 +33,26 @@ MEMORY: Rule = ("harmless", "memory is handed out in another way; the same is co
 UNREAD: Rule = ("harmless", "fills memory that nothing should read")
 CACHED_CASTS: Rule = ("harmless", "the same casts, kept or made again")
 SETS: Rule = ("harmless", "the order of sets of text; nothing in unbroken depends on it")
+
+# What a difference in a setting means: each setting of `TrainerConfig` names one of these, and so
+# does each argument of a host.
+CADENCE: Rule = ("harmless", "something happens at other steps; the training is the same")
+STORING: Rule = ("harmless", "how checkpoints are stored; the training is the same")
+NAMING: Rule = ("harmless", "where things are; the training is the same")
+LOADING: Rule = ("harmless", "how data are read; the order and the samples are the same")
+JUDGING: Rule = ("harmless", "when the run ends or which checkpoint is the best")
+METRIC: Rule = ("harmless", "the best so far, and the wait for a better one, begin anew")
+NOT_USED: Rule = ("harmless", "not used: the optimizer or the schedule is one of your own")
+RUN_LENGTH: Rule = ("harmless", "the run ends elsewhere")
+ROUNDING: Rule = ("equivalent", "the same sums, rounded in another order")
+SPLIT: Rule = ("equivalent", "the same samples in each step, summed in other portions")
+UPDATES: Rule = ("changed", "other updates from here on; the optimizer's moments are kept")
+SCHEDULE: Rule = ("changed", "another learning rate from here on, at the same step")
+FORWARD: Rule = ("changed", "other gradients from here on")
+ORDER: Rule = ("changed", "another order of samples from here on; the position stays in samples")
+SIZE: Rule = ("changed", "steps of another size from here on; the position stays in samples")
+RANDOM: Rule = ("changed", "other random numbers, and another order, from here on")
+OPTIMIZER: Rule = ("refused", 'the state of one means nothing to another; skip=["optimizer"]')
 
 _VARIABLES: Mapping[str, Rule] = {
     "threads": THREADS,
@@ -87,3 +111,44 @@ CODE_RULES: Mapping[str, Rule] = {
     "code.unbroken": ("equivalent", "another version of unbroken; its changelog tells of changes"),
 }
 """The verdict and the effect of each fact about the code that differs."""
+
+_FACTS: tuple[tuple[str, Rule], ...] = (
+    ("model.class", ("changed", "another class of model computes from here on")),
+    ("model.source.*", ("changed", "the code of this class is not what it was")),
+    ("model.layer.*", ("changed", "this layer computes something else; its weights are kept")),
+    ("model.eval", ("changed", "other parts are in evaluation mode from here on")),
+    ("model.frozen", ("changed", "other parameters train from here on; all other state is kept")),
+    ("model.attn_implementation", ATTENTION),
+    ("model.*.attn_implementation", ATTENTION),
+    ("model.*", ("changed", "the model computes something else; its weights are kept")),
+    ("optimizer.*class", ("refused", 'its state means nothing to another; skip=["optimizer"]')),
+    ("optimizer.*foreach", ("equivalent", "another kernel rounds in another order")),
+    ("optimizer.*fused", ("equivalent", "another kernel rounds in another order")),
+    ("optimizer.*capturable", ("equivalent", "another kernel rounds in another order")),
+    ("optimizer.*", ("changed", "other updates from here on; the moments are kept")),
+    ("scheduler.*", ("changed", "another learning rate from here on, at the same step")),
+    ("loss.*", ("changed", "another loss is trained from here on")),
+    ("trainer.*", ("changed", "the subclass of Trainer trains otherwise from here on")),
+    ("data.length", ("changed", "another order of the samples; the position is kept in samples")),
+    ("data.records", ("changed", "other samples from here on")),
+    ("data.fingerprint", ("changed", "other samples from here on")),
+    ("data.source.*", ("changed", "the code of the data set is not what it was")),
+    ("data.*", ("changed", "other batches are made from here on")),
+    ("state.*", ("changed", "an object in the state of the run is another one")),
+    ("eval_data.*", ("changed", "other evaluations steer the learning rate")),
+    ("callbacks.names", ("equivalent", "whether the training depends on it cannot be seen")),
+    ("callbacks.*.source*", ("equivalent", "whether the training depends on it cannot be seen")),
+    ("callbacks.*", ("equivalent", "the new value counts; the run may go on and end otherwise")),
+)
+"""What a difference in a fact of an object means: the first pattern that fits the path counts."""
+
+
+def rule_of(path: str) -> Rule:
+    """Return what a difference in a fact about an object means.
+
+    Example:
+        >>> rule_of("optimizer.class")[0]
+        'refused'
+    """
+    known = (rule for pattern, rule in _FACTS if fnmatchcase(path, pattern))
+    return next(known, ("changed", "the training depends on it"))

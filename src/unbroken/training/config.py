@@ -5,14 +5,32 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import typeguard
 
-from unbroken.checkpoint import ExactResume, ReadFrom, SaveMode
+from unbroken.changes.rules import (
+    CADENCE,
+    FORWARD,
+    JUDGING,
+    LOADING,
+    METRIC,
+    NAMING,
+    OPTIMIZER,
+    ORDER,
+    RANDOM,
+    ROUNDING,
+    RUN_LENGTH,
+    SCHEDULE,
+    SIZE,
+    SPLIT,
+    STORING,
+    UPDATES,
+)
+from unbroken.checkpoint import ExactResume, ReadFrom, Rule, SaveMode
 from unbroken.config_file import nearest, read_mapping, write_mapping
 from unbroken.errors import ConfigError, one_of
 from unbroken.store import check_branch_name
@@ -38,6 +56,54 @@ class LeftOpen(int):
         >>> isinstance(TrainerConfig().batch_size, LeftOpen), TrainerConfig().batch_size
         (True, 8)
     """
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a setting means for a run that is resumed with another value of it.
+
+    Attributes:
+        rule: What follows from another value; None: it says how to start, not what to train.
+        options: The options of the optimizer that it makes.
+        in_data: What it makes in the state of the data.
+        steers: Whether it decides what evaluations say, and so a learning rate that follows them.
+        ends: Whether it decides when the run ends.
+    """
+
+    rule: Rule | None
+    options: tuple[str, ...] = ()
+    in_data: tuple[str, ...] = ()
+    steers: bool = False
+    ends: bool = False
+
+
+START: Rule | None = None
+"""The rule of a setting that says how to start."""
+
+
+def setting(default: T, rule: Rule | None, **meaning: Any) -> T:
+    """Return a field of `TrainerConfig` with its default and its meaning for a resume.
+
+    Args:
+        default: Its default.
+        rule: What another value means when a run is resumed.
+        meaning: Further fields of `Setting`.
+    """
+    made: T = field(default=default, metadata={"setting": Setting(rule, **meaning)})
+    return made
+
+
+def settings() -> dict[str, Setting]:
+    """Return the meaning of each field of `TrainerConfig`.
+
+    Example:
+        >>> settings()["learning_rate"].rule[1]
+        'another learning rate from here on, at the same step'
+    """
+    return {one.name: one.metadata["setting"] for one in fields(TrainerConfig)}
 
 
 C = TypeVar("C", bound=type)
@@ -71,136 +137,136 @@ class TrainerConfig:
         4
     """
 
-    output_dir: str = "runs/default"
+    output_dir: str = setting("runs/default", NAMING)
     """The run directory: checkpoints, history and metrics."""
-    resume_from_checkpoint: bool | int | str = "auto"
+    resume_from_checkpoint: bool | int | str = setting("auto", START)
     """"auto", "must", "never", "best", a step, or the path of a checkpoint."""
-    branch: str | None = None
+    branch: str | None = setting(None, NAMING)
     """Train in a branch of this name, a run of its own in `output_dir`/branches, that begins in
     the checkpoint which `resume_from_checkpoint` names; the same command goes on with it."""
-    allow: tuple[str, ...] = ()
+    allow: tuple[str, ...] = setting((), START)
     """Changes on resume that are meant: settings, or groups ("data", "model", "optimizer"); any
     other change of the training is refused."""
-    skip: tuple[str, ...] = ()
+    skip: tuple[str, ...] = setting((), START)
     """What is not loaded when a run begins from a checkpoint: patterns of parameters
     ("lm_head.*") or objects ("optimizer"). They keep the values that they have here."""
-    exact_resume: ExactResume = "prefer"
+    exact_resume: ExactResume = setting("prefer", START)
     """"require": a resume that is only equivalent (other machine, other rounding) is refused."""
 
-    read_from: ReadFrom = "all"
+    read_from: ReadFrom = setting("all", START)
     """Who reads the checkpoint on several ranks: "all" of them; or "rank0", which sends it to the
     others, for a run directory that they cannot see."""
 
-    ddp_timeout: float = 600.0
+    ddp_timeout: float = setting(600.0, START)
     """Seconds that ranks wait for each other before they end with an error that names who is
     missing."""
 
-    batch_size: int = LeftOpen(8)
+    batch_size: int = setting(LeftOpen(8), SIZE, in_data=("global_batch_size", "epoch_size"))
     """Samples in one optimizer step, over all ranks and micro-batches (the global batch). Left
     open, and without a `micro_batch_size`, it is that of the `DataLoader` that holds the data."""
-    micro_batch_size: int | Literal["auto"] | None = None
+    micro_batch_size: int | Literal["auto"] | None = setting(None, SPLIT)
     """Samples in one forward pass of one process; None: the whole global batch; "auto": the whole
     batch, and half of it each time that a step does not fit into the device's memory."""
-    lanes: int | None = None
+    lanes: int | None = setting(None, ROUNDING)
     """Sum gradients in so many lanes, a power of two: the same bits on 1, 2, 4, ... `lanes` ranks.
     None: a lane for each rank, and the same bits on as many ranks."""
-    max_steps: int = -1
+    max_steps: int = setting(-1, RUN_LENGTH, ends=True)
     """Optimizer steps of the whole run; -1: `num_train_epochs` decides."""
-    num_train_epochs: float = 3.0
+    num_train_epochs: float = setting(3.0, RUN_LENGTH, ends=True)
     """Passes over the data, when `max_steps` is -1; the last step is completed."""
-    shuffle: bool = True
+    shuffle: bool = setting(True, ORDER, in_data=("shuffle",))
     """Whether each epoch has an order of its own."""
-    dataloader_drop_last: bool = False
+    dataloader_drop_last: bool = setting(False, ORDER, in_data=("epoch_size",))
     """Leave out the samples at the end of an epoch that fill no batch, instead of going on
     with the next epoch inside the batch."""
-    samples_per_epoch: int | None = None
+    samples_per_epoch: int | None = setting(None, ORDER, in_data=("epoch_size",))
     """Use only so many samples of each epoch's order; None: all."""
-    dataloader_num_workers: int = 0
+    dataloader_num_workers: int = setting(0, LOADING)
     """Worker processes that load data; the bits do not depend on it."""
-    dataloader_prefetch_factor: int | None = None
+    dataloader_prefetch_factor: int | None = setting(None, LOADING)
     """Batches that each worker loads ahead; None: PyTorch's default."""
-    dataloader_pin_memory: bool = False
+    dataloader_pin_memory: bool = setting(False, LOADING)
     """Whether batches are put into pinned memory, for faster copies to a GPU."""
 
-    optim: Optim = "adamw_torch_fused"
+    optim: Optim = setting("adamw_torch_fused", OPTIMIZER, options=("fused", "foreach"))
     """The optimizer, unless one is given to the Trainer."""
-    learning_rate: float = 5e-5
+    learning_rate: float = setting(5e-5, SCHEDULE)
     """The highest learning rate, reached after warm-up."""
-    weight_decay: float = 0.0
+    weight_decay: float = setting(0.0, UPDATES, options=("weight_decay",))
     """Decoupled weight decay; one-dimensional parameters (biases, norms) are left out."""
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    sgd_momentum: float = 0.0
+    adam_beta1: float = setting(0.9, UPDATES, options=("betas",))
+    adam_beta2: float = setting(0.999, UPDATES, options=("betas",))
+    adam_epsilon: float = setting(1e-8, UPDATES, options=("eps",))
+    sgd_momentum: float = setting(0.0, UPDATES, options=("momentum",))
     """Momentum of `optim="sgd"`."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = setting(1.0, FORWARD)
     """Gradients are scaled down to this norm; 0: no clipping."""
-    lr_scheduler_type: Schedule = "linear"
+    lr_scheduler_type: Schedule = setting("linear", SCHEDULE)
     """How the learning rate goes on after warm-up."""
-    lr_scheduler_kwargs: dict[str, float] | None = None
+    lr_scheduler_kwargs: dict[str, float] | None = setting(None, SCHEDULE)
     """Settings of the schedule: `min_lr_rate`, `num_cycles`, `power`, `lr_end`, ..."""
-    warmup_steps: float = 0
+    warmup_steps: float = setting(0, SCHEDULE)
     """Steps in which the learning rate rises from 0; below 1: a share of all steps."""
 
-    bf16: bool = False
+    bf16: bool = setting(False, FORWARD)
     """Autocast to bfloat16."""
-    fp16: bool = False
+    fp16: bool = setting(False, FORWARD)
     """Autocast to float16, with gradient scaling."""
-    torch_compile: bool = False
+    torch_compile: bool = setting(False, ROUNDING)
     """Run the model through `torch.compile`."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = setting(False, ROUNDING)
     """Save memory by computing activations again; the model must support it."""
-    device: str = "auto"
+    device: str = setting("auto", ROUNDING)
     """"auto": the first GPU if there is one, else the CPU; or a `torch.device` string."""
-    full_determinism: bool = True
+    full_determinism: bool = setting(True, ROUNDING)
     """Only deterministic kernels, so that a run repeats bit for bit on a GPU too."""
-    seed: int = 42
+    seed: int = setting(42, RANDOM, in_data=("seed",))
     """All randomness of the run is derived from it."""
-    data_seed: int | None = None
+    data_seed: int | None = setting(None, ORDER, in_data=("seed",))
     """The seed of the order of the data; None: `seed`."""
 
-    logging_steps: int | None = 10
+    logging_steps: int | None = setting(10, CADENCE)
     """Write statistics every so many steps; None: not by steps."""
-    logging_minutes: float | None = None
-    log_data_digest: bool = False
+    logging_minutes: float | None = setting(None, CADENCE)
+    log_data_digest: bool = setting(False, CADENCE)
     """Log a running digest of all training batches used: proof of the order of the data."""
-    eval_steps: int | None = None
+    eval_steps: int | None = setting(None, CADENCE, steers=True)
     """Evaluate every so many steps; None: not by steps."""
-    eval_minutes: float | None = None
-    eval_batch_size: int | None = None
+    eval_minutes: float | None = setting(None, CADENCE, steers=True)
+    eval_batch_size: int | None = setting(None, CADENCE, steers=True)
     """Samples in one forward pass of the evaluation; None: the micro-batch size."""
-    save_steps: int | Literal["auto"] | None = 500
+    save_steps: int | Literal["auto"] | None = setting(500, CADENCE)
     """Save a checkpoint every so many steps; "auto": as often as loses least time, by what saves
     cost and how often the run fails; None: not by steps."""
-    save_minutes: float | None = None
-    max_lost_minutes: float | None = None
+    save_minutes: float | None = setting(None, CADENCE)
+    max_lost_minutes: float | None = setting(None, CADENCE)
     """Save so often, besides, that a failure takes no more than so many minutes of training."""
-    mtbf_hours: float | None = None
+    mtbf_hours: float | None = setting(None, CADENCE)
     """Mean time between failures, for `save_steps="auto"`; None: as the history of the run says."""
-    save_mode: SaveMode = "blocking"
+    save_mode: SaveMode = setting("blocking", CADENCE)
     """How a save gets hold of the state: "blocking" writes it while training waits, "async" copies
     it and writes while training goes on, "overlap" copies meanwhile, too; see `Checkpointer`."""
-    save_compressed: bool = False
+    save_compressed: bool = setting(False, STORING)
     """Keep tensors compressed, without loss, for storage that is slow or metered; needs
     `unbroken[zstd]`. Other programs cannot read such files: see `unbroken export`."""
-    save_at_start: bool = True
+    save_at_start: bool = setting(True, CADENCE)
     """Save `checkpoint-0` before the first step, so that a run killed before its first
     regular checkpoint starts again from the same weights."""
-    save_total_limit: int | None = None
+    save_total_limit: int | None = setting(None, CADENCE)
     """Keep only so many of the newest intact checkpoints; None: all."""
-    keep_every_n_steps: int | None = None
+    keep_every_n_steps: int | None = setting(None, CADENCE)
     """Keep, besides, every checkpoint whose step is a multiple of this."""
-    max_time: float | str | None = None
+    max_time: float | str | None = setting(None, CADENCE)
     """Save and stop after so many seconds, or "HH:MM:SS", in this process."""
 
-    metric_for_best_model: str = "eval_loss"
+    metric_for_best_model: str = setting("eval_loss", METRIC, steers=True, ends=True)
     """The evaluation metric that decides which checkpoint is the best."""
-    greater_is_better: bool = False
-    load_best_model_at_end: bool = False
+    greater_is_better: bool = setting(False, METRIC, steers=True, ends=True)
+    load_best_model_at_end: bool = setting(False, JUDGING)
     """Put the weights of the best checkpoint into the model when training ends."""
-    early_stopping_patience: int | None = None
+    early_stopping_patience: int | None = setting(None, JUDGING, ends=True)
     """Stop after so many evaluations in a row without a better metric; None: never."""
-    early_stopping_threshold: float = 0.0
+    early_stopping_threshold: float = setting(0.0, JUDGING, ends=True)
     """How much better the metric must be to count."""
 
     def __post_init__(self) -> None:
@@ -213,17 +279,17 @@ class TrainerConfig:
 
     def _check_types(self) -> None:
         hints = get_type_hints(type(self))
-        for field in fields(self):
-            value = getattr(self, field.name)
-            wrong_bool = isinstance(value, bool) and not _admits_bool(field.name)
+        for one in fields(self):
+            value = getattr(self, one.name)
+            wrong_bool = isinstance(value, bool) and not _admits_bool(one.name)
             try:
-                typeguard.check_type(value, hints[field.name])
+                typeguard.check_type(value, hints[one.name])
             except typeguard.TypeCheckError:
                 wrong_bool = True
             if wrong_bool:
-                hint, texts = hints[field.name], choices_in(hints[field.name])
+                hint, texts = hints[one.name], choices_in(hints[one.name])
                 near = nearest(value, texts) if isinstance(value, str) else None
-                raise ConfigError(field.name, expected=in_words(hint), found=repr(value), hint=near)
+                raise ConfigError(one.name, expected=in_words(hint), found=repr(value), hint=near)
 
     def _check_ranges(self) -> None:
         for name in _POSITIVE:
@@ -316,7 +382,7 @@ class TrainerConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain values, for YAML or JSON."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
         plain = {"batch_size": int(self.batch_size)}
         return {**values, **plain, "allow": list(self.allow), "skip": list(self.skip)}
 
@@ -446,7 +512,7 @@ def _admits_bool(name: str) -> bool:
 
 
 def _refuse_unknown(values: Iterable[str], where: str) -> None:
-    known = [field.name for field in fields(TrainerConfig)]
+    known = [one.name for one in fields(TrainerConfig)]
     groups = _GROUPS if where == "allow" else ()
     for name in values:
         if name not in (*known, *groups):

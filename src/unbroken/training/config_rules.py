@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from unbroken.changes.rules import METRIC, NOT_USED, RUN_LENGTH, SCHEDULE, UPDATES
 from unbroken.checkpoint import Difference, Rule, compare, gravest_first, unchanged
 from unbroken.errors import ConfigError
-from unbroken.training.config import TrainerConfig
+from unbroken.training.config import TrainerConfig, settings
 from unbroken.training.optim import factor_of
 from unbroken.training.progress import Progress, count_steps
 
@@ -18,76 +19,27 @@ if TYPE_CHECKING:
     from unbroken.training.trainer import Trainer
 
 
-_CADENCE: Rule = ("harmless", "something happens at other steps; the training is the same")
-_STORING: Rule = ("harmless", "how checkpoints are stored; the training is the same")
-_NAMING: Rule = ("harmless", "where things are; the training is the same")
-_LOADING: Rule = ("harmless", "how data are read; the order and the samples are the same")
-_JUDGING: Rule = ("harmless", "when the run ends or which checkpoint is the best")
-_METRIC: Rule = ("harmless", "the best so far, and the wait for a better one, begin anew")
-_NOT_USED: Rule = ("harmless", "not used: the optimizer or the schedule is one of your own")
-_LENGTH: Rule = ("harmless", "the run ends elsewhere")
-_ROUNDING: Rule = ("equivalent", "the same sums, rounded in another order")
-_SPLIT: Rule = ("equivalent", "the same samples in each step, summed in other portions")
-_UPDATES: Rule = ("changed", "other updates from here on; the optimizer's moments are kept")
-_SCHEDULE: Rule = ("changed", "another learning rate from here on, at the same step")
-_FORWARD: Rule = ("changed", "other gradients from here on")
-_ORDER: Rule = ("changed", "another order of samples from here on; the position stays in samples")
-_SIZE: Rule = ("changed", "steps of another size from here on; the position stays in samples")
-_RANDOM: Rule = ("changed", "other random numbers, and another order, from here on")
-_OPTIMIZER: Rule = ("refused", 'the state of one means nothing to another; skip=["optimizer"]')
+_SETTINGS = settings()
+_OF_THE_START = {name for name, one in _SETTINGS.items() if one.rule is None}
+RULES: Mapping[str, Rule] = {n: one.rule for n, one in _SETTINGS.items() if one.rule is not None}
+"""What a difference in each setting means, if nothing else of the run says otherwise."""
 
-_RULED: tuple[tuple[Rule, str], ...] = (
-    (_CADENCE, "logging_steps logging_minutes log_data_digest eval_steps eval_minutes"),
-    (_CADENCE, "eval_batch_size save_steps save_minutes save_at_start save_total_limit"),
-    (_CADENCE, "keep_every_n_steps max_time save_mode max_lost_minutes mtbf_hours"),
-    (_STORING, "save_compressed"),
-    (_NAMING, "output_dir branch"),
-    (_LOADING, "dataloader_num_workers dataloader_prefetch_factor dataloader_pin_memory"),
-    (_METRIC, "metric_for_best_model greater_is_better"),
-    (_JUDGING, "load_best_model_at_end early_stopping_patience early_stopping_threshold"),
-    (_LENGTH, "max_steps num_train_epochs"),
-    (_SPLIT, "micro_batch_size"),
-    (_ROUNDING, "lanes torch_compile gradient_checkpointing device full_determinism"),
-    (_UPDATES, "weight_decay adam_beta1 adam_beta2 adam_epsilon sgd_momentum"),
-    (_SCHEDULE, "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps"),
-    (_FORWARD, "max_grad_norm bf16 fp16"),
-    (_ORDER, "shuffle data_seed dataloader_drop_last samples_per_epoch"),
-    (_SIZE, "batch_size"),
-    (_RANDOM, "seed"),
-    (_OPTIMIZER, "optim"),
-)
-RULES: Mapping[str, Rule] = {name: rule for rule, names in _RULED for name in names.split()}
+OPTIMIZER_SETTINGS = {name for name, rule in RULES.items() if rule == UPDATES}
+SCHEDULE_SETTINGS = {name for name, rule in RULES.items() if rule == SCHEDULE}
+METRIC_SETTINGS = {name for name, rule in RULES.items() if rule == METRIC}
+LENGTH_SETTINGS = tuple(name for name, rule in RULES.items() if rule == RUN_LENGTH)
+JUDGING_SETTINGS = {name for name, one in _SETTINGS.items() if one.ends}
+OPTIMIZER_OPTIONS = {name: one.options for name, one in _SETTINGS.items() if one.options}
+"""The options of an optimizer that a setting makes."""
 
-_OF_THE_START = {
-    "resume_from_checkpoint",
-    "allow",
-    "skip",
-    "exact_resume",
-    "read_from",
-    "ddp_timeout",
-}
-OPTIMIZER_SETTINGS = {"weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "sgd_momentum"}
-SCHEDULE_SETTINGS = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"}
-_STEERING = (
-    "eval_steps",
-    "eval_minutes",
-    "eval_batch_size",
-    "metric_for_best_model",
-    "greater_is_better",
-)
+_STEERING_SETTINGS = [name for name, one in _SETTINGS.items() if one.steers]
+
 LENGTH = "schedule"
 """The path of the difference that tells of a schedule which reaches its end elsewhere, where no
 setting of the length does."""
 
-LENGTH_SETTINGS = ("max_steps", "num_train_epochs")
-
 IN_DATA: Mapping[str, tuple[str, ...]] = {
-    "batch_size": ("global_batch_size", "epoch_size"),
-    "seed": ("seed",),
-    "data_seed": ("seed",),
-    "shuffle": ("shuffle",),
-    "samples_per_epoch": ("epoch_size",),
-    "dataloader_drop_last": ("epoch_size",),
+    **{name: one.in_data for name, one in _SETTINGS.items() if one.in_data},
     "data": ("n", "epoch_size", "fingerprint", "length"),
     "data.length": ("n", "epoch_size", "length"),
     "data.fingerprint": ("fingerprint",),
@@ -104,15 +56,6 @@ def _samples_of_epoch(n: int, config: Mapping[str, Any]) -> int | None:
     if not isinstance(batch, int) or not isinstance(size, int) or batch < 1:
         return None
     return size - size % batch if config.get("dataloader_drop_last") else size
-
-
-JUDGING_SETTINGS = {
-    "metric_for_best_model",
-    "greater_is_better",
-    "early_stopping_patience",
-    "early_stopping_threshold",
-}
-METRIC_SETTINGS = {"metric_for_best_model", "greater_is_better"}
 
 
 class Examination:
@@ -160,11 +103,11 @@ class Examination:
     def _rules(self) -> dict[str, Rule]:
         rules = rules_for(self._trainer.config, self._trainer.model)
         if not self._own_optimizer:
-            rules.update(dict.fromkeys({*OPTIMIZER_SETTINGS, "optim"}, _NOT_USED))
+            rules.update(dict.fromkeys({*OPTIMIZER_SETTINGS, "optim"}, NOT_USED))
         if not self._trainer.has_own_schedule:
-            rules.update(dict.fromkeys(SCHEDULE_SETTINGS - {"learning_rate"}, _NOT_USED))
+            rules.update(dict.fromkeys(SCHEDULE_SETTINGS - {"learning_rate"}, NOT_USED))
         if not self._own_optimizer and self._trainer.config.lr_scheduler_type != "polynomial":
-            rules["learning_rate"] = _NOT_USED
+            rules["learning_rate"] = NOT_USED
         return rules
 
     @property
@@ -277,7 +220,9 @@ def rules_for(config: TrainerConfig, model: nn.Module) -> dict[str, Rule]:
     """Return what a difference in each setting means for this model."""
     rules = dict(RULES)
     if config.lr_scheduler_type == "reduce_lr_on_plateau":
-        rules.update(dict.fromkeys(_STEERING, _SCHEDULE))  # evaluations steer the learning rate
+        rules.update(
+            dict.fromkeys(_STEERING_SETTINGS, SCHEDULE)
+        )  # evaluations steer the learning rate
     statistics = nn.modules.batchnorm._BatchNorm  # noqa: SLF001 (the base of all of them)
     if any(isinstance(module, statistics) and module.training for module in model.modules()):
         rules["micro_batch_size"] = ("changed", "batch statistics are those of other portions")

@@ -23,6 +23,7 @@ from unbroken.training.callback import Callback, named
 from unbroken.training.config_rules import (
     JUDGING_SETTINGS,
     METRIC_SETTINGS,
+    OPTIMIZER_OPTIONS,
     SCHEDULE_SETTINGS,
     is_another_schedule,
 )
@@ -89,7 +90,7 @@ def go_on(trainer: Trainer, report: ResumeReport) -> None:
     if not isinstance(values, dict) or not isinstance(values.get("stop_reason"), str | None):
         raise CorruptCheckpointError("values", "are not those of a run", found=repr(values)[:80])
     trainer.progress = Progress.of(values.get("progress"))
-    again = changed & {*JUDGING_SETTINGS, "max_steps", "num_train_epochs"}
+    again = changed & JUDGING_SETTINGS
     stopped = values.get("stop_reason")
     trainer.stop_reason = None if again or _ended_otherwise(trainer) else stopped
     if changed & METRIC_SETTINGS:
@@ -110,22 +111,11 @@ def already_over(trainer: Trainer) -> str:
     return f"stopped {place} ({trainer.stop_reason}); nothing to do"
 
 
-_MADE_BY = {
-    "optim": ("fused", "foreach"),
-    "weight_decay": ("weight_decay",),
-    "adam_beta1": ("betas",),
-    "adam_beta2": ("betas",),
-    "adam_epsilon": ("eps",),
-    "sgd_momentum": ("momentum",),
-}
-"""The options of an optimizer that a setting makes."""
-
-
 def _take_effect(trainer: Trainer, changed: Mapping[str, Difference]) -> None:
     """Set anew what the settings make; where objects are the user's own they make nothing."""
     built = trainer.checkpointer.comparison.built
     if trainer.has_own_optimizer:
-        options = [option for name in changed for option in _MADE_BY.get(name, ())]
+        options = [option for name in changed for option in OPTIMIZER_OPTIONS.get(name, ())]
         built.set_options(trainer.optimizer, options)
     anew = changed.keys() & {*SCHEDULE_SETTINGS, "optim"}
     anew |= {path for path, one in changed.items() if is_another_schedule(one)}

@@ -38,7 +38,7 @@ from unbroken.capture import (
 from unbroken.capture.state_tree import children
 from unbroken.changes.apply import named_objects
 from unbroken.changes.differences import Difference, brief
-from unbroken.changes.object_facts import rule_of
+from unbroken.changes.rules import rule_of
 from unbroken.checkpoint.coverage.attribute_values import (
     TOLD,
     WITH_STATE,
