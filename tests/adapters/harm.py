@@ -29,7 +29,7 @@ def sabotage(part: str) -> None:
         "order": (dataloader.IndexBatches, "_draw_from"),
         "keys": (KeyedRandom, "seed"),
         "attributes": (attributes.Attributes, "restore"),
-        "place": (position.Follower, "on_substep_end"),
+        "place": (position.PositionCallback, "on_substep_end"),
     }
     setattr(*targets[part], nothing)
 

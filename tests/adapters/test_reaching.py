@@ -6,48 +6,57 @@ from dataclasses import replace
 
 import pytest
 
-from unbroken.adapters.transformers.position import Cut, Numbers, Place, Stored, reach
+from unbroken.adapters.transformers.position import (
+    Batching,
+    DataPosition,
+    LoopCounts,
+    StoredPosition,
+    plan_loop_start,
+)
 from unbroken.errors import ConfigError
 
 # 3 epochs of 32 samples: 8 batches of 4, 4 steps of 2 batches.
-CUT = Cut(batch=4, accumulation=2, world_size=1, length=32)
-NUMBERS = Numbers(3, 4, 32, 96, 8, 8, 12)
+CUT = Batching(batch=4, accumulation=2, world_size=1, length=32)
+NUMBERS = LoopCounts(3, 4, 32, 96, 8, 8, 12)
 # Batches of 8: 4 batches and 2 steps in an epoch.
-LARGER, OF_LARGER = replace(CUT, batch=8), Numbers(3, 2, 32, 96, 16, 4, 6)
+LARGER, OF_LARGER = replace(CUT, batch=8), LoopCounts(3, 2, 32, 96, 16, 4, 6)
 
 
 def begun(stored, now=CUT, numbers=NUMBERS, left=None, by_epochs=True):
     """Return epoch, batches, whether in samples, shift, whether at its end; epochs and steps."""
-    found, counted = reach(stored, now, numbers, left, by_epochs=by_epochs)
+    found, counted = plan_loop_start(stored, now, numbers, left, by_epochs=by_epochs)
     assert found.place.batches in (found.batches, stored.place.batches)
     where = (found.epoch, found.batches, found.in_samples, found.shift, found.ends_at_once)
     return where, (counted.num_train_epochs, counted.max_steps)
 
 
-IN_THE_MIDDLE = Place(epoch=1, batches=4, samples=16)
-AT_THE_END, OVER = Place(2, 8, 32), Place(2, 8, 32, is_over=True)
+IN_THE_MIDDLE = DataPosition(epoch=1, batches=4, samples=16)
+AT_THE_END, OVER = DataPosition(2, 8, 32), DataPosition(2, 8, 32, is_over=True)
 CASES = {
-    "in the middle of an epoch": (Stored(6, IN_THE_MIDDLE, CUT), (1, 4, False, 0, False)),
-    "inside of a step": (Stored(6, Place(1, 5, 20), CUT), (1, 5, False, 0, False)),
+    "in the middle of an epoch": (StoredPosition(6, IN_THE_MIDDLE, CUT), (1, 4, False, 0, False)),
+    "inside of a step": (StoredPosition(6, DataPosition(1, 5, 20), CUT), (1, 5, False, 0, False)),
     "at an end that callbacks know of": (
-        Stored(8, Place(1, 8, 32, is_over=True), CUT),
+        StoredPosition(8, DataPosition(1, 8, 32, is_over=True), CUT),
         (2, 0, False, 0, False),
     ),
     "at an end that they do not know of": (
-        Stored(8, Place(1, 8, 32), CUT),
+        StoredPosition(8, DataPosition(1, 8, 32), CUT),
         (1, 8, False, 0, True),
     ),
-    "over": (Stored(12, OVER, CUT), (3, 0, False, 0, False)),
-    "over, but for its last epoch's end": (Stored(12, AT_THE_END, CUT), (2, 8, False, 0, True)),
+    "over": (StoredPosition(12, OVER, CUT), (3, 0, False, 0, False)),
+    "over, but for its last epoch's end": (
+        StoredPosition(12, AT_THE_END, CUT),
+        (2, 8, False, 0, True),
+    ),
     "stopped by a callback": (
-        Stored(6, IN_THE_MIDDLE, CUT, stopped=(True, False)),
+        StoredPosition(6, IN_THE_MIDDLE, CUT, stopped=(True, False)),
         (1, 8, False, 0, True),
     ),
     "its epoch stopped by a callback": (
-        Stored(6, IN_THE_MIDDLE, CUT, stopped=(False, True)),
+        StoredPosition(6, IN_THE_MIDDLE, CUT, stopped=(False, True)),
         (1, 8, False, 0, True),
     ),
-    "shifted before": (Stored(9, IN_THE_MIDDLE, CUT, shift=3), (1, 4, False, 3, False)),
+    "shifted before": (StoredPosition(9, IN_THE_MIDDLE, CUT, shift=3), (1, 4, False, 3, False)),
 }
 
 
@@ -58,19 +67,19 @@ def test_a_run_that_is_cut_as_before_begins_where_it_was(name):
 
 
 def test_larger_batches_begin_at_the_sample_and_end_after_the_same_epochs():
-    stored = Stored(6, IN_THE_MIDDLE, CUT)
+    stored = StoredPosition(6, IN_THE_MIDDLE, CUT)
     found = begun(stored, LARGER, OF_LARGER, left=2)
     assert found == ((1, 2, True, 3, False), (3, 9)), "one step of this epoch, two of the last"
 
 
 def test_the_next_start_with_larger_batches_goes_on_in_samples_too():
-    stored = Stored(6, Place(1, 3, 24, is_even=False), LARGER, shift=3)
+    stored = StoredPosition(6, DataPosition(1, 3, 24, is_even=False), LARGER, shift=3)
     found = begun(stored, LARGER, OF_LARGER, left=1)
     assert found == ((1, 3, True, 3, False), (3, 9))
 
 
 def test_a_run_of_so_many_steps_gets_the_epochs_that_they_need():
-    stored = Stored(6, IN_THE_MIDDLE, CUT)
+    stored = StoredPosition(6, IN_THE_MIDDLE, CUT)
     numbers = replace(OF_LARGER, max_steps=12)
     found = begun(stored, LARGER, numbers, left=2, by_epochs=False)
     assert found == ((1, 2, True, 3, False), (5, 12)), "six steps: one, two, two, and one"
@@ -79,8 +88,8 @@ def test_a_run_of_so_many_steps_gets_the_epochs_that_they_need():
 @pytest.mark.parametrize(
     ("stored", "where"),
     [
-        (Stored(6, IN_THE_MIDDLE, CUT), (1, 8, False, 0, True)),
-        (Stored(8, Place(1, 8, 32, is_over=True), CUT), (3, 0, False, 0, False)),
+        (StoredPosition(6, IN_THE_MIDDLE, CUT), (1, 8, False, 0, True)),
+        (StoredPosition(8, DataPosition(1, 8, 32, is_over=True), CUT), (3, 0, False, 0, False)),
     ],
     ids=["in an epoch", "at the end of one"],
 )
@@ -90,7 +99,7 @@ def test_a_run_that_has_all_its_steps_trains_no_more(stored, where):
 
 
 def test_a_stream_goes_on_with_the_next_sample_or_says_what_it_needs():
-    stored = Stored(6, Place(0, 12, 48), replace(CUT, length=None))
+    stored = StoredPosition(6, DataPosition(0, 12, 48), replace(CUT, length=None))
     found = begun(stored, replace(LARGER, length=None), replace(OF_LARGER, batches_per_epoch=99))
     assert found[0] == (0, 6, False, 3, False)
     for size in (5, 32):

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
 from transformers.trainer_callback import ExportableState
 
-from unbroken.adapters.transformers.position import Cut, Place
+from unbroken.adapters.transformers.position import Batching, DataPosition
 from unbroken.changes.apply import AsBuilt
 from unbroken.changes.rules import (
     CADENCE,
@@ -372,11 +372,11 @@ class CurrentSettings:
 
     arguments: Any
     choices: UserChoices
-    batching: Cut
+    batching: Batching
     scheduler: Any
     step: int
     max_steps: int
-    restarted: Place | None = None
+    restarted: DataPosition | None = None
 
     def differences(
         self, stored: Mapping[str, Any], found: tuple[Difference, ...]
@@ -409,7 +409,10 @@ class CurrentSettings:
         """Tell of steps with more or fewer samples than they had, on all ranks together."""
         if not isinstance(stored.get("cut"), Mapping):
             return ()
-        was, now = from_stored(Cut, stored["cut"]).samples_in_step, self.batching.samples_in_step
+        was, now = (
+            from_stored(Batching, stored["cut"]).samples_in_step,
+            self.batching.samples_in_step,
+        )
         if was == now:
             return ()
         effect = "steps of another size from here on; the position is kept in samples"

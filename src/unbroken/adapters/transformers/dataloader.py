@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from unbroken.adapters.transformers.position import Place
+from unbroken.adapters.transformers.position import DataPosition
 from unbroken.capture import capture_rng, restore_rng
 from unbroken.checkpoint import Difference
 from unbroken.data import KeyedDataset, KeyedRandom, Passed, SampleKey, derive_key
@@ -54,7 +54,7 @@ class Beginning:
         batches: So many batches of it are over, as the host's loop counts them.
         samples: Begin after so many samples instead, where batches were cut otherwise before.
         order: What the order of the epoch was drawn from, as `IndexBatches.drawn_from` had it.
-        data: The state of an iterable data set there, as `KeyedPasses.state_after` had it.
+        data: The state of an iterable data set there, as `KeyedIterable.state_after` had it.
         seeds: As `IndexBatches.seeds` had them.
         trail: What the batches that are over are held against, as `Passed` has it.
     """
@@ -312,8 +312,8 @@ _LOADER = "get_train_dataloader"
 
 
 @stored_name("unbroken.adapters.transformers.passes.KeyedPasses")
-class KeyedPasses(IterableDataset[Any]):
-    """Passes over an iterable data set, each the same whenever the same epoch is read.
+class KeyedIterable(IterableDataset[Any]):
+    """An iterable data set whose every epoch gives the same batches whenever it is read.
 
     Reading and collating draw from generators keyed by (seed, epoch, worker, batch), and leave
     the ambient ones as they were. The batches that are over when a run is resumed are read, but
@@ -334,7 +334,7 @@ class KeyedPasses(IterableDataset[Any]):
             known of the data set, and it is not told the epoch.
 
     Example:
-        >>> list(KeyedPasses([1, 2, 3], 0, batch_size=2, collate_fn=tuple))
+        >>> list(KeyedIterable([1, 2, 3], 0, batch_size=2, collate_fn=tuple))
         [(1, 2), (3,)]
     """
 
@@ -514,7 +514,7 @@ def keyed_loader(base: Any, *, seed: int, rank: int, world_size: int, ahead: int
     source: Any
     if is_stream:
         shared = dispatches and world_size > 1
-        source = _passes(base, seed, fills=shared, remembers=0 if shared else ahead + 2)
+        source = _keyed_iterable(base, seed, fills=shared, remembers=0 if shared else ahead + 2)
         options["batch_size"] = None
         if shared:
             return _dispatched(base, source, options, leave)
@@ -570,10 +570,10 @@ def _is_plain(base: Any) -> bool:
 
 def _replayed(base: Any, seed: int) -> DataLoaderShard:
     """Return a loader of the batches that any iterable gives, which is read again to its place."""
-    passes = KeyedPasses(base, seed, batch_size=1, collate_fn=_only, reads_epochs_before=True)
+    epochs = KeyedIterable(base, seed, batch_size=1, collate_fn=_only, reads_epochs_before=True)
     plain = {"batch_size": None, "collate_fn": _as_it_is}
     own = torch.Generator()  # torch draws from it once an epoch; nothing does where there is a list
-    return DataLoaderShard(passes, device=None, generator=own, **plain)
+    return DataLoaderShard(epochs, device=None, generator=own, **plain)
 
 
 @stored_name("unbroken.adapters.transformers.loading._only")
@@ -583,7 +583,7 @@ def _only(batches: list[Any]) -> Any:
 
 def begin_at(loader: Any, beginning: Beginning) -> None:
     """Let a loader of `keyed_loader` begin in the middle of an epoch."""
-    if isinstance(loader.dataset, KeyedPasses):
+    if isinstance(loader.dataset, KeyedIterable):
         at = (beginning.epoch, beginning.batches)
         loader.dataset.begin(*at, beginning.data, beginning.trail)
     else:
@@ -593,30 +593,30 @@ def begin_at(loader: Any, beginning: Beginning) -> None:
 
 def data_state(loader: Any, epoch: int, batches: int) -> Any:
     """Return the state of an iterable data set at a place; None: it has none that is exact."""
-    passes = loader.dataset
-    return passes.state_after(epoch, batches) if isinstance(passes, KeyedPasses) else None
+    data = loader.dataset
+    return data.state_after(epoch, batches) if isinstance(data, KeyedIterable) else None
 
 
 def trail_of(loader: Any, epoch: int, batches: int) -> dict[str, Any]:
     """Return what the batches up to a place are to be held against; {}: nobody knows."""
-    holder = loader.dataset if isinstance(loader.dataset, KeyedPasses) else loader.batch_sampler
+    holder = loader.dataset if isinstance(loader.dataset, KeyedIterable) else loader.batch_sampler
     found: dict[str, Any] = holder.trail(epoch, batches)
     return found
 
 
 def order_of(loader: Any) -> dict[str, Any]:
     """Return what the order of the epoch under way was drawn from."""
-    return {} if isinstance(loader.dataset, KeyedPasses) else loader.batch_sampler.drawn_from
+    return {} if isinstance(loader.dataset, KeyedIterable) else loader.batch_sampler.drawn_from
 
 
-def unknown_order(loader: Any, place: Place) -> tuple[Difference, ...]:
+def unknown_order(loader: Any, place: DataPosition) -> tuple[Difference, ...]:
     """Tell of an order that a stock checkpoint does not hold, and nothing else tells.
 
     Args:
         loader: One of `keyed_loader`.
         place: Where the checkpoint is. The order of the first epoch follows from the seed.
     """
-    if not (place.epoch and place.batches) or isinstance(loader.dataset, KeyedPasses):
+    if not (place.epoch and place.batches) or isinstance(loader.dataset, KeyedIterable):
         return ()
     kind = loader.batch_sampler.drawn_by
     if kind is None:
@@ -628,12 +628,12 @@ def unknown_order(loader: Any, place: Place) -> tuple[Difference, ...]:
 
 def batches_left(loader: Any, samples: int) -> int | None:
     """Return how many batches are left of an epoch after so many samples; None: nobody knows."""
-    if isinstance(loader.dataset, KeyedPasses):
+    if isinstance(loader.dataset, KeyedIterable):
         return None
     return loader.batch_sampler.left_after(samples)  # type: ignore[no-any-return]
 
 
-def _dispatched(base: Any, source: KeyedPasses, options: dict[str, Any], leave: Any) -> Any:
+def _dispatched(base: Any, source: KeyedIterable, options: dict[str, Any], leave: Any) -> Any:
     """Return a loader that reads on rank 0 for all ranks, as the host's does."""
     return DataLoaderDispatcher(
         source,
@@ -647,8 +647,8 @@ def _dispatched(base: Any, source: KeyedPasses, options: dict[str, Any], leave: 
     )
 
 
-def _passes(base: Any, seed: int, *, fills: bool, remembers: int) -> KeyedPasses:
-    return KeyedPasses(
+def _keyed_iterable(base: Any, seed: int, *, fills: bool, remembers: int) -> KeyedIterable:
+    return KeyedIterable(
         base.dataset,
         seed,
         batch_size=base.batch_size,

@@ -15,14 +15,14 @@ from unbroken.stored_names import from_stored, to_stored
 
 
 @dataclass
-class Place:
-    """A place between two steps of a run.
+class DataPosition:
+    """Where between two steps of a run its data are.
 
     Attributes:
         epoch: The pass over the data that is under way, from 0.
         batches: Micro-batches of this pass that are done, on each rank.
         samples: Samples of this pass that are done, on all ranks together.
-        is_even: Whether all of them were cut in the way that this start cuts them.
+        is_even: Whether all of them were batched as this start batches them.
         is_over: Whether the end of the pass has been told to callbacks.
     """
 
@@ -33,8 +33,8 @@ class Place:
     is_over: bool = False
 
 
-class Follower(TrainerCallback):  # type: ignore[misc]
-    """Moves the place as the host's training loop goes on.
+class PositionCallback(TrainerCallback):  # type: ignore[misc]
+    """Moves the position as the host's training loop goes on.
 
     Args:
         samples_per_batch: Samples that all ranks use in one micro-batch; may be set.
@@ -44,7 +44,7 @@ class Follower(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, samples_per_batch: int) -> None:
-        self.place = Place()
+        self.place = DataPosition()
         self.samples_per_batch = samples_per_batch
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:
@@ -61,7 +61,7 @@ class Follower(TrainerCallback):  # type: ignore[misc]
         self.place.is_over = True
 
 
-# How the host's loop is brought to a place: the numbers that it counts epochs and steps by.
+# How the host's loop begins at a position: what it counts epochs and steps by.
 
 
 _Kind = TypeVar("_Kind")
@@ -71,8 +71,8 @@ _MOST = 1 << 53
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How the samples of an epoch are cut into steps.
+class Batching:
+    """How the samples of an epoch are divided into batches and steps.
 
     Attributes:
         batch: Samples in a micro-batch of one rank.
@@ -93,7 +93,7 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Numbers:
+class LoopCounts:
     """What the host counts before its loop begins, in its own order."""
 
     num_train_epochs: int
@@ -106,31 +106,31 @@ class Numbers:
 
 
 @dataclass(frozen=True)
-class Stored:
-    """What a checkpoint says of its place.
+class StoredPosition:
+    """Where in its data a checkpoint is, and how the run came there.
 
     Attributes:
         step: Optimizer steps so far.
         place: Where in the data.
-        cut: How epochs were cut; None: nobody knows, so as now.
+        cut: How epochs were batched; None: nobody knows, so as now.
         shift: Steps so far, less those that as many epochs have.
         stopped: Whether a callback has ended the run, or the epoch.
     """
 
     step: int
-    place: Place
-    cut: Cut | None
+    place: DataPosition
+    cut: Batching | None
     shift: int = 0
     stopped: tuple[bool, bool] = (False, False)
 
     @classmethod
-    def of(cls, step: int, facts: Mapping[str, Any]) -> Stored:
+    def of(cls, step: int, facts: Mapping[str, Any]) -> StoredPosition:
         """Read what `facts` returned when the checkpoint was saved.
 
         Raises:
             CorruptCheckpointError: Nobody can have written that.
         """
-        place, cut = _made(Place, facts, "place"), _made(Cut, facts, "cut")
+        place, cut = _made(DataPosition, facts, "place"), _made(Batching, facts, "cut")
         shift, stopped = facts.get("shift"), facts.get("stopped")
         if type(shift) is not int:
             raise _odd("shift", "a number of steps", shift)
@@ -172,7 +172,7 @@ def _odd(name: str, expected: str, found: object) -> CorruptCheckpointError:
 
 
 @dataclass(frozen=True)
-class Reach:
+class LoopStart:
     """Where the host's loop begins.
 
     Attributes:
@@ -180,34 +180,34 @@ class Reach:
         batches: Batches of it that are over, as the host counts them.
         place: The same, to go on counting from.
         in_samples: Whether the rest of the epoch is dealt from a sample on.
-        shift: As in `Stored`.
+        shift: As in `StoredPosition`.
         ends_at_once: Whether the loop has nothing left to train in this epoch.
     """
 
     epoch: int
     batches: int
-    place: Place
+    place: DataPosition
     in_samples: bool
     shift: int
     ends_at_once: bool
 
 
-def reach(
-    stored: Stored, now: Cut, numbers: Numbers, left: int | None, *, by_epochs: bool
-) -> tuple[Reach, Numbers]:
+def plan_loop_start(
+    stored: StoredPosition, now: Batching, numbers: LoopCounts, left: int | None, *, by_epochs: bool
+) -> tuple[LoopStart, LoopCounts]:
     """Return where the loop begins, and its numbers as they follow from there.
 
-    Where nothing about the cut has changed, the numbers are the host's own.
+    Where the batching has not changed, the numbers are the host's own.
 
     Args:
         stored: What the checkpoint says.
-        now: How epochs are cut from now on.
+        now: How epochs are batched from now on.
         numbers: What the host has counted.
         left: Batches that the samples left in the epoch give; None: nobody knows.
         by_epochs: Whether the run's length is given in epochs.
     """
     is_over = stored.place.is_over
-    place = Place(stored.place.epoch + 1) if is_over else replace(stored.place)
+    place = DataPosition(stored.place.epoch + 1) if is_over else replace(stored.place)
     sliced = ("batch", "world_size", "length")
     same_lists = stored.cut is None or all(
         getattr(stored.cut, name) == getattr(now, name) for name in sliced
@@ -228,10 +228,10 @@ def reach(
     epoch = numbers.num_train_epochs if is_over and run_ends else place.epoch
     whole = numbers.steps_per_epoch * now.accumulation
     shown = max(whole, numbers.batches_per_epoch) if empty else batches
-    return Reach(epoch, shown, place, in_samples, shift, empty), numbers
+    return LoopStart(epoch, shown, place, in_samples, shift, empty), numbers
 
 
-def _batches_of_stream(place: Place, now: Cut) -> int:
+def _batches_of_stream(place: DataPosition, now: Batching) -> int:
     """Return how many batches, as they are cut now, the samples make that a stream has given."""
     size = now.batch * now.world_size
     if place.samples % size:
@@ -243,8 +243,8 @@ def _batches_of_stream(place: Place, now: Cut) -> int:
 
 
 def _lengthened(
-    numbers: Numbers, step: int, before: int, shift: int, *, by_epochs: bool
-) -> Numbers:
+    numbers: LoopCounts, step: int, before: int, shift: int, *, by_epochs: bool
+) -> LoopCounts:
     if by_epochs:
         return replace(numbers, max_steps=numbers.max_steps + shift)
     if numbers.num_train_epochs == sys.maxsize:

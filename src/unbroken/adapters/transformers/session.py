@@ -42,20 +42,20 @@ from unbroken.adapters.transformers.dataloader import (
     unknown_order,
 )
 from unbroken.adapters.transformers.position import (
-    Cut,
-    Follower,
-    Numbers,
-    Place,
-    Reach,
-    Stored,
-    reach,
+    Batching,
+    DataPosition,
+    LoopCounts,
+    LoopStart,
+    PositionCallback,
+    StoredPosition,
+    plan_loop_start,
 )
 from unbroken.adapters.transformers.selection import choose_together, state_of_any
 from unbroken.adapters.transformers.stock_checkpoint import (
     facts_of_stock,
     load_stock,
     missing_devices_of_stock,
-    place_of_stock,
+    position_of_stock,
     read_state,
     refuse_what_does_not_fit,
 )
@@ -141,7 +141,7 @@ class TrainSession:
         follower: Knows the place in the data.
         report: What the start found; known once the host has built its optimizer.
         cut: How this start cuts an epoch into steps.
-        shift: As in `Stored`.
+        shift: As in `StoredPosition`.
         given_up: The place in an epoch that is begun anew; None: none is.
         own_loader: The loader of the training data, if it is the user's own.
     """
@@ -157,7 +157,7 @@ class TrainSession:
         self._subclass_facts = subclass_facts
         self.report = ResumeReport(step=0)
         self.shift = 0
-        self.given_up: Place | None = None
+        self.given_up: DataPosition | None = None
         self.own_loader: Any = None
         self.saved_step: int | None = None
         self._wanted = wanted
@@ -165,9 +165,9 @@ class TrainSession:
         self._stack = ExitStack()
         self.group: Group = join() if trainer.args.world_size > 1 else Alone()
         self._loader: Any = None
-        self._stored: Stored | None = None
+        self._stored: StoredPosition | None = None
         self._facts: Mapping[str, Any] | None = None
-        self._reach: Reach | None = None
+        self._reach: LoopStart | None = None
         self._rng: dict[str, Any] | None = None
         self._adopted: dict[str, Any] | None = None
         self._is_back = self._has_workers = False
@@ -175,7 +175,7 @@ class TrainSession:
         self._began = time.monotonic()
         args = trainer.args
         self.cut = self._cut(None)
-        self.follower = Follower(self.cut.batch * self.cut.world_size)
+        self.follower = PositionCallback(self.cut.batch * self.cut.world_size)
         self.checkpointer = Checkpointer(
             args.output_dir,
             keep=KeepPolicy(last=args.save_total_limit),
@@ -193,11 +193,11 @@ class TrainSession:
         attributes = self.checkpointer.attributes
         attributes.more, attributes.reads_ahead = self._followers, True
 
-    def _cut(self, length: int | None, batch_size: int | None = None) -> Cut:
+    def _cut(self, length: int | None, batch_size: int | None = None) -> Batching:
         args = self.trainer.args
         by_host = self.trainer._train_batch_size  # noqa: SLF001 (auto_find_batch_size changes it)
         batch = by_host if batch_size is None else batch_size
-        return Cut(batch, args.gradient_accumulation_steps, args.world_size, length)
+        return Batching(batch, args.gradient_accumulation_steps, args.world_size, length)
 
     def __enter__(self) -> TrainSession:
         self._stack.callback(self.checkpointer.close)
@@ -236,7 +236,7 @@ class TrainSession:
             what = "was not saved by this Trainer: it does not say where in the data the run is"
             hint = "go on with what saved it, or train into another output_dir"
             raise StateMismatchError(str(self.folder), what, hint=hint)
-        self._stored = Stored.of(reader.step, self._facts)
+        self._stored = StoredPosition.of(reader.step, self._facts)
         self._state = state_from_json(reader.read_file(STATE_NAME), reader.step)
         if may_go_on(self._facts, facts_of_callbacks(self.trainer.callback_handler.callbacks)):
             self._stored = replace(self._stored, stopped=(False, False))
@@ -271,7 +271,9 @@ class TrainSession:
         state, control = self.trainer.state, self.trainer.control
         is_stopped = bool(control.should_training_stop and state.global_step < state.max_steps)
         stopped = (is_stopped, bool(control.should_epoch_stop))
-        position = Stored(state.global_step, self.follower.place, self.cut, self.shift, stopped)
+        position = StoredPosition(
+            state.global_step, self.follower.place, self.cut, self.shift, stopped
+        )
         return {
             "arguments": plain_arguments(self.trainer.args),
             "host": "transformers",
@@ -302,12 +304,12 @@ class TrainSession:
 
     def settled(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return the host's numbers as they follow from the place where the run is."""
-        numbers = Numbers(*values)
+        numbers = LoopCounts(*values)
         args = self.trainer.args
         self.cut = replace(self.cut, length=_length(self._loader.dataset))
         self.follower.samples_per_batch = self.cut.batch * self.cut.world_size
         if self.folder is not None and self._stored is None:
-            self._stored = place_of_stock(
+            self._stored = position_of_stock(
                 self.folder, self._state, self.cut, numbers, drop_last=args.dataloader_drop_last
             )
         if self._stored is None:
@@ -315,21 +317,23 @@ class TrainSession:
         self._leave_out_the_skip(numbers)
         left = batches_left(self._loader, self._stored.place.samples)
         by_epochs = args.max_steps <= 0
-        self._reach, numbers = reach(self._stored, self.cut, numbers, left, by_epochs=by_epochs)
+        self._reach, numbers = plan_loop_start(
+            self._stored, self.cut, numbers, left, by_epochs=by_epochs
+        )
         self.shift = self._reach.shift
         self.follower.place = self._reach.place
         if self._reach.place.batches % self.cut.accumulation:
             refuse_own_windows(type(self.trainer))
-        return tuple(getattr(numbers, name) for name in Numbers.__dataclass_fields__)
+        return tuple(getattr(numbers, name) for name in LoopCounts.__dataclass_fields__)
 
-    def _leave_out_the_skip(self, numbers: Numbers) -> None:
+    def _leave_out_the_skip(self, numbers: LoopCounts) -> None:
         """Begin the epoch anew, if that is asked for in the middle of one."""
         if self._stored is None or not self._begins_epochs_anew:
             return
         place = self._stored.place
         if not place.is_over and 0 < place.batches < numbers.batches_per_epoch:
             self.given_up = place
-            self._stored = replace(self._stored, place=Place(place.epoch))
+            self._stored = replace(self._stored, place=DataPosition(place.epoch))
 
     def state_from_checkpoint(self) -> tuple[int, int]:
         """Put the host's stored state into the new one; return where its loop begins."""
@@ -377,7 +381,7 @@ class TrainSession:
         built = self.checkpointer.comparison.built
         self._settings.apply(differences, self.checkpointer.objects, built)
 
-    def _import_hf_checkpoint(self, folder: Path, stored: Stored) -> ResumeReport:
+    def _import_hf_checkpoint(self, folder: Path, stored: StoredPosition) -> ResumeReport:
         """Load a checkpoint of the host's own Trainer and save it as one of ours.
 
         Args:
@@ -410,7 +414,7 @@ class TrainSession:
             stored.step, checkpoint, rejected, differences=differences, notes=(_NOTE,)
         )
 
-    def _differences_from_hf(self, folder: Path, stored: Stored) -> tuple[Difference, ...]:
+    def _differences_from_hf(self, folder: Path, stored: StoredPosition) -> tuple[Difference, ...]:
         facts = facts_of_stock(folder)
         found = unknown_order(self._loader, stored.place)
         if stored.cut is not None:
@@ -456,7 +460,7 @@ class TrainSession:
     def epoch_begins(self, epoch: int) -> None:
         """Make ready for an epoch; before the first one of a resumed run, bring back the rest."""
         if self._is_back or self._reach is None:
-            self.follower.place = Place(epoch)
+            self.follower.place = DataPosition(epoch)
             self.bring_back()
             self._workers_begin()
             return

@@ -29,7 +29,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from unbroken.adapters.transformers.checkpoint_files import load_adapter, tensors_of_adapter
-from unbroken.adapters.transformers.position import Cut, Numbers, Place, Stored
+from unbroken.adapters.transformers.position import (
+    Batching,
+    DataPosition,
+    LoopCounts,
+    StoredPosition,
+)
 from unbroken.errors import CorruptCheckpointError, StateMismatchError
 
 # The folder of a checkpoint that the host's own Trainer wrote: what is in it, and whether whole.
@@ -537,9 +542,9 @@ def facts_of_stock(folder: Path) -> dict[str, Any]:
 # Where in the data a checkpoint of the host's own Trainer is, from the little that it tells.
 
 
-def place_of_stock(
-    folder: Path, state: Mapping[str, Any], now: Cut, numbers: Numbers, *, drop_last: bool
-) -> Stored:
+def position_of_stock(
+    folder: Path, state: Mapping[str, Any], now: Batching, numbers: LoopCounts, *, drop_last: bool
+) -> StoredPosition:
     """Return the place of a stock checkpoint.
 
     Where epochs are cut as they were, that is what the host derives from the number of steps.
@@ -554,17 +559,23 @@ def place_of_stock(
         drop_last: Whether a last batch that is smaller is left out.
     """
     step = state["global_step"]
-    was = _cut_of(folder, state, now, drop_last=drop_last)
+    was = _batching_of(folder, state, now, drop_last=drop_last)
     if was is None or was == now:
         epoch, updates = divmod(step, numbers.steps_per_epoch)
         batches = updates * now.accumulation
-        return Stored(step, Place(epoch, batches, batches * now.batch * now.world_size), was)
+        return StoredPosition(
+            step, DataPosition(epoch, batches, batches * now.batch * now.world_size), was
+        )
     done, whole = _batches_done(was, state, drop_last=drop_last)
     epoch, batches = divmod(done, whole)
-    return Stored(step, Place(epoch, batches, batches * was.batch * was.world_size), was)
+    return StoredPosition(
+        step, DataPosition(epoch, batches, batches * was.batch * was.world_size), was
+    )
 
 
-def _cut_of(folder: Path, state: Mapping[str, Any], now: Cut, *, drop_last: bool) -> Cut | None:
+def _batching_of(
+    folder: Path, state: Mapping[str, Any], now: Batching, *, drop_last: bool
+) -> Batching | None:
     """Return how epochs were cut; None: nothing in the checkpoint tells."""
     batch, epoch = state.get("train_batch_size"), state.get("epoch")
     if not isinstance(batch, int) or not isinstance(epoch, int | float) or now.length is None:
@@ -578,7 +589,7 @@ def _cut_of(folder: Path, state: Mapping[str, Any], now: Cut, *, drop_last: bool
     return None
 
 
-def _batches_done(cut: Cut, state: Mapping[str, Any], *, drop_last: bool) -> tuple[int, int]:
+def _batches_done(cut: Batching, state: Mapping[str, Any], *, drop_last: bool) -> tuple[int, int]:
     """Return how many batches each rank has done, and how many an epoch has."""
     batches = divided(cut.length or 0, cut.batch, down=drop_last)
     whole = max(1, divided(batches, cut.world_size, down=drop_last))
