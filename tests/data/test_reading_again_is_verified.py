@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler, WeightedRando
 
 from data.data_sets import bytes_of, read, source_of
 from unbroken.data import batch_source
-from unbroken.data.sources.batch_digests import Seen
+from unbroken.data.sources.batch_digests import BatchDigest
 from unbroken.errors import DataError
 
 N = 20  # five batches of four
@@ -355,7 +355,7 @@ BATCHES = {
 
 
 def digest(batch) -> str | None:
-    seen = Seen()
+    seen = BatchDigest()
     seen.add(batch)
     return seen.text()
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from unbroken.capture.codec.leaves import stored_as
-from unbroken.capture.codec.memory_layout import Layout
+from unbroken.capture.codec.memory_layout import TensorLayout
 from unbroken.capture.dtypes import byte_view, carrier, dtype_name, raw
 from unbroken.capture.sharded import Chunks, empty_like, is_sharded, part_of
 from unbroken.capture.state_tree import TreeMap
@@ -103,7 +103,7 @@ def _read(source: LeafSource, path: str, buffer: memoryview, part: Box | None) -
         source.read_box_into(path, part.offsets, part.shape, buffer)
 
 
-Blocks = dict[tuple[str, Layout, str], torch.Tensor]
+Blocks = dict[tuple[str, TensorLayout, str], torch.Tensor]
 """Blocks of memory that were read already, so that tensors on the same block share it."""
 
 
@@ -125,8 +125,8 @@ class StoredTensor:
     """
 
     path: str
-    base: Layout
-    view: Layout
+    base: TensorLayout
+    view: TensorLayout
     offset: int
     device: str
     role: str
@@ -244,7 +244,7 @@ class StoredTensor:
 
     def is_like(self, tensor: torch.Tensor) -> bool:
         """Return whether a tensor has this one's dtype, shape and strides, and no role."""
-        whole = self.base == self.view == Layout.of(tensor) and self.offset == 0
+        whole = self.base == self.view == TensorLayout.of(tensor) and self.offset == 0
         lazy = self.conj or self.neg or tensor.is_conj() or tensor.is_neg()
         bare = self.role == "tensor" and not self.requires_grad and not tensor.requires_grad
         return whole and bare and not lazy

@@ -12,8 +12,8 @@ from unbroken.data.order.global_order import GlobalOrder as GlobalOrder
 from unbroken.data.order.global_order import MicroBatchSampler as MicroBatchSampler
 from unbroken.data.order.global_order import SampleKey as SampleKey
 from unbroken.data.order.permutation import Permutation as Permutation
+from unbroken.data.sources.batch_digests import BatchDigest as BatchDigest
 from unbroken.data.sources.batch_digests import Passed as Passed
-from unbroken.data.sources.batch_digests import Seen as Seen
 from unbroken.data.sources.batch_digests import drawn_from as drawn_from
 from unbroken.data.sources.factory import batch_source as batch_source
 from unbroken.data.sources.iterable import Grouping as Grouping
@@ -28,6 +28,7 @@ from unbroken.data.sources.protocol import MicroBatch as MicroBatch
 from unbroken.data.sources.protocol import Position as Position
 
 __all__ = [
+    "BatchDigest",
     "BatchShape",
     "BatchSource",
     "CountedSource",
@@ -44,7 +45,6 @@ __all__ = [
     "Permutation",
     "Position",
     "SampleKey",
-    "Seen",
     "StatefulSource",
     "batch_source",
     "derive_key",

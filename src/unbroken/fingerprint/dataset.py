@@ -21,7 +21,7 @@ from torch.utils.data import (
     default_convert,
 )
 
-from unbroken.data import KeyedRandom, Permutation, Seen, derive_key, drawn_from
+from unbroken.data import BatchDigest, KeyedRandom, Permutation, derive_key, drawn_from
 from unbroken.fingerprint.digests import record_digest, tokenizer_digest
 from unbroken.fingerprint.forked_reader import Apart, Heard
 from unbroken.fingerprint.introspection import Failed, asked, attributes_of, tried
@@ -151,7 +151,7 @@ def _draws_by_itself(collate: Callable[..., Any], records: list[Any], rng: Keyed
         batch = tried(collate, own)
         if isinstance(own, Failed) or isinstance(batch, Failed):
             return False  # of records that do not go together, say
-        seen = Seen()
+        seen = BatchDigest()
         seen.add(batch)
         found.append((seen.text(), drawn_from(collate)))
     return bool(found[0] != found[1])

@@ -17,7 +17,7 @@ import torch
 
 from unbroken.capture.codec.encode_cache import Block, Known, Look, TensorMemo, looks_of
 from unbroken.capture.codec.leaves import FileOf, TensorLeaf, file_of, stored_as
-from unbroken.capture.codec.memory_layout import Placed, Seen, place
+from unbroken.capture.codec.memory_layout import Placement, TensorRef, place
 from unbroken.capture.codec.scalars import (
     ENCODE,
     SAFETENSORS_DESCRIPTIONS,
@@ -363,11 +363,11 @@ class _Encoder:
             spans = [one.span for one in seen]
             self._memo.known = Known(looks, self._nodes, spans, [*blocks.values()], alone)
 
-    def _look_at(self, path: str, tensor: torch.Tensor) -> Seen:
+    def _look_at(self, path: str, tensor: torch.Tensor) -> TensorRef:
         check_tensor(tensor, path)
-        return Seen.of(path, physical(tensor))
+        return TensorRef.of(path, physical(tensor))
 
-    def _describe(self, number: int, where: Placed) -> dict[str, Json]:
+    def _describe(self, number: int, where: Placement) -> dict[str, Json]:
         return {**describe_flags(self._tensors[number][1]), **describe_place(where)}
 
     def _leaf(self, path: str, tensor: torch.Tensor, dtype: str, shape: tuple[int, ...]) -> str:
@@ -406,7 +406,7 @@ class _Encoder:
         return candidate
 
 
-def _block(where: Placed, number: int) -> Block:
+def _block(where: Placement, number: int) -> Block:
     dtype, shape = stored_as(where.base.dtype, where.base.shape)
     return Block(where.leaf, dtype, shape, number)
 

@@ -19,7 +19,7 @@ _ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
-class Layout:
+class TensorLayout:
     """How elements lie in memory: dtype, shape and strides in elements."""
 
     dtype: torch.dtype
@@ -27,7 +27,7 @@ class Layout:
     stride: tuple[int, ...]
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> Layout:
+    def of(cls, tensor: torch.Tensor) -> TensorLayout:
         """Return the layout of `tensor`."""
         return cls(tensor.dtype, tuple(tensor.shape), tensor.stride())
 
@@ -59,7 +59,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Seen:
+class TensorRef:
     """A tensor of the tree at its path, looked at once: asking a tensor is slow.
 
     Args:
@@ -73,15 +73,15 @@ class Seen:
 
     path: str
     tensor: torch.Tensor
-    layout: Layout
+    layout: TensorLayout
     device: str
     start: int
     end: int
 
     @classmethod
-    def of(cls, path: str, tensor: torch.Tensor) -> Seen:
+    def of(cls, path: str, tensor: torch.Tensor) -> TensorRef:
         """Look at a tensor."""
-        layout, start = Layout.of(tensor), tensor.data_ptr()
+        layout, start = TensorLayout.of(tensor), tensor.data_ptr()
         extent = tensor.nbytes if tensor.is_contiguous() else layout.extent
         device = "cpu" if tensor.is_cpu else str(tensor.device)
         return cls(path, tensor, layout, device, start, start + extent)
@@ -93,7 +93,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Placed:
+class Placement:
     """Where a tensor lies: on the block stored under the path `leaf`.
 
     Args:
@@ -106,28 +106,28 @@ class Placed:
 
     leaf: str
     block: torch.Tensor
-    base: Layout
-    view: Layout
+    base: TensorLayout
+    view: TensorLayout
     offset: int = 0
 
 
-def place(tensors: Sequence[Seen]) -> list[Placed]:
+def place(tensors: Sequence[TensorRef]) -> list[Placement]:
     """Return where each tensor lies, in the order given."""
-    placed: dict[int, Placed] = {}
+    placed: dict[int, Placement] = {}
     for group in _overlapping(tensors):
         members = [tensors[index] for index in group]
         placed.update(zip(group, _place_group(members), strict=True))
     return [placed[index] for index in range(len(tensors))]
 
 
-def _overlapping(tensors: Sequence[Seen]) -> Iterator[list[int]]:
+def _overlapping(tensors: Sequence[TensorRef]) -> Iterator[list[int]]:
     """Yield the indices of tensors that overlap, directly or over others, in order of the tree."""
     order = sorted(range(len(tensors)), key=lambda i: (tensors[i].device, tensors[i].start))
     for _, indices in groupby(order, key=lambda i: tensors[i].device):
         yield from (sorted(run) for run in _runs(tensors, indices))
 
 
-def _runs(tensors: Sequence[Seen], indices: Iterable[int]) -> Iterator[list[int]]:
+def _runs(tensors: Sequence[TensorRef], indices: Iterable[int]) -> Iterator[list[int]]:
     run: list[int] = []
     end = 0
     for index in indices:
@@ -144,7 +144,7 @@ def _runs(tensors: Sequence[Seen], indices: Iterable[int]) -> Iterator[list[int]
         yield run
 
 
-def _place_group(members: Sequence[Seen]) -> list[Placed]:
+def _place_group(members: Sequence[TensorRef]) -> list[Placement]:
     first = members[0]
     if len({(member.layout, member.start) for member in members}) == 1:
         return [_place_alone(first)] * len(members)
@@ -152,7 +152,7 @@ def _place_group(members: Sequence[Seen]) -> list[Placed]:
     if base is None:
         return _place_on_memory(members)
     return [
-        Placed(
+        Placement(
             base.path,
             base.tensor,
             base.layout,
@@ -163,19 +163,19 @@ def _place_group(members: Sequence[Seen]) -> list[Placed]:
     ]
 
 
-def _place_alone(seen: Seen) -> Placed:
+def _place_alone(seen: TensorRef) -> Placement:
     layout = seen.layout
     if seen.tensor.is_contiguous() or layout.is_dense:
-        return Placed(seen.path, seen.tensor, layout, layout)
+        return Placement(seen.path, seen.tensor, layout, layout)
     narrow = _without_repeats(seen.tensor)
-    if not _each_place_once(Layout.of(narrow)):
+    if not _each_place_once(TensorLayout.of(narrow)):
         return _place_on_memory([seen])[0]
-    base = Layout(layout.dtype, tuple(narrow.shape), contiguous_stride(tuple(narrow.shape)))
+    base = TensorLayout(layout.dtype, tuple(narrow.shape), contiguous_stride(tuple(narrow.shape)))
     stride = tuple(
         0 if step == 0 and size > 1 else new
         for size, step, new in zip(layout.shape, layout.stride, base.stride, strict=True)
     )
-    return Placed(seen.path, narrow, base, Layout(layout.dtype, layout.shape, stride))
+    return Placement(seen.path, narrow, base, TensorLayout(layout.dtype, layout.shape, stride))
 
 
 def _without_repeats(tensor: torch.Tensor) -> torch.Tensor:
@@ -186,7 +186,7 @@ def _without_repeats(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _each_place_once(layout: Layout) -> bool:
+def _each_place_once(layout: TensorLayout) -> bool:
     """Tell whether no two elements share memory (sufficient condition: nested strides)."""
     reach = 0
     for step, size in sorted(zip(layout.stride, layout.shape, strict=True)):
@@ -197,7 +197,7 @@ def _each_place_once(layout: Layout) -> bool:
     return True
 
 
-def _covering(members: Sequence[Seen]) -> Seen | None:
+def _covering(members: Sequence[TensorRef]) -> TensorRef | None:
     """Return the first tensor that fills all the memory of the group, if the others fit on it."""
     start, end = min(m.start for m in members), max(m.end for m in members)
     if any((member.start - start) % member.tensor.element_size() for member in members):
@@ -208,7 +208,7 @@ def _covering(members: Sequence[Seen]) -> Seen | None:
     return None
 
 
-def _place_on_memory(members: Sequence[Seen]) -> list[Placed]:
+def _place_on_memory(members: Sequence[TensorRef]) -> list[Placement]:
     """Place tensors on the raw memory that they span together."""
     storage = members[0].tensor.untyped_storage()
     if len({member.tensor.untyped_storage().data_ptr() for member in members}) > 1:
@@ -224,4 +224,7 @@ def _place_on_memory(members: Sequence[Seen]) -> list[Placed]:
     memory.set_(storage, start, (end - start,), (1,))
     leaf = f"{members[0].path}~memory"
     origin = memory.data_ptr()
-    return [Placed(leaf, memory, Layout.of(memory), m.layout, m.start - origin) for m in members]
+    return [
+        Placement(leaf, memory, TensorLayout.of(memory), m.layout, m.start - origin)
+        for m in members
+    ]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from unbroken.capture.codec.memory_layout import Layout, Placed
+from unbroken.capture.codec.memory_layout import Placement, TensorLayout
 from unbroken.capture.codec.scalars import decode_device
 from unbroken.capture.codec.typed_json import (
     Json,
@@ -72,7 +72,7 @@ def describe_flags(value: torch.Tensor) -> dict[str, Json]:
     return {**flags, **{key: True for key, on in marks.items() if on}}
 
 
-def describe_place(where: Placed) -> dict[str, Json]:
+def describe_place(where: Placement) -> dict[str, Json]:
     """Return where a tensor lies; nothing that is as usual."""
     node: dict[str, Json] = {"leaf": where.leaf, **_describe_layout(where.view)}
     if where.offset:
@@ -82,7 +82,7 @@ def describe_place(where: Placed) -> dict[str, Json]:
     return node
 
 
-def _describe_layout(layout: Layout) -> dict[str, Json]:
+def _describe_layout(layout: TensorLayout) -> dict[str, Json]:
     node: dict[str, Json] = {"dtype": dtype_name(layout.dtype), "shape": [*layout.shape]}
     if layout.stride != contiguous_stride(layout.shape):
         node["stride"] = [*layout.stride]
@@ -129,7 +129,7 @@ def read_subclass(
     return StoredSubclass(path, get(node, "type", str, path), kind, parts, context, *about)
 
 
-def _read_layout(node: Json, path: str) -> Layout:
+def _read_layout(node: Json, path: str) -> TensorLayout:
     name = get(node, "dtype", str, path)
     dtype = DTYPES.get(name)
     if dtype is None or dtype in QUANTIZED:
@@ -138,7 +138,7 @@ def _read_layout(node: Json, path: str) -> Layout:
     stride = get_numbers(node, "stride", path) if "stride" in node else contiguous_stride(shape)
     if len(stride) != len(shape) or any(step >= 2**62 for step in stride):
         raise malformed(path, "strides that do not fit the shape", stride)
-    return Layout(dtype, shape, stride)
+    return TensorLayout(dtype, shape, stride)
 
 
 def build_quantized(node: Json, values: Any, scale: Any, zero: Any, path: str) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from unbroken.capture.codec.memory_layout import Layout, Seen, place
+from unbroken.capture.codec.memory_layout import TensorLayout, TensorRef, place
 from unbroken.capture.codec.tensors import physical
 from unbroken.capture.dtypes import same_layout
 from unbroken.capture.kinds.mismatch import Mismatch, raise_all
@@ -259,7 +259,7 @@ def _same_strides(tensor: torch.Tensor, saved: StoredTensor) -> bool:
     """Tell whether both lie in memory alike; only dense ones come back as they were."""
     if is_sharded(tensor):
         return True  # a part is laid out as the ranks agreed, not as it was stored
-    both_dense = Layout.of(tensor).is_dense and saved.view.is_dense
+    both_dense = TensorLayout.of(tensor).is_dense and saved.view.is_dense
     return not both_dense or same_layout(saved.shape, saved.view.stride, tensor.stride())
 
 
@@ -280,7 +280,7 @@ def _leaf_of(live: Mapping[str, torch.Tensor]) -> dict[str, str]:
         for name, tensor in live.items()
         if not is_sharded(tensor) and not comes_apart(tensor)
     }
-    seen = [Seen.of(name, physical(tensor)) for name, tensor in whole.items()]
+    seen = [TensorRef.of(name, physical(tensor)) for name, tensor in whole.items()]
     first: dict[int, str] = {}
     return {
         **{s.path: where.leaf for s, where in zip(seen, place(seen), strict=True)},

@@ -31,7 +31,7 @@ _OF_NUMPY = {
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 
 
-class Seen:
+class BatchDigest:
     """A running digest of batches.
 
     The tensors and arrays in a batch count, wherever in containers and objects they are; where
@@ -39,10 +39,10 @@ class Seen:
     device its shape: a digest takes a few microseconds, and never waits for a device.
 
     Example:
-        >>> one, other = Seen(), Seen()
+        >>> one, other = BatchDigest(), BatchDigest()
         >>> one.add({"x": torch.ones(2)}), other.add([torch.ones(2)])
         (None, None)
-        >>> one.text() == other.text() != Seen().text()
+        >>> one.text() == other.text() != BatchDigest().text()
         True
     """
 
@@ -182,7 +182,7 @@ class Passed:
     ) -> None:
         self._where, self._holders = where, holders
         self._expected = {} if trail is None else trail
-        self._seen, self._count = Seen(), 0
+        self._seen, self._count = BatchDigest(), 0
         self._digests: deque[str | None] = deque(maxlen=_REMEMBERED)
         self._drawn_from: dict[str, str] = {}
 
@@ -348,6 +348,6 @@ def _listed(state: Any) -> Any:
 
 
 def _digest_of(value: Any) -> str:
-    seen = Seen()
+    seen = BatchDigest()
     seen.add(value)
     return seen.text() or ""

@@ -23,7 +23,7 @@ from torch.utils.data import (
 from unbroken.data.introspection import answers_anything, has, is_of
 from unbroken.data.keyed_dataset import is_deterministic
 from unbroken.data.keyed_rng import KeyedRandom, derive_key
-from unbroken.data.sources.batch_digests import Seen, drawn_from, read_otherwise
+from unbroken.data.sources.batch_digests import BatchDigest, drawn_from, read_otherwise
 from unbroken.data.worker_signals import leave_signals_of
 from unbroken.errors import DataError
 
@@ -216,7 +216,7 @@ class Reader:
     batches: Iterator[Any]
     epoch: int
     taken: int
-    seen: Seen = field(default_factory=Seen)
+    seen: BatchDigest = field(default_factory=BatchDigest)
     drawn_from: Mapping[str, str] = field(default_factory=dict)
     expected: Mapping[str, Any] = field(default_factory=dict)
 
@@ -264,7 +264,7 @@ class Reader:
                 found=self.taken,
                 hint="An iterable must give its items again each time it is iterated.",
             )
-        self.epoch, self.taken, self.seen = self.epoch + 1, 0, Seen()
+        self.epoch, self.taken, self.seen = self.epoch + 1, 0, BatchDigest()
         self.batches = self.loader.begin(self.epoch, rng)
 
 

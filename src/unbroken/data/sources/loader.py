@@ -15,7 +15,7 @@ from torch.utils.data import default_collate
 
 from unbroken.data.keyed_rng import KeyedRandom, derive_key
 from unbroken.data.order.global_order import BatchShape
-from unbroken.data.sources.batch_digests import OR_ALLOW, Seen, read_otherwise, weights_of
+from unbroken.data.sources.batch_digests import OR_ALLOW, BatchDigest, read_otherwise, weights_of
 from unbroken.data.sources.iterable import END, ForeignLoader, Grouping, Reader
 from unbroken.data.sources.protocol import (
     OF_THE_DATA,
@@ -397,7 +397,7 @@ class StatefulSource(LoaderSource):
 
     def _beginning(self, reader: Reader, place: Position) -> dict[str, Any]:
         """One batch is read again from here, where it is this rank's alone."""
-        reader.seen = Seen()
+        reader.seen = BatchDigest()
         if self._grouping.samples and self.shape.world_size > 1:
             return {}
         return {
@@ -532,7 +532,7 @@ class CountedSource(LoaderSource):
 
 
 def _digest_of(batch: Any) -> str | None:
-    seen = Seen()
+    seen = BatchDigest()
     seen.add(batch)
     return seen.text()
 

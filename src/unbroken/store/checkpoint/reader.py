@@ -19,7 +19,7 @@ from unbroken.errors import (
 )
 from unbroken.storage import ReadHandle, Stat, Storage
 from unbroken.store.format.digest import Digester
-from unbroken.store.format.entries import Box, Run, TensorEntry, runs
+from unbroken.store.format.entries import Box, ByteRun, TensorEntry, runs
 from unbroken.store.format.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest
 from unbroken.store.format.names import MANIFEST_NAME, PINNED_NAME, rank_of
 from unbroken.store.format.safetensors_file import DTYPE_BITS, bytes_of
@@ -556,7 +556,7 @@ class CheckpointReader:
         desk: Desk,
         file: FileEntry,
         number: int,
-        found: Iterator[Run],
+        found: Iterator[ByteRun],
         target: memoryview,
     ) -> None:
         """Read a region past a scratch buffer, and copy runs of bytes out of it."""
@@ -573,7 +573,7 @@ class CheckpointReader:
                 length = min(run.length, stop - run.source)
                 at = run.source - start
                 target[run.target : run.target + length] = piece[at : at + length]
-                rest = Run(stop, run.target + length, run.length - length)
+                rest = ByteRun(stop, run.target + length, run.length - length)
                 run = rest if rest.length else next(found, None)
 
     def _pieces(
@@ -605,9 +605,9 @@ class CheckpointReader:
         self._verified.add((file.name, number))
 
 
-def _in_bytes(found: Iterator[Run], bits: int) -> Iterator[Run]:
+def _in_bytes(found: Iterator[ByteRun], bits: int) -> Iterator[ByteRun]:
     """Return runs of elements as runs of bytes; types of less than a byte are never cut."""
-    return (Run(*(part * bits // 8 for part in run)) for run in found)
+    return (ByteRun(*(part * bits // 8 for part in run)) for run in found)
 
 
 # Remembering which checkpoints this process has read whole, so that it reads each once.

@@ -40,7 +40,7 @@ _PIECE_BYTES = 1 << 20  # hashed and handed on while it is in the processor's ca
 
 
 @dataclass(frozen=True)
-class Plan:
+class FilePlan:
     """A safetensors file before it is written: its header, and its leaves in file order."""
 
     name: str
@@ -48,7 +48,7 @@ class Plan:
     leaves: Sequence[Leaf]
 
 
-def plan_files(leaves: Iterable[Leaf]) -> list[Plan]:
+def plan_files(leaves: Iterable[Leaf]) -> list[FilePlan]:
     """Return the files that hold the leaves; everything about them is checked before a write.
 
     Raises:
@@ -60,7 +60,7 @@ def plan_files(leaves: Iterable[Leaf]) -> list[Plan]:
     plans = []
     for name in sorted(by_file):
         ordered = in_file_order(by_file[name])
-        plans.append(Plan(name, header_of(ordered), ordered))
+        plans.append(FilePlan(name, header_of(ordered), ordered))
     return plans
 
 
@@ -82,7 +82,7 @@ def places_in_files(leaves: Iterable[Leaf], page: int) -> tuple[dict[str, int], 
     return places, end
 
 
-def write_plan(storage: Storage, folder: str, plan: Plan) -> FileEntry:
+def write_plan(storage: Storage, folder: str, plan: FilePlan) -> FileEntry:
     """Write a safetensors file, durably, and return what the manifest will say of it."""
     nbytes = len(plan.header) + sum(leaf.nbytes for leaf in plan.leaves)
     with storage.create(f"{folder}/{plan.name}", nbytes) as file:
@@ -111,7 +111,7 @@ def _region(offset: int, digest: str, leaf: Leaf) -> Region:
 
 
 def link_plan(
-    storage: Storage, folder: str, plan: Plan, like: CheckpointReader
+    storage: Storage, folder: str, plan: FilePlan, like: CheckpointReader
 ) -> FileEntry | None:
     """Link a file of an earlier checkpoint that has the very same bytes; None if there is none.
 
@@ -131,7 +131,7 @@ def link_plan(
     return known
 
 
-def _is_same(known: FileEntry, plan: Plan) -> bool:
+def _is_same(known: FileEntry, plan: FilePlan) -> bool:
     """Compare digests, those of the smallest tensors first: one that differs is enough."""
     header, *regions = known.regions
     if header.digest != digest_of(plan.header) or len(regions) != len(plan.leaves):
@@ -352,7 +352,7 @@ class CheckpointWriter:
                 linked = self._linked(folder, plan)
                 self._files[plan.name] = linked or write_plan(self._storage, folder, plan)
 
-    def _linked(self, folder: str, plan: Plan) -> FileEntry | None:
+    def _linked(self, folder: str, plan: FilePlan) -> FileEntry | None:
         if self._like is None or plan.name not in self._constant:
             return None
         return link_plan(self._storage, folder, plan, self._like)

@@ -201,7 +201,7 @@ class Box:
         return None if any(size <= 0 for size in sizes) else Box(starts, sizes)
 
 
-class Run(NamedTuple):
+class ByteRun(NamedTuple):
     """Elements that lie together in two boxes: where in each, and how many."""
 
     source: int
@@ -209,14 +209,14 @@ class Run(NamedTuple):
     length: int
 
 
-def runs(source: Box, target: Box) -> Iterator[Run]:
+def runs(source: Box, target: Box) -> Iterator[ByteRun]:
     """Yield what to copy from one box to another, each in C order, by place in the source.
 
     Example:
         >>> list(runs(Box((0, 0), (2, 2)), Box((0, 1), (2, 3))))
-        [Run(source=1, target=0, length=1), Run(source=3, target=3, length=1)]
+        [ByteRun(source=1, target=0, length=1), ByteRun(source=3, target=3, length=1)]
         >>> list(runs(Box((2, 0), (2, 3)), Box((0, 0), (9, 3))))
-        [Run(source=0, target=6, length=6)]
+        [ByteRun(source=0, target=6, length=6)]
     """
     both = source.overlap(target)
     if both is None:
@@ -227,7 +227,7 @@ def runs(source: Box, target: Box) -> Iterator[Run]:
     strides = [_strides(box.shape)[:outer] for box in (source, target)]
     for place in product(*map(range, both.shape[:outer])):
         at = [start + _dot(place, steps) for start, steps in zip(first, strides, strict=True)]
-        yield Run(at[0], at[1], length)
+        yield ByteRun(at[0], at[1], length)
 
 
 def _outer_dimensions(both: Box, source: Box, target: Box) -> int:
