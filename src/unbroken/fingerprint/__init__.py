@@ -19,6 +19,7 @@ from unbroken.fingerprint.source_code import is_users_own as is_users_own
 from unbroken.fingerprint.source_code import names_in as names_in
 from unbroken.fingerprint.source_code import qualified_name as qualified_name
 from unbroken.fingerprint.source_code import source_digest as source_digest
+from unbroken.fingerprint.subclass import subclass_facts as subclass_facts
 from unbroken.fingerprint.values import NOT_COMPARED as NOT_COMPARED
 from unbroken.fingerprint.values import Plain as Plain
 from unbroken.fingerprint.values import callable_facts as callable_facts
@@ -56,4 +57,5 @@ __all__ = [
     "sampled_records",
     "scheduler_facts",
     "source_digest",
+    "subclass_facts",
 ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from unbroken.checkpoint import Difference, ResumeReport, may_go_on, ratio
 from unbroken.errors import CorruptCheckpointError
@@ -18,6 +18,7 @@ from unbroken.fingerprint import (
     names_in_class,
     object_facts,
     qualified_name,
+    subclass_facts,
 )
 from unbroken.training.callback import Callback, named
 from unbroken.training.config_rules import (
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 def run_fingerprint(
     trainer: Trainer, dataset: Any, collate_fn: Callable[..., Any] | None, loss_fn: LossFn | None
 ) -> dict[str, Any]:
-    """Return the facts of a run that its objects do not hold: data, loss, callbacks.
+    """Return the facts of a run that its objects do not hold: data, loss, callbacks, subclass.
 
     Those of data are functions that wait for their records to be read. Of data that each rank has
     of its own, rank 0 compares its part.
@@ -50,6 +51,7 @@ def run_fingerprint(
     callbacks = {"names": names, **facts}
     groups: dict[str, Any] = {"loss": loss, "callbacks": callbacks}
     groups["state"] = _of_own_objects(trainer)
+    groups["trainer"] = _of_subclass(trainer)
     evaluation = None if trainer.eval_dataset is None else begin_data_facts(trainer.eval_dataset)
     groups["eval_data"] = {} if evaluation is None else evaluation
     if trainer.group.rank > 0 and gives_own_batches(trainer.source, trainer.group):
@@ -77,6 +79,20 @@ def _of_own_objects(trainer: Trainer) -> dict[str, Any]:
         for name, one in {**checkpointer.objects, **checkpointer.attributes.bare}.items()
         if is_users_own(type(one)) and not isinstance(one, told) and one is not trainer
     }
+
+
+def _of_subclass(trainer: Trainer) -> dict[str, Any]:
+    """Return what a user's subclass trains by; evaluations count where they steer the rate."""
+    steers = isinstance(trainer.scheduler, ReduceLROnPlateau)
+    return subclass_facts(
+        trainer, leave_out=_BESIDE_TRAINING if steers else _BESIDE_TRAINING | {"evaluate"}
+    )
+
+
+_BESIDE_TRAINING = frozenset(
+    ("__init__", "record", "save_checkpoint", "load_checkpoint", "state_dict", "load_state_dict")
+)
+"""Methods that a subclass may have in its own way, and the weights do not follow."""
 
 
 def go_on(trainer: Trainer, report: ResumeReport) -> None:

@@ -39,17 +39,13 @@ from unbroken.checkpoint import (
 from unbroken.fingerprint import (
     callable_facts,
     data_facts,
-    is_users_own,
     names_in_class,
     object_facts,
-    own_attributes,
     plain_items,
     plain_or_text,
     qualified_name,
-    source_digest,
+    subclass_facts,
 )
-from unbroken.fingerprint.source_code import functions_of
-from unbroken.fingerprint.values import facts_of_items, names_used_by, values_around
 from unbroken.stored_names import from_stored, stored_class_name, stored_name
 from unbroken.training.config_rules import LENGTH, LENGTH_SETTINGS, is_another_schedule, tell_length
 
@@ -297,26 +293,7 @@ def run_fingerprint(data: Iterable[Any], loss: Any, callbacks: Iterable[Any]) ->
 
 def facts_of_subclass(host: object) -> dict[str, Any]:
     """Return what a user's subclass does in a step: its code, and the settings that this uses."""
-    kinds = [one for one in type(host).__mro__ if functions_of(one, _NOT_IN_A_STEP)]
-    named = {qualified_name(one): one for one in kinds}
-    around = {name: values_around(one, _NOT_IN_A_STEP) for name, one in named.items()}
-    used = names_used_by(*kinds, leave_out=_NOT_IN_A_STEP) if kinds else set()
-    own = own_attributes(host).items()
-    values = {n: value for n, value in own if n in used and _is_setting(value)}
-    return {
-        "classes": [*named],
-        "source": {n: source_digest(k, leave_out=_NOT_IN_A_STEP) for n, k in named.items()},
-        "globals": {name: values for name, values in around.items() if values},
-        "values": facts_of_items(values, used=used),
-    }
-
-
-def _is_setting(value: Any) -> bool:
-    """Return whether a value is no object of a library, such as a writer, and no network."""
-    if isinstance(value, torch.nn.Module):
-        return next(value.parameters(), None) is None
-    plain = (bool, int, float, str, list, tuple, set, dict, torch.Tensor, torch.dtype)
-    return isinstance(value, plain) or callable(value) or is_users_own(type(value))
+    return subclass_facts(host, leave_out=_NOT_IN_A_STEP)
 
 
 _NOT_IN_A_STEP = frozenset(
