@@ -26,7 +26,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from unbroken.checkpoint import Checkpointer
-from unbroken.distributed import Alone, join
+from unbroken.distributed import SingleProcess, join
 
 WORLDS = {
     1: ("single",),
@@ -149,7 +149,7 @@ def checkpointer_in(folder: str, group, model, optimizer, **options) -> Checkpoi
 
 def in_group(function: Callable[..., object], *arguments) -> None:
     """Call a function with the group that this process is in; end without taking torch down."""
-    group = join(timeout=60.0) if int(os.environ["WORLD_SIZE"]) > 1 else Alone()
+    group = join(timeout=60.0) if int(os.environ["WORLD_SIZE"]) > 1 else SingleProcess()
     function(group, *arguments)
     group.close()
     os._exit(0)

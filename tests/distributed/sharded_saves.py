@@ -157,9 +157,9 @@ def save_tapes(checkpointer, model, optimizer):
 
 def read_tapes(folder: str, per_rank) -> None:
     """Resume on any number of ranks, without the model."""
-    from unbroken.distributed import Alone
+    from unbroken.distributed import SingleProcess
 
-    group = join(timeout=30.0) if int(os.environ["WORLD_SIZE"]) > 1 else Alone()
+    group = join(timeout=30.0) if int(os.environ["WORLD_SIZE"]) > 1 else SingleProcess()
     tape = Tape(0)
     policy = ResumePolicy(skip=("model", "optimizer"), allow=("model", "optimizer"))
     checkpointer = Checkpointer(

@@ -14,7 +14,7 @@ from torch.distributed import HashStore
 from distributed import beside as acts
 from distributed.ranks import run_ranks
 from unbroken.checkpoint.save.async_saver import Appointment
-from unbroken.distributed import Ranks
+from unbroken.distributed import StoreGroup
 from unbroken.storage import LocalStorage
 from unbroken.store import CheckpointReader
 
@@ -87,7 +87,7 @@ def test_a_script_that_ends_without_closing_keeps_the_last_save_of_all_ranks(mod
     assert CheckpointReader(LocalStorage(tmp_path / "run"), "checkpoint-1").verify() == []
 
 
-def heard_at(group: Ranks, edges: int, draw: random.Random) -> int:
+def heard_at(group: StoreGroup, edges: int, draw: random.Random) -> int:
     """Pass edges as fast as chance has it, with a save that is over at one of them."""
     appointment, over_at = Appointment(), draw.randrange(edges)
     make = threading.Thread(target=lambda: appointment.make(group))
@@ -105,7 +105,7 @@ def test_all_ranks_hear_of_a_save_at_the_same_edge(seed):
     store, found = HashStore(), {}
 
     def be(rank: int) -> None:
-        group = Ranks(store, rank=rank, world_size=3)
+        group = StoreGroup(store, rank=rank, world_size=3)
         draw = random.Random(10 * seed + rank)
         found[rank] = [heard_at(group, 20, draw) for _ in range(10)]
 

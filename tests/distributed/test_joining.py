@@ -19,7 +19,7 @@ from distributed.worlds import (
     tell_how_joining_ends,
     two_groups_at_once,
 )
-from unbroken.distributed import Alone, join
+from unbroken.distributed import SingleProcess, join
 from unbroken.errors import ConfigError
 
 SCRIPT = Path(__file__).parent / "scripts" / "sum_of_ranks.py"
@@ -46,7 +46,7 @@ def test_torchrun_starts_the_ranks():
 @pytest.mark.parametrize("environment", [{}, {"WORLD_SIZE": "1", "RANK": "0"}])
 def test_a_process_without_others_is_alone(torchrun_said, environment):
     torchrun_said(**environment)
-    assert isinstance(join(), Alone)
+    assert isinstance(join(), SingleProcess)
 
 
 @pytest.mark.parametrize("store_on_rank_0", [True, False])

@@ -12,7 +12,7 @@ from distributed.own_loaders import STEPS, train
 from distributed.ranks import run_ranks
 from scenarios import metrics, outcome
 from unbroken.data import BatchShape, CountedSource, Position
-from unbroken.distributed import Ranks
+from unbroken.distributed import StoreGroup
 from unbroken.training.per_rank_loaders import tell_places
 
 FAILED = 3
@@ -102,7 +102,7 @@ def test_ranks_that_share_a_part_of_the_data_store_one_place():
         return [len(source.places), again.position.taken]
 
     store = HashStore()
-    members = [Ranks(store, rank=rank, world_size=4) for rank in range(4)]
+    members = [StoreGroup(store, rank=rank, world_size=4) for rank in range(4)]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(told, range(4))) == [[2, 1], [2, 1], [2, 2], [2, 2]]
-        list(pool.map(Ranks.close, members))
+        list(pool.map(StoreGroup.close, members))

@@ -19,7 +19,7 @@ from unbroken.checkpoint.resume.rank_state import begin_anew, own_state
 from unbroken.checkpoint.save import rank_shares
 from unbroken.checkpoint.save.rank_shares import STATE_FILE, Plan, sample_of, share_of
 from unbroken.checkpoint.save.session import Saving
-from unbroken.distributed import Ranks
+from unbroken.distributed import StoreGroup
 from unbroken.errors import RankError
 from unbroken.storage import MemoryStorage
 from unbroken.store import CheckpointReader, CheckpointWriter
@@ -37,9 +37,9 @@ def test_every_byte_of_a_large_tensor_is_compared_in_some_save_and_no_other(dtyp
     assert not memory[-10:].any()
 
 
-def on_two_ranks(act: Callable[[Ranks], object]) -> list:
+def on_two_ranks(act: Callable[[StoreGroup], object]) -> list:
     store = HashStore()
-    groups = [Ranks(store, rank=rank, world_size=2) for rank in (0, 1)]
+    groups = [StoreGroup(store, rank=rank, world_size=2) for rank in (0, 1)]
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(act, groups))
 
@@ -50,7 +50,7 @@ def seen_in(save: int, like: torch.Tensor) -> torch.Tensor:
     return marks != 0
 
 
-def saves_until_it_is_refused(drift: torch.Tensor, group: Ranks) -> int:
+def saves_until_it_is_refused(drift: torch.Tensor, group: StoreGroup) -> int:
     model, plan = nn.Linear(64, 64, bias=False), Plan()
     model.weight.data = drift * group.rank
     tree = {**capture({"model": model}), "rng": None, "values": None}
@@ -89,7 +89,7 @@ def read(reader: CheckpointReader, name: str) -> dict:
     return decode(structure_of(reader.read_file(name), name), reader)
 
 
-def save(storage: MemoryStorage, trees: list, per_rank, group: Ranks) -> None:
+def save(storage: MemoryStorage, trees: list, per_rank, group: StoreGroup) -> None:
     writer = lambda: CheckpointWriter(storage, step=1, run_id="a" * 32)  # noqa: E731
     with Saving(storage, writer, lambda one: one.commit({})) as saving:
         assert saving.stage(group) == ()
@@ -99,7 +99,7 @@ def save(storage: MemoryStorage, trees: list, per_rank, group: Ranks) -> None:
 
 def loaded(storage: MemoryStorage, per_rank, alike: bool, rank: int, size: int) -> tuple:
     reader = CheckpointReader(storage, "checkpoint-1")
-    group = Ranks(HashStore(), rank=rank, world_size=size)
+    group = StoreGroup(HashStore(), rank=rank, world_size=size)
     tree, of_a_file = read(reader, STATE_FILE), partial(read, reader)
     own, anew = own_state(tree, reader.manifest, group, per_rank, of_a_file, alike=alike)
     return spelled({name: {**tree, **own}[name] for name in NAMES}), anew

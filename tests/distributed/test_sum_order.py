@@ -14,13 +14,13 @@ from torch.distributed import HashStore
 
 from distributed.order import sum_over_ranks
 from distributed.ranks import run_ranks
-from unbroken.distributed import Ranks, Tree
+from unbroken.distributed import StoreGroup, Tree
 
 VALUES = [1e16, 1.0, -1e16, 1.0]  # (1e16 + 1.0) is 1e16: by rank, the sum is 1.0
 
 
 def groups(store, world_size):
-    return [Ranks(store, rank=rank, world_size=world_size) for rank in range(world_size)]
+    return [StoreGroup(store, rank=rank, world_size=world_size) for rank in range(world_size)]
 
 
 def sums_in_order(arrival):

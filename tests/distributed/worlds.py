@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from unbroken.distributed import Ranks, join
+from unbroken.distributed import StoreGroup, join
 from unbroken.errors import ConfigError, RankError
 
 
@@ -49,7 +49,7 @@ def join_twice() -> None:
 def two_groups_at_once() -> None:
     dist.init_process_group("gloo")
     first, second = join(timeout=30.0), join(timeout=30.0)
-    assert isinstance(first, Ranks)
+    assert isinstance(first, StoreGroup)
     assert first.share("name", "first") == "first"
     assert second.share("name", "second") == "second"
     first.close()

@@ -14,7 +14,7 @@ from unbroken import Checkpointer
 from unbroken.fingerprint import (
     cut_off,
     environment,
-    is_users_own,
+    is_user_code,
     model_facts,
     source_code,
     source_digest,
@@ -63,7 +63,7 @@ def installed(folder, name: str, **more) -> None:
 
 def test_a_host_on_the_path_is_not_walked(made):
     block = made("timm")
-    assert not is_users_own(block)
+    assert not is_user_code(block)
     assert source_digest(block) is None
     assert "Block" not in model_facts(nn.Sequential(block()))["source"]
 
@@ -73,30 +73,30 @@ def test_a_host_that_loads_its_parts_when_asked_is_not_either(made, tmp_path):
     block = made("trl", version=None)
     (tmp_path / "here/trl/__init__.py").write_text(lazy)
     importlib.reload(sys.modules["trl"])
-    assert not is_users_own(block)
+    assert not is_user_code(block)
 
 
 def test_a_folder_of_the_users_with_the_name_of_a_host_is_his_own(made):
-    assert is_users_own(made("evaluate", version=None))
+    assert is_user_code(made("evaluate", version=None))
 
 
 def test_a_package_of_the_users_own_is_walked_wherever_it_is_installed_from(made, tmp_path):
-    assert is_users_own(made("of_mine"))
+    assert is_user_code(made("of_mine"))
     installed(tmp_path / "site", "of-mine-too", editable=True)
-    assert is_users_own(made("of_mine_too", "checkout"))
+    assert is_user_code(made("of_mine_too", "checkout"))
     assert _installation("of-mine") is None
 
 
 def test_packages_in_a_folder_with_their_records_are_not(made, tmp_path):
     installed(tmp_path / "target", "somebodys")
-    assert not is_users_own(made("somebodys", "target"))
+    assert not is_user_code(made("somebodys", "target"))
 
 
 def test_what_a_host_needs_is_none_either_where_it_is_editable(made, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     installed(tmp_path / "site", "regex", editable=True)
     monkeypatch.delitem(sys.modules, "regex", raising=False)
-    assert not is_users_own(made("regex", "checkout"))
+    assert not is_user_code(made("regex", "checkout"))
 
 
 def test_a_host_in_a_checkout_counts_by_its_commit_and_its_changes(made, tmp_path):

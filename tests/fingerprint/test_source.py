@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from unbroken.fingerprint import callable_facts, is_users_own, qualified_name, source_digest
+from unbroken.fingerprint import callable_facts, is_user_code, qualified_name, source_digest
 
 _NUMBERS = itertools.count()
 BASE = '''
@@ -108,7 +108,7 @@ def test_partials_and_methods_count_by_what_they_call(load):
 
 
 def test_installed_code_is_told_by_its_version_alone():
-    assert not is_users_own(nn.Linear)
+    assert not is_user_code(nn.Linear)
     assert callable_facts(torch.relu)["source"] is None
     loss = callable_facts(nn.CrossEntropyLoss(label_smoothing=0.1))
     assert loss["source"] is None

@@ -9,7 +9,7 @@ import pytest
 from store.small_runs import PlainLeaf, noise
 from unbroken.errors import CorruptCheckpointError
 from unbroken.storage import LocalStorage
-from unbroken.store import CheckpointReader, CheckpointWriter, divided
+from unbroken.store import CheckpointReader, CheckpointWriter, split_verification
 
 SIZES = [70_000, 300_000, 65_536, 131_072, 90_000, 65_535, 16]
 
@@ -32,7 +32,7 @@ def folder(tmp_path):
 
 def reader(folder, part: int, parts: int) -> CheckpointReader:
     made = CheckpointReader(LocalStorage(folder.parent, create=False), folder.name)
-    division = divided(made.manifest, range(parts))
+    division = split_verification(made.manifest, range(parts))
     made.leave_to_others(frozenset().union(*division) - division[part])
     return made
 
@@ -49,7 +49,7 @@ def nbytes(manifest, part) -> int:
 @pytest.mark.parametrize("parts", [1, 2, 3, 4, 9])
 def test_each_large_tensor_is_in_one_part(folder, parts):
     manifest = reader(folder, 0, 1).manifest
-    division = divided(manifest, range(parts))
+    division = split_verification(manifest, range(parts))
     all_of_them = [one for part in division for one in part]
     assert len(set(all_of_them)) == len(all_of_them) == len([s for s in SIZES if s >= 65_536])
 
@@ -57,7 +57,7 @@ def test_each_large_tensor_is_in_one_part(folder, parts):
 @pytest.mark.parametrize("parts", [2, 3])
 def test_parts_differ_by_one_tensor_at_most(folder, parts):
     manifest = reader(folder, 0, 1).manifest
-    weights = [nbytes(manifest, part) for part in divided(manifest, range(parts))]
+    weights = [nbytes(manifest, part) for part in split_verification(manifest, range(parts))]
     assert max(weights) - min(weights) <= max(SIZES)
 
 
@@ -67,7 +67,7 @@ def test_a_rank_gets_what_it_stored_in_a_file_of_its_own(tmp_path):
             replace(leaf(place), file=f"a.rank{place % 3}.safetensors") for place in range(6)
         )
         manifest = writer.commit({})
-    parts = divided(manifest, [2, 1])
+    parts = split_verification(manifest, [2, 1])
     assert {name for name, _ in parts[1]} >= {"a.rank1.safetensors"}
     assert "a.rank1.safetensors" not in {name for name, _ in parts[0]}
 

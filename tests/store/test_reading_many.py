@@ -13,7 +13,7 @@ import pytest
 from unbroken.errors import CheckpointNotFoundError, CorruptCheckpointError
 from unbroken.storage import LocalStorage
 from unbroken.store import CheckpointReader, CheckpointWriter
-from unbroken.store.checkpoint.reader import side_by_side
+from unbroken.store.checkpoint.reader import run_in_threads
 
 SIZES = [3 << 20, 5, 0, 2 << 20, (6 << 20) + 7, 1 << 20]
 
@@ -133,7 +133,7 @@ def test_each_task_is_done_once_by_several_threads():
             meet.wait(10)  # three are in work at the same time
         done.append(task)
 
-    side_by_side(range(50), contextlib.nullcontext, work, 3)
+    run_in_threads(range(50), contextlib.nullcontext, work, 3)
     assert sorted(done) == list(range(50))
 
 
@@ -146,5 +146,5 @@ def test_the_failure_of_the_first_task_is_raised_and_no_more_is_begun():
             raise ValueError(task)
 
     with pytest.raises(ValueError, match="5"):
-        side_by_side(range(1000), contextlib.nullcontext, work, 4)
+        run_in_threads(range(1000), contextlib.nullcontext, work, 4)
     assert max(begun) < 10

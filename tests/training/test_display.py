@@ -54,8 +54,8 @@ def test_how_often_a_run_saves_by_itself_stands_in_a_line_and_beside_the_bar(tmp
 
 def test_steps_that_take_longer_for_a_while_are_no_news():
     told = SaveInterval(100.0, step_seconds=0.1)
-    assert not SaveInterval(100.0, step_seconds=1.0).is_news(told)
-    assert SaveInterval(130.0, step_seconds=0.1).is_news(told)
+    assert not SaveInterval(100.0, step_seconds=1.0).is_worth_reporting(told)
+    assert SaveInterval(130.0, step_seconds=0.1).is_worth_reporting(told)
 
 
 def test_it_is_told_again_only_when_it_has_changed_and_after_a_save():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from unbroken.distributed import Alone, RankSums, Tree
+from unbroken.distributed import RankSums, SingleProcess, Tree
 from unbroken.errors import ConfigError
 from unbroken.training.gradient_sums.lanes import LaneSum
 
@@ -23,7 +23,7 @@ def one_parameter() -> nn.Module:
 
 
 def lane_sum(model: nn.Module, lanes: int = 1) -> LaneSum:
-    lane_sum = LaneSum(model, lanes, Alone(), RankSums(Alone()))
+    lane_sum = LaneSum(model, lanes, SingleProcess(), RankSums(SingleProcess()))
     lane_sum.begin()
     return lane_sum
 

@@ -32,13 +32,13 @@ from unbroken.capture.kinds.random_state import of_devices_here as of_devices_he
 from unbroken.capture.kinds.random_state import restore_rng as restore_rng
 from unbroken.capture.objects import Stateful as Stateful
 from unbroken.capture.objects import capture as capture
-from unbroken.capture.objects import capture_beside as capture_beside
+from unbroken.capture.objects import capture_unregistered as capture_unregistered
 from unbroken.capture.objects import check as check
 from unbroken.capture.objects import files_for as files_for
 from unbroken.capture.objects import fill as fill
 from unbroken.capture.objects import kind_of as kind_of
 from unbroken.capture.objects import restore as restore
-from unbroken.capture.objects import restore_beside as restore_beside
+from unbroken.capture.objects import restore_unregistered as restore_unregistered
 from unbroken.capture.partial_load import Skip as Skip
 from unbroken.capture.partial_load import keep_skipped as keep_skipped
 from unbroken.capture.pretrained_files import files_of_processor as files_of_processor
@@ -72,9 +72,9 @@ __all__ = [
     "TensorLeaf",
     "byte_view",
     "capture",
-    "capture_beside",
     "capture_gradients",
     "capture_rng",
+    "capture_unregistered",
     "check",
     "check_gradients",
     "check_rng",
@@ -103,9 +103,9 @@ __all__ = [
     "raw",
     "refuse_what_cannot_be_stored",
     "restore",
-    "restore_beside",
     "restore_gradients",
     "restore_rng",
+    "restore_unregistered",
     "stored_distance",
     "structure_digest",
     "structure_from_bytes",

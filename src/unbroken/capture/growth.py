@@ -188,15 +188,15 @@ class Growth:
         self, optimizer: Optimizer, saved: Sequence[Any], names: ParameterNames, path: str
     ) -> None:
         """Give an optimizer the groups that it had, if it was built as it is here."""
-        wanted = [[names.find(name) for name in group["params"]] for group in saved]
-        known = all(one is not None for group in wanted for one in group)
-        if not known or _grouped_alike(optimizer, wanted) or not self._is_as_built(path):
+        saved_names = [[names.find(name) for name in group["params"]] for group in saved]
+        known = all(one is not None for group in saved_names for one in group)
+        if not known or _grouped_alike(optimizer, saved_names) or not self._is_as_built(path):
             return
         before = [(group, list(group["params"])) for group in optimizer.param_groups]
         self._undo.append(partial(_regroup, optimizer, before))
         left = list(optimizer.param_groups)
         optimizer.param_groups.clear()
-        for parameters, stored in zip(wanted, saved, strict=True):
+        for parameters, stored in zip(saved_names, saved, strict=True):
             group = _most_like(left, parameters)
             if group is not None:
                 left = [one for one in left if one is not group]
@@ -293,10 +293,10 @@ def _device_of(module: nn.Module) -> torch.device:
     return next((one.device for one in module.parameters()), torch.device("cpu"))
 
 
-def _grouped_alike(optimizer: Optimizer, wanted: Sequence[Sequence[Any]]) -> bool:
+def _grouped_alike(optimizer: Optimizer, saved_names: Sequence[Sequence[Any]]) -> bool:
     """Return whether the groups are these, in whatever order."""
     here = sorted(sorted(id(one) for one in group["params"]) for group in optimizer.param_groups)
-    return here == sorted(sorted(map(id, group)) for group in wanted)
+    return here == sorted(sorted(map(id, group)) for group in saved_names)
 
 
 def _most_like(groups: Sequence[dict[str, Any]], parameters: Sequence[Any]) -> Any:

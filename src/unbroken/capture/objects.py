@@ -60,14 +60,14 @@ def _check_stateful(
 ) -> Iterator[Mismatch]:
     """Let an object that can look at a state before it takes one raise what it finds wrong."""
     look = getattr(value, "check_state_dict", None)
-    homeless = list(_homeless(stored.state, path))
-    if callable(look) and not homeless:
+    without_device = list(_without_device(stored.state, path))
+    if callable(look) and not without_device:
         with _named(value, stored):
             look(load_tensors(stored.state))
     return iter(())
 
 
-def _homeless(tree: Any, path: str) -> Iterator[Mismatch]:
+def _without_device(tree: Any, path: str) -> Iterator[Mismatch]:
     """Yield tensors that will be put on a device of a kind that is not here."""
     for tensor in _stored_in(tree):
         try:
@@ -262,30 +262,30 @@ def fill(objects: Mapping[str, object], tree: Mapping[str, Any]) -> None:
     later.finish()
 
 
-def capture_beside(
-    objects: Mapping[str, object], beside: Mapping[str, object], path: str
+def capture_unregistered(
+    objects: Mapping[str, object], unregistered: Mapping[str, object], path: str
 ) -> Captured:
     """Return the state of an object that is not registered, but stands beside those that are.
 
     Args:
         objects: The registered objects by name.
-        beside: Other objects by their paths; an optimizer may train what these hold, too.
+        unregistered: Other objects by their paths; an optimizer may train what these hold, too.
         path: That of the one to capture.
 
     Raises:
         CaptureError: It, or a value in its state, cannot be stored.
 
     Example:
-        >>> capture_beside({}, {"trainer.teacher": nn.Linear(1, 1)}, "trainer.teacher").kind
+        >>> capture_unregistered({}, {"trainer.teacher": nn.Linear(1, 1)}, "trainer.teacher").kind
         'module'
     """
-    found: Captured = _capture(beside[path], path, _names_beside(objects, beside))
+    found: Captured = _capture(unregistered[path], path, _names_with(objects, unregistered))
     return found
 
 
-def restore_beside(
+def restore_unregistered(
     objects: Mapping[str, object],
-    beside: Mapping[str, object],
+    unregistered: Mapping[str, object],
     path: str,
     stored: Any,
     *,
@@ -294,8 +294,8 @@ def restore_beside(
     """Bring such an object back; or tell whether the state would fit.
 
     Args:
-        objects: As `capture_beside` takes them.
-        beside: As `capture_beside` takes them.
+        objects: As `capture_unregistered` takes them.
+        unregistered: As `capture_unregistered` takes them.
         path: That of the object.
         stored: What was captured of it, decoded with `lazy=True`.
         check: Change nothing.
@@ -303,17 +303,19 @@ def restore_beside(
     Returns:
         Why it does not fit, if it does not; then nothing is changed.
     """
-    names = _names_beside(objects, beside)
-    problem = next(_check(beside[path], stored, path, names), None)
+    names = _names_with(objects, unregistered)
+    problem = next(_check(unregistered[path], stored, path, names), None)
     if problem is None and not check:
         later = Filling()
-        kind_of(beside[path], path).restore(beside[path], stored, names, later)
+        kind_of(unregistered[path], path).restore(unregistered[path], stored, names, later)
         later.finish()
     return problem
 
 
-def _names_beside(objects: Mapping[str, object], beside: Mapping[str, object]) -> ParameterNames:
-    modules = {path: one for path, one in beside.items() if isinstance(one, nn.Module)}
+def _names_with(
+    objects: Mapping[str, object], unregistered: Mapping[str, object]
+) -> ParameterNames:
+    modules = {path: one for path, one in unregistered.items() if isinstance(one, nn.Module)}
     return ParameterNames({**objects, "attributes": modules})
 
 
@@ -413,10 +415,10 @@ def _check(live: Any, stored: Any, path: str, names: ParameterNames) -> Iterator
         yield Mismatch(path, "is of another class", stored.class_name, now)
         return
     yield from kind.check(live, stored, path, names)
-    yield from _homeless(_put_at_home(stored), path)
+    yield from _without_device(_stored_elsewhere(stored), path)
 
 
-def _put_at_home(stored: Captured) -> Any:
+def _stored_elsewhere(stored: Captured) -> Any:
     """Return what of a state does not go where its object or its parameter is."""
     facts = stored.facts
     if stored.kind == "module":

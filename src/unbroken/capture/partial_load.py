@@ -180,8 +180,8 @@ def _blend_optimizer(stored: Captured, live: Captured, names: set[str]) -> Captu
 
 
 def _with_options(group: Any, old: Iterable[Any], names: set[str]) -> Any:
-    wanted = set(group["params"]) - names
-    same = [one for one in old if wanted and wanted <= set(one["params"])]
+    not_skipped = set(group["params"]) - names
+    same = [one for one in old if not_skipped and not_skipped <= set(one["params"])]
     return {**same[0], "params": group["params"]} if same else group
 
 

@@ -61,7 +61,7 @@ class LeafSource(Protocol):
         """Fill `buffer` with the verified bytes of a part of the leaf."""
 
 
-_Wanted = tuple[str, Box | None, memoryview]
+_Request = tuple[str, Box | None, memoryview]
 
 
 class Filling:
@@ -72,13 +72,13 @@ class Filling:
 
     def __init__(self) -> None:
         self.chunks: Chunks = {}  # how sharded tensors are cut
-        self._wanted: dict[int, tuple[LeafSource, list[_Wanted]]] = {}
+        self._requests: dict[int, tuple[LeafSource, list[_Request]]] = {}
 
     def add(
         self, source: LeafSource, path: str, buffer: memoryview, part: Box | None = None
     ) -> None:
         """Note that `buffer` is to get the leaf at `path`, or a part of it."""
-        self._wanted.setdefault(id(source), (source, []))[1].append((path, part, buffer))
+        self._requests.setdefault(id(source), (source, []))[1].append((path, part, buffer))
 
     def finish(self) -> None:
         """Fill all memory.
@@ -86,14 +86,14 @@ class Filling:
         Raises:
             CorruptCheckpointError: Bytes are not those that the manifest promises.
         """
-        for source, wanted in self._wanted.values():
+        for source, requests in self._requests.values():
             read_together = getattr(source, "read_boxes_into", None)
             if read_together is not None:
-                read_together(wanted)
+                read_together(requests)
                 continue
-            for path, part, buffer in wanted:
+            for path, part, buffer in requests:
                 _read(source, path, buffer, part)
-        self._wanted.clear()
+        self._requests.clear()
 
 
 def _read(source: LeafSource, path: str, buffer: memoryview, part: Box | None) -> None:

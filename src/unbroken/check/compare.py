@@ -157,8 +157,8 @@ def states_before(recording: Recording) -> list[tuple[int, State]]:
     found: list[tuple[int, State]] = []
     for step in recording.steps:
         before = step.before if step.before is not None else now.get(step.optimizer, step.after)
-        if step.edited is not None:
-            params, each = step.edited
+        if step.modified is not None:
+            params, each = step.modified
             before = replace(before, params=params, params_each=each)
         found.append((step.optimizer, before))
         now[step.optimizer] = step.after

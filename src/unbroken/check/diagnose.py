@@ -208,7 +208,7 @@ def _position(stream: Stream, ours: Sequence[object], place: int) -> Found | Non
             )
     if 0 in found:
         return Culprit.DATA_RESTARTED, _restarted(0, place)
-    return _elsewhere(stream, min(found, key=lambda step: (abs(step - place), step)), place)
+    return _shifted(stream, min(found, key=lambda step: (abs(step - place), step)), place)
 
 
 def _stray(stream: Stream, ours: Sequence[object], place: int) -> Found | None:
@@ -231,7 +231,7 @@ def _restarted(begin: int, place: int) -> str:
     )
 
 
-def _elsewhere(stream: Stream, found: int, place: int) -> Found:
+def _shifted(stream: Stream, found: int, place: int) -> Found:
     if found < place:
         again = place - found
         return Culprit.DATA_REPEATED, (

@@ -78,7 +78,7 @@ class Step:
         before: The state before the step; only for the first step of an optimizer in a process.
         had_moments: With `before`: whether the optimizer's state held anything but zeros.
         setting_values: With `before`: the optimizer's other settings.
-        edited: The parameters before the step, as in `State`, where something else than this
+        modified: The parameters before the step, as in `State`, where something else than this
             optimizer has changed them since its last step.
     """
 
@@ -100,7 +100,7 @@ class Step:
     before: State | None = None
     had_moments: bool = False
     setting_values: tuple[Mapping[str, Any], ...] = ()
-    edited: tuple[str, tuple[str, ...]] | None = None
+    modified: tuple[str, tuple[str, ...]] | None = None
 
     @property
     def data(self) -> tuple[Batch, ...]:
@@ -187,7 +187,7 @@ def _recording(lines: Sequence[Mapping[str, Any]]) -> Recording:
 
 
 def _step(line: Mapping[str, Any]) -> Step:
-    before, edited = line.get("before"), line.get("edited")
+    before, modified = line.get("before"), line.get("edited")
     return Step(
         optimizer=line["optimizer"],
         inputs=tuple(Batch(digest, tuple(rows)) for digest, rows in line["inputs"]),
@@ -210,7 +210,9 @@ def _step(line: Mapping[str, Any]) -> Step:
         before=None if before is None else _state(before),
         had_moments=before is not None and before["has_moments"],
         setting_values=() if before is None else tuple(before["settings"]),
-        edited=None if edited is None else (edited["params"], _eights(edited["params_each"])),
+        modified=None
+        if modified is None
+        else (modified["params"], _eights(modified["params_each"])),
     )
 
 

@@ -174,7 +174,7 @@ class SaveTimer:
     def news(self, cost: SaveCost | None) -> dict[str, Json]:
         """Return what the history is to be told of the interval, if that is new."""
         now = self.interval(cost)
-        if now is None or not now.is_news(self._told):
+        if now is None or not now.is_worth_reporting(self._told):
             return {}
         self._told = now
         return {"cadence": now.to_json()}

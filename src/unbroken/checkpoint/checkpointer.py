@@ -54,7 +54,7 @@ from unbroken.checkpoint.save.rank_shares import (
 from unbroken.checkpoint.save.rehearsal import Rehearsal
 from unbroken.checkpoint.save.session import Line, Saving, Writing
 from unbroken.checkpoint.save.unfinished_gradients import GRADIENTS, UnfinishedGradients
-from unbroken.distributed import Alone, Group
+from unbroken.distributed import Group, SingleProcess
 from unbroken.errors import ConfigError, RankError, SaveError, UnbrokenError, one_of, spelled
 from unbroken.fingerprint import object_facts
 from unbroken.goodput import SaveInterval
@@ -198,7 +198,7 @@ class Checkpointer:
         self.best_step: int | None = None
         self.values: Any = None
         self.resumed_facts: Mapping[str, Any] = {}
-        self.group: Group = Alone() if group is None else group
+        self.group: Group = SingleProcess() if group is None else group
         self._read_from: ReadFrom = read_from
         self._per_rank = per_rank
         unseen = read_from == "rank0"

@@ -88,16 +88,16 @@ class KeyedRandom:
 
     def __init__(self, *, cuda: bool = False) -> None:
         self._cuda = cuda
-        self._ambient: tuple[Any, Any, torch.Tensor, torch.Tensor | None] | None = None
+        self._outer_state: tuple[Any, Any, torch.Tensor, torch.Tensor | None] | None = None
         self._cuda_generator: torch.Generator | None = None
 
     def __enter__(self) -> Self:
-        if self._ambient is not None:
+        if self._outer_state is not None:
             raise ConfigError("KeyedRandom", "the scope is already open", hint="Make another one.")
         if self._cuda:
             device = torch.cuda.current_device()
             self._cuda_generator = torch.cuda.default_generators[device]
-        self._ambient = (
+        self._outer_state = (
             random.getstate(),
             np.random.get_state(legacy=False),
             torch.default_generator.get_state(),
@@ -111,10 +111,10 @@ class KeyedRandom:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._ambient is None:
+        if self._outer_state is None:
             return
-        python, numpy, cpu, cuda = self._ambient
-        self._ambient = None
+        python, numpy, cpu, cuda = self._outer_state
+        self._outer_state = None
         random.setstate(python)
         np.random.set_state(numpy)
         torch.default_generator.set_state(cpu)

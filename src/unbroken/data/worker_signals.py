@@ -74,7 +74,7 @@ def shut_down(batches: Iterator[Any]) -> None:
         return
     late = threading.Timer(_PATIENCE, _kill, [[*getattr(batches, "_workers", ())]])
     late.daemon = True
-    with _no_news_of_children():
+    with _ignore_sigchld():
         late.start()
         try:
             end_workers()
@@ -116,9 +116,9 @@ def _obey_torch(number: int, frame: FrameType | None) -> None:
     """End a worker only if torch has told it before: then the signal is torch's own."""
     while frame is not None and frame.f_code.co_name != "_worker_loop":
         frame = frame.f_back
-    told = None if frame is None else frame.f_locals.get("done_event")
+    done_event = None if frame is None else frame.f_locals.get("done_event")
     # Not told.is_set(): it takes a lock, which the interrupted code may hold.
-    flag = getattr(told, "_flag", None)
+    flag = getattr(done_event, "_flag", None)
     if flag is not None and flag.get_value():
         os._exit(0)
 
@@ -151,7 +151,7 @@ class _Roll:
             return
         self.read()
         workers = [one for one in multiprocessing.active_children() if one.pid in self._entered]
-        with _no_news_of_children():
+        with _ignore_sigchld():
             _kill(workers)
             for worker in workers:
                 worker.join(_PATIENCE)
@@ -277,9 +277,9 @@ def _end_with(write: int) -> None:
     torch's own worker looks for its parent only between two batches, and never where it waits
     for room in a queue that nobody reads any more.
     """
-    gone = select.poll()
-    gone.register(write, 0)  # an error is told unasked
-    gone.poll()
+    hangup = select.poll()
+    hangup.register(write, 0)  # poll reports a hang-up without being asked
+    hangup.poll()
     os._exit(0)
 
 
@@ -289,7 +289,7 @@ def _kill(workers: Iterable[BaseProcess]) -> None:
 
 
 @contextmanager
-def _no_news_of_children() -> Iterator[None]:
+def _ignore_sigchld() -> Iterator[None]:
     """Keep torch's handler from raising an error for a worker that is killed on purpose."""
     before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:

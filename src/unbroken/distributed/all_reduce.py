@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from unbroken.distributed.broadcast import told_by
+from unbroken.distributed.broadcast import raising_rank_errors
 from unbroken.distributed.group import Group
 
 # Sums in one fixed order: that of a binary tree, whoever adds them and when.
@@ -79,8 +79,8 @@ class RankSums:
         members: Those that share these sums; None: all.
 
     Example:
-        >>> from unbroken.distributed import Alone
-        >>> sums = RankSums(Alone())
+        >>> from unbroken.distributed import SingleProcess
+        >>> sums = RankSums(SingleProcess())
         >>> sums.begin(torch.tensor([1.0, 2.0]))
         >>> sums.finish()
         [tensor([1., 2.])]
@@ -139,11 +139,11 @@ class RankSums:
         self._second.append(self._exchanged(parts.view(-1), first.sent))
 
     def _exchanged(self, sent: Tensor, received: Tensor) -> _Exchange:
-        with told_by(self._group):
+        with raising_rank_errors(self._group):
             work = dist.all_to_all_single(received, sent, group=self._members, async_op=True)
         return _Exchange(work, sent, received)
 
     def _received(self, exchange: _Exchange) -> Tensor:
-        with told_by(self._group):
+        with raising_rank_errors(self._group):
             exchange.work.wait()
         return exchange.received

@@ -15,7 +15,7 @@ _PIECE = 64 << 20  # bytes of one broadcast
 
 
 @contextmanager
-def told_by(group: Group) -> Iterator[None]:
+def raising_rank_errors(group: Group) -> Iterator[None]:
     """Let the group say which rank it was, where a collective has failed."""
     try:
         yield
@@ -31,8 +31,8 @@ class ByteStream:
         group: The ranks; all make a stream at the same time, and make the same calls on it.
 
     Example:
-        >>> from unbroken.distributed import Alone
-        >>> ByteStream(Alone()).send(memoryview(bytearray(b"alone")))
+        >>> from unbroken.distributed import SingleProcess
+        >>> ByteStream(SingleProcess()).send(memoryview(bytearray(b"alone")))
     """
 
     def __init__(self, group: Group) -> None:
@@ -50,7 +50,7 @@ class ByteStream:
             return
         whole = torch.frombuffer(buffer, dtype=torch.uint8)
         for start in range(0, buffer.nbytes, _PIECE):
-            with told_by(self._group):
+            with raising_rank_errors(self._group):
                 dist.broadcast(whole[start : start + _PIECE], src=0, group=self._process_group)
 
 

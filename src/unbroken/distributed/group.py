@@ -120,11 +120,11 @@ class Group(Protocol):
 # A run of one process, which has nobody to ask.
 
 
-class Alone:
+class SingleProcess:
     """The group of one process, without `torch.distributed`; never waits.
 
     Example:
-        >>> Alone().sum([0.5, 2])
+        >>> SingleProcess().sum([0.5, 2])
         [0.5, 2.0]
     """
 
@@ -156,9 +156,9 @@ class Alone:
         """Return the values, as float64."""
         return [float(value) for value in values]
 
-    def apart(self) -> Alone:
+    def apart(self) -> SingleProcess:
         """Return another one that is alone."""
-        return Alone()
+        return SingleProcess()
 
     def close(self) -> None:
         """Do nothing: there is no group to leave."""

@@ -37,7 +37,7 @@ def this_process() -> Json:
     return [*this_machine(), space, os.getpid()]
 
 
-class Watch:
+class ProcessWatch:
     """Watches the ranks that run on this machine; others are never seen to end.
 
     The kernel says that a process has ended as soon as it has, before its parent knows; a
@@ -47,7 +47,7 @@ class Watch:
         processes: `this_process` of every rank, by rank; None: nobody is watched.
 
     Example:
-        >>> Watch([this_process()]).ended([0])
+        >>> ProcessWatch([this_process()]).ended([0])
         ()
     """
 
@@ -67,9 +67,9 @@ class Watch:
             poll.register(end, select.POLLIN)
         return tuple(sorted(watched[end] for end, _ in poll.poll(0)))
 
-    def copy(self) -> Watch:
+    def copy(self) -> ProcessWatch:
         """Return one that watches the same ranks, and is closed by itself."""
-        other = Watch()
+        other = ProcessWatch()
         other._ends = {rank: os.dup(end) for rank, end in self._ends.items()}
         return other
 
@@ -106,7 +106,7 @@ class StoreLostError(Exception):
     """The process that holds the store has ended."""
 
 
-class Mailbox:
+class StoreExchange:
     """Numbered rounds of messages: each rank posts one, and reads those of all.
 
     Every rank must post to each round, in order; a rank that posts to a round has read the round
@@ -122,7 +122,7 @@ class Mailbox:
         # A connection of our own: a wait must not hold up NCCL's watchdog, which uses the store.
         self._store: Store = store.clone()  # type: ignore[attr-defined]
         self._store.set_timeout(timedelta(seconds=_GLANCE))
-        self.watch = Watch()
+        self.watch = ProcessWatch()
         self._rank, self._world_size, self._timeout = rank, world_size, timeout
         self._round = 0
         self._store_is_silent = self._is_leaving = False
@@ -200,8 +200,8 @@ class Mailbox:
             is_late = time.monotonic() >= deadline
             ended = self.watch.ended(range(len(keys)))  # before the look: they post no more
             missing = tuple(r for r, key in enumerate(keys) if not self._store.check([key]))
-            if gone := tuple(rank for rank in missing if rank in ended):
-                raise NoAnswerError(gone, ended=True)
+            if ended_ranks := tuple(rank for rank in missing if rank in ended):
+                raise NoAnswerError(ended_ranks, ended=True)
             if missing and (is_late or self._is_leaving):
                 raise NoAnswerError(missing)
 

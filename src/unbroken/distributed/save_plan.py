@@ -36,8 +36,8 @@ def divide(group: Group, offered: Mapping[str, torch.Tensor]) -> frozenset[str]:
         RankError: Another rank failed.
 
     Example:
-        >>> from unbroken.distributed import Alone
-        >>> sorted(divide(Alone(), {"w": torch.ones(2), "b": torch.ones(1)}))
+        >>> from unbroken.distributed import SingleProcess
+        >>> sorted(divide(SingleProcess(), {"w": torch.ones(2), "b": torch.ones(1)}))
         ['b', 'w']
     """
     from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -45,7 +45,7 @@ def divide(group: Group, offered: Mapping[str, torch.Tensor]) -> frozenset[str]:
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(offered), is_coordinator=group.rank == 0)
     own = [_told(item) for item in planner.create_local_plan().items]
-    plans = [_plan(told) for told in group.gather("the plan of a save", own)]
+    plans = [_plan(items) for items in group.gather("the plan of a save", own)]
     try:
         divided, _ = planner.create_global_plan(plans)
     except ValueError as error:
@@ -63,10 +63,10 @@ def _told(item: WriteItem) -> list[Any]:
     return [item.index.fqn, item.type.name, dtype, [*data.size], *chunk]
 
 
-def _plan(told: Any) -> SavePlan:
+def _plan(items: Any) -> SavePlan:
     from torch.distributed.checkpoint.planner import SavePlan
 
-    return SavePlan([_item(*one) for one in told])
+    return SavePlan([_item(*one) for one in items])
 
 
 def _item(

@@ -12,7 +12,13 @@ from typing import Any, TypeVar, cast
 
 from torch._C._distributed_c10d import PrefixStore, Store
 
-from unbroken.distributed.mailbox import Mailbox, NoAnswerError, StoreLostError, Watch, this_process
+from unbroken.distributed.mailbox import (
+    NoAnswerError,
+    ProcessWatch,
+    StoreExchange,
+    StoreLostError,
+    this_process,
+)
 from unbroken.errors import RankError, RankTimeoutError
 from unbroken.store import Json
 
@@ -44,13 +50,15 @@ def disagreement(texts: Sequence[str], what: str, hint: str | None = None) -> Ra
     usual = Counter(texts).most_common(1)[0][0]
     odd = tuple(rank for rank, text in enumerate(texts) if text != usual)
 
-    def told(text: str) -> str:
+    def shown(text: str) -> str:
         ranks = name_ranks([rank for rank, other in enumerate(texts) if other == text])
         return f"{text if len(text) <= _LONGEST else text[:_LONGEST] + '...'} ({ranks})"
 
     others = dict.fromkeys(texts[rank] for rank in odd)
-    found = ", ".join(told(text) for text in others)
-    return RankError(name_ranks(odd), what, ranks=odd, expected=told(usual), found=found, hint=hint)
+    found = ", ".join(shown(text) for text in others)
+    return RankError(
+        name_ranks(odd), what, ranks=odd, expected=shown(usual), found=found, hint=hint
+    )
 
 
 def narrowed(what: str, values: Sequence[Json]) -> tuple[str, list[str]]:
@@ -80,7 +88,7 @@ T = TypeVar("T")
 _LEFT, _FAILED = "left", "failed"
 
 
-class Ranks:
+class StoreGroup:
     """The group of several processes. `join` makes it.
 
     A rank that ends with `close`, or fails inside `together`, is known to the others at once, as
@@ -98,7 +106,7 @@ class Ranks:
 
     Example:
         >>> from torch.distributed import HashStore
-        >>> group = Ranks(HashStore(), rank=0, world_size=1)
+        >>> group = StoreGroup(HashStore(), rank=0, world_size=1)
         >>> group.gather("step", 7), group.any(True), group.sum([0.5])
         ([7], True, [0.5])
         >>> group.close()
@@ -118,7 +126,7 @@ class Ranks:
         self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
         self._store: Store | None = store
         self._aparts = 0
-        self._mailbox = Mailbox(store, rank, world_size, timeout)
+        self._exchange = StoreExchange(store, rank, world_size, timeout)
         self._timeout = timeout
         self._store_on_rank_0 = store_on_rank_0
         self._on_close = on_close
@@ -127,7 +135,7 @@ class Ranks:
 
     def watch(self) -> None:
         """Notice from now on when a rank on this machine ends; every rank calls it."""
-        self._mailbox.watch = Watch(self.gather("processes", this_process()))
+        self._exchange.watch = ProcessWatch(self.gather("processes", this_process()))
 
     def gather(self, what: str, value: Json) -> list[Json]:
         """Return the values of all ranks, by rank, on every rank."""
@@ -166,12 +174,12 @@ class Ranks:
             raise disagreement([str(len(row)) for row in rows], "how many values to sum")
         return [reduce(add, column) for column in zip(*rows, strict=True)]
 
-    def apart(self) -> Ranks:
+    def apart(self) -> StoreGroup:
         """Return a group of the same ranks for another thread."""
         if self._store is None:
             raise self._left("apart")
         self._aparts += 1
-        other = Ranks(
+        other = StoreGroup(
             PrefixStore(f"apart/{self._aparts}", self._store),
             rank=self.rank,
             world_size=self.world_size,
@@ -179,7 +187,7 @@ class Ranks:
             timeout=self._timeout,
             store_on_rank_0=self._store_on_rank_0,
         )
-        other._mailbox.watch = self._mailbox.watch.copy()
+        other._exchange.watch = self._exchange.watch.copy()
         return other
 
     def close(self) -> None:
@@ -191,21 +199,21 @@ class Ranks:
         # The store ends with the process that holds it; the others may still read in it.
         needed = self.rank == 0 and self._store_on_rank_0
         needed = needed and not isinstance(self._broken, RankTimeoutError)
-        self._mailbox.leave(_encoded(_LEFT, "", None), wait_for_others=needed)
-        self._mailbox.watch.close()
+        self._exchange.leave(_encoded(_LEFT, "", None), wait_for_others=needed)
+        self._exchange.watch.close()
         self._on_close()
 
     def _ask(self, kind: str, what: str, value: Json) -> list[Json]:
         """Send a value under the name of the call and return those of all ranks, by rank."""
         message = _encoded(kind, what, value)
-        texts = self._in_touch(_call(kind, what), lambda: self._mailbox.exchange(message))
+        texts = self._in_touch(_call(kind, what), lambda: self._exchange.exchange(message))
         messages = [json.loads(text) for text in texts]
         self._raise_failures(kind, what, messages)
         return [value for _, _, value in messages]
 
     def _tell(self, kind: str, what: str, value: Json) -> None:
         message = _encoded(kind, what, value)
-        self._in_touch(_call(kind, what), lambda: self._mailbox.post(message))
+        self._in_touch(_call(kind, what), lambda: self._exchange.post(message))
 
     def _in_touch(self, call: str, talk: Callable[[], T]) -> T:
         if self._broken is not None:

@@ -15,8 +15,8 @@ from torch.distributed import DistNetworkError
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
-from unbroken.distributed.group import Alone, Group
-from unbroken.distributed.store_group import Ranks
+from unbroken.distributed.group import Group, SingleProcess
+from unbroken.distributed.store_group import StoreGroup
 from unbroken.errors import ConfigError, RankTimeoutError
 
 _PAUSE = 0.05  # seconds
@@ -36,7 +36,7 @@ def join(*, device_type: str = "cpu", timeout: float = _TIMEOUT) -> Group:
         timeout: Seconds to wait for the other ranks, here and in each call of the group.
 
     Returns:
-        The group; `Alone` where WORLD_SIZE is 1 or not set.
+        The group; `SingleProcess` where WORLD_SIZE is 1 or not set.
 
     Raises:
         ConfigError: The environment names no rank, or is no torchrun's; or there is no GPU for
@@ -46,19 +46,19 @@ def join(*, device_type: str = "cpu", timeout: float = _TIMEOUT) -> Group:
 
     Example:
         >>> join()  # doctest: +ELLIPSIS
-        <unbroken.distributed.group.Alone object at ...>
+        <unbroken.distributed.group.SingleProcess object at ...>
     """
     if dist.is_initialized():
         return _over_the_users(timeout)
     if _number("WORLD_SIZE", default=1) == 1:
-        return Alone()
+        return SingleProcess()
     return _initialised(device_type, timeout)
 
 
 def _over_the_users(timeout: float) -> Group:
     if dist.get_world_size() == 1:
-        return Alone()
-    group = Ranks(
+        return SingleProcess()
+    group = StoreGroup(
         _own_part(_get_default_store(), dist.get_rank()),
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -73,7 +73,7 @@ def _over_the_users(timeout: float) -> Group:
 def _initialised(device_type: str, timeout: float) -> Group:
     rank, local_rank = _number("RANK"), _number("LOCAL_RANK", default=0)
     store = _own_part(_new_rendezvous(rank, timeout), rank)
-    group = Ranks(
+    group = StoreGroup(
         PrefixStore("ranks", store),
         rank=rank,
         world_size=_number("WORLD_SIZE"),

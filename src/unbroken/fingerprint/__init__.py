@@ -14,8 +14,8 @@ from unbroken.fingerprint.own_attributes import names_in_class as names_in_class
 from unbroken.fingerprint.own_attributes import own_attributes as own_attributes
 from unbroken.fingerprint.source_code import MAX_REACHED as MAX_REACHED
 from unbroken.fingerprint.source_code import cut_off as cut_off
-from unbroken.fingerprint.source_code import is_users_module as is_users_module
-from unbroken.fingerprint.source_code import is_users_own as is_users_own
+from unbroken.fingerprint.source_code import is_user_code as is_user_code
+from unbroken.fingerprint.source_code import is_user_module as is_user_module
 from unbroken.fingerprint.source_code import names_in as names_in
 from unbroken.fingerprint.source_code import qualified_name as qualified_name
 from unbroken.fingerprint.source_code import source_digest as source_digest
@@ -40,8 +40,8 @@ __all__ = [
     "cut_off",
     "data_facts",
     "facts_of",
-    "is_users_module",
-    "is_users_own",
+    "is_user_code",
+    "is_user_module",
     "keeps_attributes",
     "model_facts",
     "names_in",

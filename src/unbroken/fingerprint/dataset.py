@@ -23,9 +23,9 @@ from torch.utils.data import (
 
 from unbroken.data import BatchDigest, KeyedRandom, Permutation, derive_key, drawn_from
 from unbroken.fingerprint.digests import record_digest, tokenizer_digest
-from unbroken.fingerprint.forked_reader import Apart, Heard
-from unbroken.fingerprint.introspection import Failed, asked, attributes_of, tried
-from unbroken.fingerprint.source_code import is_users_own, qualified_name, source_digest
+from unbroken.fingerprint.forked_reader import ChildOutput, ForkedWork
+from unbroken.fingerprint.introspection import Failed, attributes_of, safe_getattr, try_call
+from unbroken.fingerprint.source_code import is_user_code, qualified_name, source_digest
 from unbroken.fingerprint.values import (
     NOT_COMPARED,
     Plain,
@@ -68,7 +68,7 @@ def begin_sampling(
         for line in _lines(data, indices, collate, clock, on_device=on_device):
             write(line)
 
-    reading = Apart(read, seconds=_DEADLINE)
+    reading = ForkedWork(read, seconds=_DEADLINE)
     return lambda: {**_facts(reading.heard()), **inert}
 
 
@@ -77,7 +77,7 @@ def _device_has_begun() -> bool:
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
-def _facts(heard: Heard) -> dict[str, Plain]:
+def _facts(heard: ChildOutput) -> dict[str, Plain]:
     """Return the facts in what a child wrote: digests, and perhaps why there are no more."""
     found = [line for line in heard.lines if line not in (_OWN_RECORD, _OWN_BATCH)]
     digests = [line for line in found if not line.startswith(NOT_COMPARED)]
@@ -117,7 +117,7 @@ def _lines(
         for position, index in enumerate([indices[0], *indices]):
             rng.seed(derive_key(_KEY, index))
             record = _read(data, index)
-            digest = record if isinstance(record, Failed) else tried(record_digest, record)
+            digest = record if isinstance(record, Failed) else try_call(record_digest, record)
             if isinstance(digest, Failed):
                 reason = _reason(digest.error, on_device=on_device)
                 if isinstance(digest.error, passing):
@@ -146,9 +146,9 @@ def _draws_by_itself(collate: Callable[..., Any], records: list[Any], rng: Keyed
     """Return whether a collator gives another batch of the same records under the same key."""
     found = []
     for _ in range(_TWICE):
-        own = tried(copy.deepcopy, records)  # a collator may change what it is given
+        own = try_call(copy.deepcopy, records)  # a collator may change what it is given
         rng.seed(_KEY)
-        batch = tried(collate, own)
+        batch = try_call(collate, own)
         if isinstance(own, Failed) or isinstance(batch, Failed):
             return False  # of records that do not go together, say
         seen = BatchDigest()
@@ -159,10 +159,10 @@ def _draws_by_itself(collate: Callable[..., Any], records: list[Any], rng: Keyed
 
 def _read(data: Any, index: int) -> Any:
     """Return a record, or a batch where a data set takes lists of indices; or what it raised."""
-    record = tried(lambda: data[index])
+    record = try_call(lambda: data[index])
     if not isinstance(record, Failed):
         return record
-    of_batch = tried(lambda: data[[index]])
+    of_batch = try_call(lambda: data[[index]])
     return record if isinstance(of_batch, Failed) else of_batch
 
 
@@ -251,7 +251,7 @@ def begin_data_facts(
     facts: dict[str, Plain] = {"class": qualified_name(type(data)), **_code(data, collate_fn)}
     if isinstance(data, FunctionType | MethodType | partial):
         return lambda: {**facts, "made_by": callable_facts(data)}
-    length, own = tried(len, data), asked(data, "fingerprint")
+    length, own = try_call(len, data), safe_getattr(data, "fingerprint")
     if isinstance(length, int):
         facts["length"] = length
     if isinstance(own, str):
@@ -273,7 +273,7 @@ def _with(facts: dict[str, Plain], read: dict[str, Plain]) -> dict[str, Plain]:
 
 def _draws_nothing(collate: Callable[..., Any] | None) -> bool:
     known = collate in (None, default_collate, default_convert)
-    return known or asked(collate, "deterministic") is True
+    return known or safe_getattr(collate, "deterministic") is True
 
 
 def begin_source_facts(sources: Mapping[str, Any]) -> Callable[[], dict[str, Plain]] | None:
@@ -328,21 +328,21 @@ def _settings(sampler: Any) -> dict[str, Plain]:
 
 def _code(data: Any, collate_fn: Callable[..., Any] | None) -> dict[str, Plain]:
     facts: dict[str, Plain] = {}
-    layers = [layer for layer in _layers(data) if is_users_own(type(layer))]
+    layers = [layer for layer in _layers(data) if is_user_code(type(layer))]
     sources = {qualified_name(type(one)): source_digest(type(one)) for one in layers}
     if sources:
         facts["source"] = {**sources}
     if values := {qualified_name(type(one)): found for one in layers if (found := _values(one))}:
         facts["values"] = {**values}
     for name in _TRANSFORMS:
-        transform = asked(data, name)
+        transform = safe_getattr(data, name)
         if callable(transform):
             facts[name] = callable_facts(transform)
     if collate_fn is not None:
         facts["collate_fn"] = callable_facts(collate_fn, without=_TOLD_ONCE)
     for holder in (data, collate_fn):
-        tokenizer = asked(holder, "tokenizer")
-        digest = None if tokenizer is None else tried(tokenizer_digest, tokenizer)
+        tokenizer = safe_getattr(holder, "tokenizer")
+        digest = None if tokenizer is None else try_call(tokenizer_digest, tokenizer)
         if isinstance(digest, str):
             facts["tokenizer"] = digest
     return facts

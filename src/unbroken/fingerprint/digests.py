@@ -11,7 +11,7 @@ import torch
 import xxhash
 
 from unbroken.data import Permutation, derive_key
-from unbroken.fingerprint.introspection import answer, asked, attributes_of
+from unbroken.fingerprint.introspection import attributes_of, safe_call, safe_getattr
 
 _DEPTH = 8
 _WHOLE = 1 << 20  # bytes of an array that are all read
@@ -113,7 +113,7 @@ def _update_parts(digest: Any, value: Any, path: frozenset[int]) -> None:
         parts = list(value)
     elif isinstance(value, set | frozenset):
         parts = [*sorted(record_digest(part) for part in value)]
-    elif isinstance(whole := answer(value, "tobytes"), bytes):  # a PIL image
+    elif isinstance(whole := safe_call(value, "tobytes"), bytes):  # a PIL image
         parts = [whole]
     else:
         named = attributes_of(value)
@@ -131,7 +131,7 @@ _SETTINGS = ("padding_side", "truncation_side", "model_max_length", "special_tok
 
 def is_tokenizer(thing: object) -> bool:
     """Return whether an object is a tokenizer of Hugging Face, or one with a vocabulary."""
-    return callable(asked(thing, "get_vocab")) and callable(asked(thing, "encode"))
+    return callable(safe_getattr(thing, "get_vocab")) and callable(safe_getattr(thing, "encode"))
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -139,16 +139,16 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
     How it truncated and padded last does not count: each call sets that anew.
     """
-    settings = [(name, str(asked(tokenizer, name))) for name in _SETTINGS]
+    settings = [(name, str(safe_getattr(tokenizer, name))) for name in _SETTINGS]
     text = f"{settings}{_rules(tokenizer)}"
     return xxhash.xxh3_128(text.encode()).hexdigest()
 
 
 def _rules(tokenizer: Any) -> str:
-    backend = asked(tokenizer, "backend_tokenizer") or tokenizer
-    text = answer(backend, "to_str")
+    backend = safe_getattr(tokenizer, "backend_tokenizer") or tokenizer
+    text = safe_call(backend, "to_str")
     if isinstance(text, str):
         head, found, tail = text.partition('"added_tokens":')  # truncation and padding are first
         return tail if found else head
-    vocabulary = answer(tokenizer, "get_vocab")
+    vocabulary = safe_call(tokenizer, "get_vocab")
     return repr(sorted(vocabulary.items())) if isinstance(vocabulary, dict) else ""

@@ -34,7 +34,7 @@ _HANDLED = (
 
 
 @dataclass(frozen=True)
-class Heard:
+class ChildOutput:
     """What a child wrote.
 
     Attributes:
@@ -46,7 +46,7 @@ class Heard:
     missing: str | None
 
 
-class Apart:
+class ForkedWork:
     """Work that has begun in a forked child; this process goes on meanwhile.
 
     That CUDA has begun here does no harm as long as the work leaves it alone, as the workers of a
@@ -72,18 +72,18 @@ class Apart:
         if self._child is None:
             os.close(self._reader)
 
-    def heard(self) -> Heard:
+    def heard(self) -> ChildOutput:
         """Wait for the child, and end it; once."""
         if self._child is None:
-            return Heard([], "there is no process of their own to read them in")
+            return ChildOutput([], "there is no process of their own to read them in")
         try:
             lines = _lines_until(self._deadline, self._reader)
         finally:
             self._end()
         if lines[-1:] == [_DONE]:
-            return Heard(lines[:-1], None)
+            return ChildOutput(lines[:-1], None)
         is_late = time.monotonic() >= self._deadline
-        return Heard(
+        return ChildOutput(
             lines, f"it took longer than {self._seconds:g} s" if is_late else "their reader died"
         )
 

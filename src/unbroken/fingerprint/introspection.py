@@ -18,7 +18,7 @@ class Failed:
     error: Exception
 
 
-def tried(call: Callable[..., Any], *arguments: Any) -> Any:
+def try_call(call: Callable[..., Any], *arguments: Any) -> Any:
     """Return what a user's code returns, or what it raised as `Failed`."""
     try:
         return call(*arguments)
@@ -26,29 +26,29 @@ def tried(call: Callable[..., Any], *arguments: Any) -> Any:
         return Failed(error)
 
 
-def asked(thing: object, name: str) -> Any:
+def safe_getattr(thing: object, name: str) -> Any:
     """Return an attribute, or None where there is none or its property raises.
 
     Of an object that answers any name, only what it or its class holds counts.
     """
-    found = tried(getattr, thing, name, None)
-    made_up = found is not None and tried(has, thing, name) is not True
+    found = try_call(getattr, thing, name, None)
+    made_up = found is not None and try_call(has, thing, name) is not True
     return None if made_up or isinstance(found, Failed) else found
 
 
-def answer(thing: object, method: str) -> Any:
+def safe_call(thing: object, method: str) -> Any:
     """Return what a method without arguments returns, or None where there is none or it raises."""
-    call = asked(thing, method)
-    found = tried(call) if callable(call) else None
+    call = safe_getattr(thing, method)
+    found = try_call(call) if callable(call) else None
     return None if isinstance(found, Failed) else found
 
 
 def attributes_of(thing: object) -> dict[str, Any]:
     """Return the attributes in an object itself, slots too, without running any code of it."""
     kind: Any = type(thing)
-    slots = {name: tried(member.__get__, thing) for name, member in _slots(kind)}
+    slots = {name: try_call(member.__get__, thing) for name, member in _slots(kind)}
     found = {name: value for name, value in slots.items() if not isinstance(value, Failed)}
-    own = tried(object.__getattribute__, thing, "__dict__")
+    own = try_call(object.__getattribute__, thing, "__dict__")
     return {**found, **own} if isinstance(own, dict) else found
 
 

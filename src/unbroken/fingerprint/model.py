@@ -11,8 +11,14 @@ from typing import Any
 from torch import nn
 
 from unbroken.capture import PREPARE, class_of, named_modules, named_parameters, unwrapped
-from unbroken.fingerprint.introspection import Failed, answer, asked, attributes_of, tried
-from unbroken.fingerprint.source_code import called_by, is_users_own, qualified_name, source_digest
+from unbroken.fingerprint.introspection import (
+    Failed,
+    attributes_of,
+    safe_call,
+    safe_getattr,
+    try_call,
+)
+from unbroken.fingerprint.source_code import called_by, is_user_code, qualified_name, source_digest
 from unbroken.fingerprint.values import (
     NOT_COMPARED,
     OWN_TO_A_START,
@@ -45,7 +51,7 @@ def hooks_on(thing: object, names: Iterable[str]) -> dict[str, list[Any]]:
         >>> hooks_on(layer, ON_MODULES)
         {'_forward_hooks': [<built-in function print>]}
     """
-    found = {name: _own_hooks(asked(thing, name)) for name in names}
+    found = {name: _own_hooks(safe_getattr(thing, name)) for name in names}
     return {name: hooks for name, hooks in found.items() if hooks}
 
 
@@ -56,7 +62,7 @@ def _own_hooks(hooks: Any) -> list[Any]:
 
 def _is_not_the_users(hook: Any) -> bool:
     function, _ = called_by(hook)
-    return str(asked(function, "__module__")).startswith(_NOT_THE_USERS)
+    return str(safe_getattr(function, "__module__")).startswith(_NOT_THE_USERS)
 
 
 _OF_A_MODULE_ON_RANKS = {
@@ -94,7 +100,7 @@ def model_facts(model: nn.Module) -> dict[str, Plain]:
     """
     model = unwrapped(model)
     modules = dict(named_modules(model))
-    own = {class_of(module) for module in modules.values() if is_users_own(class_of(module))}
+    own = {class_of(module) for module in modules.values() if is_user_code(class_of(module))}
     classes = sorted(own, key=qualified_name)
     around = {qualified_name(one): values_around(one, leave_out=_NOT_IN_A_STEP) for one in classes}
     return {
@@ -120,7 +126,7 @@ def _configs(modules: dict[str, nn.Module]) -> dict[str, Plain]:
     found: dict[str, Plain] = {}
     taken: list[Any] = []
     for name, module in modules.items():
-        config = tried(getattr, module, "config", None)
+        config = try_call(getattr, module, "config", None)
         if isinstance(config, Failed):
             path = f"{name}.config" if name else "config"
             found[path] = f"{NOT_COMPARED}it raised {qualified_name(config.error)}"
@@ -135,16 +141,16 @@ def _configs(modules: dict[str, nn.Module]) -> dict[str, Plain]:
 
 def _config(config: Any) -> dict[str, Plain]:
     """Return a configuration: a Hugging Face one, a dataclass, a namespace, a dictionary."""
-    told = answer(config, "to_dict")
-    if isinstance(told, dict):
-        return facts_of_items({**told, **_attention(config)})
+    settings = safe_call(config, "to_dict")
+    if isinstance(settings, dict):
+        return facts_of_items({**settings, **_attention(config)})
     values = config if isinstance(config, dict) else attributes_of(config)
     return facts_of_items({n: v for n, v in values.items() if not str(n).startswith("_")})
 
 
 def _attention(config: Any) -> dict[str, Any]:
     """Return the attention kernel that a Hugging Face model uses; `to_dict` leaves it out."""
-    kernel = asked(config, "_attn_implementation")
+    kernel = safe_getattr(config, "_attn_implementation")
     return {} if kernel is None else {ATTENTION: kernel}
 
 
@@ -155,7 +161,7 @@ def _attributes(modules: dict[str, nn.Module], classes: list[type]) -> dict[str,
     found: dict[str, Plain] = {}
     for name, module in modules.items():
         items: dict[str, Any] = {**hooks_on(module, ON_MODULES)}
-        if is_users_own(class_of(module)):
+        if is_user_code(class_of(module)):
             own = attributes_of(module).items()
             items |= {n: value for n, value in own if n not in _OF_EVERY_MODULE}
         for own_name, parameter in module.named_parameters(recurse=False):
@@ -163,7 +169,7 @@ def _attributes(modules: dict[str, nn.Module], classes: list[type]) -> dict[str,
             items |= {f"{own_name}.{hook}": each for hook, each in hooks}
         if (patch := _patched(class_of(module))) is not None:
             items["forward"] = patch
-        values = facts_of_items(items, used=used, beside=parts)
+        values = facts_of_items(items, used=used, exclude=parts)
         found |= {f"{name}.{key}" if name else key: value for key, value in values.items()}
     return found
 
@@ -172,15 +178,15 @@ def _patched(kind: type) -> Any:
     """Return the `forward` of an installed class that was put there from another module."""
     owner = next((base for base in kind.__mro__ if "forward" in vars(base)), kind)
     forward = vars(owner).get("forward")
-    if is_users_own(owner) or not isinstance(forward, FunctionType):
+    if is_user_code(owner) or not isinstance(forward, FunctionType):
         return None
     return None if forward.__module__ == owner.__module__ else forward
 
 
 def _printed(module: nn.Module) -> str:
     """Return what a module prints of itself, without its parts, and what it does not print."""
-    text = _same_twice(str(answer(module, "extra_repr") or ""))
-    more = [] if is_users_own(class_of(module)) else _unprinted(module, text)
+    text = _same_twice(str(safe_call(module, "extra_repr") or ""))
+    more = [] if is_user_code(class_of(module)) else _unprinted(module, text)
     return f"{stored_class_name(class_of(module))}({', '.join([text, *more] if text else more)})"
 
 

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from unbroken.fingerprint.introspection import attributes_of
 from unbroken.fingerprint.model import ON_OPTIMIZERS, hooks_on
-from unbroken.fingerprint.source_code import is_users_own, qualified_name, source_digest
+from unbroken.fingerprint.source_code import is_user_code, qualified_name, source_digest
 from unbroken.fingerprint.values import (
     Plain,
     callable_facts,
@@ -48,7 +48,7 @@ def optimizer_facts(optimizer: Optimizer) -> dict[str, Plain]:
 
 def _own_facts(optimizer: Optimizer) -> dict[str, Plain]:
     """Return the code and the settings of an optimizer of the user's own class."""
-    if not is_users_own(type(optimizer)):
+    if not is_user_code(type(optimizer)):
         return {}
     public = {n: v for n, v in attributes_of(optimizer).items() if not n.startswith("_")}
     settings = {n: v for n, v in public.items() if n not in _STATE}
@@ -77,7 +77,7 @@ def scheduler_facts(scheduler: LRScheduler) -> dict[str, Plain]:
         30
     """
     facts: dict[str, Plain] = {"class": qualified_name(scheduler)}
-    if is_users_own(type(scheduler)):
+    if is_user_code(type(scheduler)):
         facts["source"] = source_digest(scheduler)
     settings = plain_attributes(scheduler).items()
     facts |= {name: value for name, value in settings if name not in _NO_SETTINGS}

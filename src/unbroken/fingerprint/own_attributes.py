@@ -13,7 +13,7 @@ from torch import nn
 
 from unbroken.capture import class_of
 from unbroken.fingerprint.introspection import attributes_of
-from unbroken.fingerprint.source_code import is_users_own
+from unbroken.fingerprint.source_code import is_user_code
 from unbroken.fingerprint.values import OWN_TO_A_START
 
 _STORE, _MORE = dis.opmap["STORE_ATTR"], dis.opmap["EXTENDED_ARG"]
@@ -124,7 +124,7 @@ def _class_of(thing: object) -> Any:
 
 @functools.lru_cache(maxsize=1024)
 def _is_own(kind: Any) -> bool:
-    return is_users_own(kind)
+    return is_user_code(kind)
 
 
 @functools.lru_cache(maxsize=1024)

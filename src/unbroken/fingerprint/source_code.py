@@ -152,17 +152,17 @@ def qualified_name(thing: object) -> str:
     """
     is_named = isinstance(thing, type) or isinstance(_own(thing, "__qualname__"), str)
     named: Any = thing if is_named else type(thing)
-    if is_users_own(named):
+    if is_user_code(named):
         return str(named.__qualname__)
     return stored_path(named)
 
 
-def is_users_own(thing: object) -> bool:
+def is_user_code(thing: object) -> bool:
     """Return whether the code of a class or function is neither installed nor built in.
 
     Example:
         >>> import ast
-        >>> is_users_own(ast.AST), is_users_own(list)
+        >>> is_user_code(ast.AST), is_user_code(list)
         (False, False)
     """
     if is_of_unbroken(thing):
@@ -180,7 +180,7 @@ def is_of_unbroken(thing: object) -> bool:
     return is_here or given_path(thing) is not None
 
 
-def is_users_module(thing: object) -> bool:
+def is_user_module(thing: object) -> bool:
     """Return whether a module is a file of the user's."""
     path = vars(thing).get("__file__") if isinstance(thing, ModuleType) else None
     if not isinstance(path, str) or str(vars(thing)["__name__"]).startswith("unbroken"):
@@ -327,7 +327,7 @@ def reached(thing: object, leave_out: frozenset[str] = frozenset()) -> list[Any]
     waiting: list[Any] = [owner_of(thing)]
     while waiting:
         one = waiting.pop(0)
-        if id(one) in found or not is_users_own(one):
+        if id(one) in found or not is_user_code(one):
             continue
         if len(found) >= MAX_REACHED:
             cut_off.add(qualified_name(owner_of(thing)))
@@ -362,7 +362,7 @@ def called_by(thing: Any) -> tuple[Any, dict[str, Any]]:
             thing = thing.func
         elif inspect.ismethod(thing):
             thing = thing.__func__
-        elif not is_users_own(thing) and not isinstance(thing, type | ModuleType):
+        elif not is_user_code(thing) and not isinstance(thing, type | ModuleType):
             inner = attributes_of(thing).get("__wrapped__")
             if inner is None:
                 break
@@ -380,7 +380,7 @@ def functions_of(thing: object, leave_out: frozenset[str] = frozenset()) -> list
     if isinstance(thing, FunctionType):
         return [thing]
     owner = thing if isinstance(thing, type) else type(thing)
-    if not is_users_own(owner):
+    if not is_user_code(owner):
         return []
     members = (_function_in(value) for value in vars(owner).values())
     own = [member for member in members if isinstance(member, FunctionType)]
@@ -413,7 +413,7 @@ def globals_of(function: FunctionType) -> dict[str, Any]:
         seen.add(id(space))
         for name in names & space.keys():
             value = space[name]
-            if is_users_module(value):
+            if is_user_module(value):
                 modules.append((f"{prefix}{name}.", vars(value)))
             elif not isinstance(value, ModuleType):
                 found[f"{prefix}{name}"] = value

@@ -7,7 +7,7 @@ import torch
 from unbroken.fingerprint.own_attributes import own_attributes
 from unbroken.fingerprint.source_code import (
     functions_of,
-    is_users_own,
+    is_user_code,
     qualified_name,
     source_digest,
 )
@@ -48,4 +48,4 @@ def _is_setting(value: object) -> bool:
     if isinstance(value, torch.nn.Module):
         return next(value.parameters(), None) is None
     plain = (bool, int, float, str, list, tuple, set, dict, torch.Tensor, torch.dtype)
-    return isinstance(value, plain) or callable(value) or is_users_own(type(value))
+    return isinstance(value, plain) or callable(value) or is_user_code(type(value))

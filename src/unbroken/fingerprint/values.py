@@ -33,13 +33,13 @@ from unbroken.fingerprint.digests import (
     some_of,
     tokenizer_digest,
 )
-from unbroken.fingerprint.introspection import Failed, answer, attributes_of, tried
+from unbroken.fingerprint.introspection import Failed, attributes_of, safe_call, try_call
 from unbroken.fingerprint.source_code import (
     called_by,
     functions_of,
     globals_of,
     is_of_unbroken,
-    is_users_own,
+    is_user_code,
     names_in,
     qualified_name,
     reached,
@@ -146,12 +146,12 @@ _PASSING = re.compile(
 )
 
 
-def is_passing_text(text: str) -> bool:
+def is_volatile_text(text: str) -> bool:
     """Return whether a text looks like a path, a date, a random name or a device."""
     return len(text) > _LONG or os.sep in text or _PASSING.search(text) is not None
 
 
-def is_passing_number(number: float) -> bool:
+def is_volatile_number(number: float) -> bool:
     """Return whether a number is the time of this start, in seconds, milli- or nanoseconds."""
     now = time.time()
     return any(abs(number / unit - now) < _DAY for unit in (1, 1e3, 1e6, 1e9))
@@ -161,14 +161,16 @@ _MAX_ITEMS = 64
 _MAX_DEPTH = 6
 _MAX_NODES = 20_000
 _MAX_TEXT = 2_000
-_TOLD_ELSEWHERE = (
+_RECORDED_ELSEWHERE = (
     *(Optimizer, LRScheduler, DataLoader, Dataset, ModuleType, logging.Logger),
     *(pathlib.PurePath, torch.device, torch.Generator, np.random.Generator, random.Random),
 )
 _NAMESPACES = (argparse.Namespace, SimpleNamespace)
 
 
-def facts_of(value: object, *, used: Set[str] | None = None, beside: Set[int] = frozenset()) -> Any:
+def facts_of(
+    value: object, *, used: Set[str] | None = None, exclude: Set[int] = frozenset()
+) -> Any:
     """Return what a value is, as JSON has it, or Ellipsis where nothing can be compared.
 
     Numbers and texts stand for themselves, tensors, arrays and long lists as digests, functions
@@ -179,13 +181,13 @@ def facts_of(value: object, *, used: Set[str] | None = None, beside: Set[int] = 
         value: Anything; no code of it runs but what Python needs to read it.
         used: The names that the code around uses: of a namespace, a dataclass or a mapping only
             these count, for the others may say when and where a run was started.
-        beside: Ids of objects that are told elsewhere.
+        exclude: Ids of objects that are told elsewhere.
 
     Example:
         >>> facts_of({"scale": 2.0, "where": "/tmp/a", "skip": {3, 1}})
         {'scale': 2.0, 'skip': [1, 3]}
     """
-    found = _Walk(used, beside).facts(value, 0)
+    found = _Walk(used, exclude).facts(value, 0)
     if not isinstance(found, list | dict):
         return found
     text = json.dumps(found, sort_keys=True)
@@ -193,7 +195,7 @@ def facts_of(value: object, *, used: Set[str] | None = None, beside: Set[int] = 
 
 
 def facts_of_items(
-    items: Mapping[str, object], *, used: Set[str] | None = None, beside: Set[int] = frozenset()
+    items: Mapping[str, object], *, used: Set[str] | None = None, exclude: Set[int] = frozenset()
 ) -> dict[str, Plain]:
     """Return the facts of those items that have any, sorted by name.
 
@@ -202,7 +204,7 @@ def facts_of_items(
         {'share': 0.5}
     """
     kept = sorted((name, value) for name, value in _named(items))
-    facts = {name: facts_of(value, used=used, beside=beside) for name, value in kept}
+    facts = {name: facts_of(value, used=used, exclude=exclude) for name, value in kept}
     return {name: value for name, value in facts.items() if value is not ...}
 
 
@@ -271,13 +273,13 @@ def values_around(thing: object, leave_out: frozenset[str] = frozenset()) -> dic
 class _Walk:
     """One way through a value, which ends: bounded in depth, in parts, and in circles."""
 
-    def __init__(self, used: Set[str] | None, beside: Set[int]) -> None:
-        self._used, self._beside = used, beside
+    def __init__(self, used: Set[str] | None, exclude: Set[int]) -> None:
+        self._used, self._exclude = used, exclude
         self._path: set[int] = set()
         self._left = _MAX_NODES
 
     def facts(self, value: Any, depth: int) -> Any:
-        found = tried(self._facts, value, depth)
+        found = try_call(self._facts, value, depth)
         return ... if isinstance(found, Failed) else found
 
     def _facts(self, value: Any, depth: int) -> Any:
@@ -288,9 +290,9 @@ class _Walk:
             return str(value)
         if value is None or isinstance(value, bool | int | float | str):
             return _of_plain(value)
-        if self._left < 0 or depth > _MAX_DEPTH or self._is_told(value):
+        if self._left < 0 or depth > _MAX_DEPTH or self._is_left_out(value):
             return ...
-        if isinstance(value, _TOLD_ELSEWHERE):
+        if isinstance(value, _RECORDED_ELSEWHERE):
             return ...
         self._path.add(id(value))
         try:
@@ -298,8 +300,8 @@ class _Walk:
         finally:
             self._path.discard(id(value))
 
-    def _is_told(self, value: object) -> bool:
-        return id(value) in self._path or id(value) in self._beside
+    def _is_left_out(self, value: object) -> bool:
+        return id(value) in self._path or id(value) in self._exclude
 
     def _parts(self, value: Any, depth: int) -> Any:
         if isinstance(value, torch.Tensor | np.ndarray | np.generic):
@@ -318,7 +320,7 @@ class _Walk:
 
     def _mapping(self, value: Mapping[Any, Any], depth: int) -> Any:
         items = {str(key): part for key, part in some_of(value.items(), len(value))}
-        items = {key: part for key, part in items.items() if not is_passing_text(key)}
+        items = {key: part for key, part in items.items() if not is_volatile_text(key)}
         if self._used is not None and (common := items.keys() & self._used):
             items = {key: part for key, part in items.items() if key in common}
         if len(items) <= _MAX_ITEMS:
@@ -385,12 +387,14 @@ class _Walk:
             if self._used is not None:
                 attributes = {n: v for n, v in attributes.items() if n in self._used}
             return {"class": qualified_name(kind), **self.items(attributes, depth)}
-        if kind.__name__.endswith("Config") and isinstance(told := answer(value, "to_dict"), dict):
-            return self.items(told, depth)
-        if not attributes and not is_users_own(kind):
+        if kind.__name__.endswith("Config") and isinstance(
+            settings := safe_call(value, "to_dict"), dict
+        ):
+            return self.items(settings, depth)
+        if not attributes and not is_user_code(kind):
             return ...  # a lock, a file: nothing to see but that it is one
         facts = {"class": qualified_name(kind), **self.items(attributes, depth)}
-        return {**facts, "source": source_digest(kind)} if is_users_own(kind) else facts
+        return {**facts, "source": source_digest(kind)} if is_user_code(kind) else facts
 
 
 def _owner_of_method(thing: Any) -> Any:
@@ -406,16 +410,16 @@ _HUGE = 2**63
 
 def _of_plain(value: Any) -> Any:
     if isinstance(value, str):
-        return ... if is_passing_text(value) else str(value)
+        return ... if is_volatile_text(value) else str(value)
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
         if abs(value) >= _HUGE:
             return hex(value)[:_MAX_ITEMS]
-        return ... if is_passing_number(value) else int(value)
+        return ... if is_volatile_number(value) else int(value)
     if not math.isfinite(value):
         return str(float(value))
-    return ... if is_passing_number(value) else float(value)
+    return ... if is_volatile_number(value) else float(value)
 
 
 def _of_array(value: Any) -> Any:
@@ -450,13 +454,13 @@ def _attributes(thing: Any) -> dict[str, Any]:
     """Return what an object holds; of a module also its parts, but no weights."""
     own = attributes_of(thing)
     if not isinstance(thing, nn.Module):
-        keeps_private = is_users_own(type(thing))
+        keeps_private = is_user_code(type(thing))
         return {n: v for n, v in own.items() if keeps_private or not n.startswith("_")}
     kept = {n: v for n, v in own.items() if n not in _OF_EVERY_MODULE}
-    if not is_users_own(type(thing)):
+    if not is_user_code(type(thing)):
         kept = {n: v for n, v in kept.items() if not n.startswith("_")}
     held = {**own.get("_modules", {})}
-    if tried(lambda: next(nn.Module.parameters(thing), None)) is None:
+    if try_call(lambda: next(nn.Module.parameters(thing), None)) is None:
         held |= own.get("_buffers", {})  # constants of a loss; else they are state
     return {**kept, **{name: part for name, part in held.items() if part is not None}}
 
@@ -471,7 +475,7 @@ def _around_function(function: FunctionType) -> dict[str, Any]:
     """
     values = {
         name: value
-        for name, value in (globals_of(function) if is_users_own(function) else {}).items()
+        for name, value in (globals_of(function) if is_user_code(function) else {}).items()
         if not isinstance(value, str | FunctionType | BuiltinFunctionType | type)
     }
     code = function.__code__

@@ -163,8 +163,8 @@ class FailureRate:
 
     def __str__(self) -> str:
         """Return it for people."""
-        told = f"{self.count} observed" if self.source == "observed" else self.source
-        return f"failures every {seconds_text(self.seconds)} ({told})"
+        source = f"{self.count} observed" if self.source == "observed" else self.source
+        return f"failures every {seconds_text(self.seconds)} ({source})"
 
 
 @dataclass(frozen=True)
@@ -344,11 +344,12 @@ class SaveInterval:
         """About how many steps, at least 1; None: not known yet."""
         return max(1, round(self.seconds / self.step_seconds)) if self.step_seconds else None
 
-    def is_news(self, told: SaveInterval | None) -> bool:
+    def is_worth_reporting(self, reported: SaveInterval | None) -> bool:
         """Return whether it is worth a line after what was told last."""
-        if told is None or (told.cost is None) != (self.cost is None):
+        if reported is None or (reported.cost is None) != (self.cost is None):
             return True
-        return _is_another(self.seconds, told.seconds)  # steps come and go with the machine's load
+        # Steps come and go with the machine's load: only the seconds count.
+        return _is_another(self.seconds, reported.seconds)
 
     def __str__(self) -> str:
         """Return it in one line."""
@@ -365,8 +366,8 @@ class SaveInterval:
     def to_json(self) -> dict[str, Any]:
         """Return it as plain JSON values, for history.jsonl; `text` is the line for people."""
         parts = {"cost": self.cost, "failures": self.failures}
-        told = {name: None if part is None else to_stored(part) for name, part in parts.items()}
-        return {**to_stored(self), **told, "steps": self.steps, "text": str(self)}
+        stored = {name: None if part is None else to_stored(part) for name, part in parts.items()}
+        return {**to_stored(self), **stored, "steps": self.steps, "text": str(self)}
 
 
 def _is_another(now: float, then: float) -> bool:

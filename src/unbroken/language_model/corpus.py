@@ -120,12 +120,12 @@ class TokenDataset:
         if not paths:
             raise DataError("text", "no files are given", expected="at least 1", found=0)
         digests = [digest_of(path) for path in paths]
-        wanted = _wanted(tokenizer, vocab_size)
+        requested = _requested(tokenizer, vocab_size)
         folder = _users_cache() if cache is None else Path(cache).absolute()
-        path = folder / f"{_key(digests, wanted)}.tokens"
+        path = folder / f"{_key(digests, requested)}.tokens"
         found = read_token_file(path)
         if found is None:
-            maker = wanted if not isinstance(wanted, dict) else _learned(paths, wanted)
+            maker = requested if not isinstance(requested, dict) else _learned(paths, requested)
             parts = _encoded(paths, maker)
             found = _written(path, parts, maker)
         return cls(found, block_size)
@@ -205,7 +205,7 @@ def _written(path: Path, parts: Iterable[Tokens], maker: Tokenizer) -> TokenFile
         raise SaveError(str(path), what, found=error.strerror, hint=hint) from error
 
 
-def _wanted(tokenizer: str | Tokenizer, vocab_size: int | None) -> Tokenizer | dict[str, Any]:
+def _requested(tokenizer: str | Tokenizer, vocab_size: int | None) -> Tokenizer | dict[str, Any]:
     """The tokenizer, or what is to be learned."""
     if tokenizer == "bpe":
         return {"kind": "bpe", "vocab_size": 1024 if vocab_size is None else vocab_size}
@@ -220,13 +220,13 @@ def _wanted(tokenizer: str | Tokenizer, vocab_size: int | None) -> Tokenizer | d
     return tokenizer
 
 
-def _key(digests: list[str], wanted: Tokenizer | dict[str, Any]) -> str:
-    what = wanted if isinstance(wanted, dict) else wanted.describe()
+def _key(digests: list[str], requested: Tokenizer | dict[str, Any]) -> str:
+    what = requested if isinstance(requested, dict) else requested.describe()
     return xxhash.xxh3_128_hexdigest(json.dumps([digests, what], sort_keys=True).encode())
 
 
-def _learned(paths: Iterable[Path], wanted: dict[str, Any]) -> Tokenizer:
-    return learned_bpe((text for path in paths for text in pieces(path)), wanted["vocab_size"])
+def _learned(paths: Iterable[Path], requested: dict[str, Any]) -> Tokenizer:
+    return learned_bpe((text for path in paths for text in pieces(path)), requested["vocab_size"])
 
 
 def _encoded(paths: Iterable[Path], tokenizer: Tokenizer) -> Iterator[Tokens]:

@@ -209,11 +209,11 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
-def _check_type(where: str, value: object, wanted: Any) -> None:
+def _check_type(where: str, value: object, expected: Any) -> None:
     try:
-        typeguard.check_type(value, wanted)
+        typeguard.check_type(value, expected)
         is_wrong = isinstance(value, bool)
     except typeguard.TypeCheckError:
         is_wrong = True
     if is_wrong:
-        raise ConfigError(where, expected=in_words(wanted), found=repr(value))
+        raise ConfigError(where, expected=in_words(expected), found=repr(value))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from unbroken.store.checkpoint.reader import CheckpointReader as CheckpointReader
 from unbroken.store.checkpoint.reader import Damage as Damage
 from unbroken.store.checkpoint.reader import VerifiedCache as VerifiedCache
-from unbroken.store.checkpoint.reader import divided as divided
+from unbroken.store.checkpoint.reader import split_verification as split_verification
 from unbroken.store.checkpoint.writer import CheckpointWriter as CheckpointWriter
 from unbroken.store.checkpoint.writer import places_in_files as places_in_files
 from unbroken.store.checkpoint.writer import store_leaves as store_leaves
@@ -70,11 +70,11 @@ __all__ = [
     "check_branch_name",
     "diff_checkpoints",
     "diff_facts",
-    "divided",
     "export_weights",
     "has_branch",
     "places_in_files",
     "prune",
+    "split_verification",
     "store_leaves",
     "tensor_types",
     "this_machine",

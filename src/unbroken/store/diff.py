@@ -282,7 +282,7 @@ class ValueGroup:
 
 
 def diff_trees(
-    name: str, a: Node, b: Node, *, exact: bool, told: frozenset[str] = frozenset()
+    name: str, a: Node, b: Node, *, exact: bool, reported: frozenset[str] = frozenset()
 ) -> ValueGroup:
     """Compare two trees.
 
@@ -292,7 +292,7 @@ def diff_trees(
         b: The second tree.
         exact: Whether the type of a number, the sign of zero and the order of keys are part of a
             value; otherwise 1 is 1.0.
-        told: Leaves of which the manifests tell that one side lacks them, or has them in another
+        reported: Leaves that the manifests already report: one side lacks them, or has another
             type: nothing is said of them here.
 
     Example:
@@ -302,7 +302,7 @@ def diff_trees(
         ['seed']
     """
     count = max(sum(end.leaf is None for end in node.ends()) for node in (a, b))
-    found = () if a is b else tuple(_Comparison(exact, told).differences(a, b, ""))
+    found = () if a is b else tuple(_Comparison(exact, reported).differences(a, b, ""))
     return ValueGroup(name, count, found, (a, b))
 
 
@@ -323,11 +323,11 @@ class _Comparison:
 
     Attributes:
         exact: Whether types, the sign of zero and the order of keys are part of a value.
-        told: Leaves that one side lacks, or has in another type: told by the manifests.
+        reported: Leaves that one side lacks, or has in another type: told by the manifests.
     """
 
     exact: bool
-    told: frozenset[str]
+    reported: frozenset[str]
 
     def differences(self, a: Node, b: Node, path: str) -> Iterator[ValueDifference]:
         """Yield what differs between two nodes at the same path."""
@@ -336,19 +336,19 @@ class _Comparison:
         if as_a_whole or (a.kind in HAS_LENGTH and len(a.parts) != len(b.parts)):
             if not self._is_same(a.raw, b.raw):
                 yield ValueDifference(path, "changed", a.raw, b.raw)
-        elif a.leaf is None or a.leaf not in self.told:
+        elif a.leaf is None or a.leaf not in self.reported:
             yield from self._inside(a, b, path)
 
     def _inside(self, a: Node, b: Node, path: str) -> Iterator[ValueDifference]:
         for key, one in a.parts.items():
             if key in b.parts:
                 yield from self.differences(one, b.parts[key], path)
-            elif not self._is_told(one):
+            elif not self._is_reported(one):
                 yield ValueDifference(
                     (path + one.end).removeprefix("."), "only in a", one.raw, None
                 )
         for key, other in b.parts.items():
-            if key not in a.parts and not self._is_told(other):
+            if key not in a.parts and not self._is_reported(other):
                 end = (path + other.end).removeprefix(".")
                 yield ValueDifference(end, "only in b", None, other.raw)
         keys, others = [*a.parts], [*b.parts]
@@ -356,10 +356,10 @@ class _Comparison:
         if self.exact and a.kind in HAS_ORDER and is_moved:
             yield ValueDifference(path, "order", keys, others)
 
-    def _is_told(self, node: Node) -> bool:
+    def _is_reported(self, node: Node) -> bool:
         """Tell whether there is nothing in it but leaves that the manifests tell of."""
         ends = [end.leaf for end in node.ends()]
-        return bool(ends) and all(leaf in self.told for leaf in ends)
+        return bool(ends) and all(leaf in self.reported for leaf in ends)
 
     def _is_same(self, a: Json, b: Json) -> bool:
         is_equal_number = _is_number(a) and _is_number(b) and a == b
@@ -450,7 +450,7 @@ def diff_checkpoints(a: CheckpointReader, b: CheckpointReader) -> Diff:
     """
     facts = diff_facts(a.manifest.facts, b.manifest.facts)
     tensors = diff_tensors(a.manifest, b.manifest)
-    state, passed = _counted(_without_told(_diff_state(a, b, tensors), facts))
+    state, passed = _counted(_without_reported(_diff_state(a, b, tensors), facts))
     groups = (*facts.groups, state, *_diff_files(a, b))
     return Diff(
         tuple(group for group in groups if group.count or group.differences),
@@ -565,20 +565,20 @@ def _diff_state(
     a: CheckpointReader, b: CheckpointReader, tensors: tuple[TensorDifference, ...]
 ) -> ValueGroup:
     """Compare what is not a tensor in the state; what `tensors` tell is not told twice."""
-    told = frozenset(difference.path for difference in tensors if difference.kind != "bytes")
+    reported = frozenset(difference.path for difference in tensors if difference.kind != "bytes")
     one = _state_of(a)
     other = one if _digests(a, STATE_FILE) == _digests(b, STATE_FILE) else _state_of(b)
-    return diff_trees("state", one, other, exact=True, told=told)
+    return diff_trees("state", one, other, exact=True, reported=reported)
 
 
-def _without_told(state: ValueGroup, facts: Diff) -> ValueGroup:
+def _without_reported(state: ValueGroup, facts: Diff) -> ValueGroup:
     """Leave out of the state what stands in the facts too: the progress of a Trainer."""
-    told = [
+    reported = [
         replace(one, path=f"values.{one.path}")
         for group in facts.groups
         for one in group.differences
     ]
-    rest = tuple(one for one in state.differences if one not in told)
+    rest = tuple(one for one in state.differences if one not in reported)
     return replace(state, differences=rest)
 
 

@@ -85,7 +85,7 @@ class Display:
     def saves(self, interval: SaveInterval, *, saved: bool) -> None:
         """Show how often the run is saved by itself: in the bar; and, changed, after a save."""
         self._saves = interval
-        if (saved or self._told is None) and interval.is_news(self._told):
+        if (saved or self._told is None) and interval.is_worth_reporting(self._told):
             self._told = interval
             self.note(str(interval))
 

@@ -31,7 +31,7 @@ def tell_places(source: BatchSource | None, group: Group) -> None:
     if not gives_own_batches(source, group):
         return
     loader = cast("LoaderSource", source)
-    own = loader.own_state()
+    own = loader.rank_state()
     told: Any = group.gather("the places of the loaders", [loader.shape.rank, _as_text(own)])
     places = dict(reversed(told))  # the lowest rank speaks for its part
     types = types_in(own)

@@ -14,7 +14,7 @@ from unbroken.errors import CorruptCheckpointError
 from unbroken.fingerprint import (
     begin_data_facts,
     callable_facts,
-    is_users_own,
+    is_user_code,
     names_in_class,
     object_facts,
     qualified_name,
@@ -77,7 +77,7 @@ def _of_own_objects(trainer: Trainer) -> dict[str, Any]:
     return {
         name: object_facts(one)
         for name, one in {**checkpointer.objects, **checkpointer.attributes.bare}.items()
-        if is_users_own(type(one)) and not isinstance(one, told) and one is not trainer
+        if is_user_code(type(one)) and not isinstance(one, told) and one is not trainer
     }
 
 

@@ -70,7 +70,7 @@ from unbroken.checkpoint import (
 )
 from unbroken.checkpoint.preemption import agreed_reason
 from unbroken.checkpoint.resume.selection import origin_of
-from unbroken.distributed import Alone, Group, join
+from unbroken.distributed import Group, SingleProcess, join
 from unbroken.errors import ConfigError, CorruptCheckpointError, StateMismatchError
 from unbroken.fingerprint import names_in
 from unbroken.storage import storage_at
@@ -163,7 +163,7 @@ class TrainSession:
         self._wanted = wanted
         self._begins_epochs_anew = trainer.args.ignore_data_skip
         self._stack = ExitStack()
-        self.group: Group = join() if trainer.args.world_size > 1 else Alone()
+        self.group: Group = join() if trainer.args.world_size > 1 else SingleProcess()
         self._loader: Any = None
         self._stored: StoredPosition | None = None
         self._facts: Mapping[str, Any] | None = None

@@ -196,12 +196,12 @@ class _Decoder:
             member = kind.__members__.get(get(node, "name", str, path))
             if member is not None:
                 return member
-            wanted: object = node["name"]
+            stored: object = node["name"]
         else:
-            wanted = get_int(node, "value", path)
+            stored = get_int(node, "value", path)
             with suppress(ValueError):
-                return kind(wanted)
-        raise StateMismatchError(path, f"{type_name(kind)} has no such member", expected=wanted)
+                return kind(stored)
+        raise StateMismatchError(path, f"{type_name(kind)} has no such member", expected=stored)
 
     def _type(self, node: Json, path: str) -> type:
         """Return the caller's class for a stored name; the module decides only between two."""

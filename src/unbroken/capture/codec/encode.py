@@ -15,9 +15,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from unbroken.capture.codec.encode_cache import Block, Known, Look, TensorMemo, looks_of
+from unbroken.capture.codec.encode_cache import (
+    Block,
+    CacheEntry,
+    Signature,
+    TensorMemo,
+    signatures_of,
+)
 from unbroken.capture.codec.leaves import FileOf, TensorLeaf, file_of, stored_as
-from unbroken.capture.codec.memory_layout import Placement, TensorRef, place
+from unbroken.capture.codec.memory_layout import Placement, TensorRef, resolve_aliases
 from unbroken.capture.codec.scalars import (
     ENCODE,
     SAFETENSORS_DESCRIPTIONS,
@@ -30,7 +36,7 @@ from unbroken.capture.codec.tensors import (
     check_graph,
     check_tensor,
     describe_flags,
-    describe_place,
+    describe_placement,
     physical,
 )
 from unbroken.capture.codec.typed_json import MAX_DEPTH, TAG, Json, join
@@ -320,10 +326,10 @@ class _Encoder:
 
     def finish_tensors(self) -> None:
         """Decide which memory is stored, and complete the tensors' nodes."""
-        looks = looks_of(self._tensors)
-        known = self._memo.known = self._known(looks)
+        signatures = signatures_of(self._tensors)
+        known = self._memo.known = self._cached(signatures)
         if known is None:
-            self._place_tensors(looks)
+            self._place_tensors(signatures)
             return
         for node, same in zip(self._nodes, known.nodes, strict=True):
             node.update(same)
@@ -331,25 +337,25 @@ class _Encoder:
             tensor = physical(self._tensors[block.number][1])
             self._add(block.leaf, tensor, block.dtype, block.shape)
 
-    def _known(self, looks: list[Look]) -> Known | None:
+    def _cached(self, signatures: list[Signature]) -> CacheEntry | None:
         """Return what is known of the tensors, or None: then all have to be placed anew."""
         known = self._memo.known
-        changed = None if known is None else known.changed(looks)
+        changed = None if known is None else known.changed(signatures)
         if known is None or not changed:
             return known if changed == [] else None
-        seen = {number: self._look_at(*self._tensors[number]) for number in changed}
-        places = {number: place([one])[0] for number, one in seen.items()}
+        seen = {number: self._ref_of(*self._tensors[number]) for number in changed}
+        places = {number: resolve_aliases([one])[0] for number, one in seen.items()}
         if any(where.block is not seen[number].tensor for number, where in places.items()):
             return None
         nodes = {n: self._describe(n, where) for n, where in places.items()}
         spans = {number: one.span for number, one in seen.items()}
         blocks = {number: _block(where, number) for number, where in places.items()}
-        return known.with_these(looks, nodes, spans, blocks)
+        return known.with_these(signatures, nodes, spans, blocks)
 
-    def _place_tensors(self, looks: list[Look]) -> None:
-        seen = [self._look_at(path, tensor) for path, tensor in self._tensors]
+    def _place_tensors(self, signatures: list[Signature]) -> None:
+        seen = [self._ref_of(path, tensor) for path, tensor in self._tensors]
         numbers = {id(one.tensor): number for number, one in enumerate(seen)}
-        places = place(seen)
+        places = resolve_aliases(seen)
         blocks: dict[str, Block] = {}
         for number, (node, where) in enumerate(zip(self._nodes, places, strict=True)):
             node |= self._describe(number, where)
@@ -361,14 +367,14 @@ class _Encoder:
             count = Counter(where.leaf for where in places)
             alone = frozenset(n for n, where in enumerate(places) if count[where.leaf] == 1)
             spans = [one.span for one in seen]
-            self._memo.known = Known(looks, self._nodes, spans, [*blocks.values()], alone)
+            self._memo.known = CacheEntry(signatures, self._nodes, spans, [*blocks.values()], alone)
 
-    def _look_at(self, path: str, tensor: torch.Tensor) -> TensorRef:
+    def _ref_of(self, path: str, tensor: torch.Tensor) -> TensorRef:
         check_tensor(tensor, path)
         return TensorRef.of(path, physical(tensor))
 
     def _describe(self, number: int, where: Placement) -> dict[str, Json]:
-        return {**describe_flags(self._tensors[number][1]), **describe_place(where)}
+        return {**describe_flags(self._tensors[number][1]), **describe_placement(where)}
 
     def _leaf(self, path: str, tensor: torch.Tensor, dtype: str, shape: tuple[int, ...]) -> str:
         path = self._unique(path)
@@ -385,10 +391,10 @@ class _Encoder:
         offsets: tuple[int, ...] | None = None,
         global_shape: tuple[int, ...] | None = None,
     ) -> None:
-        place = self._files.get(path)
-        if place is None:
-            place = self._files[path] = self._file_of(path)
-        file, name = place
+        where = self._files.get(path)
+        if where is None:
+            where = self._files[path] = self._file_of(path)
+        file, name = where
         other = self._names.setdefault((file, name), path)
         if other != path:
             raise CaptureError(path, f"has the place of {other}", found=f"{name} in {file}")

@@ -36,51 +36,51 @@ class Block:
     number: int
 
 
-Look = tuple[str, tuple[Any, ...]]
+Signature = tuple[str, tuple[Any, ...]]
 """A tensor's path, and all else of it that its node and its place depend on."""
 
-Span = tuple[str, int, int]
+AddressRange = tuple[str, int, int]
 """Where a tensor lies: its device, its first address, and that after its last byte."""
 
 
 @dataclass(frozen=True)
-class Known:
+class CacheEntry:
     """What is known of tensors with these looks.
 
     Args:
-        looks: The look of each.
+        signatures: The look of each.
         nodes: What the structure says of each.
         spans: Where each lies.
         blocks: What is stored of them all.
         alone: The numbers of those that share memory with no other.
     """
 
-    looks: Sequence[Look]
+    signatures: Sequence[Signature]
     nodes: Sequence[Mapping[str, Json]]
-    spans: Sequence[Span]
+    spans: Sequence[AddressRange]
     blocks: Sequence[Block]
     alone: frozenset[int]
 
-    def changed(self, looks: Sequence[Look]) -> list[int] | None:
+    def changed(self, signatures: Sequence[Signature]) -> list[int] | None:
         """Return which tensors look otherwise; None where all have to be looked at again."""
-        if len(looks) != len(self.looks):
+        if len(signatures) != len(self.signatures):
             return None
-        pairs = zip(self.looks, looks, strict=True)
+        pairs = zip(self.signatures, signatures, strict=True)
         numbers = [number for number, (one, other) in enumerate(pairs) if one != other]
-        same = all(self.looks[n][0] == looks[n][0] and n in self.alone for n in numbers)
+        same = all(self.signatures[n][0] == signatures[n][0] and n in self.alone for n in numbers)
         return numbers if same and len(numbers) <= _FEW else None
 
     def with_these(
         self,
-        looks: Sequence[Look],
+        signatures: Sequence[Signature],
         nodes: Mapping[int, Mapping[str, Json]],
-        spans: Mapping[int, Span],
+        spans: Mapping[int, AddressRange],
         blocks: Mapping[int, Block],
-    ) -> Known | None:
+    ) -> CacheEntry | None:
         """Return the same with some tensors anew; None if one of these is not alone any more.
 
         Args:
-            looks: Of all tensors.
+            signatures: Of all tensors.
             nodes: Of those that have changed, by number.
             spans: Of those that have changed.
             blocks: Of those that have changed.
@@ -88,8 +88,8 @@ class Known:
         everywhere = [spans.get(number, span) for number, span in enumerate(self.spans)]
         if any(_meets_another(everywhere, number) for number in spans):
             return None
-        return Known(
-            looks,
+        return CacheEntry(
+            signatures,
             [nodes.get(number, node) for number, node in enumerate(self.nodes)],
             everywhere,
             [blocks.get(block.number, block) for block in self.blocks],
@@ -97,7 +97,7 @@ class Known:
         )
 
 
-def _meets_another(spans: Sequence[Span], number: int) -> bool:
+def _meets_another(spans: Sequence[AddressRange], number: int) -> bool:
     device, start, end = spans[number]
     return any(
         start < its_end and its_start < end and device == its_device and other != number
@@ -109,7 +109,7 @@ class TensorMemo:
     """Remembers what is known of the tensors that were seen last; holds none of them."""
 
     def __init__(self) -> None:
-        self.known: Known | None = None
+        self.known: CacheEntry | None = None
         self._rule: FileOf | None = None
         self._files: dict[str, tuple[str, str]] = {}
 
@@ -120,12 +120,12 @@ class TensorMemo:
         return self._files
 
 
-def looks_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[Look]:
+def signatures_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[Signature]:
     """Return how tensors at these paths look."""
-    return [(path, _look(tensor)) for path, tensor in tensors]
+    return [(path, _signature_of(tensor)) for path, tensor in tensors]
 
 
-def _look(tensor: torch.Tensor) -> tuple[Any, ...]:
+def _signature_of(tensor: torch.Tensor) -> tuple[Any, ...]:
     if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.is_nested:
         return (object(),)  # equal to no other: such a tensor is looked at closely, and refused
     return (

@@ -111,7 +111,7 @@ class Placement:
     offset: int = 0
 
 
-def place(tensors: Sequence[TensorRef]) -> list[Placement]:
+def resolve_aliases(tensors: Sequence[TensorRef]) -> list[Placement]:
     """Return where each tensor lies, in the order given."""
     placed: dict[int, Placement] = {}
     for group in _overlapping(tensors):
@@ -147,7 +147,7 @@ def _runs(tensors: Sequence[TensorRef], indices: Iterable[int]) -> Iterator[list
 def _place_group(members: Sequence[TensorRef]) -> list[Placement]:
     first = members[0]
     if len({(member.layout, member.start) for member in members}) == 1:
-        return [_place_alone(first)] * len(members)
+        return [_place_separately(first)] * len(members)
     base = _covering(members)
     if base is None:
         return _place_on_memory(members)
@@ -163,7 +163,7 @@ def _place_group(members: Sequence[TensorRef]) -> list[Placement]:
     ]
 
 
-def _place_alone(seen: TensorRef) -> Placement:
+def _place_separately(seen: TensorRef) -> Placement:
     layout = seen.layout
     if seen.tensor.is_contiguous() or layout.is_dense:
         return Placement(seen.path, seen.tensor, layout, layout)

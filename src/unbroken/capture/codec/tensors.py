@@ -72,7 +72,7 @@ def describe_flags(value: torch.Tensor) -> dict[str, Json]:
     return {**flags, **{key: True for key, on in marks.items() if on}}
 
 
-def describe_place(where: Placement) -> dict[str, Json]:
+def describe_placement(where: Placement) -> dict[str, Json]:
     """Return where a tensor lies; nothing that is as usual."""
     node: dict[str, Json] = {"leaf": where.leaf, **_describe_layout(where.view)}
     if where.offset:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from unbroken.capture.codec.memory_layout import TensorLayout, TensorRef, place
+from unbroken.capture.codec.memory_layout import TensorLayout, TensorRef, resolve_aliases
 from unbroken.capture.codec.tensors import physical
 from unbroken.capture.dtypes import same_layout
 from unbroken.capture.kinds.mismatch import Mismatch, raise_all
@@ -174,8 +174,8 @@ def check_module(
     if not any(tensor.is_meta for tensor in live.values()):
         yield from _check_ties(common, saved, path)
     known = dict(named_modules(module))
-    gone = [name for name in stored.facts.get("eval", ()) if name not in known]
-    yield from (Mismatch(f"{path}.{name}", "no such module is here") for name in gone)
+    deleted = [name for name in stored.facts.get("eval", ()) if name not in known]
+    yield from (Mismatch(f"{path}.{name}", "no such module is here") for name in deleted)
     extra = stored.facts.get("extra_state", {})
     yield from _check_names(_with_extra_state(named_modules(module)), extra, path, "extra state")
 
@@ -283,7 +283,7 @@ def _leaf_of(live: Mapping[str, torch.Tensor]) -> dict[str, str]:
     seen = [TensorRef.of(name, physical(tensor)) for name, tensor in whole.items()]
     first: dict[int, str] = {}
     return {
-        **{s.path: where.leaf for s, where in zip(seen, place(seen), strict=True)},
+        **{s.path: where.leaf for s, where in zip(seen, resolve_aliases(seen), strict=True)},
         **{n: first.setdefault(id(t), n) for n, t in live.items() if n not in whole},
     }
 

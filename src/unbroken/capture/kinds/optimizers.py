@@ -33,7 +33,7 @@ from unbroken.errors import CaptureError
 # State of an optimizer that can be overwritten where it is: filling it takes no new memory.
 
 
-class StateInPlace:
+class ReusableState:
     """The tensors that an optimizer has as state, before others take their place.
 
     Memory that is shared, by live tensors or by stored ones, is never overwritten: those that
@@ -307,7 +307,7 @@ def restore_optimizer(
         optimizer.load_state_dict({**optimizer.state_dict(), **load_tensors(more)})
     blocks: Blocks = {}
     saved_groups = list(stored.state["param_groups"])
-    kept = StateInPlace(optimizer, stored.state["state"])
+    kept = ReusableState(optimizer, stored.state["state"])
     optimizer.state.clear()
     for group in optimizer.param_groups:
         saved = _take_group(saved_groups, _live_names(group, names), names)
@@ -377,7 +377,7 @@ class _StateLoader:
         step_on_device: bool,
         blocks: Blocks,
         later: Filling,
-        kept: StateInPlace,
+        kept: ReusableState,
     ) -> None:
         self._kept = kept
         self._parameter = parameter

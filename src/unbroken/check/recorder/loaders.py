@@ -13,7 +13,7 @@ _MAX_SAMPLES = 4096
 
 
 @dataclass
-class _Pass:
+class _EpochIterator:
     """What is known about one iterator: the batches on their way, and how many came."""
 
     waiting: deque[list[Any]] = field(default_factory=deque)
@@ -27,13 +27,15 @@ class LoaderLog:
     """
 
     def __init__(self) -> None:
-        self._iterators: weakref.WeakKeyDictionary[Any, _Pass] = weakref.WeakKeyDictionary()
+        self._iterators: weakref.WeakKeyDictionary[Any, _EpochIterator] = (
+            weakref.WeakKeyDictionary()
+        )
         self._datasets: dict[int, int] = {}
-        self._passes: dict[int, int] = {}
+        self._epochs: dict[int, int] = {}
 
     def note_index(self, iterator: Any, index: Any) -> None:
         """Note what the sampler gave for one batch."""
-        known = self._iterators.setdefault(iterator, _Pass())
+        known = self._iterators.setdefault(iterator, _EpochIterator())
         if iterator._num_yielded < known.given:  # noqa: SLF001  (the iterator was begun anew)
             known.waiting.clear()
             known.given = 0
@@ -43,11 +45,11 @@ class LoaderLog:
         """Return dataset, pass, number in the pass and samples of the batch that came."""
         dataset = self._datasets.setdefault(id(iterator._dataset), len(self._datasets))  # noqa: SLF001
         if index == 0:
-            self._passes[dataset] = self._passes.get(dataset, 0) + 1
-        known = self._iterators.setdefault(iterator, _Pass())
+            self._epochs[dataset] = self._epochs.get(dataset, 0) + 1
+        known = self._iterators.setdefault(iterator, _EpochIterator())
         known.given = index + 1
         samples = known.waiting.popleft() if known.waiting else []
-        return [dataset, self._passes.get(dataset, 0), index, samples]
+        return [dataset, self._epochs.get(dataset, 0), index, samples]
 
 
 def _names(index: Any) -> list[Any]:

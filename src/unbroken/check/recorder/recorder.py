@@ -194,8 +194,8 @@ class Recorder:
         parameters = digester.of_all(parameters_of(optimizer))
         if optimizer in self._optimizers:
             if parameters.whole != self._left.get(self._optimizers[optimizer]):
-                edited = {"params": parameters.whole, "params_each": parameters.each}
-                self._before = {"edited": edited}
+                modified = {"params": parameters.whole, "params_each": parameters.each}
+                self._before = {"edited": modified}
             return
         self._optimizers[optimizer] = len(self._optimizers)
         moments = moments_digest(optimizer, digester).whole

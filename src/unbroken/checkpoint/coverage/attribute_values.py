@@ -35,7 +35,7 @@ from unbroken.capture.state_tree import TreeMap, children
 from unbroken.errors import CaptureError, CheckpointError
 from unbroken.fingerprint import keeps_attributes
 from unbroken.fingerprint.digests import array_digest
-from unbroken.fingerprint.values import is_passing_number
+from unbroken.fingerprint.values import is_volatile_number
 
 _MOST_VALUES = 65536
 _MOST_TENSORS = 4096
@@ -156,7 +156,7 @@ def _passes(name: str, value: Any) -> bool:
         return False
     if _OF_A_CLOCK.fullmatch(name) is None:  # a count may pass by any number
         return isinstance(value, float) and value % 1 != 0 and _BEGAN <= value <= time.time()
-    if is_passing_number(value):
+    if is_volatile_number(value):
         return True
     clocks = time.perf_counter(), time.monotonic()
     return isinstance(value, float) and any(0 <= clock - value < _DAY for clock in clocks)

@@ -26,13 +26,13 @@ from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Sampler
 
 from unbroken.capture import (
     Captured,
-    capture_beside,
+    capture_unregistered,
     comes_apart,
     is_sharded,
     kind_of,
     load_tensors,
     named_modules,
-    restore_beside,
+    restore_unregistered,
     unwrapped,
 )
 from unbroken.capture.state_tree import children
@@ -270,7 +270,7 @@ class Attributes:
                 found.lost[path] = _MADE
                 continue
             try:
-                found.objects[path] = capture_beside(self._objects, live, path)
+                found.objects[path] = capture_unregistered(self._objects, live, path)
             except CaptureError as error:
                 found.lost[path] = error.message
 
@@ -347,7 +347,9 @@ class Attributes:
         for path in [*stored.objects]:
             why = "nothing here has it" if path not in live else None
             if why is None:
-                found = restore_beside(self._objects, live, path, stored.objects[path], check=True)
+                found = restore_unregistered(
+                    self._objects, live, path, stored.objects[path], check=True
+                )
                 why = None if found is None else str(found)
             if why is not None:
                 del stored.objects[path]
@@ -380,7 +382,7 @@ class Attributes:
         live = self._live_objects(owners)
         for path, one in self._stored.objects.items():
             if data in (None, _is_of_data(path)) and path in live:
-                restore_beside(self._objects, live, path, one)
+                restore_unregistered(self._objects, live, path, one)
 
     def _is_untouched(self, path: str, now: Look) -> bool:
         return bool(now.mark == self._before.get(path, TOLD).mark)

@@ -21,7 +21,7 @@ from unbroken.changes.apply import all_objects, named_objects
 from unbroken.changes.differences import Difference
 from unbroken.changes.object_facts import fingerprint_differences
 from unbroken.errors import StateMismatchError
-from unbroken.fingerprint import is_users_own, qualified_name, scheduler_facts
+from unbroken.fingerprint import is_user_code, qualified_name, scheduler_facts
 from unbroken.stored_names import stored_class_name
 
 # What stands around a call in the user's own code: the objects that his frames hold, by name.
@@ -67,7 +67,7 @@ def _is_users(code: CodeType, module: Mapping[str, Any]) -> bool:
     if code not in _KNOWN:
         cells = tuple(CellType() for _ in code.co_freevars)
         named = {"__name__": module.get("__name__")}
-        _KNOWN[code] = is_users_own(FunctionType(code, named, closure=cells))
+        _KNOWN[code] = is_user_code(FunctionType(code, named, closure=cells))
     return _KNOWN[code]
 
 
@@ -78,7 +78,7 @@ def _is_users_kind(kind: type) -> bool:
     """Return whether a class is the user's own: asked for hundreds of things, of few classes."""
     known = _KNOWN_KINDS.get(id(kind))
     if known is None or known[0]() is not kind:
-        known = _KNOWN_KINDS[id(kind)] = (ref(kind), is_users_own(kind))
+        known = _KNOWN_KINDS[id(kind)] = (ref(kind), is_user_code(kind))
     return known[1]
 
 
@@ -391,7 +391,7 @@ def steers(thing: object) -> bool:
     if not isinstance(own.get("optimizer"), Optimizer) or isinstance(thing, Optimizer | nn.Module):
         return False
     kind = type(thing)
-    if not is_users_own(kind) or not callable(getattr(kind, "step", None)):
+    if not is_user_code(kind) or not callable(getattr(kind, "step", None)):
         return False
     return not any(isinstance(value, nn.Module) for value in own.values())
 

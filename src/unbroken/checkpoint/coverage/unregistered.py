@@ -29,7 +29,7 @@ from unbroken.checkpoint.coverage.schedules import attributes, steers, things_ar
 from unbroken.data import BatchSource, KeyedDataset, LoaderSource
 from unbroken.data.sources.iterable import reason_against_its_state
 from unbroken.errors import DataError
-from unbroken.fingerprint import is_users_module
+from unbroken.fingerprint import is_user_module
 
 # Which loaders a hand-written loop trains on: seen by what happens between their batches.
 #
@@ -402,7 +402,7 @@ def _numbers_of(thing: object) -> dict[str, Any]:
 
 def _places_of_tensors(thing: object) -> Iterator[tuple[str | None, list[torch.Tensor]]]:
     """Yield where a thing may hold a copy of a model: in itself, or in attributes; and what."""
-    if isinstance(thing, ModuleType) and not is_users_module(thing):
+    if isinstance(thing, ModuleType) and not is_user_module(thing):
         return  # thousands of names: what trains keeps nothing in those of a library
     held = {None: thing} if isinstance(thing, nn.Module) else attributes(thing)
     for name, value in held.items():

@@ -33,8 +33,8 @@ def agree_on_versions(group: Group) -> None:
         RankError: Naming the ranks with another version.
 
     Example:
-        >>> from unbroken.distributed import Alone
-        >>> agree_on_versions(Alone())
+        >>> from unbroken.distributed import SingleProcess
+        >>> agree_on_versions(SingleProcess())
     """
     if group.world_size == 1:
         return
@@ -82,8 +82,8 @@ def others_of_ranks(
             they are to share them, have other data: naming the ranks, the fact and its values.
 
     Example:
-        >>> from unbroken.distributed import Alone
-        >>> others_of_ranks(Alone(), {"settings": {"seed": 1}})
+        >>> from unbroken.distributed import SingleProcess
+        >>> others_of_ranks(SingleProcess(), {"settings": {"seed": 1}})
         {}
     """
     if group.world_size == 1:
@@ -142,8 +142,8 @@ def told_by_rank_0(group: Group, own: tuple[Difference, ...]) -> tuple[Differenc
         own: What this rank has found.
 
     Example:
-        >>> from unbroken.distributed import Alone
-        >>> told_by_rank_0(Alone(), ())
+        >>> from unbroken.distributed import SingleProcess
+        >>> told_by_rank_0(SingleProcess(), ())
         ()
     """
     if group.world_size == 1:

@@ -25,7 +25,7 @@ from unbroken.store import (
     Manifest,
     Rejection,
     RunDirectory,
-    divided,
+    split_verification,
     this_machine,
 )
 from unbroken.store.format.digest import digest_of
@@ -338,7 +338,7 @@ class EachForItself:
     def _divide(self, own: CheckpointReader, views: list[str]) -> None:
         rank = self._group.rank
         same = [other for other, view in enumerate(views) if view == views[rank]]
-        parts = divided(own.manifest, same)
+        parts = split_verification(own.manifest, same)
         mine = parts[same.index(rank)]
         own.leave_to_others(frozenset[tuple[str, int]]().union(*parts) - mine)
 

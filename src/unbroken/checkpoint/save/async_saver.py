@@ -36,10 +36,10 @@ class Appointment:
     edge from now before all have told theirs. The latest of these is the one at which all hear.
 
     Example:
-        >>> from unbroken.distributed import Alone
+        >>> from unbroken.distributed import SingleProcess
         >>> appointment = Appointment()
         >>> before = appointment.is_now()
-        >>> appointment.make(Alone())
+        >>> appointment.make(SingleProcess())
         >>> before, appointment.is_now()
         (False, True)
     """

@@ -64,8 +64,8 @@ def agree_on_replicas(
         RankError: Naming a tensor, and the ranks on which it is another one.
 
     Example:
-        >>> from unbroken.distributed import Alone
-        >>> agree_on_replicas(Alone(), [], save=0)
+        >>> from unbroken.distributed import SingleProcess
+        >>> agree_on_replicas(SingleProcess(), [], save=0)
     """
     block = _ALL if sum(leaf.nbytes for leaf in leaves) <= _FEW else _BLOCK
     samples = [sample_of(leaf.tensor, save, block=block) for leaf in leaves]

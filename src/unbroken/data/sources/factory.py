@@ -125,11 +125,11 @@ def _loader_source(
     )
 
 
-def _epoch_size(n: int, wanted: int | None, shape: BatchShape, drop_last: bool) -> int:
+def _epoch_size(n: int, requested: int | None, shape: BatchShape, drop_last: bool) -> int:
     """How many samples of an epoch are used."""
     if n < 1:
         raise DataError("data set", "it is empty", expected="at least 1 sample", found=n)
-    size = n if wanted is None else wanted
+    size = n if requested is None else requested
     if not 1 <= size <= n:
         raise ConfigError("epoch_size", expected=f"1 to {n}, the samples there are", found=size)
     if size < shape.global_batch_size:

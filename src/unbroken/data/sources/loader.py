@@ -66,7 +66,7 @@ class LoaderSource:
         may_change: Facts (see `state_dict`) that need not be those of a loaded state.
 
     Attributes:
-        places: `own_state` of every rank, by rank, where each has a loader of its own; to be set
+        places: `rank_state` of every rank, by rank, where each has a loader of its own; to be set
             before each `state_dict`.
         first_items: What the first micro-batch of all ranks was made of, since `from_`.
     """
@@ -165,9 +165,9 @@ class LoaderSource:
         With a loader on each rank these are `places`, where they are told; else each rank has
         a state of its own.
         """
-        return {"ranks": self.places} if self.places else self.own_state()
+        return {"ranks": self.places} if self.places else self.rank_state()
 
-    def own_state(self) -> dict[str, Any]:
+    def rank_state(self) -> dict[str, Any]:
         """Return the place of this rank's loader, and what it depends on."""
         place = self.position
         return {

@@ -19,7 +19,7 @@ from unbroken.errors import (
 )
 from unbroken.storage import ReadHandle, Stat, Storage
 from unbroken.store.format.digest import Digester
-from unbroken.store.format.entries import Box, ByteRun, TensorEntry, runs
+from unbroken.store.format.entries import Box, ByteRun, TensorEntry, byte_runs
 from unbroken.store.format.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest
 from unbroken.store.format.names import MANIFEST_NAME, PINNED_NAME, rank_of
 from unbroken.store.format.safetensors_file import DTYPE_BITS, bytes_of
@@ -101,7 +101,7 @@ class CheckpointFolder:
 # What one thread reads a checkpoint with.
 
 
-class Desk:
+class ThreadHandles:
     """Open files, and memory for bytes that nobody keeps.
 
     Args:
@@ -140,9 +140,9 @@ Task = TypeVar("Task")
 Handles = TypeVar("Handles")
 
 
-def side_by_side(
+def run_in_threads(
     tasks: Sequence[Task],
-    desk: Callable[[], AbstractContextManager[Handles]],
+    handles: Callable[[], AbstractContextManager[Handles]],
     work: Callable[[Handles, Task], None],
     threads: int,
 ) -> None:
@@ -150,7 +150,7 @@ def side_by_side(
 
     Args:
         tasks: What is to be done.
-        desk: Makes what a thread works with, and no other thread touches.
+        handles: Makes what a thread works with, and no other thread touches.
         work: Does one task.
         threads: How many work at once; one of them is the caller's.
 
@@ -164,7 +164,7 @@ def side_by_side(
     def take_turns() -> None:
         number = len(tasks)
         try:
-            with desk() as own:
+            with handles() as own:
                 while not failures:
                     with turn:
                         number = next(numbers, len(tasks))
@@ -193,7 +193,7 @@ Regions = frozenset[tuple[str, int]]
 """Regions by the name of their file and their number in it."""
 
 
-def divided(manifest: Manifest, ranks: Sequence[int]) -> list[Regions]:
+def split_verification(manifest: Manifest, ranks: Sequence[int]) -> list[Regions]:
     """Return the large tensors of all files in parts of about equally many bytes.
 
     What a rank stored in a file of its own it gets, if it is there: it most likely needs it.
@@ -215,7 +215,7 @@ def divided(manifest: Manifest, ranks: Sequence[int]) -> list[Regions]:
         >>> regions = tuple(Region(0, nbytes, "0" * 32, str(at)) for at, nbytes in sizes)
         >>> entry = FileEntry("a.safetensors", 1_800_008, regions)
         >>> manifest = Manifest(1, "a" * 32, "2026-01-31T12:00:00.000+00:00", (entry,), {})
-        >>> [sorted(number for _, number in part) for part in divided(manifest, [0, 1])]
+        >>> [sorted(number for _, number in part) for part in split_verification(manifest, [0, 1])]
         [[1], [0, 2]]
     """
     regions = [
@@ -366,10 +366,10 @@ class CheckpointReader:
             expected = f"at most {MAX_WHOLE_BYTES} bytes"
             raise self._at.corrupt(name, "is too large to read whole", expected, file.nbytes)
         data = bytearray(file.nbytes)
-        with memoryview(data) as view, Desk(self._at) as desk:
+        with memoryview(data) as view, ThreadHandles(self._at) as handles:
             for number, region in enumerate(file.regions):
                 part = view[region.offset : region.offset + region.nbytes]
-                self._read_region(desk, file, number, part)
+                self._read_region(handles, file, number, part)
         return bytes(data)
 
     def read_leaf_into(self, path: str, buffer: memoryview, /) -> None:
@@ -387,22 +387,22 @@ class CheckpointReader:
             CorruptCheckpointError: The bytes are not those of the manifest.
             StateMismatchError: The buffer has another length.
         """
-        with Desk(self._at) as desk:
-            self._read_box(desk, path, None, buffer)
+        with ThreadHandles(self._at) as handles:
+            self._read_box(handles, path, None, buffer)
 
-    def read_boxes_into(self, wanted: Iterable[tuple[str, Box | None, memoryview]], /) -> None:
+    def read_boxes_into(self, requests: Iterable[tuple[str, Box | None, memoryview]], /) -> None:
         """Read many tensors, as `read_leaf_into` and `read_box_into` do, several at once.
 
         Args:
-            wanted: Paths, each with the part that is wanted (None: all of it) and the buffer.
+            requests: Paths, each with the part that is wanted (None: all of it) and the buffer.
 
         Raises:
             CorruptCheckpointError: Of several that are damaged, it names the first in the files.
         """
         place = {path: number for number, path in enumerate(self.manifest.tensors)}
-        tasks = sorted(wanted, key=lambda one: place.get(one[0], -1))
+        tasks = sorted(requests, key=lambda one: place.get(one[0], -1))
         nbytes = sum(buffer.nbytes for _, _, buffer in tasks)
-        self._side_by_side(tasks, lambda desk, one: self._read_box(desk, *one), nbytes)
+        self._run_in_threads(tasks, lambda handles, one: self._read_box(handles, *one), nbytes)
 
     def read_box_into(
         self, path: str, offsets: tuple[int, ...], shape: tuple[int, ...], buffer: memoryview, /
@@ -425,38 +425,40 @@ class CheckpointReader:
             CorruptCheckpointError: The bytes are not those of the manifest.
             StateMismatchError: The part is not one of the tensor, or the buffer has another length.
         """
-        with Desk(self._at) as desk:
-            self._read_box(desk, path, Box(offsets, shape), buffer)
+        with ThreadHandles(self._at) as handles:
+            self._read_box(handles, path, Box(offsets, shape), buffer)
 
-    def _read_box(self, desk: Desk, path: str, box: Box | None, buffer: memoryview) -> None:
+    def _read_box(
+        self, handles: ThreadHandles, path: str, box: Box | None, buffer: memoryview
+    ) -> None:
         tensor = self.manifest.tensors.get(path)
         if tensor is None:
             raise CheckpointNotFoundError(self._at.where(path), "the checkpoint has no such tensor")
         target = buffer.cast("B") if buffer.nbytes else memoryview(bytearray())
         if box is None and tensor.is_whole and tensor.nbytes == len(target):
             shard = tensor.shards[0]
-            self._read_region(desk, self._files[shard.file], shard.number, target)
+            self._read_region(handles, self._files[shard.file], shard.number, target)
             return
         whole = Box.whole(tensor.shape)
-        wanted = whole if box is None else box
-        self._check_part(tensor, whole, wanted, len(target))
+        part = whole if box is None else box
+        self._check_part(tensor, whole, part, len(target))
         for shard in tensor.shards:
             file = self._files[shard.file]
-            if shard.box == wanted:
-                self._read_region(desk, file, shard.number, target)
-            elif shard.box.overlap(wanted):
-                found = _in_bytes(runs(shard.box, wanted), DTYPE_BITS[tensor.dtype])
-                self._scatter_region(desk, file, shard.number, found, target)
+            if shard.box == part:
+                self._read_region(handles, file, shard.number, target)
+            elif shard.box.overlap(part):
+                found = _in_bytes(byte_runs(shard.box, part), DTYPE_BITS[tensor.dtype])
+                self._scatter_region(handles, file, shard.number, found, target)
 
-    def _check_part(self, tensor: TensorEntry, whole: Box, wanted: Box, nbytes: int) -> None:
+    def _check_part(self, tensor: TensorEntry, whole: Box, part: Box, nbytes: int) -> None:
         where = self._at.where(tensor.path)
-        inside = len(wanted.offsets) == len(wanted.shape) == len(whole.shape) and (
-            not wanted.numel or wanted.overlap(whole) == wanted
+        inside = len(part.offsets) == len(part.shape) == len(whole.shape) and (
+            not part.numel or part.overlap(whole) == part
         )
-        expected = bytes_of(tensor.dtype, wanted.shape)
+        expected = bytes_of(tensor.dtype, part.shape)
         if not inside or expected is None:
             what = "has no such part"
-            raise StateMismatchError(where, what, expected=f"a part of {whole}", found=wanted)
+            raise StateMismatchError(where, what, expected=f"a part of {whole}", found=part)
         if nbytes != expected:
             what, found = "has another length", f"a buffer of {nbytes} bytes"
             raise StateMismatchError(where, what, expected=f"{expected} bytes", found=found)
@@ -473,7 +475,9 @@ class CheckpointReader:
         done = self._verified | self._others
         rest = [one for one in self._all_regions() if (one[0].name, one[1]) not in done]
         nbytes = sum(file.regions[number].nbytes for file, number in rest)
-        self._side_by_side(rest, lambda desk, one: self._read_region(desk, *one, None), nbytes)
+        self._run_in_threads(
+            rest, lambda handles, one: self._read_region(handles, *one, None), nbytes
+        )
 
     def verify(self) -> list[Damage]:
         """Read every byte again, and list all that is wrong instead of stopping at the first.
@@ -484,21 +488,21 @@ class CheckpointReader:
         found: dict[tuple[str, int], Damage] = {}
         regions = self._all_regions()
 
-        def look(desk: Desk, one: tuple[FileEntry, int]) -> None:
+        def look(handles: ThreadHandles, one: tuple[FileEntry, int]) -> None:
             file, number = one
             try:
                 self._check_size(file)
-                desk.handle(file.name)
+                handles.handle(file.name)
             except CorruptCheckpointError as error:
                 found[file.name, -1] = self._as_damage(file.name, None, error)
                 return
             try:
-                self._read_region(desk, file, number, None)
+                self._read_region(handles, file, number, None)
             except CorruptCheckpointError as error:
                 name = file.regions[number].name
                 found[file.name, number] = self._as_damage(file.name, name, error)
 
-        self._side_by_side(regions, look, sum(file.nbytes for file in self.manifest.files))
+        self._run_in_threads(regions, look, sum(file.nbytes for file in self.manifest.files))
         listed = {file.name for file in self.manifest.files} | {MANIFEST_NAME, PINNED_NAME}
         strays = sorted(set(self.storage.list(self.folder)) - listed)
         damaged = [found[place] for place in sorted(found)]
@@ -538,22 +542,22 @@ class CheckpointReader:
             raise CheckpointNotFoundError(self._at.where(name), "the checkpoint has no such file")
         return self._files[name]
 
-    def _side_by_side(
-        self, tasks: Sequence[Task], work: Callable[[Desk, Task], None], nbytes: int
+    def _run_in_threads(
+        self, tasks: Sequence[Task], work: Callable[[ThreadHandles, Task], None], nbytes: int
     ) -> None:
         threads = min(len(tasks), _THREADS) if nbytes >= _WORTH_THREADS else 1
-        side_by_side(tasks, lambda: Desk(self._at), work, threads)
+        run_in_threads(tasks, lambda: ThreadHandles(self._at), work, threads)
 
     def _read_region(
-        self, desk: Desk, file: FileEntry, number: int, target: memoryview | None
+        self, handles: ThreadHandles, file: FileEntry, number: int, target: memoryview | None
     ) -> None:
         """Read a region into `target`, or past a scratch buffer, and compare its digest."""
-        for _ in self._pieces(desk, file, number, target):
+        for _ in self._pieces(handles, file, number, target):
             pass
 
     def _scatter_region(
         self,
-        desk: Desk,
+        handles: ThreadHandles,
         file: FileEntry,
         number: int,
         found: Iterator[ByteRun],
@@ -562,12 +566,12 @@ class CheckpointReader:
         """Read a region past a scratch buffer, and copy runs of bytes out of it."""
         run = next(found, None)
         if (file.name, number) in self._others and run and run.length >= _WORTH_SEEKING:
-            region, handle = file.regions[number], desk.handle(file.name)
+            region, handle = file.regions[number], handles.handle(file.name)
             for at, to, length in chain([run], found):  # all are as long as the first
                 with self._at.reading(region.name or file.name):
                     handle.read_into(region.offset + at, target[to : to + length])
             return
-        for start, piece in self._pieces(desk, file, number, None):
+        for start, piece in self._pieces(handles, file, number, None):
             stop = start + len(piece)
             while run is not None and run.source < stop:
                 length = min(run.length, stop - run.source)
@@ -577,20 +581,20 @@ class CheckpointReader:
                 run = rest if rest.length else next(found, None)
 
     def _pieces(
-        self, desk: Desk, file: FileEntry, number: int, target: memoryview | None
+        self, handles: ThreadHandles, file: FileEntry, number: int, target: memoryview | None
     ) -> Iterator[tuple[int, memoryview]]:
         """Yield a region in pieces, with their places in it, and compare its digest at the end."""
         region = file.regions[number]
         where = region.path or file.name
         if region.offsets is not None:
             where = f"{file.name}: {region.name}"
-        handle = desk.handle(file.name)
+        handle = handles.handle(file.name)
         digester = None if (file.name, number) in self._others else Digester()
         for start in range(0, region.nbytes, _CHUNK_BYTES):
             if self._is_stopped:
                 raise self._at.corrupt(where, "is read no longer")
             stop = min(start + _CHUNK_BYTES, region.nbytes)
-            piece = desk.scratch(stop - start) if target is None else target[start:stop]
+            piece = handles.scratch(stop - start) if target is None else target[start:stop]
             with self._at.reading(where):
                 handle.read_into(region.offset + start, piece)
             if digester is not None:

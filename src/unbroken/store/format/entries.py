@@ -209,13 +209,13 @@ class ByteRun(NamedTuple):
     length: int
 
 
-def runs(source: Box, target: Box) -> Iterator[ByteRun]:
+def byte_runs(source: Box, target: Box) -> Iterator[ByteRun]:
     """Yield what to copy from one box to another, each in C order, by place in the source.
 
     Example:
-        >>> list(runs(Box((0, 0), (2, 2)), Box((0, 1), (2, 3))))
+        >>> list(byte_runs(Box((0, 0), (2, 2)), Box((0, 1), (2, 3))))
         [ByteRun(source=1, target=0, length=1), ByteRun(source=3, target=3, length=1)]
-        >>> list(runs(Box((2, 0), (2, 3)), Box((0, 0), (9, 3))))
+        >>> list(byte_runs(Box((2, 0), (2, 3)), Box((0, 0), (9, 3))))
         [ByteRun(source=0, target=6, length=6)]
     """
     both = source.overlap(target)
@@ -359,7 +359,7 @@ class TensorEntry:
             b'b'
         """
         bits = DTYPE_BITS[self.dtype]
-        for run in runs(Box.whole(self.shape), box):
+        for run in byte_runs(Box.whole(self.shape), box):
             source, at, length = (count * bits // 8 for count in run)
             target[at : at + length] = whole[source : source + length]
 

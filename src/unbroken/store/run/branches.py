@@ -255,7 +255,7 @@ def _take_over(
         _link_checkpoint(reader, f"{site}/{checkpoint_name(reader.step)}")
         copy = CheckpointReader(place, checkpoint_name(reader.step))
         if copy.manifest != reader.manifest:
-            raise _gone(reader)
+            raise _deleted_meanwhile(reader)
         copy.check_rest()
     return {reader.step: reader.manifest.state_digest for reader in readers}
 
@@ -268,19 +268,19 @@ def _copy_metrics(parent: RunDirectory, begin: CheckpointReader, target: str) ->
     try:
         copy_file(parent.storage, METRICS_NAME, target, min(nbytes, parent.metrics.nbytes))
     except (FileNotFoundError, EOFError):  # lost, or rewound just now
-        _refuse_if_gone(begin)
+        _refuse_if_deleted(begin)
     # A run that is rewound sets its checkpoints aside before it cuts the metrics: if this one
     # is still there, the lines were its own.
-    _refuse_if_gone(begin)
+    _refuse_if_deleted(begin)
 
 
-def _refuse_if_gone(reader: CheckpointReader) -> None:
+def _refuse_if_deleted(reader: CheckpointReader) -> None:
     try:
         found = CheckpointFolder(reader.storage, reader.folder).read_manifest()
     except CheckpointError:
-        raise _gone(reader) from None
+        raise _deleted_meanwhile(reader) from None
     if found != reader.manifest:
-        raise _gone(reader)
+        raise _deleted_meanwhile(reader)
 
 
 def _link_checkpoint(reader: CheckpointReader, target: str) -> None:
@@ -291,7 +291,7 @@ def _link_checkpoint(reader: CheckpointReader, target: str) -> None:
         try:
             _link_or_copy(storage, f"{reader.folder}/{name}", f"{target}/{name}")
         except FileNotFoundError:
-            raise _gone(reader) from None
+            raise _deleted_meanwhile(reader) from None
     storage.sync_folder(target)
 
 
@@ -306,7 +306,7 @@ def _link_or_copy(storage: Storage, source: str, target: str) -> None:
         storage.sync_file(target)  # somebody may have copied the checkpoint here by hand
 
 
-def _gone(reader: CheckpointReader) -> CheckpointNotFoundError:
+def _deleted_meanwhile(reader: CheckpointReader) -> CheckpointNotFoundError:
     """Return the error for a checkpoint that its run took away while it was linked."""
     where = reader.storage.describe(reader.folder)
     hint = (

@@ -323,8 +323,8 @@ def _identity_of(
     identity, problem = find_identity(storage)
     if identity is not None and problem is not None:
         replace_identity(storage, identity)
-        told = f"run.json {problem}: made anew from what the checkpoints say (run {identity.id})"
-        return identity, (told,)
+        warning = f"run.json {problem}: made anew from what the checkpoints say (run {identity.id})"
+        return identity, (warning,)
     if identity is None:
         if not among_others:
             _refuse_foreign(storage)

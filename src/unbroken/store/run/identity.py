@@ -79,12 +79,12 @@ def find_identity(storage: Storage) -> tuple[RunIdentity | None, str | None]:
     """
     where = storage.describe(RUN_NAME)
     if not has_identity(storage):
-        rebuilt = _told_by_checkpoints(storage)
+        rebuilt = _from_checkpoints(storage)
         return rebuilt, None if rebuilt is None else "is missing"
     try:
         return _parse(_read(storage), where), None
     except MalformedError as error:
-        rebuilt = _told_by_checkpoints(storage)
+        rebuilt = _from_checkpoints(storage)
         if rebuilt is not None:
             return rebuilt, error.what
         hint = "another program's directory? choose another one; damaged? restore this file"
@@ -114,7 +114,7 @@ def replace_identity(storage: Storage, identity: RunIdentity) -> None:
     write_identity(storage, identity)
 
 
-def _told_by_checkpoints(storage: Storage) -> RunIdentity | None:
+def _from_checkpoints(storage: Storage) -> RunIdentity | None:
     """Return the identity that the manifests tell, in a directory where a run has been at work.
 
     Checkpoints alone do not make one: somebody may have copied them here.
@@ -126,14 +126,14 @@ def _told_by_checkpoints(storage: Storage) -> RunIdentity | None:
             found = CheckpointFolder(storage, folder).read_manifest()
         except CheckpointError:
             continue
-        parent = _parent_told(storage)
+        parent = _parent_from_checkpoints(storage)
         is_taken_over = parent is not None and parent.run_id == found.run_id
         run_id = random_id() if is_taken_over else found.run_id
         return RunIdentity(run_id, found.created, parent)
     return None
 
 
-def _parent_told(storage: Storage) -> Lineage | None:
+def _parent_from_checkpoints(storage: Storage) -> Lineage | None:
     """Return where the history says that a branch comes from."""
     for event in Journal(storage, HISTORY_NAME).records(past_damage=True):
         if event.get("event") == "branched":

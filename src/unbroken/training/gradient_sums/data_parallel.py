@@ -38,8 +38,8 @@ class Division:
         is_sharded: Whether ranks hold a model together, by FSDP or tensor parallelism.
 
     Example:
-        >>> from unbroken.distributed import Alone
-        >>> Division.of(nn.Linear(1, 1), Alone()).parts
+        >>> from unbroken.distributed import SingleProcess
+        >>> Division.of(nn.Linear(1, 1), SingleProcess()).parts
         1
     """
 
