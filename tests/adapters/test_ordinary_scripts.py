@@ -76,3 +76,24 @@ def test_what_no_step_of_a_subclass_uses_may_change(edit, killed, by_server, tmp
     found = again(killed, tmp_path, by_server, *edit)
     assert found.get("step") == SAVED_AT, found
     assert [line.partition(":")[0] for line in found["differences"]] == ["code.script_digest"]
+
+
+def test_a_step_that_calls_no_step_of_the_host_resumes_exactly(by_server, tmp_path):
+    own = [
+        *("model.train()", "loss = self.compute_loss(model, inputs)"),
+        *("self.accelerator.backward(loss)", "loss = loss.detach()"),
+    ]
+    assert SUBCLASS.count(STEP) == 1
+    resumes_exactly(SUBCLASS.replace(STEP, "; ".join(own)), tmp_path, by_server)
+
+
+def test_a_run_that_a_callback_ended_says_so_when_it_is_started_again(by_server, tmp_path):
+    patient = "early_stopping_patience=50"
+    assert SUBCLASS.count(patient) == 1
+    program = SUBCLASS.replace(patient, "early_stopping_patience=1, early_stopping_threshold=9")
+    ended, again = (run(program, tmp_path, how=by_server) for _ in range(2))
+    assert (again["step"], again["verdict"]) == (SAVED_AT, "exact"), again
+    assert again["digest"] == ended["digest"]
+    lines = [line for line in again["output"].splitlines() if "nothing to do" in line]
+    assert [f"at step {SAVED_AT} of" in one for one in lines] == [True], again
+    assert "already (a callback ended the run); nothing to do" in lines[0]
