@@ -108,7 +108,7 @@ def _keys_of_the_samples(trainer: Trainer) -> None:
 
 
 def _keys_of_the_forward_passes(trainer: Trainer) -> None:
-    trainer._stepper._seed += 1
+    trainer._step_runner._seed += 1
 
 
 _OBJECTS = ("model", "optimizer", "scheduler", "scaler", "data", "statistics")

@@ -13,7 +13,7 @@ from distributed.ranks import run_ranks
 from scenarios import metrics, outcome
 from unbroken.data import BatchShape, CountedSource, Position
 from unbroken.distributed import StoreGroup
-from unbroken.training.per_rank_loaders import tell_places
+from unbroken.training.per_rank_loaders import exchange_loader_states
 
 FAILED = 3
 
@@ -96,7 +96,7 @@ def test_ranks_that_share_a_part_of_the_data_store_one_place():
         shape = BatchShape(8, 2, rank // 2, 2)  # ranks 0, 1 and 2, 3 are tensor parallel
         source = CountedSource([[1, 2], [3, 4]], seed=0, shape=shape)
         source.position = Position(samples=8, taken=1 + rank // 2)
-        tell_places(source, members[rank])
+        exchange_loader_states(source, members[rank])
         again = CountedSource([[1, 2], [3, 4]], seed=0, shape=shape)
         again.load_state_dict(source.state_dict())
         return [len(source.places), again.position.taken]

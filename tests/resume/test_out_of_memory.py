@@ -15,7 +15,7 @@ from scenarios import metrics, run_fresh
 from small_trainers import PAIRS, bits, small_trainer
 from unbroken.errors import ConfigError, DeviceMemoryError
 from unbroken.training import Callback
-from unbroken.training.oom_retry import is_out_of_memory
+from unbroken.training.step.oom_retry import is_out_of_memory
 
 
 class Wide(nn.Module):
@@ -225,7 +225,7 @@ def test_what_a_step_had_done_before_it_failed_is_undone(tmp_path):
     Late.seen_at, counting = 0, Counting()
     settings = {"log_data_digest": True, "trainer": {"callbacks": [counting]}}
     trainer = small_trainer(tmp_path, model=Late(8), micro_batch_size="auto", **settings)
-    trainer.portions.use(4)
+    trainer._run_state.use_micro_batch(4, trainer.source)
     trainer.train()
     assert trainer.config.micro_batch_size == 2
     assert counting.samples == trainer.progress.samples == trainer.model.seen == 48

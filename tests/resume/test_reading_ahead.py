@@ -298,7 +298,7 @@ def test_children_have_the_memory_that_was_not_taken(tmp_path):
 
 def test_a_model_that_is_evaluated_first_has_its_first_weights_and_resumes_then(run):
     trainer = small_trainer(run, model=made)
-    trainer._construction.initialise()
+    trainer._parts.construction.initialise()
     assert bits(trainer.model) == bits(net())
     trainer.load_checkpoint()
     assert bits(trainer.model) == bits(resumed_model(run, trainer))

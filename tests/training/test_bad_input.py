@@ -93,7 +93,7 @@ def while_another_trains(folder):
 
 def a_model_without_a_loss(folder):
     trainer = small_trainer(folder)
-    trainer._stepper._loss_fn = None
+    trainer._step_runner._loss_fn = None
     trainer.train()
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from unbroken.distributed import RankSums, SingleProcess, Tree
 from unbroken.errors import ConfigError
-from unbroken.training.gradient_sums.lanes import LaneSum
+from unbroken.training.gradient_sums.lanes import LaneReducer
 
 NUMEL = 1013  # of no other tensor
 
@@ -22,9 +22,9 @@ def one_parameter() -> nn.Module:
     return model
 
 
-def lane_sum(model: nn.Module, lanes: int = 1) -> LaneSum:
-    lane_sum = LaneSum(model, lanes, SingleProcess(), RankSums(SingleProcess()))
-    lane_sum.begin()
+def lane_sum(model: nn.Module, lanes: int = 1) -> LaneReducer:
+    lane_sum = LaneReducer(model, lanes, SingleProcess(), RankSums(SingleProcess()))
+    lane_sum.begin_step()
     return lane_sum
 
 
@@ -40,7 +40,7 @@ def test_of_all_lanes_log2_sums_are_held(lanes, most):
     model, held = one_parameter(), []
     sums = lane_sum(model, lanes)
     for lane in range(lanes):
-        with sums.lane_ends():
+        with sums.last_backward():
             model.weight.sum().mul(lane).backward()
         held.append(sets_of_gradients(model))
     assert max(held) == most
@@ -60,7 +60,7 @@ def test_gradients_that_are_kept_are_counted():
     model, kept = one_parameter(), []
     sums = lane_sum(model, 4)
     for _ in range(4):
-        with sums.lane_ends():
+        with sums.last_backward():
             model.weight.sum().backward()
             kept.append(torch.ones(NUMEL))
     assert sets_of_gradients(model) >= 4
@@ -82,7 +82,9 @@ def gradient_of_the_last_layer_when_the_first_has_its_own(model, backward_pass):
 def test_buckets_are_taken_while_the_backward_pass_runs():
     model = two_buckets()
     sums = lane_sum(model)
-    assert gradient_of_the_last_layer_when_the_first_has_its_own(model, sums.lane_ends()) is None
+    assert (
+        gradient_of_the_last_layer_when_the_first_has_its_own(model, sums.last_backward()) is None
+    )
 
 
 def test_gradients_are_left_to_gather_inside_a_lane():
@@ -96,8 +98,8 @@ def test_a_step_that_was_broken_off_leaves_nothing_to_the_next():
     model = one_parameter()
     sums = lane_sum(model)
     for _ in range(2):
-        sums.begin()
-        with sums.lane_ends():
+        sums.begin_step()
+        with sums.last_backward():
             model.weight.sum().backward()
     sums.add_loss(torch.tensor(0.5))
     assert sums.finish().item() == 0.5
@@ -109,9 +111,9 @@ def test_a_parameter_that_is_unfrozen_is_summed_from_the_next_step_on():
     model.late = nn.Parameter(torch.ones(1), requires_grad=False)
     sums = lane_sum(model, 2)
     model.late.requires_grad_(True)
-    sums.begin()
+    sums.begin_step()
     for _ in range(2):
-        with sums.lane_ends():
+        with sums.last_backward():
             (model.weight.sum() * model.late).sum().backward()
         sums.add_loss(torch.tensor(0.5))
     sums.finish()
@@ -121,7 +123,7 @@ def test_a_parameter_that_is_unfrozen_is_summed_from_the_next_step_on():
 def test_a_gradient_that_comes_after_it_was_sent_is_refused_by_name():
     model = one_parameter()
     sums = lane_sum(model)
-    with sums.lane_ends():
+    with sums.last_backward():
         model.weight.sum().backward()
         with pytest.raises(ConfigError, match=r"model\.weight: had a second gradient"):
             model.weight.sum().backward()

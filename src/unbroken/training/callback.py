@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from unbroken.data import derive_key
 from unbroken.stored_names import stored_class_name, stored_name
+from unbroken.training.rng import Randomness
+from unbroken.training.run_state import RunState
 
-if TYPE_CHECKING:
-    from unbroken.training.trainer import Trainer
+RunningTrainer = Any
+"""The Trainer whose run a callback follows.
+
+Not a protocol: a type checker would then refuse a callback that names `Trainer` itself, or a class
+of the user's made of it, for the argument of its hooks.
+"""
 
 
 @stored_name("unbroken.training.callback.Callback")
@@ -27,28 +34,28 @@ class Callback:
         ...             trainer.stop("loss is low enough")
     """
 
-    def on_train_begin(self, trainer: Trainer) -> None:
+    def on_train_begin(self, trainer: RunningTrainer) -> None:
         """Called once in each process, after resuming and before the first step."""
 
-    def on_micro_batch_end(self, trainer: Trainer) -> None:
+    def on_micro_batch_end(self, trainer: RunningTrainer) -> None:
         """Called after each backward pass, the optimizer's step still to come."""
 
-    def on_step_end(self, trainer: Trainer) -> None:
+    def on_step_end(self, trainer: RunningTrainer) -> None:
         """Called after each optimizer step."""
 
-    def on_log(self, trainer: Trainer, statistics: Mapping[str, Any]) -> None:
+    def on_log(self, trainer: RunningTrainer, statistics: Mapping[str, Any]) -> None:
         """Called after statistics were written."""
 
-    def on_evaluate(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    def on_evaluate(self, trainer: RunningTrainer, metrics: Mapping[str, float]) -> None:
         """Called after each evaluation."""
 
-    def on_save(self, trainer: Trainer, checkpoint: str) -> None:
+    def on_save(self, trainer: RunningTrainer, checkpoint: str) -> None:
         """Called after each commit of a checkpoint; what is changed here is in the next one.
 
         Of one that was made beside the training (`save_mode`), at the next edge of a step.
         """
 
-    def on_train_end(self, trainer: Trainer) -> None:
+    def on_train_end(self, trainer: RunningTrainer) -> None:
         """Called once when the run reached its end."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -101,3 +108,38 @@ def with_state(callbacks: Sequence[Callback]) -> dict[str, Callback]:
     return {
         name: one for name, one in named(callbacks).items() if type(one).state_dict is not plain
     }
+
+
+class Hooks:
+    """Calls the callbacks of a run; what they draw depends on the place in the run alone.
+
+    Args:
+        trainer: What each hook gets as its first argument.
+        callbacks: In the order in which they are called.
+        state: How far the run is.
+        randomness: The global generators.
+
+    Attributes:
+        callbacks: As given; more may be added.
+    """
+
+    def __init__(
+        self,
+        trainer: RunningTrainer,
+        callbacks: Sequence[Callback],
+        state: RunState,
+        randomness: Randomness,
+    ) -> None:
+        self.callbacks = list(callbacks)
+        self._trainer = trainer
+        self._state = state
+        self._randomness = randomness
+
+    def call(self, hook: str, *arguments: Any) -> None:
+        """Call a hook of every callback that has its own."""
+        calls = overridden(self.callbacks, hook)
+        if calls:
+            key = derive_key(self._state.config.seed, hook, self._state.progress.samples)
+            with self._randomness.keyed_by(key):
+                for call in calls:
+                    call(self._trainer, *arguments)

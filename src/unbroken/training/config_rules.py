@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from unbroken.changes.rules import METRIC, NOT_USED, RUN_LENGTH, SCHEDULE, UPDATES
 from unbroken.checkpoint import Difference, Rule, compare, gravest_first, unchanged
+from unbroken.data import BatchSource
+from unbroken.distributed import Group
 from unbroken.errors import ConfigError
 from unbroken.training.config import TrainerConfig, settings
 from unbroken.training.optim import factor_of
 from unbroken.training.progress import Progress, count_steps
-
-if TYPE_CHECKING:
-    from unbroken.training.trainer import Trainer
-
+from unbroken.training.run_state import RunState
 
 _SETTINGS = settings()
 _OF_THE_START = {name for name, one in _SETTINGS.items() if one.rule is None}
@@ -62,20 +61,37 @@ class Examination:
     """Adds to what differs in objects and data what differs in the configuration of a Trainer.
 
     Args:
-        trainer: The Trainer of this start.
-        own_optimizer: Whether its configuration made the optimizer.
+        state: Has the configuration of this start.
+        model: What is trained.
+        source: The training batches.
+        group: The ranks.
+        config_made_optimizer: Whether the configuration made the optimizer.
+        config_made_schedule: Likewise.
     """
 
-    def __init__(self, trainer: Trainer, *, own_optimizer: bool) -> None:
-        self._trainer = trainer
-        self._own_optimizer = own_optimizer
+    def __init__(
+        self,
+        state: RunState,
+        model: nn.Module,
+        source: BatchSource | None,
+        group: Group,
+        *,
+        config_made_optimizer: bool,
+        config_made_schedule: bool,
+    ) -> None:
+        self._state = state
+        self._model = model
+        self._source = source
+        self._group = group
+        self._config_made_optimizer = config_made_optimizer
+        self._config_made_schedule = config_made_schedule
 
     def __call__(
         self, facts: Mapping[str, Any], found: tuple[Difference, ...]
     ) -> tuple[Difference, ...]:
         """Return all differences from the checkpoint with these facts, and the settings kept."""
-        config, stored = self._trainer.config, by_todays_names(_mapping(facts, "config"))
-        refuse_unfinished_step(self._trainer, facts)
+        config, stored = self._state.config, by_todays_names(_mapping(facts, "config"))
+        refuse_unfinished_step(config, self._group, facts)
         now = config.to_dict()
         if config.micro_batch_size == "auto":
             now["micro_batch_size"] = stored.get("micro_batch_size")  # goes on with that size
@@ -83,7 +99,7 @@ class Examination:
         differences = gravest_first(self._by_both(one, stored, now) for one in compared)
         others = tuple(self._judged(one, stored) for one in found if not self._is_idle(one))
         same = unchanged(_comparable(stored), _comparable(now))
-        if stored and self._trainer.has_own_schedule:
+        if stored and self._config_made_schedule:
             differences = self._with_length(differences, others, facts)
         return (*differences, *others, *same)
 
@@ -93,7 +109,7 @@ class Examination:
         """Judge by both values what a setting alone cannot tell."""
         if difference.path == "optim" and {str(difference.stored), str(difference.now)} <= _ADAMW:
             return replace(difference, verdict="equivalent", effect=_KERNEL)
-        order = getattr(self._trainer.source, "order", None)
+        order = getattr(self._source, "order", None)
         if difference.path in ("dataloader_drop_last", "samples_per_epoch") and order is not None:
             sizes = {_samples_of_epoch(order.n, config) for config in (stored, now)}
             if len(sizes) == 1:
@@ -101,18 +117,18 @@ class Examination:
         return difference
 
     def _rules(self) -> dict[str, Rule]:
-        rules = rules_for(self._trainer.config, self._trainer.model)
-        if not self._own_optimizer:
+        rules = rules_for(self._state.config, self._model)
+        if not self._config_made_optimizer:
             rules.update(dict.fromkeys({*OPTIMIZER_SETTINGS, "optim"}, NOT_USED))
-        if not self._trainer.has_own_schedule:
+        if not self._config_made_schedule:
             rules.update(dict.fromkeys(SCHEDULE_SETTINGS - {"learning_rate"}, NOT_USED))
-        if not self._own_optimizer and self._trainer.config.lr_scheduler_type != "polynomial":
+        if not self._config_made_optimizer and self._state.config.lr_scheduler_type != "polynomial":
             rules["learning_rate"] = NOT_USED
         return rules
 
     @property
     def _evaluations_steer(self) -> bool:
-        return self._trainer.config.lr_scheduler_type == "reduce_lr_on_plateau"
+        return self._state.config.lr_scheduler_type == "reduce_lr_on_plateau"
 
     def _is_idle(self, difference: Difference) -> bool:
         """Return whether nobody can answer for what nothing depends on."""
@@ -127,7 +143,7 @@ class Examination:
 
     def _judged_by_lanes(self, difference: Difference, stored: Mapping[str, Any]) -> Difference:
         """Lanes make another number of ranks harmless."""
-        lanes = self._trainer.config.lanes
+        lanes = self._state.config.lanes
         if difference.path != "environment.world_size" or lanes is None:
             return difference
         if stored.get("lanes") != lanes:
@@ -142,9 +158,9 @@ class Examination:
         facts: Mapping[str, Any],
     ) -> tuple[Difference, ...]:
         """Tell what a run of another length does to a schedule that falls to its end."""
-        config = self._trainer.config
+        config = self._state.config
         progress = Progress.of(facts.get("progress"))
-        was, now = facts.get("max_steps"), count_steps(config, self._trainer.source, progress)
+        was, now = facts.get("max_steps"), count_steps(config, self._source, progress)
         if not isinstance(was, int) or now <= progress.step:
             return differences
         before, after = factor_of(config, was), factor_of(config, now)
@@ -196,16 +212,16 @@ def is_another_schedule(difference: Difference) -> bool:
     return of_length or difference.path == LENGTH
 
 
-def refuse_unfinished_step(trainer: Trainer, facts: Mapping[str, Any]) -> None:
+def refuse_unfinished_step(config: TrainerConfig, group: Group, facts: Mapping[str, Any]) -> None:
     """Raise where lanes or ranks would have to finish a step that one process began alone.
 
     Raises:
         ConfigError: If the checkpoint with these facts lies inside an accumulation window.
     """
-    shared = trainer.group.world_size > 1 or trainer.config.lanes is not None
+    shared = group.world_size > 1 or config.lanes is not None
     if shared and Progress.of(facts.get("progress")).pending:
         raise ConfigError(
-            "lanes" if trainer.config.lanes is not None else "world_size",
+            "lanes" if config.lanes is not None else "world_size",
             "the checkpoint lies inside a step, which one rank without lanes began",
             hint="finish the step as it was begun, or resume from a checkpoint between two steps",
         )

@@ -1,22 +1,27 @@
-"""One pass over the evaluation data."""
+"""Evaluations in the middle of a run: when, over which data, and what follows from them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice, zip_longest
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
+from unbroken.checkpoint import Cadence, Timer
 from unbroken.data import derive_key, keyed_random
 from unbroken.data.worker_signals import leave_signals_of
 from unbroken.distributed.dtensors import whole
-from unbroken.errors import ConfigError, DataError
+from unbroken.errors import ConfigError, DataError, DeviceMemoryError
 from unbroken.training.config import TrainerConfig
-from unbroken.training.gradient_sums.data_parallel import Division
-from unbroken.training.step import LossFn, Precision, compute_loss, to_device, weight_of
+from unbroken.training.rank_agreement import shared_metrics
+from unbroken.training.run_state import RunState
+from unbroken.training.setup import Parts
+from unbroken.training.step.forward import compute_loss, to_device, weight_of
+from unbroken.training.step.oom_retry import is_out_of_memory
 
 
 class Evaluator:
@@ -26,34 +31,19 @@ class Evaluator:
     mode of every submodule, are put back.
 
     Args:
-        forward: The model, or its compiled form.
+        parts: The model, and how ranks share the evaluation.
         config: `eval_batch_size`, `seed`.
-        collate_fn: Makes a batch of samples; None: PyTorch's default.
-        loss_fn: As `compute_loss` takes it.
-        precision: Autocast.
-        device: Where the model is.
-        division: How ranks share the evaluation.
     """
 
-    def __init__(
-        self,
-        forward: nn.Module,
-        config: TrainerConfig,
-        collate_fn: Callable[[list[Any]], Any] | None,
-        loss_fn: LossFn | None,
-        *,
-        precision: Precision,
-        device: torch.device,
-        division: Division,
-    ) -> None:
-        self._forward = forward
+    def __init__(self, parts: Parts, config: TrainerConfig) -> None:
+        self._forward = parts.forward
         self._batch_size = config.eval_batch_size or config.per_forward
         self._key = derive_key(config.seed, "evaluate")
-        self._collate_fn = collate_fn
-        self._loss_fn = loss_fn
-        self._precision = precision
-        self._device = device
-        self._division = division
+        self._collate_fn = parts.collate_fn
+        self._loss_fn = parts.loss_fn
+        self._precision = parts.precision
+        self._device = parts.device
+        self._division = parts.division
 
     def mean_loss(self, dataset: Any) -> float:
         """Return the mean loss over all labels.
@@ -82,7 +72,7 @@ class Evaluator:
         return sum(loss * weight for loss, weight in losses) / count
 
     def _own(self, dataset: Any) -> Iterator[tuple[Any, bool]]:
-        """Yield this rank's batches, every so manieth, and whether each counts.
+        """Yield this rank's batches, every n-th of n ranks, and whether its loss counts.
 
         FSDP gathers weights in each forward pass, so that all ranks need as many: where there
         is no batch left for this one, it runs another's once more, which does not count.
@@ -118,6 +108,84 @@ class Evaluator:
         return DataLoader(
             dataset, self._batch_size, collate_fn=self._collate_fn, generator=generator
         )
+
+
+class Evaluation:
+    """Evaluates a run when it is due, and judges what was found.
+
+    Args:
+        parts: The model, its schedule, and the ranks.
+        state: Has the settings, and the best metric so far.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(self, parts: Parts, state: RunState, clock: Callable[[], float]) -> None:
+        self._parts = parts
+        self._state = state
+        self._evaluator = Evaluator(parts, state.config)
+        cadence = Cadence(state.config.eval_steps, state.config.eval_minutes)
+        self._timer = Timer(cadence, clock)
+
+    def mean_loss(self, dataset: Any) -> float:
+        """Return the mean loss of the model over all labels; it gets its first weights if need be.
+
+        Raises:
+            ConfigError: If there is no data set.
+            DataError: If it gives no batch.
+        """
+        self._parts.construction.initialise()
+        return self._evaluator.mean_loss(dataset)
+
+    def is_due(self) -> bool:
+        """Return whether to evaluate now; the ranks need not see the same time."""
+        if not self._state.config.evaluates:
+            return False
+        due = self._timer.due(self._state.progress.step)
+        if self._state.config.eval_minutes is not None:
+            due = self._parts.group.any(due)
+        return due or self._state.is_finished
+
+    def metrics(self, evaluate: Callable[[], Mapping[str, float]]) -> dict[str, float]:
+        """Return what `evaluate` gives on rank 0, on all ranks.
+
+        Raises:
+            DeviceMemoryError: If there is not memory enough for it.
+        """
+        seed, step = self._state.config.seed, self._state.progress.step
+        self._parts.randomness.seed(derive_key(seed, "evaluate", step))
+        own = {name: float(value) for name, value in self._run(evaluate).items()}
+        metrics = shared_metrics(self._parts.group, own)
+        self._timer.done()
+        return metrics
+
+    def judge(self, metrics: Mapping[str, float]) -> bool:
+        """Return whether metrics are the best so far; a schedule that follows one of them does."""
+        config, scheduler = self._state.config, self._parts.scheduler
+        is_best = self._state.statistics.consider(metrics, self._state.progress.step, config)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step(metrics[config.metric_for_best_model])
+        return is_best
+
+    def reason_to_stop(self) -> str | None:
+        """Return why to end the run early; None: there is no reason."""
+        patience = self._state.config.early_stopping_patience
+        if patience is None or self._state.statistics.evaluations_without_gain < patience:
+            return None
+        return f"early stopping: {patience} evaluations without a better metric"
+
+    def _run(self, evaluate: Callable[[], Mapping[str, float]]) -> Mapping[str, float]:
+        try:
+            return evaluate()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            size = self._state.config.eval_batch_size or self._state.config.per_forward
+            raise DeviceMemoryError(
+                f"evaluation after step {self._state.progress.step}",
+                f"does not fit into the memory of {self._parts.device}",
+                found=f"eval_batch_size {size}: {error}",
+                hint=f"choose a smaller portion: eval_batch_size={max(1, size // 2)}",
+            ) from error
 
 
 def _rows(batch: Any) -> int:

@@ -15,7 +15,7 @@ from unbroken.stored_names import stored_name
 from unbroken.training.config import TrainerConfig
 from unbroken.training.gradient_sums.data_parallel import Division
 from unbroken.training.progress import Progress
-from unbroken.training.step import Stepped
+from unbroken.training.step.window import StepResult
 
 _NUMBER, _COUNT, _TEXT = (int, float), (int,), (str,)
 _KINDS: Mapping[str, tuple[tuple[type, ...], bool]] = {
@@ -54,11 +54,11 @@ class Statistics:
         self._logged_tokens = 0
         self._logged_seconds = 0.0
 
-    def add_step(self, stepped: Stepped) -> None:
+    def add_step(self, step: StepResult) -> None:
         """Count one optimizer step."""
-        self._loss_sum = self._loss_sum + stepped.loss.to(torch.float64)
-        self._grad_norm = stepped.grad_norm
-        self._learning_rate = stepped.learning_rate
+        self._loss_sum = self._loss_sum + step.loss.to(torch.float64)
+        self._grad_norm = step.grad_norm
+        self._learning_rate = step.learning_rate
         self._steps += 1
 
     def add_data(self, digests: Iterable[str]) -> None:

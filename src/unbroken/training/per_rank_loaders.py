@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Iterator, Mapping
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from unbroken.capture import decode, encode, types_in
 from unbroken.data import BatchSource, LoaderSource, MicroBatch
@@ -14,16 +14,13 @@ from unbroken.errors import CheckpointNotFoundError, DataError
 from unbroken.training.gradient_sums.data_parallel import Division
 from unbroken.training.metrics import batch_digest
 
-if TYPE_CHECKING:
-    from unbroken.training.trainer import Trainer
-
 
 def gives_own_batches(source: BatchSource | None, group: Group) -> bool:
     """Return whether each rank reads a loader of its own, whose place the others do not know."""
     return group.world_size > 1 and isinstance(source, LoaderSource) and not source.gives_samples
 
 
-def tell_places(source: BatchSource | None, group: Group) -> None:
+def exchange_loader_states(source: BatchSource | None, group: Group) -> None:
     """Let a loader's state hold the places of all ranks; every rank calls it before each save.
 
     Ranks that share a part of the data (tensor parallelism) stand at the same place.
@@ -32,8 +29,8 @@ def tell_places(source: BatchSource | None, group: Group) -> None:
         return
     loader = cast("LoaderSource", source)
     own = loader.rank_state()
-    told: Any = group.gather("the places of the loaders", [loader.shape.rank, _as_text(own)])
-    places = dict(reversed(told))  # the lowest rank speaks for its part
+    states: Any = group.gather("the places of the loaders", [loader.shape.rank, _as_text(own)])
+    places = dict(reversed(states))  # the lowest rank speaks for its part
     types = types_in(own)
     loader.places = [_from_text(places[part], types) for part in sorted(places)]
 
@@ -76,8 +73,8 @@ def _from_text(text: Any, types: Iterable[type]) -> Any:
     return decode(text["structure"], _Leaves(text["leaves"]), types=types)
 
 
-def rightly_dealt(
-    trainer: Trainer, windows: Iterable[list[MicroBatch]]
+def check_first_step_dealing(
+    windows: Iterable[list[MicroBatch]], source: BatchSource | None, division: Division
 ) -> Iterator[list[MicroBatch]]:
     """Yield the windows; raise before the first step if a loader does not deal as it must.
 
@@ -85,12 +82,12 @@ def rightly_dealt(
         DataError: All ranks were given the same batches; or samples that should be the same on
             all ranks are not.
     """
-    source, group, batches = trainer.source, trainer.group, iter(windows)
+    group, batches = division.group, iter(windows)
     if group.world_size > 1 and isinstance(source, LoaderSource):
         window = group.together("read the first batches", lambda: next(batches, None))
         if window is None:
             return
-        _refuse_wrong_dealing(trainer.division, source, window)
+        _refuse_wrong_dealing(division, source, window)
         yield window
     yield from batches
 

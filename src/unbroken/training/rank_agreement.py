@@ -2,73 +2,61 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import xxhash
+from torch import nn
 
 from unbroken.distributed import Group
 from unbroken.distributed.dtensors import is_dtensor
+from unbroken.training.gradient_sums.data_parallel import Division
+from unbroken.training.run_state import RunState
 
-if TYPE_CHECKING:
-    from unbroken.training.trainer import Trainer
 
-
-def agree_on_wishes(trainer: Trainer) -> None:
+def agree_on_requests(group: Group, state: RunState) -> None:
     """Let a stop or a save that one rank's callback asked for be that of all."""
-    group = trainer.group
-    if group.world_size == 1 or not group.any(
-        trainer.stop_reason is not None or trainer.save_wanted
-    ):
+    has_request = state.stop_reason is not None or state.save_requested
+    if group.world_size == 1 or not group.any(has_request):
         return
-    wishes: Any = group.gather(
-        "what callbacks asked for", [trainer.stop_reason, trainer.save_wanted]
-    )
-    trainer.stop_reason = next((reason for reason, _ in wishes if reason is not None), None)
-    trainer.save_wanted = any(wanted for _, wanted in wishes)
+    own = [state.stop_reason, state.save_requested]
+    requests: Any = group.gather("what callbacks asked for", own)
+    state.stop_reason = next((reason for reason, _ in requests if reason is not None), None)
+    state.save_requested = any(requested for _, requested in requests)
 
 
-def is_in_shared_window(trainer: Trainer) -> bool:
-    """Return whether an accumulation window is open that lanes or ranks share.
-
-    What they have gathered so far is not summed up yet: a save has to wait for the step.
-    """
-    shared = trainer.group.world_size > 1 or trainer.config.lanes is not None
-    return shared and trainer.progress.pending > 0
-
-
-def agree_on_the_beginning(trainer: Trainer) -> None:
+def agree_on_the_beginning(group: Group, model: nn.Module, max_steps: int) -> None:
     """Raise unless all ranks begin with the same weights and buffers, and take as many steps.
 
     Raises:
         RankError: Naming the ranks whose model is another one, or whose data are longer.
     """
-    if trainer.group.world_size == 1:
+    if group.world_size == 1:
         return
-    trainer.group.agree("the number of steps (max_steps gives it)", trainer.max_steps)
+    group.agree("the number of steps (max_steps gives it)", max_steps)
     digest = xxhash.xxh3_128()
-    for name, tensor in trainer.model.state_dict(keep_vars=True).items():
+    for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, torch.Tensor):
             digest.update(f"{name} {tensor.requires_grad}".encode())
             digest.update(b"" if is_dtensor(tensor) else _raw(tensor))
     what = "the weights to begin with (seed before the model is built)"
-    trainer.group.agree(what, digest.hexdigest())
+    group.agree(what, digest.hexdigest())
 
 
-def agree_on_buffers(trainer: Trainer) -> None:
+def agree_on_buffers(division: Division, model: nn.Module) -> None:
     """Raise where forward passes have changed a buffer otherwise on some rank: one is saved.
 
     Raises:
         RankError: Naming the buffer, and the ranks on which it is another one.
     """
-    if trainer.division.parts == 1:
+    if division.parts == 1:
         return
     buffers = {
         name: xxhash.xxh3_128(_raw(buffer)).hexdigest()
-        for name, buffer in trainer.model.named_buffers()
+        for name, buffer in model.named_buffers()
         if not is_dtensor(buffer)
     }
-    trainer.group.agree("model", buffers)
+    division.group.agree("model", buffers)
 
 
 def _raw(tensor: torch.Tensor) -> memoryview:

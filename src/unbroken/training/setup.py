@@ -3,38 +3,173 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from unbroken.capture import Stateful
-from unbroken.checkpoint import Checkpointer, ResumePolicy
-from unbroken.checkpoint.arguments import check_state
-from unbroken.checkpoint.checkpointer import TAKEN
-from unbroken.data import BatchSource, batch_source, derive_key
-from unbroken.distributed import Group, RankSums, join
-from unbroken.distributed.dtensors import is_dtensor
+from unbroken.data import BatchSource, MapSource, batch_source, derive_key
+from unbroken.distributed import Group, join
 from unbroken.errors import ConfigError
-from unbroken.storage import CompressedStorage, LocalStorage, Storage
-from unbroken.store import KeepEvery, KeepPolicy
-from unbroken.store.run.directory import as_directory_error
-from unbroken.training.callback import named, with_state
+from unbroken.storage import Storage
 from unbroken.training.config import LeftOpen, TrainerConfig
-from unbroken.training.config_rules import IN_DATA, LENGTH, LENGTH_SETTINGS, Examination
+from unbroken.training.config_rules import IN_DATA
 from unbroken.training.display import Display, Silence
-from unbroken.training.evaluation import Evaluator
-from unbroken.training.gradient_sums.data_parallel import Division
-from unbroken.training.gradient_sums.fsdp import FsdpSum
-from unbroken.training.gradient_sums.lanes import LaneSum
+from unbroken.training.gradient_sums.data_parallel import Division, without_ddp
+from unbroken.training.model_init import Construction, MakeModel
+from unbroken.training.optim import make_optimizer, make_scheduler, refuse_closures
+from unbroken.training.progress import count_steps
 from unbroken.training.rng import Randomness, seed_ambient
-from unbroken.training.step import LossFn, Stepper
+from unbroken.training.run_state import RunState
+from unbroken.training.step.forward import LossFn, Precision
 
-if TYPE_CHECKING:
-    from unbroken.training.trainer import Trainer
+
+@dataclass(frozen=True)
+class Given:
+    """What a user gives a Trainer to train, besides settings; the Trainer's docstring says more."""
+
+    model: nn.Module | MakeModel
+    train_dataset: Any
+    optimizer: Optimizer | None
+    scheduler: LRScheduler | None
+    collate_fn: Callable[[list[Any]], Any] | None
+    loss_fn: LossFn | None
+    storage: Storage | None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a Trainer is made of: made once, in the order of `build_parts`, and never exchanged.
+
+    Attributes:
+        group: The ranks.
+        division: How they share each step.
+        device: Where the model is.
+        construction: How the model got its first weights, or will.
+        model: Without DistributedDataParallel around it.
+        forward: The model, or its compiled form.
+        precision: Autocast, scaling, clipping.
+        source: The training batches; None: there is nothing to train on.
+        optimizer: Takes the steps.
+        scheduler: Stepped with it, unless it follows a metric.
+        config_made_optimizer: Whether the configuration made it, and not the user.
+        config_made_schedule: Likewise.
+        may_halve: Whether a step that does not fit is tried again in smaller micro-batches.
+        randomness: The global generators.
+        loss_fn: As `compute_loss` takes it.
+        collate_fn: Makes a batch of samples; None: PyTorch's default.
+    """
+
+    group: Group
+    division: Division
+    device: torch.device
+    construction: Construction
+    model: nn.Module
+    forward: nn.Module
+    precision: Precision
+    source: BatchSource | None
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    config_made_optimizer: bool
+    config_made_schedule: bool
+    may_halve: bool
+    randomness: Randomness
+    loss_fn: LossFn | None
+    collate_fn: Callable[[list[Any]], Any] | None
+
+    @property
+    def batches(self) -> BatchSource:
+        """The training batches.
+
+        Raises:
+            ConfigError: There are none.
+        """
+        if self.source is None:
+            raise ConfigError("train_dataset", "is needed for training")
+        return self.source
+
+    def begin_fresh(self, seed: int) -> None:
+        """Put the model and the ambient generators into the state that a fresh run begins in."""
+        # A model in evaluation mode as a whole was only loaded that way; one with some frozen
+        # parts in evaluation mode was put so on purpose.
+        if not self.model.training:
+            self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        seed_ambient(derive_key(seed, "ambient"))
+
+
+def build_parts(
+    given: Given, config: TrainerConfig, group: Group, on_skip: Callable[[int, int, float], None]
+) -> tuple[Parts, RunState]:
+    """Return the parts of a Trainer, and the state that its run begins in.
+
+    The order matters. A model that was made without weights gets memory only where the ranks
+    share it as `Division` has found, and an optimizer takes parameters that are on the device.
+
+    Raises:
+        ConfigError: If settings and arguments do not fit together.
+        DataError: If the data set is empty or shorter than a batch.
+    """
+    device = pick_device(config.device, group)
+    in_place = device.type == "cpu" and group.world_size == 1
+    construction = Construction(given.model, config, given.storage, reads_ahead=in_place)
+    model, data = without_ddp(construction.model, group), given.train_dataset
+    division = Division.of(model, group)
+    config = for_ranks(for_loader(config, data, division), division)
+    construction.make_room(device)
+    model = model.to(device)
+    precision = Precision(config, device)
+    source = None
+    if data is not None:
+        source = make_source(data, config, given.collate_fn, on_skip, division)
+    max_steps = count_steps(config, source)
+    optimizer = make_optimizer(model, config) if given.optimizer is None else given.optimizer
+    refuse_closures(optimizer)
+    scheduler = given.scheduler
+    if scheduler is None:
+        scheduler = make_scheduler(optimizer, config, max_steps)
+    may_halve = _may_halve(config, source)
+    parts = Parts(
+        group,
+        division,
+        device,
+        construction,
+        model,
+        prepared_for_forward(model, config),
+        precision,
+        source,
+        optimizer,
+        scheduler,
+        config_made_optimizer=given.optimizer is None,
+        config_made_schedule=given.scheduler is None,
+        may_halve=may_halve,
+        randomness=Randomness(cuda=device.type == "cuda"),
+        loss_fn=given.loss_fn,
+        collate_fn=given.collate_fn,
+    )
+    return parts, RunState(config, max_steps)
+
+
+def _may_halve(config: TrainerConfig, source: BatchSource | None) -> bool:
+    """Return whether `micro_batch_size="auto"` is asked for.
+
+    Raises:
+        ConfigError: If it is asked for data whose batches are not cut here.
+    """
+    if config.micro_batch_size != "auto":
+        return False
+    if source is not None and not isinstance(source, MapSource):
+        raise ConfigError(
+            "micro_batch_size",
+            '"auto" needs a map-style data set: a loader makes its batches itself',
+            found=type(source).__name__,
+        )
+    return True
 
 
 def joined(config: TrainerConfig | None) -> Group:
@@ -163,211 +298,6 @@ def make_source(
         may_change=[fact for name in config.allow for fact in IN_DATA.get(name, ())],
         rank=division.part,
         world_size=division.parts,
-    )
-
-
-def place_of_run(config: TrainerConfig, storage: Storage | None, group: Group) -> str | Storage:
-    """Return where the run directory is.
-
-    Raises:
-        ConfigError: Checkpoints are to be compressed, but the library for it is not installed.
-        RunDirectoryError: They are, and the directory cannot be made.
-    """
-    if not config.save_compressed:
-        return config.output_dir if storage is None else storage
-    with as_directory_error(config.output_dir):
-        if storage is None:
-            storage = LocalStorage(config.output_dir, create=group.rank == 0)
-        return CompressedStorage(storage)
-
-
-def make_checkpointer(
-    trainer: Trainer,
-    place: str | Storage,
-    state: Mapping[str, object],
-    settings: Mapping[str, Mapping[str, Any]] | None,
-    types: Sequence[type],
-    fingerprint: Callable[[], Mapping[str, Any]],
-    loss_fn: LossFn | None,
-    clock: Callable[[], float],
-    wall_clock: Callable[[], float],
-) -> Checkpointer:
-    """Return what saves and resumes the run of a trainer."""
-    config = trainer.config
-    checkpointer = Checkpointer(
-        place,
-        branch=config.branch,
-        save_steps=config.save_steps,
-        save_minutes=config.save_minutes,
-        max_lost_minutes=config.max_lost_minutes,
-        mtbf_hours=config.mtbf_hours,
-        keep=_keep_policy(config),
-        types=types,
-        clock=clock,
-        wall_clock=wall_clock,
-        settings=settings,
-        policy=_resume_policy(config),
-        fingerprint=fingerprint,
-        examine=Examination(trainer, own_optimizer=trainer.has_own_optimizer),
-        told=_made_by_settings(trainer),
-        group=trainer.group,
-        read_from=config.read_from,
-        per_rank=(),  # all is derived: the ranks have the same
-        save_mode=config.save_mode,
-        tell=trainer.display.note,
-        **_named_objects(trainer, state),
-    )
-    checkpointer.apart = ("callbacks", "scheduler", "trainer", *state)  # the user's own
-    checkpointer.attributes.more = partial(_followers, trainer, loss_fn)
-    checkpointer.attributes.reads_ahead = config.dataloader_num_workers > 0
-    return checkpointer
-
-
-def _followers(trainer: Trainer, loss_fn: LossFn | None) -> dict[str, object]:
-    """Return what else may remember something of a run, besides what is registered."""
-    callbacks = {f"callbacks.{name}": one for name, one in named(trainer.callbacks).items()}
-    return {"trainer": trainer, "loss": loss_fn, **callbacks}
-
-
-def _made_by_settings(trainer: Trainer) -> list[str]:
-    """Return the objects that the configuration made, and so tells enough of."""
-    made = {"optimizer": trainer.has_own_optimizer, "scheduler": trainer.has_own_schedule}
-    return [name for name, is_own in made.items() if is_own]
-
-
-def _resume_policy(config: TrainerConfig) -> ResumePolicy:
-    """Return which differences a run accepts: those it names, and what follows from them."""
-    follows = () if config.exact_resume == "require" else (LENGTH,)
-    follows = (*follows, *(LENGTH_SETTINGS if LENGTH in config.allow else ()))
-    parts = {"fp16": "scaler", "lr_scheduler_type": "scheduler", "optim": "optimizer"}
-    return ResumePolicy((*config.allow, *follows), config.skip, config.exact_resume, parts)
-
-
-def _named_objects(trainer: Trainer, more: Mapping[str, object]) -> dict[str, object]:
-    """Return all that a checkpoint of a run holds, by name.
-
-    Raises:
-        ConfigError: If `more` uses a name that is taken, or holds what cannot be saved.
-    """
-    callbacks = with_state(trainer.callbacks)
-    own = {
-        "model": trainer.model,
-        "optimizer": trainer.optimizer,
-        "scheduler": trainer.scheduler,
-        "scaler": trainer.precision.scaler,
-        "data": trainer.source,
-        "statistics": trainer.statistics,
-        "callbacks": callbacks,
-        "gradients": trainer.window,
-        "trainer": trainer if isinstance(trainer, Stateful) else None,
-    }
-    known = [name for name, value in own.items() if name != "trainer" or value is not None]
-    check_state(more, [*known, *TAKEN])
-    return {n: value for n, value in {**own, **more}.items() if value is not None}
-
-
-def refuse_missing_evaluation_data(trainer: Trainer) -> None:
-    """Raise before the first step, and not at the first evaluation hours later.
-
-    Raises:
-        ConfigError: If evaluation is asked for, has no data, and is not the user's own.
-    """
-    evaluate = getattr(trainer.evaluate, "__qualname__", "")
-    if trainer.config.evaluates and trainer.eval_dataset is None and evaluate == "Trainer.evaluate":
-        raise ConfigError("eval_dataset", "is needed for eval_steps or eval_minutes")
-
-
-def refuse_to_save(*, best_is_loaded: bool) -> None:
-    """Raise where what is in memory is not the whole state of the run.
-
-    Raises:
-        ConfigError: If the model holds its best weights.
-    """
-    if best_is_loaded:
-        raise ConfigError("save_checkpoint", "the model holds its best weights, not its last")
-
-
-def make_lanes(trainer: Trainer) -> LaneSum | FsdpSum | None:
-    """Return what sums gradients over lanes and ranks; None where there is one of both.
-
-    Raises:
-        ConfigError: If the model has batch statistics, which would be those of each portion;
-            or if sharded gradients were to be scaled.
-    """
-    division, model = trainer.division, trainer.model
-    if trainer.config.fp16 and any(is_dtensor(p) for p in model.parameters()):
-        hint = "use bf16, which needs no gradient scaling"
-        raise ConfigError("fp16", "is not for models that are sharded over ranks", hint=hint)
-    lanes = trainer.config.lanes or division.parts
-    if lanes == 1 and not division.by_fsdp:
-        return None
-    normal = nn.modules.batchnorm._BatchNorm  # noqa: SLF001 (the base of all of them)
-    found = [name for name, m in model.named_modules() if isinstance(m, normal)]
-    if found:
-        raise ConfigError(
-            f"model.{found[0]}",
-            "its statistics would be those of each rank's or lane's samples",
-            hint="use another normalisation (GroupNorm, LayerNorm), or one rank without lanes",
-        )
-    if division.by_fsdp:
-        return FsdpSum(model, division)
-    sums = RankSums(trainer.group, division.replicas)
-    return LaneSum(model, lanes // division.parts, trainer.group, sums)
-
-
-def make_stepper(
-    trainer: Trainer, forward: nn.Module, loss_fn: LossFn | None, randomness: Randomness
-) -> Stepper:
-    """Return what takes the optimizer steps of a trainer."""
-    return Stepper(
-        forward,
-        trainer.optimizer,
-        trainer.scheduler,
-        precision=trainer.precision,
-        window=trainer.window,
-        loss_fn=loss_fn,
-        device=trainer.device,
-        division=trainer.division,
-        lanes=make_lanes(trainer),
-        randomness=randomness,
-        seed=trainer.config.seed,
-    )
-
-
-def make_ready(trainer: Trainer) -> None:
-    """Put the model and the ambient generators into the state that a fresh run begins in."""
-    # A model in evaluation mode as a whole was only loaded that way; one with some frozen
-    # parts in evaluation mode was put so on purpose.
-    if not trainer.model.training:
-        trainer.model.train()
-    trainer.optimizer.zero_grad(set_to_none=True)
-    seed_ambient(derive_key(trainer.config.seed, "ambient"))
-
-
-def make_evaluator(
-    trainer: Trainer,
-    forward: nn.Module,
-    collate_fn: Callable[[list[Any]], Any] | None,
-    loss_fn: LossFn | None,
-) -> Evaluator:
-    """Return what computes the loss of evaluation data."""
-    return Evaluator(
-        forward,
-        trainer.config,
-        collate_fn,
-        loss_fn,
-        precision=trainer.precision,
-        device=trainer.device,
-        division=trainer.division,
-    )
-
-
-def _keep_policy(config: TrainerConfig) -> KeepPolicy:
-    """Return which checkpoints stay."""
-    every = config.keep_every_n_steps
-    return KeepPolicy(
-        last=config.save_total_limit,
-        every=() if every is None else (KeepEvery(every),),
     )
 
 

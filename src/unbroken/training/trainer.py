@@ -5,227 +5,77 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Any, NoReturn
+from typing import Any, Generic, NoReturn, TypeVar, overload
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
-from unbroken.capture import files_of_processor
+from unbroken.capture import Stateful
 from unbroken.checkpoint import (
     Cadence,
     Checkpointer,
     Preemption,
     ResumeFrom,
     ResumeReport,
-    Selection,
     Timer,
-    TrainingStopped,
 )
 from unbroken.checkpoint.arguments import check_kinds
 from unbroken.checkpoint.preemption import agreed_reason
-from unbroken.data import BatchSource, MicroBatch, derive_key
+from unbroken.data import MicroBatch
 from unbroken.data.worker_signals import is_end_of_a_worker
 from unbroken.distributed import Group
-from unbroken.errors import ConfigError, DeviceMemoryError
+from unbroken.errors import ConfigError
 from unbroken.storage import Storage
-from unbroken.stored_names import to_stored
-from unbroken.training import rank_agreement
-from unbroken.training.callback import Callback, overridden
+from unbroken.training.callback import Callback, Hooks, named
+from unbroken.training.checkpoints import (
+    RunCheckpoints,
+    RunFacts,
+    make_checkpointer,
+    objects_to_save,
+)
 from unbroken.training.config import TrainerConfig
 from unbroken.training.display import Display
-from unbroken.training.gradient_sums.data_parallel import Division, without_ddp
-from unbroken.training.memory import keep_freed_memory
-from unbroken.training.metrics import DataDigest, Statistics
-from unbroken.training.model_init import Construction, MakeModel
-from unbroken.training.oom_retry import Halving, is_out_of_memory
-from unbroken.training.optim import make_optimizer, make_scheduler, refuse_closures
-from unbroken.training.per_rank_loaders import rightly_dealt, tell_places
-from unbroken.training.progress import Pace, Progress, TrainResult, count_steps, epoch_at
-from unbroken.training.rank_agreement import agree_on_buffers, shared_metrics
-from unbroken.training.resume import already_over, go_on, run_fingerprint
-from unbroken.training.rng import Randomness, deterministic_kernels
-from unbroken.training.setup import (
-    for_loader,
-    for_ranks,
-    joined,
-    make_checkpointer,
-    make_evaluator,
-    make_ready,
-    make_source,
-    make_stepper,
-    pick_device,
-    pick_display,
-    place_of_run,
-    prepared_for_forward,
-    refuse_missing_evaluation_data,
-    refuse_to_save,
-)
-from unbroken.training.step import LossFn, Precision, Window, tokens_of
+from unbroken.training.evaluation import Evaluation
+from unbroken.training.metrics import Statistics
+from unbroken.training.model_init import MakeModel
+from unbroken.training.per_rank_loaders import check_first_step_dealing
+from unbroken.training.progress import Pace, Progress, TrainResult
+from unbroken.training.rank_agreement import agree_on_requests, agree_on_the_beginning
+from unbroken.training.resume import run_fingerprint
+from unbroken.training.rng import deterministic_kernels
+from unbroken.training.setup import Given, build_parts, joined, pick_display
+from unbroken.training.step.forward import LossFn
+from unbroken.training.step.memory import keep_freed_memory
+from unbroken.training.step.oom_retry import OomRetry
+from unbroken.training.step.runner import StepRunner
+from unbroken.training.step.window import Window
 
-# How a Trainer saves: what stands in a checkpoint, who hears of it, the save before a stop.
+T = TypeVar("T")
 
 
-class FilesBeside:
-    """The files of a tokenizer, beside the weights of each checkpoint and in the run directory.
+class OfState(Generic[T]):
+    """An attribute of a Trainer that is one of its `RunState`, by the same name."""
 
-    Args:
-        checkpointer: What saves the run.
-        processor: The tokenizer, or anything with `save_pretrained(folder)`; None: there is none.
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
 
-    Raises:
-        ConfigError: It has no such method.
-    """
+    @overload
+    def __get__(self, trainer: None, owner: type) -> OfState[T]: ...
 
-    def __init__(self, checkpointer: Checkpointer, processor: object) -> None:
-        self._checkpointer = checkpointer
-        self._files = {} if processor is None else files_of_processor(processor)
-        if self._files:
-            usual = checkpointer.layout
-            checkpointer.layout = lambda of: usual(of).with_files(lambda: self._files)
+    @overload
+    def __get__(self, trainer: Trainer, owner: type) -> T: ...
 
-    def put_into_the_run(self) -> None:
-        """Have them stand in the run directory; done by rank 0, once the start is accepted.
+    def __get__(self, trainer: Trainer | None, owner: type) -> OfState[T] | T:
+        if trainer is None:
+            return self
+        value: T = getattr(trainer._run_state, self._name)  # noqa: SLF001 (the one that it stands for)
+        return value
 
-        Raises:
-            RunDirectoryError: It cannot be written.
-        """
-        if self._checkpointer.group.rank == 0:
-            for name, data in self._files.items():
-                self._checkpointer.run.put_file(name, data)
-
-
-def save_now(trainer: Trainer) -> str:
-    """Save everything as it is now; return the folder of the checkpoint."""
-    trainer.checkpointer.best_step = trainer.statistics.best_step
-    values, facts = _what_to_save(trainer)
-    deterministic = deterministic_kernels(trainer.config.full_determinism, trainer.device)
-    with trainer.randomness.ambient(), deterministic:
-        return trainer.checkpointer.save(trainer.progress.step, values, facts=facts)
-
-
-def _what_to_save(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the values that `go_on` needs, and the facts that the next start compares."""
-    agree_on_buffers(trainer)
-    tell_places(trainer.source, trainer.group)
-    progress = to_stored(trainer.progress)
-    values = {
-        "progress": progress,
-        "stop_reason": trainer.stop_reason,
-        "micro_batch_size": trainer.config.per_forward,
-    }
-    config = trainer.config.to_dict()
-    return values, {"progress": progress, "config": config, "max_steps": trainer.max_steps}
-
-
-def hear_of_saves(trainer: Trainer, *, wait: bool = False) -> None:
-    """Tell of the checkpoints that became durable since the last call.
-
-    Args:
-        trainer: The trainer.
-        wait: Until all that was saved is durable.
-
-    Raises:
-        SaveError: What a save failed at.
-    """
-    if wait:
-        trainer.checkpointer.wait()
-    committed = trainer.checkpointer.committed()
-    for path in committed:
-        cost = trainer.checkpointer.cost
-        trainer.pace.save_took(0.0 if cost is None else cost.durable)
-        trainer.call("on_save", path)
-    cadence = trainer.checkpointer.cadence
-    if cadence is not None:
-        trainer.display.saves(cadence, saved=bool(committed))
-
-
-@contextmanager
-def telling_of_an_early_stop(trainer: Trainer) -> Iterator[None]:
-    """Say it where a signal ends a start before its first step."""
-    try:
-        yield
-    except TrainingStopped as end:
-        if end.step is None:
-            trainer.display.note(str(end))
-        raise
-
-
-def stopped(trainer: Trainer, reason: str) -> TrainingStopped:
-    """Return the end of a run that was asked to stop, told when all that was saved is durable.
-
-    Raises:
-        SaveError: What a save failed at.
-    """
-    hear_of_saves(trainer, wait=True)
-    end = TrainingStopped(trainer.progress.step, reason)
-    trainer.checkpointer.note_event({"event": "stopped", "step": end.step, "by": reason})
-    trainer.display.note(str(end))
-    return end
-
-
-# Evaluations in the middle of a run, and what follows from them.
-
-
-def place_of(trainer: Trainer) -> dict[str, Any]:
-    """Return where the run is, for a line of statistics."""
-    return {"step": trainer.progress.step, "epoch": round(trainer.progress.epoch, 6)}
-
-
-def eval_is_due(trainer: Trainer) -> bool:
-    """Return whether to evaluate now; the ranks need not see the same time."""
-    due = trainer.eval_timer.due(trainer.progress.step)
-    return due if trainer.config.eval_minutes is None else trainer.group.any(due)
-
-
-def evaluate_and_judge(trainer: Trainer) -> bool:
-    """Evaluate, and do what follows from it; return whether the model is the best so far."""
-    config, step = trainer.config, trainer.progress.step
-    trainer.randomness.seed(derive_key(config.seed, "evaluate", step))
-    own = {name: float(value) for name, value in _evaluated(trainer).items()}
-    metrics = shared_metrics(trainer.group, own)
-    trainer.eval_timer.done()
-    trainer.record({**place_of(trainer), **metrics})
-    best = trainer.statistics.consider(metrics, step, config)
-    if isinstance(trainer.scheduler, ReduceLROnPlateau):
-        trainer.scheduler.step(metrics[config.metric_for_best_model])
-    patience = config.early_stopping_patience
-    if patience is not None and trainer.statistics.evaluations_without_gain >= patience:
-        trainer.stop(f"early stopping: {patience} evaluations without a better metric")
-    trainer.call("on_evaluate", metrics)
-    return best
-
-
-def _evaluated(trainer: Trainer) -> dict[str, float]:
-    """Return the metrics.
-
-    Raises:
-        DeviceMemoryError: If there is not memory enough for it.
-    """
-    try:
-        return trainer.evaluate()
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        size = trainer.config.eval_batch_size or trainer.config.per_forward
-        raise DeviceMemoryError(
-            f"evaluation after step {trainer.progress.step}",
-            f"does not fit into the memory of {trainer.device}",
-            found=f"eval_batch_size {size}: {error}",
-            hint=f"choose a smaller portion: eval_batch_size={max(1, size // 2)}",
-        ) from error
-
-
-def load_best(trainer: Trainer) -> bool:
-    """Put the best weights into the model, if asked for; return whether they are there now."""
-    best = trainer.statistics.best_step
-    if not trainer.config.load_best_model_at_end or best is None:
-        return False
-    trainer.checkpointer.load(best, ["model"])
-    return True
+    def __set__(self, trainer: Trainer, value: T) -> None:
+        setattr(trainer._run_state, self._name, value)  # noqa: SLF001
 
 
 class Trainer:
@@ -277,6 +127,14 @@ class Trainer:
         8
     """
 
+    config = OfState[TrainerConfig]()
+    max_steps = OfState[int]()
+    progress = OfState[Progress]()
+    statistics = OfState[Statistics]()
+    stop_reason = OfState["str | None"]()
+    save_requested = OfState[bool]()
+    resume_report = OfState[ResumeReport]()
+
     def __init__(
         self,
         model: nn.Module | MakeModel,
@@ -301,64 +159,57 @@ class Trainer:
     ) -> None:
         check_kinds(group=group, callbacks=callbacks, types=types, settings=settings, state=state)
         check_kinds(clock=clock, wall_clock=wall_clock)
-        self.group = joined(config) if group is None else group
-        config = config or TrainerConfig()
-        self.device = pick_device(config.device, self.group)
-        in_place = self.device.type == "cpu" and self.group.world_size == 1
-        self._construction = Construction(model, config, storage, reads_ahead=in_place)
-        model = without_ddp(self._construction.model, self.group)
-        self.division = Division.of(model, self.group)
-        config = for_loader(config, train_dataset, self.division)
-        self.config = config = for_ranks(config, self.division)
-        self._construction.make_room(self.device)
-        self.model = model = model.to(self.device)
-        self.eval_dataset = eval_dataset
-        self.callbacks = list(callbacks)
-        self.precision = Precision(config, self.device)
-        self.display = pick_display(display, self.group)
-        self.source = None
-        if train_dataset is not None:
-            skipping = self.display.skipping
-            self.source = make_source(train_dataset, config, collate_fn, skipping, self.division)
-        self.max_steps = count_steps(config, self.source)
-        self.optimizer = make_optimizer(model, config) if optimizer is None else optimizer
-        refuse_closures(self.optimizer)
-        self.has_own_optimizer, self.has_own_schedule = optimizer is None, scheduler is None
-        if scheduler is None:
-            scheduler = make_scheduler(self.optimizer, config, self.max_steps)
-        self.scheduler = scheduler
-        self.portions = Halving(self)
-        self.statistics, self.progress = Statistics(), Progress()
-        self.resume_report = ResumeReport(step=0)
-        self._is_loaded = False
-        self._clock, self._wall_clock, self._counted_until = clock, wall_clock, clock()
-        self._forward = prepared_for_forward(model, config)
-        self.randomness = Randomness(cuda=self.device.type == "cuda")
-        self.window = Window(model, self.division)
-        self._stepper = make_stepper(self, self._forward, loss_fn, self.randomness)
-        self._evaluator = make_evaluator(self, self._forward, collate_fn, loss_fn)
-        self._data_digest = DataDigest(self.statistics, self.division)
-        self.stop_reason: str | None = None
-        self._saved: Progress | None = None
-        self._at_edge = self.save_wanted = self._best_is_loaded = False
-        self.pace = Pace(clock)
-        self._log_timer = Timer(Cadence(config.logging_steps, config.logging_minutes), clock)
-        self.eval_timer = Timer(Cadence(config.eval_steps, config.eval_minutes), clock)
-        fingerprint = partial(run_fingerprint, self, train_dataset, collate_fn, loss_fn)
-        place = place_of_run(config, storage, self.group)
-        self.checkpointer = make_checkpointer(
-            self, place, state or {}, settings, types, fingerprint, loss_fn, clock, wall_clock
+        self.group = group = joined(config) if group is None else group
+        display = pick_display(display, group)
+        given = Given(model, train_dataset, optimizer, scheduler, collate_fn, loss_fn, storage)
+        self._parts, self._run_state = parts, run_state = build_parts(
+            given, config or TrainerConfig(), group, on_skip=display.skipping
         )
+        self.device, self.division, self.model = parts.device, parts.division, parts.model
+        self.optimizer, self.scheduler = parts.optimizer, parts.scheduler
+        self.precision, self.source = parts.precision, parts.source
+        self.eval_dataset, self.randomness = eval_dataset, parts.randomness
+        self._clock, self._wall_clock, self._counted_until = clock, wall_clock, clock()
+        self._hooks = hooks = Hooks(self, callbacks, run_state, parts.randomness)
+        self.window = window = Window(parts.model, parts.division)
+        retry = OomRetry(parts, run_state, window, hooks, self._announce)
+        self._step_runner = StepRunner(parts, run_state, window, hooks, retry)
+        self._at_edge = False
+        self.pace = Pace(clock)
+        logging = Cadence(self.config.logging_steps, self.config.logging_minutes)
+        self._log_timer = Timer(logging, clock)
+        self._evaluation = Evaluation(parts, run_state, clock)
+        fingerprint = partial(self._fingerprint, train_dataset)
+        facts = RunFacts(settings, types, fingerprint, self._followers)
+        self.checkpointer = self._make_checkpointer(state or {}, facts, storage, display.note)
         self.checkpointer.comparison.one_data_set = hasattr(train_dataset, "__getitem__")
-        self.checkpointer.ahead = self._construction.ahead
-        self.checkpointer.gives_all = True
-        self._files_beside = FilesBeside(self.checkpointer, processing_class)
+        self._run_checkpoints = RunCheckpoints(
+            self.checkpointer,
+            parts,
+            run_state,
+            hooks=hooks,
+            display=display,
+            pace=self.pace,
+            processor=processing_class,
+        )
 
     @property
-    def _batches(self) -> BatchSource:
-        if self.source is None:
-            raise ConfigError("train_dataset", "is needed for training")
-        return self.source
+    def callbacks(self) -> list[Callback]:
+        """The followers of the run; more may be added."""
+        return self._hooks.callbacks
+
+    @callbacks.setter
+    def callbacks(self, callbacks: list[Callback]) -> None:
+        self._hooks.callbacks = callbacks
+
+    @property
+    def display(self) -> Display:
+        """What shows the run."""
+        return self._run_checkpoints.display
+
+    @display.setter
+    def display(self, display: Display) -> None:
+        self._run_checkpoints.display = display
 
     def train(self, resume_from_checkpoint: ResumeFrom = None) -> TrainResult:
         """Train from the newest intact checkpoint, or from the start, to the end of the run.
@@ -376,47 +227,84 @@ class Trainer:
             CheckpointError: If the checkpoint asked for cannot be used.
             SaveError: If a checkpoint could not be saved; earlier ones are as they were.
         """
-        refuse_missing_evaluation_data(self)
+        self._refuse_missing_evaluation_data()
+        state, checkpoints = self._run_state, self._run_checkpoints
+        with self._session() as preemption:
+            report = self._begin(resume_from_checkpoint)
+            self.pace.step_begins()
+            with self.randomness.keyed():
+                for micro_batches in self._micro_batches_of_steps(preemption):
+                    preemption.training_begins()
+                    if self._step_runner.run(micro_batches) is None:
+                        continue  # it did not fit into memory: again, in smaller micro-batches
+                    self._count_time()
+                    checkpoints.poll()
+                    self._at_edge = (
+                        True  # saves that callbacks ask for wait for the end of the edge
+                    )
+                    self.call("on_step_end")
+                    agree_on_requests(self.group, state)
+                    self._log_if_due()
+                    self._evaluate_if_due()
+                    agree_on_requests(self.group, state)
+                    self._at_edge = False
+                    checkpoints.save_if_due(self.save_checkpoint)  # last: it holds all the rest
+                    self.display.advance(state.progress.step)
+                    self._stop_if_asked(preemption)
+            checkpoints.poll(wait=True)
+            checkpoints.load_best()
+            self.call("on_train_end")
+        return TrainResult(state.progress, state.stop_reason, state.statistics.best_metric, report)
+
+    @contextmanager
+    def _session(self) -> Iterator[Preemption]:
+        """Hold what a run needs while it trains; on leaving all is as it was before."""
         with ExitStack() as stack:
             stack.push(self.checkpointer)
             stack.callback(self.display.close)
-            stack.callback(self._batches.close)
+            stack.callback(self._parts.batches.close)
             stack.enter_context(deterministic_kernels(self.config.full_determinism, self.device))
             keep_freed_memory(self.device)
             limit, clock = self.config.max_seconds(), self._clock
             preemption = Preemption(max_seconds=limit, clock=clock, wall_clock=self._wall_clock)
             stack.enter_context(preemption)
-            stack.enter_context(telling_of_an_early_stop(self))
-            report = self._begin(resume_from_checkpoint)
-            self._loop(preemption)
-            hear_of_saves(self, wait=True)
-            self._best_is_loaded = load_best(self)
-            self.call("on_train_end")
-            return TrainResult(self.progress, self.stop_reason, self.statistics.best_metric, report)
+            stack.enter_context(self._run_checkpoints.noting_an_early_stop())
+            yield preemption
 
-    def _loop(self, preemption: Preemption) -> None:
-        self.pace.step_begins()
-        with self.randomness.keyed():
-            for micro_batches in rightly_dealt(self, self._windows(preemption)):
-                preemption.training_begins()
-                if not self._train_step(micro_batches):
-                    continue
-                self._at_step_edge()
-                self.pace.step_is_over()
-                preemption.margin_seconds = self.pace.seconds_to_stop()
-                reason = agreed_reason(self.group, preemption.reason())
-                if reason is not None and not self._finished():
-                    self._stop(reason)
+    def _begin(self, which: ResumeFrom) -> ResumeReport:
+        state, checkpoints = self._run_state, self._run_checkpoints
+        if which is not None or not checkpoints.is_loaded:
+            self.load_checkpoint(state.config.resume_from_checkpoint if which is None else which)
+        checkpoints.training_begins()
+        self._counted_until = self._clock()
+        report = state.resume_report
+        self.display.report(report)
+        if report.resumed and state.is_finished:
+            self.display.note(state.already_over())
+        self.display.start(total=state.max_steps, step=state.progress.step)
+        if not report.resumed:
+            self._parts.begin_fresh(state.config.seed)
+            if state.config.save_at_start:
+                self.save_checkpoint()
+        agree_on_the_beginning(self.group, self.model, state.max_steps)
+        self.call("on_train_begin")
+        self.checkpointer.attributes.restore(again=True)
+        return state.resume_report
+
+    def _micro_batches_of_steps(self, preemption: Preemption) -> Iterator[list[MicroBatch]]:
+        """Yield the micro-batches of one optimizer step after the other, until the end."""
+        windows = self._windows(preemption)
+        return check_first_step_dealing(windows, self.source, self.division)
 
     def _windows(self, preemption: Preemption) -> Iterator[list[MicroBatch]]:
-        """Yield the micro-batches of one optimizer step after the other, until the end."""
-        if self._finished():
+        state, source = self._run_state, self._parts.batches
+        if state.is_finished:
             return
-        batches, size = self._batches.from_(), self.config.per_forward
-        while not self._finished():
-            if size != self.config.per_forward:  # the last step did not fit into memory
-                batches, size = self._batches.from_(), self.config.per_forward
-            missing = self._batches.shape.accumulation - self.progress.pending
+        batches, size = source.from_(), state.config.per_forward
+        while not state.is_finished:
+            if size != state.config.per_forward:  # the last step did not fit into memory
+                batches, size = source.from_(), state.config.per_forward
+            missing = source.shape.accumulation - state.progress.pending
             try:
                 window = list(islice(batches, missing))
             except RuntimeError as error:
@@ -430,64 +318,44 @@ class Trainer:
         if reason is not None and is_whole and is_end_of_a_worker(error):
             self._stop(reason)
 
-    def _finished(self) -> bool:
-        return self.progress.step >= self.max_steps or self.stop_reason is not None
+    def _stop_if_asked(self, preemption: Preemption) -> None:
+        self.pace.step_is_over()
+        preemption.margin_seconds = self.pace.seconds_to_stop()
+        reason = agreed_reason(self.group, preemption.reason())
+        if reason is not None and not self._run_state.is_finished:
+            self._stop(reason)
 
-    def _train_step(self, micro_batches: list[MicroBatch]) -> bool:
-        """Return whether the step was taken; else it is to be tried again in smaller portions."""
-        tokens_before = self.progress.tokens
-        run = partial(self._stepper.run, micro_batches, after_each=self._after_micro_batch)
-        stepped = self.portions.attempt(run)
-        if stepped is None:
-            return False
-        if self.division.parts > 1:
-            self.progress = replace(self.progress, tokens=tokens_before + self.window.tokens)
-            self._data_digest.step_is_over()
-        self.progress = self.progress.after_step(epoch_at(self.progress, self._batches))
-        self.statistics.add_step(stepped)
-        self._count_time()
-        return True
-
-    def _after_micro_batch(self, micro: MicroBatch) -> None:
-        self._batches.used(micro)
-        if self.config.log_data_digest:
-            self._data_digest.add(micro.data)
-        self.progress = self.progress.after_micro_batch(
-            samples=micro.after.samples, tokens=tokens_of(micro.data)
-        )
-        self.call("on_micro_batch_end")
-
-    def _at_step_edge(self) -> None:
-        """Do what is due between two steps; saving comes last and so holds all the rest."""
-        hear_of_saves(self)
-        step, self._at_edge = self.progress.step, True
-        self.call("on_step_end")
-        rank_agreement.agree_on_wishes(self)
-        if self._log_timer.due(step) or self._finished():
-            self._log()
-        if self.config.evaluates and (eval_is_due(self) or self._finished()):
-            improved = evaluate_and_judge(self)
-            self.save_wanted |= improved and self.config.load_best_model_at_end
-        rank_agreement.agree_on_wishes(self)
-        self._at_edge = False
-        if self.checkpointer.is_due(step) or self.save_wanted or self._finished():
+    def _stop(self, reason: str) -> NoReturn:
+        if not self._run_checkpoints.is_saved:
             self.save_checkpoint()
-        self.display.advance(step)
+        raise self._run_checkpoints.stopped(reason)
 
-    def _log(self) -> None:
+    def _log_if_due(self) -> None:
+        state = self._run_state
+        if not self._log_timer.due(state.progress.step) and not state.is_finished:
+            return
         self._count_time()
-        self.record(record := {**place_of(self), **self.statistics.log(self.progress)})
+        record = {**state.position(), **state.statistics.log(state.progress)}
+        self.record(record)
         self._log_timer.done()
         self.call("on_log", record)
 
+    def _evaluate_if_due(self) -> None:
+        """Evaluate; the best so far may ask for a save, and too long without it ends the run."""
+        state = self._run_state
+        if not self._evaluation.is_due():
+            return
+        metrics = self._evaluation.metrics(self.evaluate)
+        self.record({**state.position(), **metrics})
+        is_best = self._evaluation.judge(metrics)
+        if (reason := self._evaluation.reason_to_stop()) is not None:
+            self.stop(reason)
+        self.call("on_evaluate", metrics)
+        state.save_requested |= is_best and state.config.load_best_model_at_end
+
     def call(self, hook: str, *arguments: Any) -> None:
         """Call a hook of every callback; what they draw depends on the place in the run alone."""
-        calls = overridden(self.callbacks, hook)
-        if calls:
-            key = derive_key(self.config.seed, hook, self.progress.samples)
-            with self.randomness.keyed_by(key):
-                for call in calls:
-                    call(self, *arguments)
+        self._hooks.call(hook, *arguments)
 
     def record(self, record: Mapping[str, Any]) -> None:
         """Write one line of statistics, and show it."""
@@ -499,8 +367,7 @@ class Trainer:
 
         Override it to add metrics of your own; `metric_for_best_model` may name any of them.
         """
-        self._construction.initialise()
-        return {"eval_loss": self._evaluator.mean_loss(self.eval_dataset)}
+        return {"eval_loss": self._evaluation.mean_loss(self.eval_dataset)}
 
     def stop(self, reason: str = "stop() was called") -> None:
         """End the run after the current step, as if it had reached `max_steps`."""
@@ -513,58 +380,66 @@ class Trainer:
         the step is finished first. Asked for between two steps, by a callback, it is made when
         all that belongs to the step has happened.
         """
-        if self._at_edge or rank_agreement.is_in_shared_window(self):
-            self.save_wanted = True
+        if self._at_edge or self._run_checkpoints.must_wait():
+            self.save_requested = True
             return self.checkpointer.path(self.progress.step + (not self._at_edge))
-        refuse_to_save(best_is_loaded=self._best_is_loaded)
-        if self.progress == Progress():
-            make_ready(self)
         self._count_time()
-        path = save_now(self)
-        self._saved, self.save_wanted = self.progress, False
-        hear_of_saves(self)
-        return path
+        return self._run_checkpoints.save()
 
     def load_checkpoint(self, which: ResumeFrom = "latest") -> ResumeReport:
         """Put a saved state into everything; `train` goes on there. As `Checkpointer.resume`."""
-        if Selection.parse(which).kind == "never" and self.progress != Progress():
-            raise ConfigError("train", 'make a new Trainer for "never"', found=str(self.progress))
-        self.group.agree("the configuration", self.config.to_dict())
-        with ExitStack() as stack:
-            stack.callback(self._construction.initialise)  # unless a checkpoint brings weights
-            stack.enter_context(deterministic_kernels(self.config.full_determinism, self.device))
-            report = self.resume_report = self.checkpointer.resume(which)
-            self._files_beside.put_into_the_run()
-            if report.resumed:
-                self._construction.has_weights()
-        if report.resumed:
-            go_on(self, report)
-        self._is_loaded = True
-        return report
+        return self._run_checkpoints.resume(which)
 
-    def _begin(self, which: ResumeFrom) -> ResumeReport:
-        if which is not None or not self._is_loaded:
-            self.load_checkpoint(self.config.resume_from_checkpoint if which is None else which)
-        self._is_loaded = False  # what is in memory after this start is no whole checkpoint
-        self._best_is_loaded = False
-        self._counted_until = self._clock()
-        self.display.report(self.resume_report)
-        if self.resume_report.resumed and self._finished():
-            self.display.note(already_over(self))
-        self.display.start(total=self.max_steps, step=self.progress.step)
-        if not self.resume_report.resumed:
-            make_ready(self)
-            if self.config.save_at_start:
-                self.save_checkpoint()
-        rank_agreement.agree_on_the_beginning(self)
-        self.call("on_train_begin")
-        self.checkpointer.attributes.restore(again=True)
-        return self.resume_report
+    def _refuse_missing_evaluation_data(self) -> None:
+        """Raise before the first step, and not at the first evaluation hours later.
 
-    def _stop(self, reason: str) -> NoReturn:
-        if self._saved != self.progress:
-            self.save_checkpoint()
-        raise stopped(self, reason)
+        Raises:
+            ConfigError: If evaluation is asked for, has no data, and is not the user's own.
+        """
+        evaluate = getattr(self.evaluate, "__qualname__", "")
+        if self.config.evaluates and self.eval_dataset is None and evaluate == "Trainer.evaluate":
+            raise ConfigError("eval_dataset", "is needed for eval_steps or eval_minutes")
+
+    def _make_checkpointer(
+        self,
+        more: Mapping[str, object],
+        facts: RunFacts,
+        storage: Storage | None,
+        note: Callable[[str], None],
+    ) -> Checkpointer:
+        stateful = self if isinstance(self, Stateful) else None
+        own = (self._parts, self._run_state, self.window, self.callbacks)
+        checkpointer = make_checkpointer(
+            self._parts,
+            self._run_state,
+            objects_to_save(*own, stateful_trainer=stateful, more=more),
+            facts,
+            storage=storage,
+            note=note,
+            clock=self._clock,
+            wall_clock=self._wall_clock,
+        )
+        checkpointer.apart = ("callbacks", "scheduler", "trainer", *more)  # the user's own
+        return checkpointer
+
+    def _followers(self) -> dict[str, object]:
+        """Return what else may remember something of a run, besides what is registered."""
+        callbacks = {f"callbacks.{name}": one for name, one in named(self.callbacks).items()}
+        return {"trainer": self, "loss": self._parts.loss_fn, **callbacks}
+
+    def _fingerprint(self, dataset: Any) -> dict[str, Any]:
+        objects = {**self.checkpointer.objects, **self.checkpointer.attributes.bare}
+        return run_fingerprint(
+            self._parts,
+            self.callbacks,
+            {name: one for name, one in objects.items() if one is not self},
+            subclass=self,
+            train_dataset=dataset,
+            eval_dataset=self.eval_dataset,
+        )
+
+    def _announce(self, event: dict[str, Any], line: str) -> None:
+        self._run_checkpoints.announce(event, line)
 
     def _count_time(self) -> None:
         """Add the seconds since the last call to the run's."""

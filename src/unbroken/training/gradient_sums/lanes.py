@@ -137,7 +137,7 @@ def _shaped_as(parameter: Tensor, part: Tensor) -> Tensor:
     return part.as_strided(parameter.shape, parameter.stride())
 
 
-class LaneSum:
+class LaneReducer:
     """Sums the gradients and the loss of one step, lane by lane, and then over the ranks.
 
     A parameter without a gradient in a lane counts as zeros there; one that has none in any lane
@@ -160,7 +160,7 @@ class LaneSum:
         self._lanes_taken = self._buckets_taken = 0
         self._is_ending = False
 
-    def begin(self) -> None:
+    def begin_step(self) -> None:
         """Begin a step, whatever became of the one before."""
         trainable = [parameter for parameter in self._names if parameter.requires_grad]
         laid_out = {id(p) for bucket in self._buckets for p in bucket.parameters}
@@ -176,7 +176,8 @@ class LaneSum:
         for hook in self._hooks:
             hook.remove()
         self._buckets = in_buckets(trainable, self._sums.padded)
-        hooks = [(partial(_tell, ref(self), number), b) for number, b in enumerate(self._buckets)]
+        notify = partial(partial, _on_gradient_ready, ref(self))
+        hooks = [(notify(number), bucket) for number, bucket in enumerate(self._buckets)]
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
             for hook, bucket in hooks
@@ -184,7 +185,7 @@ class LaneSum:
         ]
 
     @contextmanager
-    def lane_ends(self) -> Iterator[None]:
+    def last_backward(self) -> Iterator[None]:
         """Take the gradients of a lane during its last backward pass; none is left after it."""
         self._buckets_taken, self._is_ending = 0, True
         for bucket in self._buckets:
@@ -247,7 +248,7 @@ class LaneSum:
         )
 
 
-def _tell(sums: ref[LaneSum], bucket: int, parameter: Tensor) -> None:
-    """Tell of a gradient; weakly, as the garbage collector does not see what a hook holds."""
-    if (there := sums()) is not None:
+def _on_gradient_ready(reducer: ref[LaneReducer], bucket: int, parameter: Tensor) -> None:
+    """Pass a gradient on; weakly, as the garbage collector does not see what a hook holds."""
+    if (there := reducer()) is not None:
         there.on_gradient(bucket, parameter)

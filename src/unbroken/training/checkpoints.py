@@ -1,0 +1,396 @@
+"""The checkpoints of a Trainer's run: what is in one, saving, and resuming."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from unbroken.capture import files_of_processor
+from unbroken.checkpoint import (
+    Checkpointer,
+    ResumeFrom,
+    ResumePolicy,
+    ResumeReport,
+    Selection,
+    TrainingStopped,
+    may_go_on,
+)
+from unbroken.checkpoint.arguments import check_state
+from unbroken.checkpoint.checkpointer import TAKEN
+from unbroken.distributed import Group
+from unbroken.errors import ConfigError, CorruptCheckpointError
+from unbroken.storage import CompressedStorage, LocalStorage, Storage
+from unbroken.store import KeepEvery, KeepPolicy
+from unbroken.store.run.directory import as_directory_error
+from unbroken.training.callback import Callback, Hooks, with_state
+from unbroken.training.config import TrainerConfig
+from unbroken.training.config_rules import (
+    JUDGING_SETTINGS,
+    LENGTH,
+    LENGTH_SETTINGS,
+    METRIC_SETTINGS,
+    Examination,
+)
+from unbroken.training.display import Display
+from unbroken.training.per_rank_loaders import exchange_loader_states
+from unbroken.training.progress import Pace, Progress
+from unbroken.training.rank_agreement import agree_on_buffers
+from unbroken.training.resume import settle_length, take_effect
+from unbroken.training.rng import deterministic_kernels
+from unbroken.training.run_state import RunState
+from unbroken.training.setup import Parts
+from unbroken.training.step.window import Window
+
+# The Checkpointer of a Trainer: what the configuration says of it.
+
+
+def run_directory(config: TrainerConfig, storage: Storage | None, group: Group) -> str | Storage:
+    """Return where the run directory is.
+
+    Raises:
+        ConfigError: Checkpoints are to be compressed, but the library for it is not installed.
+        RunDirectoryError: They are, and the directory cannot be made.
+    """
+    if not config.save_compressed:
+        return config.output_dir if storage is None else storage
+    with as_directory_error(config.output_dir):
+        if storage is None:
+            storage = LocalStorage(config.output_dir, create=group.rank == 0)
+        return CompressedStorage(storage)
+
+
+def objects_to_save(
+    parts: Parts,
+    state: RunState,
+    window: Window,
+    callbacks: Sequence[Callback],
+    *,
+    stateful_trainer: object | None,
+    more: Mapping[str, object],
+) -> dict[str, object]:
+    """Return all that a checkpoint of a run holds, by name.
+
+    Raises:
+        ConfigError: If `more` uses a name that is taken, or holds what cannot be saved.
+    """
+    own = {
+        "model": parts.model,
+        "optimizer": parts.optimizer,
+        "scheduler": parts.scheduler,
+        "scaler": parts.precision.scaler,
+        "data": parts.source,
+        "statistics": state.statistics,
+        "callbacks": with_state(callbacks),
+        "gradients": window,
+        "trainer": stateful_trainer,
+    }
+    known = [name for name, value in own.items() if name != "trainer" or value is not None]
+    check_state(more, [*known, *TAKEN])
+    return {n: value for n, value in {**own, **more}.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a run depends on besides the objects that are saved; the next start compares it.
+
+    Attributes:
+        settings: The user's own, in groups.
+        types: Classes of namedtuples and enums inside saved state.
+        fingerprint: Returns the facts of data, loss and callbacks.
+        followers: Returns what else may remember something of the run.
+    """
+
+    settings: Mapping[str, Mapping[str, Any]] | None
+    types: Sequence[type]
+    fingerprint: Callable[[], Mapping[str, Any]]
+    followers: Callable[[], dict[str, object]]
+
+
+def make_checkpointer(
+    parts: Parts,
+    state: RunState,
+    objects: Mapping[str, object],
+    facts: RunFacts,
+    *,
+    storage: Storage | None,
+    note: Callable[[str], None],
+    clock: Callable[[], float],
+    wall_clock: Callable[[], float],
+) -> Checkpointer:
+    """Return what saves and resumes a run; `note` is called with each line to show."""
+    config = state.config
+    by_config = {"optimizer": parts.config_made_optimizer, "scheduler": parts.config_made_schedule}
+    checkpointer = Checkpointer(
+        run_directory(config, storage, parts.group),
+        branch=config.branch,
+        save_steps=config.save_steps,
+        save_minutes=config.save_minutes,
+        max_lost_minutes=config.max_lost_minutes,
+        mtbf_hours=config.mtbf_hours,
+        keep=_keep_policy(config),
+        types=facts.types,
+        clock=clock,
+        wall_clock=wall_clock,
+        settings=facts.settings,
+        policy=_resume_policy(config),
+        fingerprint=facts.fingerprint,
+        examine=_examination(parts, state),
+        told=[name for name, is_made in by_config.items() if is_made],
+        group=parts.group,
+        read_from=config.read_from,
+        per_rank=(),  # all is derived: the ranks have the same
+        save_mode=config.save_mode,
+        tell=note,
+        **objects,
+    )
+    checkpointer.attributes.more = facts.followers
+    checkpointer.attributes.reads_ahead = config.dataloader_num_workers > 0
+    checkpointer.ahead = parts.construction.ahead
+    checkpointer.gives_all = True
+    return checkpointer
+
+
+def _examination(parts: Parts, state: RunState) -> Examination:
+    return Examination(
+        state,
+        parts.model,
+        parts.source,
+        parts.group,
+        config_made_optimizer=parts.config_made_optimizer,
+        config_made_schedule=parts.config_made_schedule,
+    )
+
+
+def _resume_policy(config: TrainerConfig) -> ResumePolicy:
+    """Return which differences a run accepts: those it names, and what follows from them."""
+    follows = () if config.exact_resume == "require" else (LENGTH,)
+    follows = (*follows, *(LENGTH_SETTINGS if LENGTH in config.allow else ()))
+    parts = {"fp16": "scaler", "lr_scheduler_type": "scheduler", "optim": "optimizer"}
+    return ResumePolicy((*config.allow, *follows), config.skip, config.exact_resume, parts)
+
+
+def _keep_policy(config: TrainerConfig) -> KeepPolicy:
+    """Return which checkpoints stay."""
+    every = config.keep_every_n_steps
+    return KeepPolicy(
+        last=config.save_total_limit,
+        every=() if every is None else (KeepEvery(every),),
+    )
+
+
+# Saving, resuming, and what is done with finished saves.
+
+
+class ProcessorFiles:
+    """The files of a tokenizer, beside the weights of each checkpoint and in the run directory.
+
+    Args:
+        checkpointer: What saves the run.
+        processor: The tokenizer, or anything with `save_pretrained(folder)`; None: there is none.
+
+    Raises:
+        ConfigError: It has no such method.
+    """
+
+    def __init__(self, checkpointer: Checkpointer, processor: object) -> None:
+        self._checkpointer = checkpointer
+        self._files = {} if processor is None else files_of_processor(processor)
+        if self._files:
+            usual = checkpointer.layout
+            checkpointer.layout = lambda of: usual(of).with_files(lambda: self._files)
+
+    def put_into_the_run(self) -> None:
+        """Have them stand in the run directory; done by rank 0, once the start is accepted.
+
+        Raises:
+            RunDirectoryError: It cannot be written.
+        """
+        if self._checkpointer.group.rank == 0:
+            for name, data in self._files.items():
+                self._checkpointer.run.put_file(name, data)
+
+
+class RunCheckpoints:
+    """Saves a run, says which saves are durable, and brings the run back.
+
+    Args:
+        checkpointer: Writes and reads the checkpoints.
+        parts: What the run is made of.
+        state: Where the run is.
+        hooks: Called for each checkpoint that is durable.
+        display: Shows notes.
+        pace: Counts how long saves take.
+        processor: The tokenizer, whose files are saved too, or None.
+
+    Attributes:
+        display: As given; may be exchanged.
+        is_loaded: Whether a checkpoint was just loaded, as a whole, and no step taken since.
+    """
+
+    def __init__(
+        self,
+        checkpointer: Checkpointer,
+        parts: Parts,
+        state: RunState,
+        *,
+        hooks: Hooks,
+        display: Display,
+        pace: Pace,
+        processor: object,
+    ) -> None:
+        self._checkpointer = checkpointer
+        self._parts = parts
+        self._state = state
+        self._hooks = hooks
+        self.display = display
+        self._pace = pace
+        self._processor_files = ProcessorFiles(checkpointer, processor)
+        self._saved: Progress | None = None
+        self._best_is_loaded = self.is_loaded = False
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the last save of this process holds where the run is."""
+        return self._saved == self._state.progress
+
+    def must_wait(self) -> bool:
+        """Return whether an accumulation window is open that lanes or ranks share.
+
+        What they have gathered so far is not summed up yet: a save has to wait for the step.
+        """
+        state = self._state
+        shared = self._parts.group.world_size > 1 or state.config.lanes is not None
+        return shared and state.progress.pending > 0
+
+    def save(self) -> str:
+        """Save everything as it is now; return the folder of the checkpoint.
+
+        Raises:
+            ConfigError: If the model holds its best weights: that is not the state of the run.
+        """
+        parts, state = self._parts, self._state
+        if self._best_is_loaded:
+            raise ConfigError("save_checkpoint", "the model holds its best weights, not its last")
+        if state.progress == Progress():
+            parts.begin_fresh(state.config.seed)
+        self._checkpointer.best_step = state.statistics.best_step
+        agree_on_buffers(parts.division, parts.model)
+        exchange_loader_states(parts.source, parts.group)
+        values, facts = state.to_save()
+        with parts.randomness.ambient(), self._deterministic():
+            path = self._checkpointer.save(state.progress.step, values, facts=facts)
+        self._saved, state.save_requested = state.progress, False
+        self.poll()
+        return path
+
+    def save_if_due(self, save: Callable[[], str]) -> None:
+        """Save between two steps, where time, a request or the end of the run asks for it."""
+        state = self._state
+        is_due = self._checkpointer.is_due(state.progress.step)
+        if is_due or state.save_requested or state.is_finished:
+            save()
+
+    def poll(self, *, wait: bool = False) -> None:
+        """Call `on_save` for the checkpoints that became durable since the last call.
+
+        Args:
+            wait: Until all that was saved is durable.
+
+        Raises:
+            SaveError: What a save failed at.
+        """
+        if wait:
+            self._checkpointer.wait()
+        committed = self._checkpointer.committed()
+        for path in committed:
+            cost = self._checkpointer.cost
+            self._pace.save_took(0.0 if cost is None else cost.durable)
+            self._hooks.call("on_save", path)
+        cadence = self._checkpointer.cadence
+        if cadence is not None:
+            self.display.saves(cadence, saved=bool(committed))
+
+    def announce(self, event: dict[str, Any], line: str) -> None:
+        """Write an event into the history of the run, and show a line."""
+        self._checkpointer.note_event(event)
+        self.display.note(line)
+
+    def stopped(self, reason: str) -> TrainingStopped:
+        """Return the end of a run that was asked to stop, when all that was saved is durable.
+
+        Raises:
+            SaveError: What a save failed at.
+        """
+        self.poll(wait=True)
+        end = TrainingStopped(self._state.progress.step, reason)
+        self.announce({"event": "stopped", "step": end.step, "by": reason}, str(end))
+        return end
+
+    @contextmanager
+    def noting_an_early_stop(self) -> Iterator[None]:
+        """Say it where a signal ends a start before its first step."""
+        try:
+            yield
+        except TrainingStopped as end:
+            if end.step is None:
+                self.display.note(str(end))
+            raise
+
+    def training_begins(self) -> None:
+        """Take note that from here on memory holds no whole checkpoint."""
+        self.is_loaded = self._best_is_loaded = False
+
+    def load_best(self) -> None:
+        """Put the best weights into the model, if asked for."""
+        best = self._state.statistics.best_step
+        if self._state.config.load_best_model_at_end and best is not None:
+            self._checkpointer.load(best, ["model"])
+            self._best_is_loaded = True
+
+    def resume(self, which: ResumeFrom) -> ResumeReport:
+        """Put a saved state into everything. As `Checkpointer.resume`."""
+        state, construction = self._state, self._parts.construction
+        if Selection.parse(which).kind == "never" and state.progress != Progress():
+            raise ConfigError("train", 'make a new Trainer for "never"', found=str(state.progress))
+        self._parts.group.agree("the configuration", state.config.to_dict())
+        with ExitStack() as stack:
+            stack.callback(construction.initialise)  # unless a checkpoint brings weights
+            stack.enter_context(self._deterministic())
+            report = state.resume_report = self._checkpointer.resume(which)
+            self._processor_files.put_into_the_run()
+            if report.resumed:
+                construction.has_weights()
+        if report.resumed:
+            self._bring_state_back(report)
+        self.is_loaded = True
+        return report
+
+    def _deterministic(self) -> Any:
+        return deterministic_kernels(self._state.config.full_determinism, self._parts.device)
+
+    def _bring_state_back(self, report: ResumeReport) -> None:
+        """Bring the state, and what is derived from the configuration, to where the run is."""
+        parts, state, values = self._parts, self._state, self._checkpointer.values
+        changed = {difference.path: difference for difference in report.differences}
+        if not isinstance(values, dict) or not isinstance(values.get("stop_reason"), str | None):
+            found = repr(values)[:80]
+            raise CorruptCheckpointError("values", "are not those of a run", found=found)
+        state.progress = Progress.of(values.get("progress"))
+        again = changed.keys() & JUDGING_SETTINGS
+        ends_otherwise = again or self._callbacks_end_otherwise()
+        state.stop_reason = None if ends_otherwise else values.get("stop_reason")
+        if changed.keys() & METRIC_SETTINGS:
+            state.statistics.forget_best()
+        micro = values.get("micro_batch_size")
+        is_size = isinstance(micro, int) and micro > 0 and state.config.batch_size % micro == 0
+        if parts.may_halve and isinstance(micro, int) and is_size:
+            state.use_micro_batch(micro, parts.source)
+        settle_length(parts, state)
+        take_effect(parts, state, self._checkpointer.comparison.built, changed)
+
+    def _callbacks_end_otherwise(self) -> bool:
+        """Return whether what may have ended the run is not what it was."""
+        now = self._checkpointer.comparison.facts["fingerprint"]["callbacks"]
+        return may_go_on(self._checkpointer.resumed_facts, now)

@@ -1,0 +1,182 @@
+"""A step that does not fit into the device's memory: a clear error, or smaller micro-batches."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unbroken.checkpoint import Difference
+from unbroken.data import Position
+from unbroken.errors import DeviceMemoryError, UnbrokenError
+from unbroken.training.callback import Callback, Hooks, overridden, with_state
+from unbroken.training.config_rules import rules_for
+from unbroken.training.progress import Progress
+from unbroken.training.run_state import RunState
+from unbroken.training.setup import Parts
+from unbroken.training.step.memory import give_back_freed_memory
+from unbroken.training.step.window import StepResult, Window
+
+# The errors by which PyTorch says that there is no memory left.
+
+
+_SIGNS = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "CUDA error: out of memory",
+    "CUDA out of memory",
+    "HIP out of memory",
+    "MPS backend out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+    "CUSPARSE_STATUS_INSUFFICIENT_RESOURCES",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory could not be had.
+
+    CUDA's own allocator has a class for it; the CPU's, and libraries that ask the driver for
+    memory themselves, say it in the text of a RuntimeError.
+
+    Example:
+        >>> is_out_of_memory(torch.OutOfMemoryError()), is_out_of_memory(RuntimeError("shape"))
+        (True, False)
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if not isinstance(error, RuntimeError) or isinstance(error, UnbrokenError):
+        return False
+    text = str(error)
+    return any(sign in text for sign in _SIGNS)
+
+
+@dataclass(frozen=True)
+class StepSnapshot:
+    """What the micro-batches of a step change, as it was before the first of them."""
+
+    progress: Progress
+    position: Position
+    data_digest: str | None
+    buffers: tuple[tuple[Tensor, Tensor], ...]
+    callbacks: tuple[tuple[Callback, Any], ...]
+
+    @classmethod
+    def of(cls, parts: Parts, state: RunState, callbacks: Sequence[Callback]) -> StepSnapshot:
+        """Take note of it; buffers and the state of callbacks are copied."""
+        buffers = tuple((b, b.detach().clone()) for b in parts.model.buffers())
+        following = [c for c in with_state(callbacks).values() if _follows_portions(c)]
+        states = tuple((c, copy.deepcopy(c.state_dict())) for c in following)
+        position = Position() if parts.source is None else parts.source.position
+        return cls(state.progress, position, state.statistics.data_digest, buffers, states)
+
+    def restore(self, parts: Parts, state: RunState, window: Window) -> None:
+        """Make it as if the step had not been begun."""
+        parts.model.zero_grad(set_to_none=True)
+        parts.optimizer.zero_grad(set_to_none=True)  # a loss may have parameters too
+        window.clear()
+        state.progress = self.progress
+        state.statistics.data_digest = self.data_digest
+        if parts.source is not None:
+            parts.source.position = self.position
+        with torch.no_grad():
+            for buffer, before in self.buffers:
+                buffer.copy_(before)
+        for callback, before in self.callbacks:
+            callback.load_state_dict(before)
+
+
+def _follows_portions(callback: Callback) -> bool:
+    return bool(overridden([callback], "on_micro_batch_end"))
+
+
+class OomRetry:
+    """Halves the micro-batch when a step does not fit, if `micro_batch_size="auto"` asks for it.
+
+    Args:
+        parts: The model, its optimizer and its data.
+        state: Put back to the beginning of the step; its configuration has the size in use.
+        window: Emptied before the step is tried again.
+        hooks: Callbacks that follow micro-batches get back the state before the step.
+        announce: Called with an event for the history of the run, and a line to show.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        state: RunState,
+        window: Window,
+        hooks: Hooks,
+        announce: Callable[[dict[str, Any], str], None],
+    ) -> None:
+        self._parts = parts
+        self._state = state
+        self._window = window
+        self._hooks = hooks
+        self._announce = announce
+
+    def attempt(self, step: Callable[[], StepResult]) -> StepResult | None:
+        """Run one step; None: it did not fit and is to be tried again in smaller portions.
+
+        Raises:
+            DeviceMemoryError: If it did not fit and cannot be made smaller, or must not be.
+        """
+        parts, state = self._parts, self._state
+        start = None
+        if parts.may_halve:
+            start = StepSnapshot.of(parts, state, self._hooks.callbacks)
+        try:
+            return step()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if start is None or not self._can_be_halved(start):
+                raise self._as_ours(error) from error
+        # After the error is gone, and with it what it held:
+        start.restore(parts, state, self._window)
+        give_back_freed_memory(parts.device)
+        self._halve()
+        return None
+
+    def _halve(self) -> None:
+        state, before = self._state, self._state.config.per_forward
+        size = before // 2
+        state.use_micro_batch(size, self._parts.source)
+        verdict, effect = rules_for(state.config, self._parts.model)["micro_batch_size"]
+        difference = Difference("micro_batch_size", before, size, effect, verdict)
+        report = state.resume_report
+        state.resume_report = replace(report, differences=(*report.differences, difference))
+        event = {"event": "micro_batch_size", "step": state.progress.step, "from": before}
+        self._announce({**event, "to": size, "verdict": verdict}, f"out of memory: {difference}")
+
+    def _can_be_halved(self, start: StepSnapshot) -> bool:
+        config, pending = self._state.config, self._state.progress.pending
+        verdict, _ = rules_for(config, self._parts.model)["micro_batch_size"]
+        in_update = pending == config.gradient_accumulation_steps
+        return (
+            verdict == "equivalent"
+            and config.per_forward % 2 == 0
+            and config.exact_resume != "require"
+            and not in_update
+            and start.progress.pending == 0
+        )
+
+    def _as_ours(self, error: BaseException) -> DeviceMemoryError:
+        config, is_auto = self._state.config, self._parts.may_halve
+        size = config.per_forward
+        auto = "" if is_auto else ' or "auto"'
+        smaller = f"micro_batch_size={size // 2}{auto}; " if size > 1 else ""
+        if is_auto and config.exact_resume == "require":
+            smaller = f'exact_resume="prefer", so that it may be halved; {smaller}'
+        return DeviceMemoryError(
+            f"step {self._state.progress.step + 1}",
+            f"does not fit into the memory of {self._parts.device}",
+            found=f"micro_batch_size {size}: {error}",
+            hint=f"choose a smaller portion: {smaller}gradient_checkpointing=True saves more; "
+            "the batch, and so the training, stays the same",
+        )
