@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from scenarios import metrics
 from small_trainers import PAIRS, bits, small_model, small_trainer, steps_in
 from unbroken.checkpoint import EXIT_STOPPED, Checkpointer
 from unbroken.errors import ConfigError
-from unbroken.training import Callback
+from unbroken.training import Callback, Silence, Trainer, TrainerConfig
 
 
 class SaveAtStep(Callback):
@@ -46,6 +47,21 @@ class Draws(Callback):
 
     def on_save(self, trainer, checkpoint) -> None:
         torch.rand(1), np.random.rand()
+
+
+def test_a_subclass_that_overrides_call_hears_of_every_hook(tmp_path):
+    class Listening(Trainer):
+        heard: ClassVar[set[str]] = set()
+
+        def call(self, hook, *arguments):
+            self.heard.add(hook)
+            super().call(hook, *arguments)
+
+    config = TrainerConfig(output_dir=str(tmp_path), max_steps=2, save_steps=1, eval_steps=1)
+    loss, parts = torch.nn.CrossEntropyLoss(), {"eval_dataset": PAIRS, "display": Silence()}
+    Listening(small_model(), config, PAIRS, loss_fn=loss, **parts).train()
+    hooks = {name for name in vars(Callback) if name.startswith("on_")}
+    assert Listening.heard == hooks
 
 
 def test_draws_at_the_start_and_in_saves_move_no_generator_of_the_run(tmp_path):
@@ -145,7 +161,7 @@ GROUP = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from small_trainers import small_trainer
-from unbroken.training import Callback
+from unbroken.training import Callback, Silence, Trainer, TrainerConfig
 
 class Stop(Callback):
     def on_micro_batch_end(self, trainer):

@@ -110,6 +110,10 @@ def with_state(callbacks: Sequence[Callback]) -> dict[str, Callback]:
     }
 
 
+CallHook = Callable[..., None]
+"""`Trainer.call`, which a subclass may have overridden: the name of a hook, and its arguments."""
+
+
 class Hooks:
     """Calls the callbacks of a run; what they draw depends on the place in the run alone.
 

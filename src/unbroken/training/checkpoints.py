@@ -24,7 +24,7 @@ from unbroken.errors import ConfigError, CorruptCheckpointError
 from unbroken.storage import CompressedStorage, LocalStorage, Storage
 from unbroken.store import KeepEvery, KeepPolicy
 from unbroken.store.run.directory import as_directory_error
-from unbroken.training.callback import Callback, Hooks, with_state
+from unbroken.training.callback import Callback, CallHook, with_state
 from unbroken.training.config import TrainerConfig
 from unbroken.training.config_rules import (
     JUDGING_SETTINGS,
@@ -219,7 +219,7 @@ class RunCheckpoints:
         checkpointer: Writes and reads the checkpoints.
         parts: What the run is made of.
         state: Where the run is.
-        hooks: Called for each checkpoint that is durable.
+        call: Called with "on_save" for each checkpoint that is durable.
         display: Shows notes.
         pace: Counts how long saves take.
         processor: The tokenizer, whose files are saved too, or None.
@@ -235,7 +235,7 @@ class RunCheckpoints:
         parts: Parts,
         state: RunState,
         *,
-        hooks: Hooks,
+        call: CallHook,
         display: Display,
         pace: Pace,
         processor: object,
@@ -243,7 +243,7 @@ class RunCheckpoints:
         self._checkpointer = checkpointer
         self._parts = parts
         self._state = state
-        self._hooks = hooks
+        self._call = call
         self.display = display
         self._pace = pace
         self._processor_files = ProcessorFiles(checkpointer, processor)
@@ -307,7 +307,7 @@ class RunCheckpoints:
         for path in committed:
             cost = self._checkpointer.cost
             self._pace.save_took(0.0 if cost is None else cost.durable)
-            self._hooks.call("on_save", path)
+            self._call("on_save", path)
         cadence = self._checkpointer.cadence
         if cadence is not None:
             self.display.saves(cadence, saved=bool(committed))

@@ -173,7 +173,7 @@ class Trainer:
         self._hooks = hooks = Hooks(self, callbacks, run_state, parts.randomness)
         self.window = window = Window(parts.model, parts.division)
         retry = OomRetry(parts, run_state, window, hooks, self._announce)
-        self._step_runner = StepRunner(parts, run_state, window, hooks, retry)
+        self._step_runner = StepRunner(parts, run_state, window, self.call, retry)
         self._at_edge = False
         self.pace = Pace(clock)
         logging = Cadence(self.config.logging_steps, self.config.logging_minutes)
@@ -187,7 +187,7 @@ class Trainer:
             self.checkpointer,
             parts,
             run_state,
-            hooks=hooks,
+            call=self.call,
             display=display,
             pace=self.pace,
             processor=processing_class,

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from unbroken.data import MicroBatch, derive_key
 from unbroken.errors import DataError
-from unbroken.training.callback import Hooks
+from unbroken.training.callback import CallHook
 from unbroken.training.gradient_sums.sync import gradient_sync_for
 from unbroken.training.metrics import DataDigest
 from unbroken.training.progress import epoch_at
@@ -30,7 +30,7 @@ class StepRunner:
         parts: The model, its optimizer, and how ranks share it.
         state: Moves on with each micro-batch and each step.
         window: The micro-batches of the unfinished step.
-        hooks: Called after each backward pass.
+        call: Called with "on_micro_batch_end" after each backward pass.
         retry: What a step that does not fit into memory does.
 
     Raises:
@@ -42,13 +42,13 @@ class StepRunner:
         parts: Parts,
         state: RunState,
         window: Window,
-        hooks: Hooks,
+        call: CallHook,
         retry: OomRetry,
     ) -> None:
         self._parts = parts
         self._state = state
         self._window = window
-        self._hooks = hooks
+        self._call = call
         self._retry = retry
         self._loss_fn = parts.loss_fn
         self._seed = state.config.seed
@@ -107,7 +107,7 @@ class StepRunner:
         self._state.progress = self._state.progress.after_micro_batch(
             samples=micro.after.samples, tokens=tokens_of(micro.data)
         )
-        self._hooks.call("on_micro_batch_end")
+        self._call("on_micro_batch_end")
 
     def _take_step(self) -> StepResult:
         optimizer, scheduler = self._parts.optimizer, self._parts.scheduler
