@@ -32,7 +32,7 @@ from unbroken.adapters.transformers.position import (
     plan_loop_start,
 )
 from unbroken.checkpoint import Checkpointer
-from unbroken.errors import StateMismatchError, UnbrokenError
+from unbroken.errors import CheckpointError, StateMismatchError, UnbrokenError
 from unbroken.storage import MemoryStorage, storage_at
 
 FOLDER = "checkpoint-3"  # in the second epoch
@@ -130,7 +130,9 @@ OF_FACTS = ("cut", "max_steps", "place", "shift", "stopped", "arguments", "finge
 def some(value: Any, names: tuple[str, ...], chance: random.Random, times: int) -> Any:
     """Change something in one of these parts."""
     name = chance.choice([one for one in names if one in value])
-    return {**value, **changed({name: value[name]}, chance, times)}
+    part = changed({name: value[name]}, chance, times)
+    rest = {other: one for other, one in value.items() if other != name}
+    return {**rest, **(part if isinstance(part, dict) else {})}
 
 
 def rewritten(kept: Kept, part: str, seed: int, times: int) -> MemoryStorage:
@@ -183,6 +185,19 @@ def test_what_is_only_spelled_anew_is_resumed_and_goes_on():
     for change in (kept.with_facts, kept.with_state):
         resumed = resume("stream", change(FOLDER, lambda value: value))
         assert (resumed.resume_report.step, resumed.state.global_step) == (3, 5)
+
+
+ODD_STATES = {
+    "an unknown field": lambda state: {**state, "x": 1},
+    "no callback": lambda state: {**state, "stateful_callbacks": [[]]},
+}
+
+
+@pytest.mark.parametrize("change", ODD_STATES.values(), ids=ODD_STATES)
+def test_a_state_that_the_host_cannot_read_is_damage(change):
+    storage = run_of("rows").with_file(FOLDER, "trainer_state.json", change)
+    with pytest.raises(CheckpointError, match="no state that this version of transformers reads"):
+        resume("rows", storage)
 
 
 def test_a_run_of_another_kind_in_its_place_is_refused_by_name(tmp_path):

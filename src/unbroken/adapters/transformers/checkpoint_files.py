@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, TrainerState
 
 from unbroken.capture import FileOf, files_for, files_of_processor, named_parameters
 from unbroken.changes.differences import brief
@@ -174,6 +174,11 @@ def state_from_json(data: bytes, step: int) -> dict[str, Any]:
             raise CorruptCheckpointError(STATE_NAME, name, expected=expected, found=found)
     if not all(isinstance(line, dict) for line in state.get("log_history", [])):
         raise CorruptCheckpointError(STATE_NAME, "log_history", expected="lines by name")
+    try:
+        TrainerState(**state)  # the host reads it, too
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        what = "is no state that this version of transformers reads"
+        raise CorruptCheckpointError(STATE_NAME, what, found=brief(str(error))) from error
     return state
 
 
