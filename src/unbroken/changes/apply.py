@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from unbroken.capture import named_parameters
 from unbroken.changes.differences import Difference
+from unbroken.changes.schedule_length import is_another_schedule
 
 _NO_OPTIONS = ("params", "param_names", "lr", "initial_lr")
 _OF_THE_METRIC = ("best", "cooldown_counter", "num_bad_epochs", "last_epoch", "_last_lr")
@@ -231,6 +232,40 @@ def take_effect(
             built.set_learning_rates(optimizer)
         elif options_of("scheduler", name, changed) or id(optimizer) in moved:
             built.reschedule(scheduler, scale=moved.get(id(optimizer), 1.0))
+
+
+def apply_settings(
+    differences: Iterable[Difference],
+    built: AsBuilt,
+    *,
+    optimizer: object,
+    scheduler: object,
+    options: Mapping[str, Sequence[str]],
+    of_schedule: Collection[str],
+    step: int,
+) -> None:
+    """Set anew what changed settings make, over the state that was restored; moments are kept.
+
+    Args:
+        differences: Those that were allowed; their paths are names of settings.
+        built: The objects before the resume.
+        optimizer: Just restored; of one that no setting makes, None.
+        scheduler: Likewise.
+        options: The options of an optimizer that each setting makes.
+        of_schedule: The settings that make a schedule.
+        step: Where the run is.
+    """
+    changed = {difference.path: difference for difference in differences}
+    if isinstance(optimizer, Optimizer):
+        built.set_options(optimizer, [one for name in changed for one in options.get(name, ())])
+    is_remade = not changed.keys().isdisjoint({*of_schedule, "optim"})
+    is_remade = is_remade or any(map(is_another_schedule, changed.values()))
+    if not is_remade or not isinstance(scheduler, LRScheduler):
+        return
+    if isinstance(scheduler, LambdaLR) and scheduler.last_epoch == 0:
+        scheduler.last_epoch = step  # it took the place of another
+    rate = changed.get("learning_rate")
+    built.reschedule(scheduler, scale=1.0 if rate is None else ratio(rate))
 
 
 def options_of(kind: str, name: str, paths: Iterable[str]) -> dict[str, str]:

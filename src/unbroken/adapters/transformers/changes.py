@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 from transformers.trainer_callback import ExportableState
 
 from unbroken.adapters.transformers.position import Batching, DataPosition
-from unbroken.changes.apply import AsBuilt
+from unbroken.changes.apply import AsBuilt, apply_settings
 from unbroken.changes.rules import (
     CADENCE,
     FORWARD,
@@ -26,6 +25,7 @@ from unbroken.changes.rules import (
     SCHEDULE,
     UPDATES,
 )
+from unbroken.changes.schedule_length import LENGTH, LENGTH_SETTINGS, with_schedule_length
 from unbroken.checkpoint import (
     Difference,
     ExactResume,
@@ -34,7 +34,6 @@ from unbroken.checkpoint import (
     Rule,
     SaveMode,
     compare,
-    ratio,
 )
 from unbroken.fingerprint import (
     callable_facts,
@@ -47,7 +46,6 @@ from unbroken.fingerprint import (
     subclass_facts,
 )
 from unbroken.stored_names import from_stored, stored_class_name, stored_name
-from unbroken.training.config_rules import LENGTH, LENGTH_SETTINGS, is_another_schedule, tell_length
 
 _NAMING: Rule = ("harmless", "where things are, or what they are called; the training is the same")
 _JUDGING: Rule = ("harmless", "when the run ends, or which checkpoint is the best")
@@ -413,20 +411,18 @@ class CurrentSettings:
         others: tuple[Difference, ...],
     ) -> tuple[Difference, ...]:
         """Tell what a run of another length does to a schedule that falls to its end."""
-        was, now, step = stored.get("max_steps"), self.max_steps, self.step
-        if not isinstance(was, int) or was == now or not isinstance(self.scheduler, LambdaLR):
+        was = stored.get("max_steps")
+        if not isinstance(was, int) or not isinstance(self.scheduler, LambdaLR):
             return arguments
-        if now <= step:
-            return arguments
-        before, after = self._factor(was), self._factor(now)
-        rate, stop = self.arguments.learning_rate, min(was, now)
-        for at in sorted({step, *(step + (stop - step) * i // 1000 for i in range(1001))}):
-            rates = rate * before(at), rate * after(at)
-            if rates[0] != rates[1]:
-                by_schedule = SCHEDULE_ARGUMENTS & {one.path for one in arguments}
-                told = tell_length(arguments, others, (was, now), at, rates)
-                return arguments if by_schedule and told[-1].path == LENGTH else told
-        return arguments
+        return with_schedule_length(
+            arguments,
+            others,
+            lengths=(was, self.max_steps),
+            step=self.step,
+            learning_rate=self.arguments.learning_rate,
+            factor_of=self._factor,
+            of_schedule=SCHEDULE_ARGUMENTS,
+        )
 
     def _factor(self, max_steps: int) -> Any:
         """Return the function from step to factor that the host's schedule of this length has."""
@@ -450,16 +446,13 @@ class CurrentSettings:
             objects: "optimizer" and "scheduler".
             built: What this start had built before the load.
         """
-        changed = {difference.path: difference for difference in differences}
-        optimizer, scheduler = objects["optimizer"], objects["scheduler"]
-        if not self.choices.has_optimizer and isinstance(optimizer, Optimizer):
-            options = [option for name in changed for option in OPTIMIZER_OPTIONS.get(name, ())]
-            built.set_options(optimizer, options)
-        remade = changed.keys() & {*SCHEDULE_ARGUMENTS, "optim"}
-        remade |= {one.path for one in differences if is_another_schedule(one)}
-        if not remade or self.choices.has_scheduler or not isinstance(scheduler, LRScheduler):
-            return
-        if isinstance(scheduler, LambdaLR) and scheduler.last_epoch == 0:
-            scheduler.last_epoch = self.step  # it took the place of another
-        rate = changed.get("learning_rate")
-        built.reschedule(scheduler, scale=1.0 if rate is None else ratio(rate))
+        choices = self.choices
+        apply_settings(
+            differences,
+            built,
+            optimizer=None if choices.has_optimizer else objects["optimizer"],
+            scheduler=None if choices.has_scheduler else objects["scheduler"],
+            options=OPTIMIZER_OPTIONS,
+            of_schedule=SCHEDULE_ARGUMENTS,
+            step=self.step,
+        )
