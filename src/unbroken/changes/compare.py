@@ -81,14 +81,14 @@ def environment_differences(
         'another number of threads sums in another order'
     """
     facts: Mapping[str, Any] = environment_facts() if now is None else now
-    left_out = _told_by_the_gpus(stored.get("gpus"), facts.get("gpus"))
+    left_out = _implied_by_gpus(stored.get("gpus"), facts.get("gpus"))
     after = {path: value for path, value in facts.items() if path not in left_out}
     rules = {**dict.fromkeys(after, MACHINE), **ENVIRONMENT_RULES}
     found = [_in_plain_words(difference) for difference in compare(stored, after, rules)]
     return tuple(replace(difference, path=f"environment.{difference.path}") for difference in found)
 
 
-def _told_by_the_gpus(stored: Sequence[str] | None, now: Sequence[str] | None) -> Collection[str]:
+def _implied_by_gpus(stored: Sequence[str] | None, now: Sequence[str] | None) -> Collection[str]:
     """Return the paths to leave out: one line on the GPUs says all that follows from them."""
     if stored is None or now is None:
         return GPU_DETAILS
@@ -217,7 +217,8 @@ class Comparison:
             group "data" that of the sources of batches among the objects is taken; None: no facts.
         policy: Which differences are accepted.
         examine: May add differences or take some away.
-        told: Names of objects that settings make, and so tell enough of.
+        made_by_settings: Names of objects whose hyperparameters are settings, and so are
+            compared with these.
 
     Attributes:
         one_data_set: Whether all ranks are given the same data, and share them out; may be set.
@@ -231,9 +232,9 @@ class Comparison:
         more: Callable[[], Mapping[str, Any]] | None = None,
         policy: ResumePolicy | None = None,
         examine: Examine | None = None,
-        told: Collection[str] = (),
+        made_by_settings: Collection[str] = (),
     ) -> None:
-        self._told = set(told)
+        self._made_by_settings = set(made_by_settings)
         self.one_data_set = False
         self._objects = objects
         self._settings = _plain_settings(settings or {})
@@ -256,8 +257,8 @@ class Comparison:
         """What goes into each checkpoint of this start, to be compared by the next one."""
         begun = self._begun
         groups = begun["fingerprint"].items()
-        told = {name: facts() if callable(facts) else facts for name, facts in groups}
-        return {**begun, "fingerprint": told}
+        complete = {name: facts() if callable(facts) else facts for name, facts in groups}
+        return {**begun, "fingerprint": complete}
 
     @cached_property
     def _begun(self) -> dict[str, Any]:
@@ -268,8 +269,8 @@ class Comparison:
         if "data" not in more:
             here = {n: x for n, x in sources_in(self._objects).items() if _is_read_here(x)}
             more = {**more, "data": begin_source_facts(here)}
-        told = {name: facts for name, facts in more.items() if facts is not None}
-        groups = {**of_objects, **told, "code": code_facts()}  # the last one waits for git
+        known = {name: facts for name, facts in more.items() if facts is not None}
+        groups = {**of_objects, **known, "code": code_facts()}  # the last one waits for git
         return {
             "environment": environment,
             "built": _structures(self._objects),
@@ -287,9 +288,9 @@ class Comparison:
             more: Differences that were found elsewhere.
         """
         found = self._differences(stored, more)
-        told = {row.path for row in found}
+        differing = {row.path for row in found}
         same = unchanged(_all_facts(stored), _all_facts(self.facts))
-        known = (row for row in same if row.path not in told and row.now is not None)
+        known = (row for row in same if row.path not in differing and row.now is not None)
         return (*found, *known)
 
     def _differences(
@@ -302,15 +303,15 @@ class Comparison:
         rules = {**{path: rule_of(path) for path in now}, **_NAMING}
         settings = compare(given, now, rules)
         before, prints = _group(stored, "fingerprint"), self.facts["fingerprint"]
-        told = {difference.path for difference in settings}
+        of_settings = {difference.path for difference in settings}
         others = self._of_fingerprints(before, prints, same_software=same)
         found = (
             *settings,
-            *(difference for difference in others if difference.path not in told),
+            *(difference for difference in others if difference.path not in of_settings),
             *code_differences(_group(before, "code")),
             *environment_differences(_group(stored, "environment"), self.facts["environment"]),
             *more,
-            *_of_code(),
+            *_cut_off_code(),
         )
         if self._examine is not None:
             found = self._examine(stored, found)
@@ -322,17 +323,17 @@ class Comparison:
         """Compare facts that were taken in the same way; else say that nothing can be said."""
         version = before.get("version")
         if not before or version == FINGERPRINT_VERSION:
-            sides = self._untold(before), self._untold(now)
+            sides = self._without_made_by_settings(before), self._without_made_by_settings(now)
             return fingerprint_differences(*sides, same_software=same_software)
         effect = "facts were taken otherwise: model, data and code are not compared"
         return (Difference("fingerprint", version, FINGERPRINT_VERSION, effect, "equivalent"),)
 
-    def _untold(self, groups: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the groups without the code, and without objects that settings tell of."""
-        others = {name for name, _ in named_objects(self._objects)} - self._told
+    def _without_made_by_settings(self, groups: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the groups without the code, and without objects that settings make."""
+        others = {name for name, _ in named_objects(self._objects)} - self._made_by_settings
         return {
             name: {key: v for key, v in facts.items() if key in others}
-            if name in self._told and isinstance(facts, Mapping)
+            if name in self._made_by_settings and isinstance(facts, Mapping)
             else facts
             for name, facts in groups.items()
             if name not in ("code", "version")
@@ -340,9 +341,9 @@ class Comparison:
 
     def uncovered(self, more: tuple[Difference, ...] = ()) -> tuple[Difference, ...]:
         """Return what this start knows that no checkpoint of it can hold, nor any start compare."""
-        facts = self._untold(self.facts["fingerprint"])
+        facts = self._without_made_by_settings(self.facts["fingerprint"])
         facts.pop("eval_data", None)  # `examine` tells whether anything depends on it
-        return (*uncovered_facts(facts), *more, *_of_code())
+        return (*uncovered_facts(facts), *more, *_cut_off_code())
 
     @property
     def skipped(self) -> set[str]:
@@ -366,8 +367,8 @@ class Comparison:
     def accept(self, differences: tuple[Difference, ...]) -> None:
         """Let sources of batches give others than before, where that is named or known."""
         named = [name for name in self._policy.allow if name.partition(".")[0] == "data"]
-        told = ("changed", "not covered")
-        found = [d for d in differences if d.path.startswith("data.") and d.verdict in told]
+        other_data = ("changed", "not covered")
+        found = [d for d in differences if d.path.startswith("data.") and d.verdict in other_data]
         for source in sources_in(self._objects).values():
             if (named or found) and isinstance(source, MapSource | LoaderSource):
                 source.accept_other_data()
@@ -400,10 +401,10 @@ class Comparison:
         if not skip:
             return dict(tree), ()
         loaded, skipped = keep_skipped(self._objects, tree, skip)
-        told = [path for path in skipped if path not in goes]
+        by_skip = [path for path in skipped if path not in goes]
         return loaded, tuple(
             Difference(path, "in the checkpoint", "as built here", NOT_LOADED, "changed")
-            for path in told
+            for path in by_skip
         )
 
     def came_or_went(self, tree: Mapping[str, Any]) -> tuple[Difference, ...]:
@@ -459,7 +460,7 @@ def fingerprint_of(objects: Mapping[str, object]) -> dict[str, Plain]:
     return groups
 
 
-def _of_code() -> tuple[Difference, ...]:
+def _cut_off_code() -> tuple[Difference, ...]:
     """Tell of code that is too much to be followed to its end."""
     effect = f"it runs more than {MAX_REACHED} functions and classes of your own: the rest of them "
     effect += "is not compared"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -69,7 +69,11 @@ Rule = tuple[Verdict, str]
 
 
 def compare(
-    stored: Mapping[str, Any], now: Mapping[str, Any], rules: Mapping[str, Rule]
+    stored: Mapping[str, Any],
+    now: Mapping[str, Any],
+    rules: Mapping[str, Rule] | Callable[[str], Rule],
+    *,
+    differs: Callable[[str, Any, Any], bool] = lambda _, before, after: before != after,
 ) -> tuple[Difference, ...]:
     """Return every setting that has another value than it had, the gravest first.
 
@@ -80,6 +84,7 @@ def compare(
         stored: The settings of the checkpoint.
         now: The settings of this start.
         rules: What a difference in a setting means; without a rule it is "changed".
+        differs: Whether the two values of a setting differ.
 
     Example:
         >>> rules = {"save_steps": ("harmless", "saves at other steps")}
@@ -87,10 +92,12 @@ def compare(
         >>> [difference.path for difference in found]
         ['seed', 'save_steps']
     """
+    rule_of = rules if callable(rules) else lambda name: rules.get(name, _UNKNOWN)
     found = [
-        _difference(name, stored[name], value, rules)
+        Difference(name, stored[name], value, effect, verdict)
         for name, value in now.items()
-        if name in stored and stored[name] != value
+        if name in stored and differs(name, stored[name], value)
+        for verdict, effect in [rule_of(name)]
     ]
     return gravest_first(found)
 
@@ -128,12 +135,8 @@ def overall(differences: Iterable[Difference]) -> Word:
     return "equivalent" if "equivalent" in verdicts else "exact"
 
 
+_UNKNOWN: Rule = ("changed", "another training")
 _GRAVITY = ("refused", "changed", "not covered", "equivalent", "harmless", "same")
-
-
-def _difference(name: str, stored: Any, now: Any, rules: Mapping[str, Rule]) -> Difference:
-    verdict, effect = rules.get(name, ("changed", "another training"))
-    return Difference(name, stored, now, effect, verdict)
 
 
 def refuse_unnamed(

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from unbroken.changes.differences import Difference
+from unbroken.changes.differences import Difference, compare
 from unbroken.changes.rules import rule_of
 from unbroken.fingerprint import NOT_COMPARED, sampled_records
 
@@ -19,7 +19,7 @@ OWN_GENERATOR = (
 )
 _OWN_BATCH = OWN_GENERATOR.replace("record 0 is", "a batch of the same records is")
 _OF_CODE = (".name", ".source", ".class")
-_TOLD_OTHERWISE = {
+_HAVE_DIFFERENCES_OF_THEIR_OWN = {
     *("records", "repeatable", "fingerprint", "length", "source", "loader"),
     *("transform", "target_transform", "transforms", "collate_fn", "tokenizer"),
 }
@@ -47,28 +47,28 @@ def fingerprint_differences(
     """
     before, after = _comparable(stored, now), _comparable(now, stored)
     unread = [_not_compared(path, before[path], after[path]) for path in _unread(before, after)]
-    told = {difference.path for difference in unread}
-    found = [
-        _difference(path, before, after)
-        for path, value in after.items()
-        if path in before and path not in told and _differs(path, before[path], value)
-    ]
+    of_unread = {difference.path for difference in unread}
+    read = {path: value for path, value in after.items() if path not in of_unread}
+    compared = compare(before, read, rule_of, differs=_differs)
+    found = [_with_records(difference, after) for difference in compared]
     if same_software:
         found += _came_or_went(before, after)
     own = [_unrepeatable(path) for path in after if _is_unrepeatable(path, before, after)]
-    return (*_told_once(found, before, after), *own, *unread)
+    return (*_without_repeats(found, before, after), *own, *unread)
 
 
-def _difference(path: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Difference:
-    (verdict, effect), stored, now = rule_of(path), before[path], after[path]
+def _with_records(difference: Difference, after: Mapping[str, Any]) -> Difference:
+    """Return how many records differ, and which is the first, in place of their digests."""
+    path, stored, now = difference.path, difference.stored, difference.now
     length = after.get(f"{path.removesuffix(_RECORDS)}.length")
     lists = isinstance(stored, list) and isinstance(now, list)
-    if path.endswith(_RECORDS) and lists and isinstance(length, int):
-        pairs = list(zip(sampled_records(length), stored, now, strict=False))
-        others = [index for index, one, other in pairs if one != other]
-        found = f"{len(others)} of {len(pairs)} sampled records differ (first: record {others[0]})"
-        return Difference(path, f"{len(stored)} records", found, f"{effect}; {_SEEDED}", verdict)
-    return Difference(path, stored, now, effect, verdict)
+    if not (path.endswith(_RECORDS) and lists and isinstance(length, int)):
+        return difference
+    pairs = list(zip(sampled_records(length), stored, now, strict=False))
+    others = [index for index, one, other in pairs if one != other]
+    found = f"{len(others)} of {len(pairs)} sampled records differ (first: record {others[0]})"
+    effect = f"{difference.effect}; {_SEEDED}"
+    return replace(difference, stored=f"{len(stored)} records", now=found, effect=effect)
 
 
 _SEEDED = "is the data seeded?"
@@ -120,8 +120,8 @@ def _came_or_went(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[D
         path.partition(".")[0] for path in after
     }
     paths = [path for path in {**before, **after} if (path in before) != (path in after)]
-    told = [path for path in paths if _says_more(path, groups, before, after)]
-    return [_one_sided(path, before.get(path), after.get(path)) for path in told]
+    alone = [path for path in paths if _says_more(path, groups, before, after)]
+    return [_one_sided(path, before.get(path), after.get(path)) for path in alone]
 
 
 def _says_more(
@@ -135,7 +135,7 @@ def _says_more(
         if name.partition(".")[0].isdigit() or name.endswith(".stops"):
             return False  # older versions knew callbacks by their places
         return before.get("callbacks.names") == after.get("callbacks.names")
-    return group != "data" or name.partition(".")[0] not in _TOLD_OTHERWISE
+    return group != "data" or name.partition(".")[0] not in _HAVE_DIFFERENCES_OF_THEIR_OWN
 
 
 def _one_sided(path: str, stored: Any, now: Any) -> Difference:
@@ -220,18 +220,18 @@ def _name_of(part: Any) -> Any:
 
 def _differs(path: str, stored: Any, now: Any) -> bool:
     if path.endswith(_REPEATABLE):
-        return False  # told by itself, whatever it was before
+        return False  # a difference of its own says so, whatever it was before
     if path.endswith(_RECORDS) and isinstance(stored, list) and isinstance(now, list):
         return any(before != after for before, after in zip(stored, now, strict=False))
     return bool(stored != now)
 
 
-def _told_once(
+def _without_repeats(
     found: list[Difference], before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> list[Difference]:
     """Leave out what only says again, less well, what another difference says."""
     paths = {difference.path for difference in found}
-    paths -= _alike(found)
+    paths -= _repeated_layers(found)
     unclear = {
         path.removesuffix(_REPEATABLE) for path in after if _is_unrepeatable(path, before, after)
     }
@@ -245,20 +245,20 @@ def _told_once(
     return kept
 
 
-def _alike(found: list[Difference]) -> set[str]:
+def _repeated_layers(found: list[Difference]) -> set[str]:
     """Return the layers that changed as another one did, or as the configuration tells."""
     layers = [d for d in found if d.path.startswith("model.layer.")]
     others = [d for d in found if d.verdict == "changed" and d not in layers]
-    told = [d for d in others if d.path.startswith("model.")]
-    unclear = [layer for layer in layers if not _is_told(layer, told)]
+    of_model = [d for d in others if d.path.startswith("model.")]
+    unclear = [layer for layer in layers if not _is_explained(layer, of_model)]
     first = {(str(layer.stored), str(layer.now)): layer.path for layer in reversed(unclear)}
     return {layer.path for layer in layers} - set(first.values())
 
 
-def _is_told(layer: Difference, told: Sequence[Difference]) -> bool:
-    """Return whether a layer's difference is one of those told: its numbers, or its kind."""
-    known = {(str(one.stored), str(one.now)) for one in told}
-    kinds = [one for one in told if not isinstance(one.now, int | float)]
+def _is_explained(layer: Difference, others: Sequence[Difference]) -> bool:
+    """Return whether a layer's difference is one of the others: its numbers, or its kind."""
+    known = {(str(one.stored), str(one.now)) for one in others}
+    kinds = [one for one in others if not isinstance(one.now, int | float)]
     before, after = (_WORD.findall(str(text)) for text in (layer.stored, layer.now))
     if len(before) != len(after):
         return bool(kinds)

@@ -227,7 +227,7 @@ class Checkpointer:
             more=partial(self._more_facts, fingerprint),
             policy=policy,
             examine=examine,
-            told=told,
+            made_by_settings=told,
         )
         self._rehearsal = Rehearsal(objects)
         fixed, by_itself = (save_steps, save_minutes), (max_lost_minutes, mtbf_hours)
