@@ -191,8 +191,8 @@ class IndexBatches(BatchSampler):
     def set_epoch(self, epoch: int) -> None:
         """Tell all parts that draw the order which epoch it is."""
         self._epoch = epoch
-        told = _parts(self.inner) if self._tells_epochs else []
-        for part in (*told, self._data):
+        parts = _parts(self.inner) if self._tells_epochs else []
+        for part in (*parts, self._data):
             if callable(getattr(part, "set_epoch", None)):
                 part.set_epoch(epoch)
 
@@ -521,9 +521,9 @@ def keyed_loader(base: Any, *, seed: int, rank: int, world_size: int, ahead: int
     else:
         source = Records(base.dataset, seed, _declared(base.collate_fn))
         inner, samples = base.batch_sampler, len(base.dataset)
-        told = base.dataset if is_prepared else None
+        data = base.dataset if is_prepared else None
         options["batch_sampler"] = IndexBatches(
-            inner, samples, rank=rank, world_size=world_size, data=told, tells_epochs=is_prepared
+            inner, samples, rank=rank, world_size=world_size, data=data, tells_epochs=is_prepared
         )
     state = getattr(base, "state", None)
     return DataLoaderShard(
@@ -609,20 +609,20 @@ def order_of(loader: Any) -> dict[str, Any]:
     return {} if isinstance(loader.dataset, KeyedIterable) else loader.batch_sampler.drawn_from
 
 
-def unknown_order(loader: Any, place: DataPosition) -> tuple[Difference, ...]:
+def unknown_order(loader: Any, position: DataPosition) -> tuple[Difference, ...]:
     """Tell of an order that a stock checkpoint does not hold, and nothing else tells.
 
     Args:
         loader: One of `keyed_loader`.
-        place: Where the checkpoint is. The order of the first epoch follows from the seed.
+        position: Where the checkpoint is. The order of the first epoch follows from the seed.
     """
-    if not (place.epoch and place.batches) or isinstance(loader.dataset, KeyedIterable):
+    if not (position.epoch and position.batches) or isinstance(loader.dataset, KeyedIterable):
         return ()
     kind = loader.batch_sampler.drawn_by
     if kind is None:
         return ()
     effect = "some samples of this epoch come twice, others not at all, as in transformers' own"
-    was = f"an order of epoch {place.epoch} that the checkpoint does not hold"
+    was = f"an order of epoch {position.epoch} that the checkpoint does not hold"
     return (Difference("data.order", was, f"drawn anew by {kind}", effect, "changed"),)
 
 

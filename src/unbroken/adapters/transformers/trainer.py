@@ -165,22 +165,24 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         choices = self.resume_choices
         refuse_what_cannot_resume(self, choices.allow)
         said = (resume_from_checkpoint, choices.resume_from_checkpoint)
-        wanted = next((one for one in said if one is not None), self.args.resume_from_checkpoint)
+        requested = next((one for one in said if one is not None), self.args.resume_from_checkpoint)
         with (
             telling_of_an_early_stop(),
-            TrainSession(self, choices, _as_path(wanted), lambda: self._subclass_facts) as run,
+            TrainSession(
+                self, choices, _as_path(requested), lambda: self._subclass_facts
+            ) as session,
         ):
-            self._session = run
-            run.checkpointer.note = _log.warning
-            self.add_callback(run.follower)
+            self._session = session
+            session.checkpointer.note = _log.warning
+            self.add_callback(session.follower)
             skips, self.args.ignore_data_skip = self.args.ignore_data_skip, False  # known by now
             try:
-                folder = None if run.folder is None else str(run.folder)
+                folder = None if session.folder is None else str(session.folder)
                 return super().train(folder, None, ignore_keys_for_eval)
             finally:
                 self.args.ignore_data_skip = skips
                 self._session = None
-                self.remove_callback(run.follower)
+                self.remove_callback(session.follower)
 
     @cached_property
     def _subclass_facts(self) -> dict[str, Any]:
@@ -220,18 +222,18 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
-        run = self._session
-        if run is None:
+        session = self._session
+        if session is None:
             return super()._prepare_for_training(
                 max_steps, train_dataloader, resume_from_checkpoint
             )
-        prepared = super()._prepare_for_training(max_steps, run.continued_loader, None)
-        run.resume()
-        self.resume_report = run.report
+        prepared = super()._prepare_for_training(max_steps, session.continued_loader, None)
+        session.resume()
+        self.resume_report = session.report
         if self.is_world_process_zero():
             _tell(self.resume_report)
             step = self.state.global_step
-            if self.resume_report.resumed and (run.is_stopped or step >= max_steps):
+            if self.resume_report.resumed and (session.is_stopped or step >= max_steps):
                 by = "" if step >= max_steps else " (a callback ended the run)"
                 _log.warning(f"finished at step {step} of {max_steps} already{by}; nothing to do")
         return prepared
@@ -268,17 +270,17 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         return super().evaluation_loop(dataloader, *arguments, **options)
 
     def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
-        run = self._session
-        if run is None:
+        session = self._session
+        if session is None:
             super()._maybe_log_save_evaluate(*arguments, **options)
             return
-        reason = run.reason_to_stop()
+        reason = session.reason_to_stop()
         if reason is not None:
             self.control.should_save = True
         super()._maybe_log_save_evaluate(*arguments, **options)
         if reason is not None:
-            if run.saved_step != self.state.global_step:
-                run.save()
+            if session.saved_step != self.state.global_step:
+                session.save()
             stopped = TrainingStopped(self.state.global_step, reason)
             if self.is_world_process_zero():
                 _log.warning(str(stopped))
@@ -307,14 +309,14 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             self._session.load_best()
 
     def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
-        run = self._session
-        if run is None:
+        session = self._session
+        if session is None:
             return super()._finalize_training(trial, num_train_samples, start_time)
-        run.bring_back()
-        run.checkpointer.wait()
+        session.bring_back()
+        session.checkpointer.wait()
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # it deletes nothing
         try:
-            begin = start_time - run.seconds_before
+            begin = start_time - session.seconds_before
             result = super()._finalize_training(trial, num_train_samples, begin)
         finally:
             self.args.save_total_limit = limit
@@ -385,9 +387,9 @@ def looks_at_saves(callbacks: Iterable[Any]) -> bool:
     return any(type(one).on_save is not plain for one in callbacks)
 
 
-def _as_path(wanted: Any) -> Any:
+def _as_path(requested: Any) -> Any:
     """Return a path that begins with "~" as what it means."""
-    return os.path.expanduser(wanted) if isinstance(wanted, str) else wanted
+    return os.path.expanduser(requested) if isinstance(requested, str) else requested
 
 
 @contextmanager
