@@ -9,8 +9,11 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
+from unbroken.changes.rules import RUN_LENGTH
+from unbroken.changes.schedule_length import LENGTH_SETTINGS
 from unbroken.errors import ConfigError
 from unbroken.training import Silence, Trainer, TrainerConfig
+from unbroken.training.config import settings
 
 BAD_VALUES = {
     "batch_size": (0, -8, 1.5, "8", True),
@@ -114,6 +117,11 @@ def test_every_other_name_is_one_of_transformers():
 
 def test_each_field_says_what_another_value_means_for_a_resume():
     assert [one.name for one in fields(TrainerConfig) if "setting" not in one.metadata] == []
+
+
+def test_what_says_how_long_a_run_is_has_the_rule_of_lengths():
+    rules = {name: one.rule for name, one in settings().items()}
+    assert tuple(name for name, rule in rules.items() if rule == RUN_LENGTH) == LENGTH_SETTINGS
 
 
 def test_all_fields_are_plain_json():

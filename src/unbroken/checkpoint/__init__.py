@@ -1,7 +1,6 @@
 """Saving and resuming a run: which objects, when, from what, and until which signal."""
 
 from unbroken.changes.apply import AsBuilt as AsBuilt
-from unbroken.changes.apply import ratio as ratio
 from unbroken.changes.compare import Comparison as Comparison
 from unbroken.changes.compare import Examine as Examine
 from unbroken.changes.compare import ResumePolicy as ResumePolicy
@@ -71,7 +70,6 @@ __all__ = [
     "gravest_first",
     "may_go_on",
     "overall",
-    "ratio",
     "read_ahead",
     "unchanged",
 ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from unbroken.capture import files_of_processor
+from unbroken.changes.schedule_length import LENGTH, LENGTH_SETTINGS
 from unbroken.checkpoint import (
     Checkpointer,
     ResumeFrom,
@@ -26,13 +27,7 @@ from unbroken.store import KeepEvery, KeepPolicy
 from unbroken.store.run.directory import as_directory_error
 from unbroken.training.callback import Callback, CallHook, with_state
 from unbroken.training.config import TrainerConfig
-from unbroken.training.config_rules import (
-    JUDGING_SETTINGS,
-    LENGTH,
-    LENGTH_SETTINGS,
-    METRIC_SETTINGS,
-    Examination,
-)
+from unbroken.training.config_rules import ENDING_SETTINGS, METRIC_SETTINGS, Examination
 from unbroken.training.display import Display
 from unbroken.training.per_rank_loaders import exchange_loader_states
 from unbroken.training.progress import Pace, Progress
@@ -378,7 +373,7 @@ class RunCheckpoints:
             found = repr(values)[:80]
             raise CorruptCheckpointError("values", "are not those of a run", found=found)
         state.progress = Progress.of(values.get("progress"))
-        again = changed.keys() & JUDGING_SETTINGS
+        again = changed.keys() & ENDING_SETTINGS
         ends_otherwise = again or self._callbacks_end_otherwise()
         state.stop_reason = None if ends_otherwise else values.get("stop_reason")
         if changed.keys() & METRIC_SETTINGS:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from unbroken.changes.rules import METRIC, NOT_USED, RUN_LENGTH, SCHEDULE, UPDATES
+from unbroken.changes.rules import METRIC, NOT_USED, SCHEDULE, UPDATES
+from unbroken.changes.schedule_length import with_schedule_length
 from unbroken.checkpoint import Difference, Rule, compare, gravest_first, unchanged
 from unbroken.data import BatchSource
 from unbroken.distributed import Group
@@ -26,16 +28,11 @@ RULES: Mapping[str, Rule] = {n: one.rule for n, one in _SETTINGS.items() if one.
 OPTIMIZER_SETTINGS = {name for name, rule in RULES.items() if rule == UPDATES}
 SCHEDULE_SETTINGS = {name for name, rule in RULES.items() if rule == SCHEDULE}
 METRIC_SETTINGS = {name for name, rule in RULES.items() if rule == METRIC}
-LENGTH_SETTINGS = tuple(name for name, rule in RULES.items() if rule == RUN_LENGTH)
-JUDGING_SETTINGS = {name for name, one in _SETTINGS.items() if one.ends}
+ENDING_SETTINGS = {name for name, one in _SETTINGS.items() if one.ends}
 OPTIMIZER_OPTIONS = {name: one.options for name, one in _SETTINGS.items() if one.options}
 """The options of an optimizer that a setting makes."""
 
 _STEERING_SETTINGS = [name for name, one in _SETTINGS.items() if one.steers]
-
-LENGTH = "schedule"
-"""The path of the difference that tells of a schedule which reaches its end elsewhere, where no
-setting of the length does."""
 
 IN_DATA: Mapping[str, tuple[str, ...]] = {
     **{name: one.in_data for name, one in _SETTINGS.items() if one.in_data},
@@ -160,56 +157,18 @@ class Examination:
         """Tell what a run of another length does to a schedule that falls to its end."""
         config = self._state.config
         progress = Progress.of(facts.get("progress"))
-        was, now = facts.get("max_steps"), count_steps(config, self._source, progress)
-        if not isinstance(was, int) or now <= progress.step:
+        length = facts.get("max_steps")
+        if not isinstance(length, int):
             return differences
-        before, after = factor_of(config, was), factor_of(config, now)
-        for step in _sampled(progress.step, min(was, now)):
-            rates = config.learning_rate * before(step), config.learning_rate * after(step)
-            if rates[0] != rates[1]:
-                by_schedule = SCHEDULE_SETTINGS & {one.path for one in differences}
-                told = tell_length(differences, others, (was, now), step, rates)
-                return differences if by_schedule and told[-1].path == LENGTH else told
-        return differences
-
-
-def tell_length(
-    differences: tuple[Difference, ...],
-    others: tuple[Difference, ...],
-    steps: tuple[int, int],
-    step: int,
-    rates: tuple[float, float],
-) -> tuple[Difference, ...]:
-    """Return the settings that differ, with what another length does to the learning rate.
-
-    Whoever gives another length is told so, and has to mean it: that is another training. Where the
-    length follows from another change (of the data, of the size of a step), it is told with it.
-
-    Args:
-        differences: Those of settings.
-        others: All others.
-        steps: The length of the run that was, and that is now.
-        step: The first step whose learning rate is another one, from 0.
-        rates: Its learning rate by either length.
-    """
-    effect = (
-        f"another schedule: step {step + 1} has the learning rate {rates[1]:.6g} in a run of "
-        f"{steps[1]} steps, and {rates[0]:.6g} in one of {steps[0]}"
-    )
-    lengths = [one for name in LENGTH_SETTINGS for one in differences if one.path == name]
-    if lengths:
-        told = replace(lengths[0], verdict="changed", effect=effect)
-        return (*(one for one in differences if one is not lengths[0]), told)
-    follows = any(one.verdict in ("changed", "refused") for one in (*differences, *others))
-    if follows:
-        return (*differences, Difference(LENGTH, *rates, effect, "changed"))
-    return (*differences, Difference("max_steps", *steps, effect, "changed"))
-
-
-def is_another_schedule(difference: Difference) -> bool:
-    """Return whether a difference tells of learning rates that another length of the run makes."""
-    of_length = difference.path in LENGTH_SETTINGS and difference.verdict == "changed"
-    return of_length or difference.path == LENGTH
+        return with_schedule_length(
+            differences,
+            others,
+            lengths=(length, count_steps(config, self._source, progress)),
+            step=progress.step,
+            learning_rate=config.learning_rate,
+            factor_of=partial(factor_of, config),
+            of_schedule=SCHEDULE_SETTINGS,
+        )
 
 
 def refuse_unfinished_step(config: TrainerConfig, group: Group, facts: Mapping[str, Any]) -> None:
@@ -225,11 +184,6 @@ def refuse_unfinished_step(config: TrainerConfig, group: Group, facts: Mapping[s
             "the checkpoint lies inside a step, which one rank without lanes began",
             hint="finish the step as it was begun, or resume from a checkpoint between two steps",
         )
-
-
-def _sampled(start: int, stop: int) -> list[int]:
-    """Return all steps between two, or a thousand of them."""
-    return sorted({start + (stop - start) * i // 1000 for i in range(1001)} | {start})
 
 
 def rules_for(config: TrainerConfig, model: nn.Module) -> dict[str, Rule]:

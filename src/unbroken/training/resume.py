@@ -9,7 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from unbroken.checkpoint import AsBuilt, Difference, ratio
+from unbroken.changes.apply import apply_settings
+from unbroken.checkpoint import AsBuilt, Difference
 from unbroken.fingerprint import (
     begin_data_facts,
     callable_facts,
@@ -23,7 +24,6 @@ from unbroken.training.callback import Callback, named
 from unbroken.training.config_rules import (
     OPTIMIZER_OPTIONS,
     SCHEDULE_SETTINGS,
-    is_another_schedule,
 )
 from unbroken.training.optim import factor_of
 from unbroken.training.per_rank_loaders import gives_own_batches
@@ -94,17 +94,16 @@ def take_effect(
     parts: Parts, state: RunState, built: AsBuilt, changed: Mapping[str, Difference]
 ) -> None:
     """Set anew what the settings make; where objects are the user's own they make nothing."""
-    if parts.config_made_optimizer:
-        options = [option for name in changed for option in OPTIMIZER_OPTIONS.get(name, ())]
-        built.set_options(parts.optimizer, options)
-    anew = changed.keys() & {*SCHEDULE_SETTINGS, "optim"}
-    anew |= {path for path, one in changed.items() if is_another_schedule(one)}
-    if not anew or not parts.config_made_schedule or "scheduler" in changed:
-        return
-    if isinstance(parts.scheduler, LambdaLR) and parts.scheduler.last_epoch == 0:
-        parts.scheduler.last_epoch = state.progress.step  # it took the place of another
-    rate = changed.get("learning_rate")
-    built.reschedule(parts.scheduler, scale=1.0 if rate is None else ratio(rate))
+    is_loaded = "scheduler" not in changed
+    apply_settings(
+        changed.values(),
+        built,
+        optimizer=parts.optimizer if parts.config_made_optimizer else None,
+        scheduler=parts.scheduler if parts.config_made_schedule and is_loaded else None,
+        options=OPTIMIZER_OPTIONS,
+        of_schedule=SCHEDULE_SETTINGS,
+        step=state.progress.step,
+    )
 
 
 def settle_length(parts: Parts, state: RunState) -> None:
