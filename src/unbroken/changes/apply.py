@@ -39,7 +39,7 @@ class AsBuilt:
     """
 
     groups: Mapping[int, list[dict[str, Any]]] = field(default_factory=dict)
-    schedules: Mapping[int, dict[str, Any]] = field(default_factory=dict)
+    schedules: dict[int, dict[str, Any]] = field(default_factory=dict)
     frozen: Mapping[int, dict[str, bool]] = field(default_factory=dict)
     modes: Mapping[int, dict[nn.Module, bool]] = field(default_factory=dict)
 
@@ -63,6 +63,10 @@ class AsBuilt:
                 if isinstance(m, nn.Module)
             },
         )
+
+    def note_schedule(self, scheduler: LRScheduler) -> None:
+        """Take note of a schedule that was built since, before a checkpoint is put into it."""
+        self.schedules[id(scheduler)] = copy.deepcopy(scheduler.state_dict())
 
     def set_options(self, optimizer: Optimizer, names: Collection[str]) -> None:
         """Give an optimizer these hyperparameters as it was built; not the learning rate."""

@@ -39,7 +39,14 @@ from unbroken.checkpoint.resume.agreement import FACT, Other, agree_on_versions,
 from unbroken.checkpoint.resume.prefetch import ReadAhead
 from unbroken.checkpoint.resume.readers import ReadFrom
 from unbroken.checkpoint.resume.resume import Resumption
-from unbroken.checkpoint.resume.selection import Origin, ResumeFrom, Selection
+from unbroken.checkpoint.resume.selection import (
+    Candidate,
+    ForeignFormat,
+    Origin,
+    ResumeFrom,
+    Selection,
+    Selector,
+)
 from unbroken.checkpoint.run_access import RunPlace, reader_of
 from unbroken.checkpoint.save.async_saver import BesideTraining, SaveCost, SaveMode
 from unbroken.checkpoint.save.layout import Layout
@@ -243,7 +250,28 @@ class Checkpointer:
         """The run directory, opened and locked by the first use."""
         return self._place.run(among_others=self.among_others)
 
-    def resume(self, which: ResumeFrom | Selection = "auto") -> ResumeReport:
+    def choose(
+        self,
+        which: ResumeFrom | Selection = "auto",
+        *,
+        foreign: ForeignFormat | None = None,
+        examine: Callable[[Candidate], None] | None = None,
+    ) -> Candidate:
+        """Return the checkpoint that `resume` is to go on from, which verifies its bytes.
+
+        Args:
+            which: As `resume` takes it, and raising as that does.
+            foreign: Another format whose checkpoints are taken too; the caller loads those.
+            examine: Called on each rank with each candidate; damage found there passes it over.
+        """
+        with self._spelled():
+            self.wait()
+            return self._selector(foreign, examine).first(Selection.parse(which))
+
+    def _selector(self, *more: Any, run: RunDirectory | None = None) -> Selector:
+        return Selector(self.run if run is None else run, self.group, self._read_from, *more)
+
+    def resume(self, which: ResumeFrom | Selection | Candidate = "auto") -> ResumeReport:
         """Put a saved state into the objects, or leave them as they are for a fresh start.
 
         Checkpoints of a later step than the one resumed are set aside by name: they can never
@@ -252,7 +280,8 @@ class Checkpointer:
         Args:
             which: "auto": the newest intact checkpoint, or a fresh start if there is none;
                 True, "must", "latest" or "last": the newest intact one, or an error; False or
-                "never": a fresh start; "best"; a step number; the path of a checkpoint folder.
+                "never": a fresh start; "best"; a step number; the path of a checkpoint folder;
+                or what `choose` has returned.
 
         Returns:
             What was found and done.
@@ -266,6 +295,7 @@ class Checkpointer:
             DifferenceError: If the training changed and the change is not named; neither an
                 object nor the run directory was changed, on any rank.
             StateMismatchError: If the checkpoint does not fit the objects; likewise.
+            DamagedCandidateError: If what `choose` returned is damaged; the error has the next one.
         """
         with self._spelled():
             report = self._resumed(which)
@@ -273,28 +303,24 @@ class Checkpointer:
             self._tell(line)
         return report
 
-    def _resumed(self, which: ResumeFrom | Selection) -> ResumeReport:
+    def _resumed(self, which: ResumeFrom | Selection | Candidate) -> ResumeReport:
         self.wait()
         self._found.forget()
-        comparison, lines = self.comparison, self._look()
-        self.attributes.note()
+        lines = self._look()
+        if not self._line.is_torn:  # else an attempt before has noted what was here
+            self.attributes.note()
         with self.attributes.as_built():
-            comparison.note_what_is_here()
+            self.comparison.note_what_is_here()
         agree_on_versions(self.group)
         self._others = self._facts_of_others()
         self._rehearsal.at_the_start(self.group)
-        selection = Selection.parse(which)
-        if selection.path is not None and self._place.holds(selection.path):
-            self.among_others = True  # a checkpoint that was copied there under another name
-        selection = self._place.begin_branch(selection, self._refuse_beginning)
-        run = self.run  # opened by now, which the notes tell of
+        candidate = which if isinstance(which, Candidate) else self._chosen_here(which)
         more: dict[str, Any] = {"notes": (*self._place.notes, *lines), "ahead": self.ahead}
-        more |= {"is_torn": self._line.is_torn, "found": self._found}
-        more |= {"attributes": self.attributes, "buckets": self.buckets}
+        more |= {"found": self._found, "attributes": self.attributes}
         more["unfinished"] = None if self.gives_all else self._unfinished
-        resumption = self._resumption(self.objects, comparison, run, **more)
+        resumption = self._resumption(self.objects, candidate.selector, **more)
         try:
-            report = resumption.start(selection)
+            report = resumption.start(candidate, passes_over=candidate is not which)
         finally:
             self._line.is_torn = resumption.is_torn
         self._line.resumed(resumption, reader_of(self.run, report))
@@ -305,15 +331,22 @@ class Checkpointer:
         self._place.has_started = True
         self._found.has_resumed()
         self._known = {one.path for one in report.differences}
-        if comparison.is_strict:
+        if self.comparison.is_strict:
             self.group.together("look for what is not covered", self._tell_uncovered)
         self._rehearsal.begin(report.step)
         return report
 
+    def _chosen_here(self, which: ResumeFrom | Selection) -> Candidate:
+        """Return the first candidate in this run; one that begins as a branch is made."""
+        selection = Selection.parse(which)
+        if selection.path is not None and self._place.holds(selection.path):
+            self.among_others = True  # a checkpoint that was copied there under another name
+        selection = self._place.begin_branch(selection, self._refuse_beginning)
+        return self._selector().first(selection)
+
     def _refuse_beginning(self, left: RunDirectory, step: int) -> None:
-        more: dict[str, Any] = {"ahead": self.ahead, "is_torn": self._line.is_torn}
-        more |= {"found": self._found, "buckets": self.buckets}
-        self._resumption(self.objects, self.comparison, run=left, **more).refuse_beginning(step)
+        more, selector = {"ahead": self.ahead, "found": self._found}, self._selector(run=left)
+        self._resumption(self.objects, selector, **more).refuse_beginning(selector.at_step(step))
 
     def adopt(
         self, step: int, values: Any = None, *, facts: Mapping[str, Any], came: str | Origin
@@ -352,21 +385,17 @@ class Checkpointer:
             CheckpointError: If the checkpoint does not exist, is damaged or does not fit.
         """
         self.wait()
-        objects = {name: self.objects[name] for name in names}
-        self._resumption(objects, self.comparison).load_only(step)
+        objects, selector = {name: self.objects[name] for name in names}, self._selector()
+        self._resumption(objects, selector).load_only(selector.at_step(step))
 
     def _resumption(
-        self,
-        objects: Mapping[str, object],
-        comparison: Comparison | None = None,
-        run: RunDirectory | None = None,
-        **more: Any,
+        self, objects: Mapping[str, object], selector: Selector, **more: Any
     ) -> Resumption:
-        more |= {"read_from": self._read_from, "per_rank": self._per_rank}
+        more |= {"read_from": self._read_from, "per_rank": self._per_rank, "group": self.group}
         more |= {"apart": self.apart, "may_choose": not self.gives_all}
-        more["clock"] = self._wall_clock
-        where = self.run if run is None else run
-        return Resumption(where, objects, self._types, comparison, group=self.group, **more)
+        more |= {"readers": selector.readers, "clock": self._wall_clock}
+        more |= {"buckets": self.buckets, "is_torn": self._line.is_torn}
+        return Resumption(selector.run, objects, self._types, self.comparison, **more)
 
     def save_if_due(self, step: int, values: Any = None) -> str | None:
         """Save if the cadence says so; return the folder of the checkpoint, or None."""

@@ -12,8 +12,8 @@ from torch import nn
 
 from unbroken.capture import capture_rng, restore_rng
 from unbroken.checkpoint import ReadAhead, Selection, read_ahead
+from unbroken.checkpoint.resume.selection import may_resume
 from unbroken.storage import LocalStorage, Storage, storage_at
-from unbroken.store import Catalog
 from unbroken.training.config import TrainerConfig
 
 MakeModel = Callable[[], nn.Module]
@@ -100,16 +100,11 @@ class Construction:
 
 def _resumes(config: TrainerConfig, storage: Storage | None) -> bool:
     """Tell whether a checkpoint is likely to bring all weights; a guess that may be wrong."""
-    kind = Selection.parse(config.resume_from_checkpoint).kind
-    if kind == "never" or config.skip or config.branch is not None:
+    if config.skip or config.branch is not None:
         return False
-    if kind == "path":
-        return True
     if storage is None:
-        if not os.path.isdir(config.output_dir):
-            return False
-        storage = LocalStorage(config.output_dir)
-    return bool(Catalog(storage).folders())
+        storage = LocalStorage(config.output_dir) if os.path.isdir(config.output_dir) else None
+    return may_resume(storage, Selection.parse(config.resume_from_checkpoint))
 
 
 def _begin_to_read(config: TrainerConfig, storage: Storage | None) -> ReadAhead | None:

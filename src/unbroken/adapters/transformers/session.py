@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from unbroken.adapters.transformers.changes import (
     RULES,
@@ -50,8 +52,8 @@ from unbroken.adapters.transformers.position import (
     StoredPosition,
     plan_loop_start,
 )
-from unbroken.adapters.transformers.selection import choose_together, state_of_any
 from unbroken.adapters.transformers.stock_checkpoint import (
+    HfCheckpoints,
     facts_of_stock,
     load_stock,
     missing_devices_of_stock,
@@ -69,12 +71,11 @@ from unbroken.checkpoint import (
     may_go_on,
 )
 from unbroken.checkpoint.preemption import agreed_reason
-from unbroken.checkpoint.resume.selection import origin_of
+from unbroken.checkpoint.resume.selection import Candidate, origin_of
 from unbroken.distributed import Group, SingleProcess, join
 from unbroken.errors import ConfigError, CorruptCheckpointError, StateMismatchError
 from unbroken.fingerprint import names_in
-from unbroken.storage import storage_at
-from unbroken.store import CheckpointReader, KeepPolicy
+from unbroken.store import KeepPolicy
 from unbroken.stored_names import to_stored
 
 # The losses that the host adds up between two lines of its log, and over the whole run.
@@ -165,8 +166,9 @@ class TrainSession:
         self._stack = ExitStack()
         self.group: Group = join() if trainer.args.world_size > 1 else SingleProcess()
         self._loader: Any = None
+        self._state: dict[str, Any] = {}
         self._stored: StoredPosition | None = None
-        self._facts: Mapping[str, Any] | None = None
+        self._begins_again = False
         self._reach: LoopStart | None = None
         self._rng: dict[str, Any] | None = None
         self._adopted: dict[str, Any] | None = None
@@ -181,7 +183,7 @@ class TrainSession:
             keep=KeepPolicy(last=args.save_total_limit),
             policy=choices.policy(is_named=Selection.parse(wanted).kind in _NAMES),
             fingerprint=self._fingerprint,
-            examine=self._examine,
+            examine=lambda facts, found: self._settings.differences(facts, found),
             told=choices.made_by_arguments,
             group=self.group,
             save_mode=choices.save_mode,
@@ -204,8 +206,9 @@ class TrainSession:
         try:
             preemption = Preemption(clock=time.monotonic, wall_clock=time.time)
             self.preemption = self._stack.enter_context(preemption)
-            self.chosen = choose_together(self.group, self.checkpointer.run, self._wanted)
-            self._read_place()
+            self.candidate = self.checkpointer.choose(
+                self._selection(), foreign=HfCheckpoints(), examine=self._read_place
+            )
         except BaseException:
             self._stack.close()
             raise
@@ -222,33 +225,53 @@ class TrainSession:
     @property
     def folder(self) -> Path | None:
         """The checkpoint that is gone on from."""
-        return self.chosen.folder
+        source, foreign = self.candidate.source, self.candidate.foreign
+        if source is None:
+            return None if foreign is None else foreign.path
+        return Path(source.storage.describe(source.folder))
 
-    def _read_place(self) -> None:
-        if self.folder is None:
+    def _selection(self) -> Selection:
+        """Return what is asked for; a path may also be meant inside the output directory."""
+        selection = Selection.parse(self._wanted)
+        if selection.path is None or selection.path.exists():
+            return selection
+        inside = Path(self.checkpointer.run.storage.describe()) / selection.path
+        return replace(selection, path=inside) if inside.exists() else selection
+
+    def _read_place(self, candidate: Candidate) -> None:
+        """Read, verified, what the host counts by before it loads anything."""
+        self._state, self._stored = {}, None
+        if candidate.foreign is not None:
+            self._state = read_state(candidate.foreign.path)
+        source = candidate.source
+        if source is None:
             return
-        if self.chosen.is_stock:
-            self._state = read_state(self.folder)
-            return
-        reader = CheckpointReader(storage_at(self.folder.parent, create=False), self.folder.name)
-        self._facts = reader.manifest.facts
-        if "place" not in self._facts:
+        facts = source.manifest.facts
+        if "place" not in facts:
             what = "was not saved by this Trainer: it does not say where in the data the run is"
             hint = "go on with what saved it, or train into another output_dir"
-            raise StateMismatchError(str(self.folder), what, hint=hint)
-        self._stored = StoredPosition.of(reader.step, self._facts)
-        self._state = state_from_json(reader.read_file(STATE_NAME), reader.step)
-        if may_go_on(self._facts, facts_of_callbacks(self.trainer.callback_handler.callbacks)):
+            raise StateMismatchError(source.storage.describe(source.folder), what, hint=hint)
+        self._stored = StoredPosition.of(source.step, facts)
+        self._state = state_from_json(source.read_file(STATE_NAME), source.step)
+        if may_go_on(facts, facts_of_callbacks(self.trainer.callback_handler.callbacks)):
             self._stored = replace(self._stored, stopped=(False, False))
 
-    def _examine(
-        self, facts: Mapping[str, Any], found: tuple[Difference, ...]
-    ) -> tuple[Difference, ...]:
-        read = self._facts  # as rank 0 has them; what is compared is as this rank has it
-        if read is not None and any(facts.get(name) != read.get(name) for name in _OF_THE_PLACE):
-            what = "is another checkpoint than the one whose place was read"
-            raise CorruptCheckpointError("resume", what)
-        return self._settings.differences(facts, found)
+    def begin_again(self, older: Candidate) -> int | None:
+        """Go on from an older checkpoint, as damage was found in the one that was being loaded.
+
+        The host then begins its loop once more, and makes a new schedule over the same optimizer.
+
+        Returns:
+            The batch size that the host had found then; None: it finds none.
+        """
+        self.candidate, self._begins_again = older, True
+        self._reach, self.shift, self.given_up = None, 0, None
+        self.follower.place = DataPosition()
+        optimizer = self.checkpointer.objects["optimizer"]
+        if isinstance(optimizer, Optimizer):
+            self.checkpointer.comparison.built.set_learning_rates(optimizer)
+        found = self._state.get("train_batch_size")
+        return found if self.trainer.args.auto_find_batch_size else None
 
     @property
     def _settings(self) -> CurrentSettings:
@@ -356,6 +379,8 @@ class TrainSession:
         wrapped = getattr(scheduler, "optimizer", None)
         if wrapped is not None:
             scheduler.optimizer = self.checkpointer.objects["optimizer"]
+        if self._begins_again and isinstance(scheduler, LRScheduler):
+            self.checkpointer.comparison.built.note_schedule(scheduler)
         try:
             self._bring_back()
         finally:
@@ -369,10 +394,11 @@ class TrainSession:
         arguments = plain_arguments(self.trainer.args)
         of_all = {n: v for n, v in arguments.items() if RULES.get(n, _TRAINS)[0] != "harmless"}
         self.group.agree("TrainingArguments", of_all)
-        if self.chosen.is_stock and self.folder is not None and self._stored is not None:
-            self.report = self._import_hf_checkpoint(self.folder, self._stored)
+        foreign = self.candidate.foreign
+        if foreign is not None and self._stored is not None:
+            self.report = self._import_hf_checkpoint(foreign.path, self._stored)
             return
-        self.report = self.checkpointer.resume(self.chosen.selection)
+        self.report = self.checkpointer.resume(self.candidate)
         if self._stored is not None:
             _require_values(self.checkpointer.values)
         self._apply(self.report.differences)
@@ -407,9 +433,9 @@ class TrainSession:
         group.together("check the checkpoint", lambda: refuse_what_does_not_fit(folder, objects))
         load_stock(folder, objects, rank=group.rank)
         self._apply(differences)
-        came = origin_of(folder, state_of_any(folder))
+        came = origin_of(folder, HfCheckpoints())
         checkpointer.adopt(stored.step, self._adopted, facts=self._facts_to_save(), came=came)
-        rejected = self.chosen.rejected
+        rejected = self.candidate.rejected
         return ResumeReport(
             stored.step, checkpoint, rejected, differences=differences, notes=(_NOTE,)
         )
@@ -608,9 +634,6 @@ def _require_values(values: Any) -> None:
             what = "is not what a run of this Trainer saves"
             raise CorruptCheckpointError(f"values.{name}", what)
 
-
-_OF_THE_PLACE = ("cut", "max_steps", "metrics_bytes", "place", "shift", "stopped")
-"""The facts of a checkpoint that say where the run is."""
 
 _STATE = (
     *("epoch", "global_step", "num_input_tokens_seen", "total_flos", "log_history"),

@@ -35,7 +35,8 @@ from unbroken.adapters.transformers.position import (
     LoopCounts,
     StoredPosition,
 )
-from unbroken.errors import CorruptCheckpointError, StateMismatchError
+from unbroken.errors import CheckpointNotFoundError, CorruptCheckpointError, StateMismatchError
+from unbroken.store.format.digest import digest_of
 
 # The folder of a checkpoint that the host's own Trainer wrote: what is in it, and whether whole.
 #
@@ -106,6 +107,33 @@ def problem_of_stock(folder: Path) -> str | None:
         found = "" if error.found is None else f" ({error.found})"
         return f"{Path(error.where).name} {error.what}{found}"
     return None
+
+
+class HfCheckpoints:
+    """The format of the host's own Trainer, for the one who selects a checkpoint."""
+
+    def is_one(self, folder: Path) -> bool:
+        """Return whether the host's own Trainer wrote a folder, or began to."""
+        return is_stock(folder)
+
+    def problem_of(self, folder: Path) -> str | None:
+        """Return why its checkpoint cannot be continued; None: nothing is wrong to see."""
+        return problem_of_stock(folder)
+
+    def state_of(self, folder: Path) -> str | None:
+        """Return what tells its checkpoint from all others, wherever it lies; None: nothing."""
+        try:
+            state = folder / STATE  # a named pipe would be waited for
+            return f"stock {digest_of(state.read_bytes())}" if state.is_file() else None
+        except OSError:
+            return None
+
+    def require(self, folder: Path) -> None:
+        """Raise CheckpointNotFoundError if there is no folder that could be a checkpoint."""
+        if not folder.is_dir():
+            expected = "the folder of a checkpoint"
+            hint = '"latest" finds the newest intact one in output_dir'
+            raise CheckpointNotFoundError(str(folder), "is not there", expected=expected, hint=hint)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from unbroken.adapters.transformers.changes import UserChoices, facts_of_subclass
 from unbroken.adapters.transformers.session import TrainSession
+from unbroken.capture import capture_rng, restore_rng
 from unbroken.checkpoint import (
     ExactResume,
     ResumeFrom,
@@ -21,6 +22,7 @@ from unbroken.checkpoint import (
     SaveMode,
     TrainingStopped,
 )
+from unbroken.checkpoint.resume.selection import DamagedCandidateError
 from unbroken.data.worker_signals import leave_signals_of
 from unbroken.errors import ConfigError
 
@@ -190,6 +192,26 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         return facts_of_subclass(self)
 
     # Hooks of the host's loop, in the order in which it calls them.
+
+    def _inner_training_loop(
+        self,
+        batch_size: int | None = None,
+        args: Any = None,
+        resume_from_checkpoint: str | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Train; once more from an older checkpoint where damage was found in the one loaded."""
+        run, rest = self._session, (trial, ignore_keys_for_eval)
+        if run is None or run.folder is None:
+            return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, *rest)
+        before = capture_rng()  # the host may draw before the checkpoint brings its own back
+        while True:
+            try:
+                return super()._inner_training_loop(batch_size, args, str(run.folder), *rest)
+            except DamagedCandidateError as damaged:
+                batch_size = run.begin_again(damaged.older) or batch_size
+                restore_rng(before)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self._session is None:  # else the weights come with everything else

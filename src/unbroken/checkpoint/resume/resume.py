@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from unbroken.capture import (
     types_in,
 )
 from unbroken.changes.compare import Comparison
-from unbroken.changes.differences import Difference, brief, gravest_first
+from unbroken.changes.differences import Difference, gravest_first
 from unbroken.changes.report import ResumeReport
 from unbroken.checkpoint.coverage.attributes import NAME, Attributes
 from unbroken.checkpoint.coverage.schedules import FoundSchedules
@@ -32,18 +32,20 @@ from unbroken.checkpoint.ddp_buckets import DdpBuckets
 from unbroken.checkpoint.resume.agreement import facts_of_rank, told_by_rank_0
 from unbroken.checkpoint.resume.prefetch import ReadAhead
 from unbroken.checkpoint.resume.rank_state import begin_anew, own_state, with_own_modes
-from unbroken.checkpoint.resume.readers import ReadFrom, Source, readers_for
-from unbroken.checkpoint.resume.selection import Candidates, Origin, Selection, origin_in
+from unbroken.checkpoint.resume.readers import Readers, ReadFrom, Source
+from unbroken.checkpoint.resume.selection import (
+    Candidate,
+    DamagedCandidateError,
+    Origin,
+    Selection,
+    origin_in,
+)
 from unbroken.checkpoint.save.rank_shares import MODES, STATE_FILE
 from unbroken.checkpoint.save.session import refuse_torn
 from unbroken.checkpoint.save.staging import flattened
 from unbroken.checkpoint.save.unfinished_gradients import GRADIENTS, UnfinishedGradients
 from unbroken.distributed import Group
-from unbroken.errors import (
-    CheckpointError,
-    CheckpointNotFoundError,
-    CorruptCheckpointError,
-)
+from unbroken.errors import CheckpointError, CorruptCheckpointError
 from unbroken.store import CheckpointReader, Json, Rejection, RunDirectory
 from unbroken.store.run.catalog import belongs_to
 from unbroken.store.run.directory import as_directory_error, now_as_text
@@ -85,6 +87,7 @@ class Resumption:
         buckets: How `DistributedDataParallel` adds gradients; None: it is not compared.
         attributes: What training makes of attributes of the user's own objects.
         is_torn: Whether an attempt before has left the objects with parts of a checkpoint.
+        readers: How the ranks open and load a checkpoint.
         clock: Seconds since 1970.
 
     Attributes:
@@ -107,6 +110,7 @@ class Resumption:
         unfinished: UnfinishedGradients | None = None,
         notes: tuple[str, ...] = (),
         group: Group,
+        readers: Readers,
         read_from: ReadFrom = "all",
         per_rank: Collection[str] | None = None,
         apart: Collection[str] = (),
@@ -123,11 +127,10 @@ class Resumption:
         self.best_step: int | None = None
         self._run = run
         self._group = group
-        self._candidates = Candidates(run.catalog, run.storage, run.history)
         self._ahead = ahead
         self._attributes = attributes
         self._buckets = buckets
-        self._readers = readers_for(run, group, read_from)
+        self._readers = readers
         self._per_rank = per_rank
         self._apart, self._may_choose = apart, may_choose
         self._of_other_ranks: tuple[Difference, ...] = ()
@@ -150,54 +153,31 @@ class Resumption:
         self._told: tuple[Difference, ...] = ()
         self._same: tuple[Difference, ...] = ()
 
-    def start(self, selection: Selection) -> ResumeReport:
-        """Resume what `selection` asks for, or make ready for a fresh start."""
-        selection = self._resolved(selection)
-        rejected: list[Rejection] = []
-        reader = None
-        for candidate in self._chosen_together(selection):
-            if isinstance(candidate, Rejection):
-                rejected.append(candidate)
-                continue
+    def start(self, candidate: Candidate, *, passes_over: bool) -> ResumeReport:
+        """Go on from a candidate, or make ready for a fresh start.
+
+        Args:
+            candidate: The checkpoint; none: a fresh start.
+            passes_over: Whether the next one takes the place of one that is damaged; else that is
+                told by a `DamagedCandidateError`.
+        """
+        while candidate.source is not None:
             try:
-                damage = self._readers.load(partial(self._examine, candidate))
+                damage = self._readers.load(partial(self._examine, candidate.source))
                 if damage is None:  # on every rank: only now does one of them change something
                     damage = self._readers.load(self._fill)
             finally:
                 self._growth.take_back()  # what has got its shape from here, and nothing more
             if damage is None:
-                reader = candidate
+                self.origin = candidate.origin or origin_in(candidate.source.manifest.facts)
                 break
-            if selection.kind in ("step", "path", "best"):
-                raise damage
-            rejected.append(Rejection(candidate.folder, candidate.step, str(damage)))
-        self._refuse_nothing_found(selection, reader, rejected)
-        if reader is None:
+            older = candidate.after(damage)
+            if not passes_over:
+                raise DamagedCandidateError(damage, older)
+            candidate = older
+        else:
             refuse_torn(self._run, is_torn=self.is_torn)
-        return self._begun_together(selection, reader, tuple(rejected))
-
-    def _resolved(self, selection: Selection) -> Selection:
-        """Return what a selection means for this run, as rank 0 sees it."""
-        if selection.kind != "path":
-            return selection
-        group, what = self._group, "what is to be resumed"
-        own = group.together(
-            what, lambda: None if group.rank else self._candidates.resolved(selection)
-        )
-        kind = group.share(what, None if own is None else own.kind)
-        return replace(selection, kind="begun") if kind == "begun" else selection
-
-    def _chosen_together(self, selection: Selection) -> Iterator[Source | Rejection]:
-        """Yield what rank 0 chooses, as every rank reads it."""
-        group, own = self._group, iter(self._candidates.of(selection))
-        if group.rank > 0:
-            own = iter(())
-        while True:
-            found = group.together("choose a checkpoint", lambda: next(own, None))
-            seen = self._readers.open(found, whole=True)
-            if seen is None:
-                return
-            yield seen
+        return self._begun_together(candidate.selection, candidate.source, candidate.rejected)
 
     def _begun_together(
         self, selection: Selection, reader: Source | None, rejected: tuple[Rejection, ...]
@@ -219,32 +199,18 @@ class Resumption:
             step, checkpoint, rejected, differences=self._differences, same=self._same
         )
 
-    def refuse_beginning(self, step: int) -> None:
-        """Raise if a branch that begins in the checkpoint of `step` would not be gone on with."""
+    def refuse_beginning(self, source: Source) -> None:
+        """Raise if a branch that begins in a checkpoint would not be gone on with."""
         self._is_beginning = True
-        found = self._group.together(
-            "choose a checkpoint",
-            lambda: None if self._group.rank else self._candidates.at_step(step),
-        )
-        source = self._readers.open(found, whole=False)
-        if source is not None and not isinstance(source, Rejection):
-            try:
-                damage = self._readers.load(partial(self._examine, source))
-            finally:
-                self._growth.take_back()
-            if damage is not None:
-                raise damage
+        try:
+            damage = self._readers.load(partial(self._examine, source))
+        finally:
+            self._growth.take_back()
+        if damage is not None:
+            raise damage
 
-    def load_only(self, step: int) -> None:
-        """Fill these objects alone from the checkpoint of `step`."""
-        group = self._group
-        found = group.together(
-            "open the checkpoint", lambda: None if group.rank else self._candidates.at_step(step)
-        )
-        source = self._readers.open(found, whole=False)
-        if source is None or isinstance(source, Rejection):
-            where = self._run.storage.describe()
-            raise CheckpointNotFoundError(where, source.reason if source else "no checkpoint")
+    def load_only(self, source: Source) -> None:
+        """Fill these objects alone from a checkpoint."""
         own: dict[str, Any] = {}
 
         def look() -> None:
@@ -409,29 +375,9 @@ class Resumption:
     def _remember(self, facts: Mapping[str, Any]) -> None:
         self.facts = facts
         self.best_step = facts.get("best_step")
-        self.origin = self._candidates.origin or origin_in(facts)
         before = facts.get("skip")
         texts = [one for one in before if isinstance(one, str)] if isinstance(before, list) else []
         self.skipped = tuple(dict.fromkeys([*texts, *self.skipped]))
-
-    def _refuse_nothing_found(
-        self, selection: Selection, reader: Source | None, rejected: list[Rejection]
-    ) -> None:
-        if reader is not None or selection.kind == "never":
-            return
-        if rejected:
-            raise CheckpointNotFoundError(
-                self._run.storage.describe(),
-                "not one checkpoint is intact",
-                found=f"damage in each of {len(rejected)}",
-                hint="\n".join([*map(_in_short, rejected), _ALL_DAMAGED]),
-            )
-        if selection.kind == "must" or self._run.parent is not None:
-            raise CheckpointNotFoundError(
-                self._run.storage.describe(),
-                "no checkpoint to resume",
-                hint='"auto" starts a new run where there is none, but never a branch',
-            )
 
     def _clear_the_way(
         self, selection: Selection, reader: Source | None, rejected: tuple[Rejection, ...]
@@ -535,13 +481,3 @@ def _notes_on(
     if reader is None or own or reader.storage is not run.storage:
         return ()
     return (f"{reader.folder} is of run {reader.manifest.run_id}: this run begins in it",)
-
-
-_ALL_DAMAGED = '`unbroken verify` lists all damage; resume_from_checkpoint="never" starts anew'
-
-
-def _in_short(rejection: Rejection) -> str:
-    """Return what is damaged in a checkpoint, in one short line."""
-    first, *_ = rejection.reason.splitlines() or [""]
-    _, found, what = first.partition(f"{rejection.folder}: ")
-    return f"{rejection.folder}: {brief(what if found else first, 100)}"

@@ -1,15 +1,28 @@
-"""What `resume_from_checkpoint` may say, read into one value."""
+"""Selecting a checkpoint: what `resume_from_checkpoint` may say, and which checkpoint that means.
+
+All ranks decide together. What is selected has a manifest that is right, and files of the sizes
+that it tells; each byte of it is verified once, by the load. Whoever finds damage then asks for the
+next candidate.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
-from unbroken.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+from unbroken.changes.differences import brief
+from unbroken.checkpoint.resume.readers import ReadFrom, Source, readers_for
+from unbroken.distributed import Group
+from unbroken.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigError,
+    CorruptCheckpointError,
+)
 from unbroken.storage import Storage, storage_at
 from unbroken.store import (
     Catalog,
@@ -113,14 +126,46 @@ Origin = Mapping[str, Json]
 _ORIGIN = ("origin", "origin_given", "origin_state")
 
 
+class ForeignFormat(Protocol):
+    """Knows the checkpoints of another library, which may lie among a run's own."""
+
+    def is_one(self, folder: Path) -> bool:
+        """Return whether that library wrote a folder, or began to."""
+
+    def problem_of(self, folder: Path) -> str | None:
+        """Return why its checkpoint cannot be continued; None: nothing is wrong to see."""
+
+    def state_of(self, folder: Path) -> str | None:
+        """Return what tells its checkpoint from all others, wherever it lies; None: nothing."""
+
+    def require(self, folder: Path) -> None:
+        """Raise CheckpointNotFoundError if nothing at a path can be a checkpoint of any format."""
+
+
+@dataclass(frozen=True)
+class ForeignCheckpoint:
+    """A checkpoint that another library wrote.
+
+    Attributes:
+        path: Its folder.
+        step: Its step, by the name of the folder; None: the name tells none.
+    """
+
+    path: Path
+    step: int | None = None
+
+
+Found = CheckpointReader | ForeignCheckpoint | Rejection
+"""A checkpoint that a selection means, or why it cannot be used."""
+
+
 class Candidates:
     """The checkpoints of a run, those that a path names, and those that were copied here.
 
     Args:
-        catalog: What the run has.
-        storage: The run directory.
+        catalog, storage: The run directory.
         history: What happened to the run; None: nobody knows.
-        state_at: Returns what tells the checkpoint in a folder from all others; None: nothing does.
+        foreign: The other format that is taken too.
 
     Attributes:
         origin: Of the checkpoint that was yielded last, if it is not the run's own.
@@ -131,12 +176,12 @@ class Candidates:
         catalog: Catalog,
         storage: Storage,
         history: Journal | None = None,
-        state_at: Callable[[Path], str | None] | None = None,
+        foreign: ForeignFormat | None = None,
     ) -> None:
         self._catalog = catalog
         self._storage = storage
         self._history = history
-        self._state_at = state_of if state_at is None else state_at
+        self._foreign = foreign
         self.origin: Origin = {}
 
     def resolved(self, selection: Selection) -> Selection:
@@ -149,7 +194,7 @@ class Candidates:
             return replace(selection, kind="begun")
         return selection
 
-    def of(self, selection: Selection) -> Iterator[CheckpointReader | Rejection]:
+    def of(self, selection: Selection) -> Iterator[Found]:
         """Yield what may be resumed, opened; or why it cannot be.
 
         Raises:
@@ -160,16 +205,18 @@ class Candidates:
         elif selection.kind == "step" and selection.step is not None:
             yield self.at_step(selection.step)
         elif selection.kind == "best":
-            yield self.at_step(self._best_step())
+            yield self.at_step(best_step(self._catalog, self._storage))
         elif selection.kind == "path" and selection.path is not None:
             yield self._at_path(selection.path)
 
-    def newest_first(self) -> Iterator[CheckpointReader | Rejection]:
+    def newest_first(self) -> Iterator[Found]:
         """Yield the run's own checkpoints; where it has none yet, those that were copied here."""
         for found in self._catalog.newest_first():
             self.origin = {}
-            copied = self._copied(found) if isinstance(found, Rejection) else None
-            yield found if copied is None else copied
+            if isinstance(found, Rejection):
+                yield self._copied(found) or self._foreign_in(found)
+            else:
+                yield found
 
     def at_step(self, step: int) -> CheckpointReader:
         """Return the checkpoint of a step.
@@ -202,6 +249,16 @@ class Candidates:
             return None
         self.origin = self._origin_at(Path(self._storage.describe(found.folder)))
         return reader
+
+    def _foreign_in(self, found: Rejection) -> ForeignCheckpoint | Rejection:
+        """Return a checkpoint of the other format that is no checkpoint of ours."""
+        path = Path(self._storage.describe(found.folder))
+        if self._foreign is None or not self._foreign.is_one(path):
+            return found
+        problem = self._foreign.problem_of(path)
+        if problem is None:
+            return ForeignCheckpoint(path, found.step)
+        return Rejection(found.folder, found.step, problem)
 
     @property
     def _has_own(self) -> bool:
@@ -239,7 +296,7 @@ class Candidates:
             known = {facts.get("origin"), facts.get("origin_given")}
             state = facts.get("origin_state")
             return bool(names & known) or (
-                isinstance(state, str) and state == self._state_at(selection.path.resolve())
+                isinstance(state, str) and state == state_of(selection.path, self._foreign)
             )
         starts = [one for one in self._told() if one.get("event") in ("started", "adopted")]
         return bool(starts) and starts[-1].get("from", starts[-1].get("checkpoint")) in names
@@ -254,18 +311,14 @@ class Candidates:
         except CheckpointError:
             return False
 
-    def _best_step(self) -> int:
-        step = self._catalog.best_step()
-        if step is None:
-            raise CheckpointNotFoundError(
-                self._storage.describe(), "no checkpoint knows which one is the best"
-            )
-        return step
-
-    def _at_path(self, path: Path) -> CheckpointReader:
+    def _at_path(self, path: Path) -> CheckpointReader | ForeignCheckpoint:
         """Return the checkpoint at `path`."""
         folder = path.resolve()
         self.origin = {}
+        if self._foreign is not None:
+            if self._foreign.is_one(path):
+                return _intact(path, self._foreign)
+            self._foreign.require(path)
         if folder.parent == Path(self._storage.describe()).resolve():
             reader = CheckpointReader(self._storage, folder.name)
             if self._catalog.is_own(reader):
@@ -283,17 +336,37 @@ class Candidates:
         return reader
 
     def _origin_at(self, path: Path) -> Origin:
-        return origin_of(path, self._state_at(path.resolve()))
+        return origin_of(path, self._foreign)
 
 
-def origin_of(path: Path, state: str | None) -> Origin:
+def _intact(path: Path, foreign: ForeignFormat) -> ForeignCheckpoint:
+    problem = foreign.problem_of(path)
+    if problem is not None:
+        raise CorruptCheckpointError(str(path), problem)
+    return ForeignCheckpoint(path)
+
+
+def best_step(catalog: Catalog, storage: Storage) -> int:
+    """Return the step that the newest checkpoint which knows one calls the best.
+
+    Raises:
+        CheckpointNotFoundError: None knows one.
+    """
+    step = catalog.best_step()
+    if step is None:
+        what = "no checkpoint knows which one is the best"
+        raise CheckpointNotFoundError(storage.describe(), what)
+    return step
+
+
+def origin_of(path: Path, foreign: ForeignFormat | None = None) -> Origin:
     """Return the facts of a checkpoint of another run in which one begins.
 
     Args:
         path: As it was given.
-        state: What tells it from all others.
+        foreign: The other format that it may have.
     """
-    given = os.path.abspath(path)
+    given, state = os.path.abspath(path), state_of(path, foreign)
     return {"origin": str(path.resolve()), "origin_given": given, "origin_state": state}
 
 
@@ -302,13 +375,240 @@ def origin_in(facts: Mapping[str, Json]) -> Origin:
     return {name: facts[name] for name in _ORIGIN if name in facts}
 
 
-def state_of(folder: Path) -> str | None:
-    """Return what tells a checkpoint of ours from all others, wherever it lies."""
+def state_of(path: Path, foreign: ForeignFormat | None = None) -> str | None:
+    """Return what tells a checkpoint from all others, wherever it lies; None: nothing does."""
+    folder = path.resolve()
     try:
         storage = storage_at(folder.parent, create=False)
         return CheckpointFolder(storage, folder.name).read_manifest().state_digest
     except (CheckpointError, OSError):
-        return None
+        return None if foreign is None else foreign.state_of(folder)
+
+
+def may_resume(storage: Storage | None, selection: Selection) -> bool:
+    """Return whether a run is likely to go on from a checkpoint: a guess, nothing is opened.
+
+    Args:
+        storage: The run directory; None: there is none yet.
+        selection: What is asked for.
+    """
+    if selection.kind in ("never", "path"):
+        return selection.kind == "path"
+    return storage is not None and bool(Catalog(storage).folders())
+
+
+# Going through them, all ranks alike, until one is good.
+
+
+_NAMED = ("step", "path", "best")
+"""Kinds of a selection that mean one checkpoint, whose place no other takes."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The checkpoint that a start is to go on from, of which the bytes are still to be verified.
+
+    Attributes:
+        selector: Has found it.
+        selection: What was asked for, as the run takes it.
+        source: Reads it, as this rank does; None: it is of another format, or there is none.
+        foreign: The checkpoint of another format.
+        rejected: Newer checkpoints that could not be used, and why.
+        origin: Facts of it, if it is not the run's own.
+    """
+
+    selector: Selector
+    selection: Selection
+    source: Source | None = None
+    foreign: ForeignCheckpoint | None = None
+    rejected: tuple[Rejection, ...] = ()
+    origin: Origin = field(default_factory=dict)
+
+    def after(self, damage: CorruptCheckpointError) -> Candidate:
+        """Return the next one, as this one is damaged; raises as `Selector.first` does."""
+        return self.selector.after(self, damage)
+
+
+class DamagedCandidateError(CorruptCheckpointError):
+    """A candidate turned out to be damaged while it was loaded; an older one is to take its place.
+
+    Attributes:
+        older: The next candidate.
+    """
+
+    def __init__(self, damage: CorruptCheckpointError, older: Candidate) -> None:
+        super().__init__(damage.where, damage.what, expected=damage.expected, found=damage.found)
+        self.older = older
+
+
+class Selector:
+    """Finds what a selection means, candidate after candidate. Rank 0 looks, all ranks follow.
+
+    Args:
+        run: The open run directory.
+        group: The ranks; each makes all calls.
+        read_from: Which of them read checkpoints.
+        foreign: The other format that is taken too.
+        examine: Called on every rank with each candidate: reads what of it has to be right before
+            it is loaded. One where it finds damage is passed over.
+
+    Attributes:
+        run: As given.
+        readers: How the ranks open and load a checkpoint.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        group: Group,
+        read_from: ReadFrom,
+        foreign: ForeignFormat | None = None,
+        examine: Callable[[Candidate], None] | None = None,
+    ) -> None:
+        self.readers = readers_for(run, group, read_from)
+        self.run = run
+        self._group = group
+        self._foreign = foreign
+        self._examine = examine
+        self._candidates = Candidates(run.catalog, run.storage, run.history, foreign)
+        self._rest: Iterator[Found] = iter(())
+        self._selection = Selection("never")
+        self._rejected: list[Rejection] = []
+
+    def first(self, selection: Selection) -> Candidate:
+        """Return the first candidate for a selection; one without a checkpoint: a fresh start.
+
+        Raises:
+            CheckpointNotFoundError: What is asked for is not there; or nothing is intact.
+            CorruptCheckpointError: The one that is named is damaged.
+        """
+        self._selection, self._rejected = self._resolved(selection), []
+        self._rest = iter(()) if self._group.rank else self._candidates.of(self._selection)
+        return self._next()
+
+    def after(self, candidate: Candidate, damage: CorruptCheckpointError) -> Candidate:
+        """Return the next candidate, as damage was found in one; raises as `first` does."""
+        self._reject(candidate, damage)
+        return self._next()
+
+    def at_step(self, step: int) -> Source:
+        """Return the checkpoint of a step, as this rank reads it.
+
+        Raises:
+            CheckpointNotFoundError: There is none, or it cannot be seen from here.
+        """
+        found = self._group.together(
+            "choose a checkpoint",
+            lambda: None if self._group.rank else self._candidates.at_step(step),
+        )
+        source = self.readers.open(found, whole=False)
+        if source is None or isinstance(source, Rejection):
+            where = self.run.storage.describe()
+            raise CheckpointNotFoundError(where, source.reason if source else "no checkpoint")
+        return source
+
+    def _resolved(self, selection: Selection) -> Selection:
+        """Return what a selection means for this run, as rank 0 sees it."""
+        if selection.kind != "path":
+            return selection
+        group, what = self._group, "what is to be resumed"
+        own = group.together(
+            what, lambda: None if group.rank else self._candidates.resolved(selection)
+        )
+        kind = group.share(what, None if own is None else own.kind)
+        return replace(selection, kind="begun") if kind == "begun" else selection
+
+    def _next(self) -> Candidate:
+        while (candidate := self._opened()) is not None:
+            if self._examine is None:
+                return candidate
+            damage = self.readers.load(partial(self._examine, candidate))
+            if damage is None:
+                return candidate
+            self._reject(candidate, damage)
+        self._refuse_nothing_found()
+        return Candidate(self, self._selection)
+
+    def _reject(self, candidate: Candidate, damage: CorruptCheckpointError) -> None:
+        if self._selection.kind in _NAMED:
+            raise damage
+        if candidate.source is not None:
+            folder, step = candidate.source.folder, candidate.source.step
+        else:
+            path = Path() if candidate.foreign is None else candidate.foreign.path
+            folder, step = path.name, step_of(path.name) or 0
+        self._rejected.append(Rejection(folder, step, str(damage)))
+
+    def _opened(self) -> Candidate | None:
+        """Return the next one that can be opened; None: there is none."""
+        while True:
+            found = self._group.together("choose a checkpoint", lambda: next(self._rest, None))
+            foreign = self._shared(found if isinstance(found, ForeignCheckpoint) else None)
+            if foreign is not None:
+                return self._candidate(foreign=foreign)
+            own = None if isinstance(found, ForeignCheckpoint) else found
+            seen = self.readers.open(own, whole=True)
+            if seen is None:
+                return None
+            if not isinstance(seen, Rejection):
+                return self._candidate(source=seen)
+            self._rejected.append(seen)
+
+    def _candidate(
+        self, source: Source | None = None, foreign: ForeignCheckpoint | None = None
+    ) -> Candidate:
+        rejected, origin = tuple(self._rejected), self._candidates.origin
+        return Candidate(self, self._selection, source, foreign, rejected, origin)
+
+    def _shared(self, found: ForeignCheckpoint | None) -> ForeignCheckpoint | None:
+        """Return the foreign checkpoint that rank 0 has found, if it has."""
+        if self._foreign is None or self._group.world_size == 1:
+            return found
+        own = None if found is None else [str(found.path.resolve()), found.step]
+        shared: Any = self._group.share("a checkpoint of another format", own)
+        return found or (None if shared is None else ForeignCheckpoint(Path(shared[0]), shared[1]))
+
+    def _refuse_nothing_found(self) -> None:
+        """Raise where a checkpoint had to be found; else a fresh start begins."""
+        if self._selection.kind == "never":
+            return
+        where = self.run.storage.describe()
+        if self._foreign is not None and self._rejected:
+            self._group.together("choose a checkpoint", self._refuse_foreign)
+        if self._rejected:
+            raise CheckpointNotFoundError(
+                where,
+                "not one checkpoint is intact",
+                found=f"damage in each of {len(self._rejected)}",
+                hint="\n".join([*map(_in_short, self._rejected), _ALL_DAMAGED]),
+            )
+        if self._selection.kind == "must" or self.run.parent is not None:
+            raise CheckpointNotFoundError(
+                where,
+                "no checkpoint to resume",
+                hint='"auto" starts a new run where there is none, but never a branch',
+            )
+
+    def _refuse_foreign(self) -> None:
+        """Raise, on rank 0, where one of those that cannot be used is of the other format."""
+        if self._group.rank or self._foreign is None:
+            return
+        folders = (self.run.storage.describe(one.folder) for one in self._rejected)
+        if any(self._foreign.is_one(Path(folder)) for folder in folders):
+            lines = [f"{one.folder}: {one.reason}" for one in self._rejected]
+            what = "not one of the checkpoints can be gone on from"
+            hint = "\n".join([*lines, 'resume_from_checkpoint="never" starts anew'])
+            raise CheckpointNotFoundError(self.run.storage.describe(), what, hint=hint)
+
+
+_ALL_DAMAGED = '`unbroken verify` lists all damage; resume_from_checkpoint="never" starts anew'
+
+
+def _in_short(rejection: Rejection) -> str:
+    """Return what is damaged in a checkpoint, in one short line."""
+    first, *_ = rejection.reason.splitlines() or [""]
+    _, found, what = first.partition(f"{rejection.folder}: ")
+    return f"{rejection.folder}: {brief(what if found else first, 100)}"
 
 
 # Going on in a branch: find where it begins, make it or open it, and say so.
@@ -368,7 +668,9 @@ def _beginning(
         return _step_at(selection.path, parent), ()
     if selection is None or has_branch(parent, name):
         return None, ()
-    return _best(parent) if selection.kind == "best" else _newest(parent)
+    if selection.kind == "best":
+        return best_step(parent.catalog, parent.storage), ()
+    return _newest(parent)
 
 
 def _step_at(path: Path, parent: RunDirectory) -> int:
@@ -381,14 +683,6 @@ def _step_at(path: Path, parent: RunDirectory) -> int:
             "branch", "begins in another run", expected=expected, found=str(path), hint=hint
         )
     return step
-
-
-def _best(parent: RunDirectory) -> tuple[int, tuple[Rejection, ...]]:
-    step = parent.catalog.best_step()
-    if step is None:
-        what = "no checkpoint knows which one is the best"
-        raise CheckpointNotFoundError(parent.storage.describe(), what)
-    return step, ()
 
 
 def _newest(parent: RunDirectory) -> tuple[int, tuple[Rejection, ...]]:
