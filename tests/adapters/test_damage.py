@@ -111,3 +111,35 @@ def test_a_stock_checkpoint_that_is_damaged_is_walked_past(name, harm, run, unin
     harm(killed(run, "stock") / "checkpoint-10" / name)
     resumed = run()
     assert (resumed.first_step, resumed.digest) == (6, uninterrupted().digest)
+
+
+def test_a_change_that_is_named_takes_effect_in_an_older_checkpoint_too(run):
+    change = {"args": {"learning_rate": 0.0001, "weight_decay": 0.2}}
+    allowed = {"allow": ["learning_rate", "weight_decay"]}
+    folder = killed(run, "ours")
+    shutil.copytree(folder, run.folder / "other")
+    flip_a_bit(folder / "checkpoint-10/optimizer.safetensors")
+    shutil.rmtree(run.folder / "other/checkpoint-10")
+    resumed, expected = run(**change, **allowed), run("other", **change, **allowed)
+    assert resumed.first_step == expected.first_step == 6
+    assert (resumed.digest, resumed.rates) == (expected.digest, expected.rates)
+
+
+RANKS = {"action": "train_on_ranks", "ranks": 2}
+LAYOUTS = {
+    "data parallel": {},
+    "sharded": {"fsdp": {"version": 2, "transformer_layer_cls_to_wrap": ["GPT2Block"]}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_all_ranks_fall_back_together_and_are_the_same_run(layout, run, uninterrupted):
+    args = {"num_train_epochs": 2, "save_steps": 4, "logging_steps": 2}
+    case = {**RANKS, **LAYOUTS[layout], "args": args}
+    run(kill_at=9, on_rank=1, **case)
+    flip_a_bit(run.folder / "run/checkpoint-8/optimizer.rank1.safetensors")
+    resumed = run(**case)
+    assert resumed.first_step == 5, resumed.text
+    assert any("not used: checkpoint-8" in line for line in resumed.report)
+    assert resumed.bits == uninterrupted(**case).bits
