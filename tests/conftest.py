@@ -8,7 +8,7 @@ import signal
 import pytest
 from hypothesis import HealthCheck, settings
 
-from limits import limited
+from time_limits import limited
 
 SECONDS = 300  # of one test; the slowest takes 60 on a quiet machine
 SECONDS_OF_A_SWEEP = 1800

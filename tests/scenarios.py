@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from leaving_out import leave_out
+from sabotage_runs import leave_out
 from unbroken.storage import CompressedStorage, storage_at
 from unbroken.store import CheckpointReader
 from unbroken.testing import KillingStorage

@@ -21,6 +21,20 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from transformers import EarlyStoppingCallback, GPT2Config, GPT2LMHeadModel, TrainingArguments
 
+from adapters.callbacks import (
+    Counting,
+    KilledAt,
+    KilledBeside,
+    Levels,
+    Raises,
+    Raising,
+    Seen,
+    SeenBeside,
+    StoppedInAWindow,
+    digest_of,
+    keeping,
+    kept_by,
+)
 from adapters.data_sets import (
     BLOCK,
     SAMPLES,
@@ -39,21 +53,7 @@ from adapters.data_sets import (
     own_loader,
     padded,
 )
-from adapters.followers import (
-    Counting,
-    KilledAt,
-    KilledBeside,
-    Levels,
-    Raises,
-    Raising,
-    Seen,
-    SeenBeside,
-    StoppedInAWindow,
-    digest_of,
-    keeping,
-    kept_by,
-)
-from adapters.harm import (
+from adapters.faults import (
     hold_commit_until,
     kill_at_storage_step,
     kill_before_write,

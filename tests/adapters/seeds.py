@@ -115,7 +115,7 @@ def newest_by_name(checkpoint_dir: str) -> str:
 
 
 def told(order: dict, trainer: Any) -> None:
-    from adapters.followers import digest_of
+    from adapters.callbacks import digest_of
 
     log = [line for line in trainer.state.log_history if "loss" in line]
     found = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from adapters.cases import PATIENCE, WORKERS
+from adapters.kill_cases import PATIENCE, WORKERS
 
 SHORT = {"args": {"max_steps": 8, "save_steps": 3}, "callbacks": {"level": [2]}}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from adapters.cases import CASES
+from adapters.kill_cases import CASES
 
 # What goes wrong in the host's own, and after which step it is killed.
 NOT_EXACT = {

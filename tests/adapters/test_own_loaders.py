@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from adapters.cases import CASES
+from adapters.kill_cases import CASES
 
 IN_EPOCH_2, AT_AN_EPOCH_END = 19, 12
 OWN = [name for name, case in CASES.items() if "loader" in case]

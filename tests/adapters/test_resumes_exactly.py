@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from adapters.cases import CASES, PLAIN
+from adapters.kill_cases import CASES, PLAIN
 
 # Of 36 steps in 3 epochs of 12; saved every 5 steps, or as the case says.
 BEFORE_THE_FIRST_SAVE, IN_EPOCH_1, AT_AN_EPOCH_END, IN_EPOCH_3 = 3, 8, 12, 29

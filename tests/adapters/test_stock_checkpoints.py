@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from adapters.cases import PLAIN
+from adapters.kill_cases import PLAIN
 
 GROUPED = PLAIN["lengths grouped"]
 # The host reads one batch more than it uses, where a run ends inside of an epoch.

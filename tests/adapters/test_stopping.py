@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from adapters.cases import CASES
+from adapters.kill_cases import CASES
 from unbroken.checkpoint import EXIT_STOPPED
 
 

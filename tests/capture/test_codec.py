@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 
 from capture.round_trip import loaded, stored, there_and_back
-from capture.sameness import account
+from capture.tree_equality import account
 from capture.trees import DTYPES, TYPES, Color, Level, Point, from_bits, trees
 from unbroken.capture import encode, file_of, load_tensors, types_in
 

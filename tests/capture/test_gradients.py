@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from capture.round_trip import loaded, stored
-from capture.sameness import account
+from capture.tree_equality import account
 from unbroken.capture import capture_gradients, restore_gradients
 from unbroken.errors import StateMismatchError
 

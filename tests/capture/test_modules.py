@@ -9,7 +9,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from capture.round_trip import carry, saved, stored
-from capture.sameness import account
+from capture.tree_equality import account
 from unbroken.capture import capture, check, files_for, named_parameters, restore
 from unbroken.errors import CaptureError, StateMismatchError
 

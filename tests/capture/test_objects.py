@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from capture.round_trip import carry, loaded, saved, stored
-from capture.sameness import account
+from capture.tree_equality import account
 from unbroken.capture import capture, check, restore, types_in
 from unbroken.errors import CaptureError, StateMismatchError
 

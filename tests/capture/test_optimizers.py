@@ -7,7 +7,7 @@ import torch
 from torch import nn, optim
 
 from capture.round_trip import carry, saved
-from capture.sameness import account
+from capture.tree_equality import account
 from unbroken.capture import ParameterNames, capture, restore
 from unbroken.capture.kinds.optimizers import restore_optimizer
 from unbroken.capture.stored_tensor import Filling

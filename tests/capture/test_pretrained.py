@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from capture.round_trip import stored
-from capture.sameness import account
+from capture.tree_equality import account
 from unbroken.capture import capture, files_for, pretrained_files
 from unbroken.errors import CaptureError
 from unbroken.storage import LocalStorage

@@ -9,7 +9,7 @@ from torch.amp import GradScaler
 from torch.optim import lr_scheduler as lrs
 
 from capture.round_trip import carry, saved
-from capture.sameness import account
+from capture.tree_equality import account
 from unbroken.capture import capture
 from unbroken.errors import StateMismatchError
 

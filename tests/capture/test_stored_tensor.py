@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from capture.round_trip import loaded, saved, stored
-from capture.sameness import account
+from capture.tree_equality import account
 from unbroken.capture import restore
 from unbroken.errors import StateMismatchError
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from capture.sameness import account
+from capture.tree_equality import account
 
 Point = namedtuple("Point", "x y")
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from rewriting import Kept, changed
+from rewritten_checkpoints import Kept, changed
 from small_trainers import small_model, small_trainer
 from unbroken.checkpoint import Checkpointer
 from unbroken.cli.main import main

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from crash.saving import SCENARIOS, Scenario
+from crash.save_scenarios import SCENARIOS, Scenario
 from unbroken.testing import FaultyStorage
 
 EACH_SCENARIO = pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=list(SCENARIOS))

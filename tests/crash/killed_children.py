@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from crash.saving import SCENARIOS, Scenario
+from crash.save_scenarios import SCENARIOS, Scenario
 from unbroken.storage import LocalStorage
 from unbroken.testing import KillingStorage
 

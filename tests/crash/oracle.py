@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from crash.saving import Scenario, state_before
+from crash.save_scenarios import Scenario, state_before
 from store.small_runs import newest_state, open_run, save, state_of
 from unbroken.storage import Storage
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from crash.faulty_runs import prepared, steps_of
 from crash.oracle import check_after_cut
-from crash.saving import SCENARIOS
+from crash.save_scenarios import SCENARIOS
 from store.small_runs import newest_state, open_run, save, state_of
 from unbroken import Checkpointer
 from unbroken.storage import LocalStorage

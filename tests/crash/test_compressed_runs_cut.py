@@ -8,7 +8,7 @@ import pytest
 
 from crash.faulty_runs import Disk, LeavesOut
 from crash.oracle import check_after_cut
-from crash.saving import SCENARIOS, Scenario
+from crash.save_scenarios import SCENARIOS, Scenario
 from crash.test_cut_at_every_step import is_renamed
 from unbroken.storage import CompressedStorage
 from unbroken.testing import POWER_CUT_MODES, FaultyStorage, PowerCut

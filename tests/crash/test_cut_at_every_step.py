@@ -9,7 +9,7 @@ import pytest
 
 from crash.faulty_runs import EACH_SCENARIO, Disk, LeavesOut, prepared, steps_of
 from crash.oracle import check_after_cut
-from crash.saving import SCENARIOS, Scenario
+from crash.save_scenarios import SCENARIOS, Scenario
 from store.small_runs import open_run
 from unbroken.testing import POWER_CUT_MODES, FaultyStorage, PowerCut
 

@@ -12,7 +12,7 @@ import pytest
 
 from crash.faulty_runs import EACH_SCENARIO, prepared, steps_of
 from crash.oracle import check_next_start, garbage
-from crash.saving import SCENARIOS, Scenario
+from crash.save_scenarios import SCENARIOS, Scenario
 from store.small_runs import RUN_ID, leaves_of, newest_state, open_run, save, state_of
 from unbroken.errors import RunDirectoryError, SaveError
 from unbroken.store import CheckpointWriter

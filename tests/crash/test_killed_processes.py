@@ -10,7 +10,7 @@ from pathlib import Path
 
 from crash.faulty_runs import EACH_SCENARIO
 from crash.oracle import check_after_cut
-from crash.saving import SCENARIOS
+from crash.save_scenarios import SCENARIOS
 from unbroken.storage import LocalStorage
 from unbroken.store import RunDirectory
 

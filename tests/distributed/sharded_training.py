@@ -13,7 +13,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from distributed.training import Samples, make_trainer
-from leaving_out import leave_out
+from sabotage_runs import leave_out
 from unbroken.distributed import join
 from unbroken.errors import ConfigError, RankError
 from unbroken.training import Trainer, TrainerConfig

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from distributed.accumulation import evaluate
 from distributed.ranks import run_ranks
-from distributed.windows import evaluate
 
 COUNTS = [1, 3, 10, 17, 16]
 

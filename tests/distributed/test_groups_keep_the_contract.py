@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from distributed.claims import CLAIMS, a_claim_that_is_false, keep
+from distributed.group_contract import CLAIMS, a_claim_that_is_false, keep
 from distributed.ranks import run_ranks
 
 

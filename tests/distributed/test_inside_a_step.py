@@ -6,9 +6,9 @@ import signal
 
 import pytest
 
+from distributed.accumulation import save_in_window, train_or_tell
 from distributed.ranks import run_ranks
 from distributed.training import STEPS, train
-from distributed.windows import save_in_window, train_or_tell
 from scenarios import outcome
 from unbroken.checkpoint import EXIT_STOPPED
 

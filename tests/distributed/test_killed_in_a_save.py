@@ -8,7 +8,8 @@ from itertools import product
 
 import pytest
 
-from distributed.phases import (
+from distributed.ranks import run_ranks
+from distributed.save_phases import (
     AT,
     BEFORE,
     PHASES,
@@ -17,7 +18,6 @@ from distributed.phases import (
     train_until_killed,
     train_without_room,
 )
-from distributed.ranks import run_ranks
 from distributed.training import STEPS, train
 from scenarios import outcome
 from unbroken.storage import LocalStorage

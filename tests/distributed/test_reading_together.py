@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from distributed.ranks import run_ranks
-from distributed.views import (
+from distributed.shared_storage_views import (
     PIECE,
     PIECES,
     STEPS,

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from distributed.order import sum_over_ranks
 from distributed.ranks import run_ranks
+from distributed.sample_order import sum_over_ranks
 from unbroken.distributed import StoreGroup, Tree
 
 VALUES = [1e16, 1.0, -1e16, 1.0]  # (1e16 + 1.0) is 1e16: by rank, the sum is 1.0

@@ -7,9 +7,9 @@ import signal
 
 import pytest
 
+from distributed.accumulation import train_or_tell
 from distributed.ranks import run_ranks
 from distributed.training import STEPS, train, train_by_own_clock, train_in_turn
-from distributed.windows import train_or_tell
 from scenarios import metrics, outcome
 from unbroken.checkpoint import EXIT_STOPPED
 

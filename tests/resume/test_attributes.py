@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-import keepers
+import attribute_runs
 from scenarios import run_fresh
 from small_trainers import PAIRS
 from unbroken.checkpoint import Checkpointer
@@ -24,7 +24,7 @@ from unbroken.cli.show import print_run
 from unbroken.errors import DifferenceError
 from unbroken.training import Silence, Trainer, TrainerConfig
 
-HARM = {"by hand": keepers.loop, "with our Trainer": keepers.own}
+HARM = {"by hand": attribute_runs.loop, "with our Trainer": attribute_runs.own}
 
 
 def finished(run, folder: Path, *arguments) -> dict:
@@ -44,14 +44,14 @@ def test_attributes_that_training_changes_come_back(run, tmp_path):
 
 
 def test_a_setting_of_the_user_wins_over_what_training_made_of_the_old_one(tmp_path):
-    assert run_fresh(keepers.own, str(tmp_path / "run"), 4) == -signal.SIGKILL
-    assert run_fresh(keepers.own, str(tmp_path / "run"), 0, False, 0, 9) == 1
+    assert run_fresh(attribute_runs.own, str(tmp_path / "run"), 4) == -signal.SIGKILL
+    assert run_fresh(attribute_runs.own, str(tmp_path / "run"), 0, False, 0, 9) == 1
     allowed = finished(allowing_another_level, tmp_path / "run")
     assert "data.values.Curriculum.level: stored 0, now 9: changed" in "\n".join(allowed["report"])
 
 
 def allowing_another_level(folder: str) -> None:
-    keepers.own(folder, level=9, allow=["data"])
+    attribute_runs.own(folder, level=9, allow=["data"])
 
 
 class Cooling(nn.Linear):
@@ -128,8 +128,8 @@ def test_results_with_a_graph_and_caches_are_no_hindrance(tmp_path):
 
 
 def test_an_attribute_that_is_no_more_is_a_line(tmp_path):
-    saved(tmp_path, 1, Cooling(), meter=keepers.Meter())
-    meter = keepers.Meter()
+    saved(tmp_path, 1, Cooling(), meter=attribute_runs.Meter())
+    meter = attribute_runs.Meter()
     saved(tmp_path, 1, Cooling(), meter=meter)
     meter.add(1)
     saved(tmp_path, 2, Cooling(), meter=meter)

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from leaving_out import PARTS, parts_that_matter
+from sabotage_runs import PARTS, parts_that_matter
 from scenarios import CUTS, Scenario, killed, uninterrupted
 
 VALUES = {

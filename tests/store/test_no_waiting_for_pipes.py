@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from limits import limited
+from time_limits import limited
 from unbroken.checkpoint import Checkpointer
 from unbroken.cli.main import main
 from unbroken.errors import UnbrokenError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from distributed.endings import (
+from distributed.failure_cases import (
     Agree,
     Interrupt,
     be_interrupted_while_saving,

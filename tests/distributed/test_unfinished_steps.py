@@ -7,7 +7,7 @@ import json
 import pytest
 
 from distributed.ranks import run_ranks
-from distributed.unfinished import STEPS, train
+from distributed.unfinished_steps import STEPS, train
 
 
 def ended(folder, kind: str, *stops: int, restores: bool = True) -> dict:

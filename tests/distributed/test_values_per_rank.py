@@ -7,8 +7,14 @@ import signal
 
 import pytest
 
-from distributed.own_values import OTHERS, STEPS, begin_all, train_with_followers, train_with_values
 from distributed.ranks import run_ranks
+from distributed.values_per_rank import (
+    OTHERS,
+    STEPS,
+    begin_all,
+    train_with_followers,
+    train_with_values,
+)
 
 
 def read(folder, world_size: int) -> list[dict]:

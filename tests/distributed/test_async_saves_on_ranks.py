@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import HashStore
 
-from distributed import beside as acts
+from distributed import async_saves as acts
 from distributed.ranks import run_ranks
 from unbroken.checkpoint.save.async_saver import Appointment
 from unbroken.distributed import StoreGroup

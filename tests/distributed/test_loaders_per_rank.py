@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from torch.distributed import HashStore
 
-from distributed.own_loaders import STEPS, train
+from distributed.loaders_per_rank import STEPS, train
 from distributed.ranks import run_ranks
 from scenarios import metrics, outcome
 from unbroken.data import BatchShape, CountedSource, Position

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distributed.ranks import run_ranks
-from distributed.worlds import (
+from distributed.launch_modes import (
     ask_for_a_gpu_that_is_not_there,
     ask_for_different_devices,
     join_a_group_of_the_user,
@@ -19,6 +18,7 @@ from distributed.worlds import (
     tell_how_joining_ends,
     two_groups_at_once,
 )
+from distributed.ranks import run_ranks
 from unbroken.distributed import SingleProcess, join
 from unbroken.errors import ConfigError
 

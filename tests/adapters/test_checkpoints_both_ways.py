@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from adapters.cases import PLAIN
+from adapters.kill_cases import PLAIN
 from unbroken.cli.main import main
 
 POINTS = [("shuffled", 8), ("shuffled", 18), ("accumulation with a remainder", 7)]

@@ -6,7 +6,8 @@ from itertools import product
 
 import pytest
 
-from distributed.order import (
+from distributed.ranks import run_ranks
+from distributed.sample_order import (
     ACCUMULATIONS,
     BATCH,
     SAMPLES,
@@ -17,7 +18,6 @@ from distributed.order import (
     use_in_all_ways,
     used_by_all,
 )
-from distributed.ranks import run_ranks
 from scenarios import metrics
 
 WAYS = [("map", *way) for way in product(WORLDS, WORKERS, ACCUMULATIONS)]

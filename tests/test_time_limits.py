@@ -7,7 +7,7 @@ from subprocess import PIPE
 
 import pytest
 
-from limits import limited
+from time_limits import limited
 
 
 def test_what_stands_still_is_ended_and_named():

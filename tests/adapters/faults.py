@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-from adapters.followers import SeenBeside
+from adapters.callbacks import SeenBeside
 
 
 def sabotage(part: str) -> None:

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from distributed.drifting import CASES, CUT, STEPS, save_all, train_experts
+from distributed.diverging_ranks import CASES, CUT, STEPS, save_all, train_experts
 from distributed.ranks import run_ranks
 
 
