@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainingArguments
 
-from rewriting import Kept, changed
+from rewritten_checkpoints import Kept, changed
 from unbroken.adapters.transformers import Trainer
 from unbroken.adapters.transformers.position import (
     Batching,
