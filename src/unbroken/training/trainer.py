@@ -48,8 +48,7 @@ from unbroken.training.resume import run_fingerprint
 from unbroken.training.rng import deterministic_kernels
 from unbroken.training.setup import Given, build_parts, joined, pick_display
 from unbroken.training.step.forward import LossFn
-from unbroken.training.step.memory import keep_freed_memory
-from unbroken.training.step.oom_retry import OomRetry
+from unbroken.training.step.oom_retry import OomRetry, keep_freed_memory
 from unbroken.training.step.runner import StepRunner
 from unbroken.training.step.window import Window
 
