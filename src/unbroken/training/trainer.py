@@ -238,16 +238,14 @@ class Trainer:
                         continue  # it did not fit into memory: again, in smaller micro-batches
                     self._count_time()
                     checkpoints.poll()
-                    self._at_edge = (
-                        True  # saves that callbacks ask for wait for the end of the edge
-                    )
+                    self._at_edge = True  # a save that a callback asks for now is made below
                     self.call("on_step_end")
                     agree_on_requests(self.group, state)
                     self._log_if_due()
                     self._evaluate_if_due()
                     agree_on_requests(self.group, state)
                     self._at_edge = False
-                    checkpoints.save_if_due(self.save_checkpoint)  # last: it holds all the rest
+                    checkpoints.save_if_due(self.save_checkpoint)  # it holds all of the above
                     self.display.advance(state.progress.step)
                     self._stop_if_asked(preemption)
             checkpoints.poll(wait=True)
