@@ -14,7 +14,7 @@ from xxhash import xxh3_64_intdigest
 
 from store.plain_unpacker import unpack_file
 from unbroken.errors import ConfigError, NewerFormatError
-from unbroken.storage import CompressedStorage, LocalStorage, MemoryStorage
+from unbroken.storage import CompressedStorage, LocalStorage, MemoryStorage, compressed, storage_at
 from unbroken.storage.compressed import (
     AS_IT_IS,
     MAGIC,
@@ -24,6 +24,7 @@ from unbroken.storage.compressed import (
     pack,
     unpack,
 )
+from unbroken.store.format.names import BRANCHES, SET_ASIDE, STAGING, TRASH
 from unbroken.testing import FaultyStorage
 
 ZSTD = load_zstd("the tests")
@@ -300,3 +301,39 @@ def test_without_the_library_plain_files_are_read(without_zstd):
     disk = MemoryStorage()
     disk.append(NAME, WEIGHTS)
     assert get(PlainView(disk)) == WEIGHTS
+
+
+# What is wrapped
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "checkpoint-2",
+        "copy",
+        ".staging/checkpoint-2.1",
+        ".trash/checkpoint-2.1",
+        "set-aside/checkpoint-2.replaced",
+        "branches/again/checkpoint-2",
+        "branches/again/branches/more/set-aside/checkpoint-2.1",
+    ],
+)
+def test_a_storage_is_wrapped_only_where_a_file_of_the_run_is_compressed(where, tmp_path):
+    folder = tmp_path / where
+    folder.mkdir(parents=True)
+    (folder / NAME).write_bytes(b"plain")
+    assert type(storage_at(tmp_path)) is LocalStorage
+    (folder / KEPT).write_bytes(b"packed")
+    assert isinstance(storage_at(tmp_path), PlainView)
+
+
+def test_only_the_folder_that_is_read_is_looked_at(tmp_path):
+    for name in ("checkpoint-2", "checkpoint-4"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-4" / KEPT).write_bytes(b"packed")
+    assert type(storage_at(tmp_path, folder="checkpoint-2")) is LocalStorage
+    assert isinstance(storage_at(tmp_path, folder="checkpoint-4"), PlainView)
+
+
+def test_the_folders_in_which_checkpoints_stand_are_those_of_a_run():
+    assert set(compressed._INNER_FOLDERS) == {STAGING, TRASH, SET_ASIDE, BRANCHES}

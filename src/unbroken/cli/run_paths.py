@@ -37,7 +37,7 @@ class RunPath:
         """Where the checkpoint folders stand."""
         if self.run is not None:
             return self.run.storage
-        return storage_at(self.path.parent, create=False)
+        return storage_at(self.path.parent, create=False, folder=self.folder)
 
     def open(self, folder: str) -> CheckpointReader:
         """Open one of `folders`.

@@ -13,14 +13,13 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import accumulate
-from types import TracebackType
-from typing import Any, NamedTuple, NoReturn, Self
+from typing import Any, NamedTuple, NoReturn
 
 import xxhash
 
 from unbroken.errors import ConfigError, NewerFormatError
 from unbroken.storage.local import LocalStorage
-from unbroken.storage.protocol import Bytes, ReadHandle, Stat, Storage, WriteHandle
+from unbroken.storage.protocol import Bytes, Closing, ReadHandle, Stat, Storage, WriteHandle
 from unbroken.storage.subfolder import FolderStorage
 
 # Chunks of bytes, made smaller without loss: byte planes, and zstd behind them.
@@ -136,26 +135,7 @@ class Chunk(NamedTuple):
     checksum: int  # of the stored bytes
 
 
-class _Handle:
-    """A handle that is closed when its `with` block is left."""
-
-    def close(self) -> None:
-        raise NotImplementedError
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-        /,
-    ) -> None:
-        self.close()
-
-
-class CompressedWriteHandle(_Handle):
+class CompressedWriteHandle(Closing):
     """A new file, whose chunks are packed by a few threads while the caller brings more.
 
     Args:
@@ -254,7 +234,7 @@ class CompressedWriteHandle(_Handle):
             raise
 
 
-class CompressedReadHandle(_Handle):
+class CompressedReadHandle(Closing):
     """An open compressed file, read as the plain one that was written.
 
     Args:
@@ -513,16 +493,57 @@ class CompressedStorage(PlainView):
         return CompressedWriteHandle(file, self.describe(path + _KEPT))
 
 
-def storage_at(path: str | os.PathLike[str], *, create: bool = True) -> Storage:
-    """Return the storage of a folder on the local disk, which may hold compressed files.
+# Folders of a run in which more folders of checkpoints stand.
+_INNER_FOLDERS = (".staging", ".trash", "set-aside", "branches")
+
+
+def storage_at(
+    path: str | os.PathLike[str], *, create: bool = True, folder: str | None = None
+) -> Storage:
+    """Return the storage of a folder on the local disk: a plain one where nothing is compressed.
+
+    Only one that holds compressed files is wrapped, so that all others pay nothing for it.
 
     Args:
         path: The folder.
         create: As `LocalStorage` takes it.
+        folder: The name of the one folder in it that is going to be read; None: any.
 
     Example:
         >>> import tempfile
         >>> storage_at(tempfile.mkdtemp()).list("")
         []
     """
-    return PlainView(LocalStorage(path, create=create))
+    local = LocalStorage(path, create=create)
+    root = os.fspath(path)
+    is_plain = not (_holds_compressed(root) if folder is None else _has_compressed(root, folder))
+    return local if is_plain else PlainView(local)
+
+
+def _holds_compressed(root: str) -> bool:
+    """Return whether a file in a folder of a run, or of one of its branches, is compressed."""
+    for name in _folders_in(root):
+        below = os.path.join(root, name)
+        if name in _INNER_FOLDERS and _holds_compressed(below):
+            return True
+        if name not in _INNER_FOLDERS and _has_compressed(root, name):
+            return True
+        if os.path.basename(root) == "branches" and _holds_compressed(below):
+            return True
+    return False
+
+
+def _folders_in(root: str) -> list[str]:
+    try:
+        with os.scandir(root) as entries:
+            return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except OSError:  # what cannot be listed is told when it is used
+        return []
+
+
+def _has_compressed(root: str, name: str) -> bool:
+    try:
+        with os.scandir(os.path.join(root, name)) as entries:
+            return any(entry.name.endswith(_KEPT) for entry in entries)
+    except OSError:
+        return False

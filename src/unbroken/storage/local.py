@@ -9,12 +9,10 @@ import os
 import stat as modes
 from collections.abc import Callable, Iterator
 from functools import cache
-from types import TracebackType
-from typing import Self
 
 from unbroken.storage.direct_io import LongRead, LongWrite, aligned_buffer
 from unbroken.storage.file_lock import ProcessLock, take_process_lock
-from unbroken.storage.protocol import Bytes, Stat, WriteHandle, check_path, open_regular
+from unbroken.storage.protocol import Bytes, Closing, Stat, WriteHandle, check_path, open_regular
 
 # Rename that never replaces anything, atomically where the system can.
 #
@@ -276,7 +274,7 @@ class Buffers:
         self._free.append(buffer)
 
 
-class _Handle:
+class _Handle(Closing):
     """An open descriptor that is closed once."""
 
     def __init__(self, path: str, fd: int) -> None:
@@ -289,18 +287,6 @@ class _Handle:
         if fd >= 0:
             with _naming(self._path):  # quotas and network disks may complain only here
                 os.close(fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-        /,
-    ) -> None:
-        self.close()
 
 
 class LocalWriteHandle(_Handle):

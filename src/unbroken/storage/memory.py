@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-from types import TracebackType
-from typing import NoReturn, Self, TypeAlias
+from typing import NoReturn, TypeAlias
 
 from unbroken.errors import LockHeldError
 from unbroken.storage.file_lock import held_error
-from unbroken.storage.protocol import Bytes, Stat, WriteHandle, check_path, parent_of
+from unbroken.storage.protocol import Bytes, Closing, Stat, WriteHandle, check_path, parent_of
 
 
 class MemoryFile:
@@ -176,23 +175,11 @@ class MemoryStorage:
         raise OSError(code, os.strerror(code), self.describe(path))
 
 
-class _Handle:
+class _Handle(Closing):
     """A handle that has nothing to give back."""
 
     def close(self) -> None:
         """Do nothing."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-        /,
-    ) -> None:
-        self.close()
 
 
 class MemoryWriteHandle(_Handle):

@@ -42,8 +42,28 @@ class Stat:
     identity: str
 
 
-class Closing(Protocol):
-    """Something that is closed when its `with` block is left."""
+class Closing:
+    """Mixin for what is closed when its `with` block is left."""
+
+    def close(self) -> None:
+        """Give back what it holds; closing twice is allowed."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None:
+        self.close()
+
+
+class Closable(Protocol):
+    """Something that is closed when its `with` block is left; `Closing` makes one."""
 
     def close(self) -> None:
         """Give back the handle; closing twice is allowed."""
@@ -60,7 +80,7 @@ class Closing(Protocol):
     ) -> None: ...
 
 
-class WriteHandle(Closing, Protocol):
+class WriteHandle(Closable, Protocol):
     """A new file that is being written. Leaving the `with` block closes it and syncs nothing."""
 
     def write(self, data: Bytes, /) -> None:
@@ -77,7 +97,7 @@ class WriteHandle(Closing, Protocol):
         ...
 
 
-class ReadHandle(Closing, Protocol):
+class ReadHandle(Closable, Protocol):
     """An open file. `nbytes` is its length when it was opened."""
 
     nbytes: int

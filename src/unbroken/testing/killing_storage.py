@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
-from types import TracebackType
-from typing import Self
 
 from unbroken.storage import Bytes, LocalStorage, WriteHandle
 from unbroken.storage.file_lock import ProcessLock
+from unbroken.storage.protocol import Closing
 
 
 class KillingStorage(LocalStorage):
@@ -103,7 +102,7 @@ class KillingStorage(LocalStorage):
         return super().lock(path, owner)
 
 
-class _KillingWriteHandle:
+class _KillingWriteHandle(Closing):
     """A new file; each write and each sync is a step."""
 
     def __init__(self, storage: KillingStorage, inner: WriteHandle) -> None:
@@ -123,15 +122,3 @@ class _KillingWriteHandle:
     def close(self) -> None:
         """Close the file."""
         self._inner.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-        /,
-    ) -> None:
-        self.close()

@@ -43,9 +43,11 @@ _CHUNK_BYTES = 1 << 20
 
 def ensure_folder(storage: Storage, path: str) -> None:
     """Make a folder of the run directory, durably, unless it is there."""
-    if storage.stat(path) is None:
+    try:
         storage.make_folder(path)
-        storage.sync_folder("")
+    except FileExistsError:
+        return
+    storage.sync_folder("")
 
 
 def free_name(storage: Storage, folder: str, name: str) -> str:
@@ -191,9 +193,7 @@ def settle_replaced(storage: Storage) -> None:
 
     While "set-aside/checkpoint-10.replaced" has no successor it *is* checkpoint-10.
     """
-    if storage.stat(SET_ASIDE) is None:
-        return
-    for name in storage.list(SET_ASIDE):
+    for name in _names_in(storage, SET_ASIDE):
         step = step_of_replaced(name)
         if step is None:
             continue
@@ -224,13 +224,13 @@ def sweep(storage: Storage) -> list[str]:
     """
     settle_replaced(storage)
     for folder in ("", SET_ASIDE):
-        for name in storage.list(folder) if storage.stat(folder) is not None else ():
+        for name in _names_in(storage, folder):
             if is_copying(name):
                 with suppress(OSError):
                     remove_tree(storage, _joined(folder, name))
     left = []
     for folder, remove in ((STAGING, remove_staging), (TRASH, _unlink_listed)):
-        for name in storage.list(folder) if storage.stat(folder) is not None else ():
+        for name in _names_in(storage, folder):
             path = f"{folder}/{name}"
             if step_of_numbered(name) is not None:
                 with suppress(OSError):  # a file that is not ours keeps its folder
@@ -238,6 +238,14 @@ def sweep(storage: Storage) -> list[str]:
             if storage.stat(path) is not None:
                 left.append(path)
     return left
+
+
+def _names_in(storage: Storage, folder: str) -> list[str]:
+    """Return the names in a folder; none where there is no such folder."""
+    try:
+        return storage.list(folder)
+    except FileNotFoundError:
+        return []
 
 
 def _unlink_listed(storage: Storage, folder: str) -> None:

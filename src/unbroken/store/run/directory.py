@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from types import TracebackType
 from typing import Self
 
 from unbroken.errors import RunDirectoryError, UnbrokenError
 from unbroken.storage import Lock, Storage, storage_at
+from unbroken.storage.protocol import Closing
 from unbroken.store.checkpoint.commit import (
     copy_file,
     ensure_folder,
@@ -60,7 +60,7 @@ def now_as_text(clock: Callable[[], float]) -> str:
     return datetime.fromtimestamp(clock(), UTC).isoformat(timespec="milliseconds")
 
 
-class RunDirectory:
+class RunDirectory(Closing):
     """The directory of one run: its identity, its checkpoints, its journals, its lock.
 
     Make it with `open`, to work in it as its only owner, or with `open_readonly`, to look.
@@ -241,18 +241,6 @@ class RunDirectory:
         lock, self._lock = self._lock, None
         if lock is not None:
             lock.release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-        /,
-    ) -> None:
-        self.close()
 
 
 def _storage_of(where: Place, *, create: bool) -> Storage:

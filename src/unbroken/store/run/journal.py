@@ -114,9 +114,10 @@ class Journal:
             SaveError: The storage fails.
         """
         try:
-            if self._storage.stat(self._path) is None:
+            try:
+                self._storage.sync_file(self._path)
+            except FileNotFoundError:  # nothing was written yet
                 return
-            self._storage.sync_file(self._path)
             if not self._is_name_durable:
                 self._storage.sync_folder("")
                 self._is_name_durable = True
