@@ -23,7 +23,8 @@ from torch import nn
 from protocol import Protocol
 from unbroken import Checkpointer
 from unbroken.capture import capture, encode
-from unbroken.checkpoint.save.staging import Staging
+from unbroken.checkpoint import SavePolicy
+from unbroken.checkpoint.save.staging import StagingBuffer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH, LAYERS, TOKENS = 2048, 20, 256
@@ -89,7 +90,7 @@ def measure(_name: str, quick: bool) -> dict[str, float]:
 
 def copy_of(training: Training) -> tuple[int, float]:
     """Return the bytes of a snapshot, and the seconds of the second one: the first makes memory."""
-    staging = Staging()
+    staging = StagingBuffer()
     for _ in range(2):
         leaves = encode(capture(training.objects)).leaves
         synchronize()
@@ -114,7 +115,7 @@ def bare_bandwidth(nbytes: int) -> float:
 
 def saved_beside(training: Training, folder: Path, windows: int) -> dict[str, float]:
     lost, blocked, steps = [], [], []
-    with Checkpointer(folder, save_mode="overlap", **training.objects) as checkpointer:
+    with Checkpointer(folder, save=SavePolicy(mode="overlap"), **training.objects) as checkpointer:
         checkpointer.resume()
         checkpointer.save(0)
         checkpointer.wait()

@@ -34,6 +34,7 @@ from pathlib import Path
 from statistics import median, quantiles
 
 from machine import write
+from unbroken.checkpoint import SavePolicy
 
 RANKS = 2
 STEP_SHAPE = {"n_layer": 6, "n_embd": 320, "n_head": 5, "vocab_size": 8192}
@@ -175,7 +176,7 @@ def our_checkpoints(save_mode: str) -> dict[str, float]:
     run, group = os.path.join(os.environ["BENCHMARK_FOLDER"], "run"), join()
     blocked, durable = [], []
     objects = {"model": model, "optimizer": optimizer}
-    with Checkpointer(run, group=group, save_mode=save_mode, **objects) as checkpointer:
+    with Checkpointer(run, ranks=group, save=SavePolicy(mode=save_mode), **objects) as checkpointer:
         checkpointer.resume()
         for number in range(1, SAVES + 2):
             dist.barrier()
@@ -188,7 +189,7 @@ def our_checkpoints(save_mode: str) -> dict[str, float]:
     found = {"blocked": median(blocked[1:]), "durable": median(durable[1:])}
     if save_mode != "blocking":
         return found
-    with Checkpointer(run, group=group, **objects) as checkpointer:
+    with Checkpointer(run, ranks=group, **objects) as checkpointer:
         loads = [
             timed(lambda: checkpointer.load(SAVES + 1, ["model", "optimizer"]))
             for _ in range(SAVES + 1)

@@ -215,7 +215,7 @@ def plain_loop(folder: str, *, ranks: bool = False) -> Ended:
     if ranks:
         from unbroken.distributed import join
 
-        options["group"] = join()
+        options["ranks"] = join()
         net = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
     with Checkpointer(

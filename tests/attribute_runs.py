@@ -243,7 +243,7 @@ def on_ranks(folder: str, steps: int) -> None:
     with closing(join()) as group:
         model = Followed(group.rank)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        with Checkpointer(folder, group=group, model=model, optimizer=optimizer) as checkpointer:
+        with Checkpointer(folder, ranks=group, model=model, optimizer=optimizer) as checkpointer:
             report = checkpointer.resume()
             for step in range(report.step, steps):
                 model(torch.ones(4) * step).sum().backward()

@@ -191,7 +191,7 @@ def of_a_loop(folder: Path) -> Any:
         schedule = StepLR(optimizer, step_size=9)  # is found
         data = batch_source(DataLoader(PAIRS, batch_size=2), seed=1, global_batch_size=2)
         objects = {"model": model, "optimizer": optimizer, "data": data}
-        with Checkpointer(folder, **objects, policy=meant, settings={"rate": rate}) as checkpointer:
+        with Checkpointer(folder, **objects, resume=meant, settings={"rate": rate}) as checkpointer:
             report = checkpointer.resume()
             for step, micro in enumerate(data.from_(), start=report.step + 1):
                 torch.nn.functional.cross_entropy(model(micro.data[0]), micro.data[1]).backward()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from peers.method import Method
 from unbroken import Checkpointer
+from unbroken.checkpoint import SavePolicy
 
 
 class Stream(Method):
@@ -14,7 +15,7 @@ class Stream(Method):
     def __init__(self, model, optimizer, folder: Path) -> None:
         super().__init__(model, optimizer, folder)
         objects = {"model": model, "optimizer": optimizer}
-        self._checkpointer = Checkpointer(folder, save_mode=self.save_mode, **objects)
+        self._checkpointer = Checkpointer(folder, save=SavePolicy(mode=self.save_mode), **objects)
         self._checkpointer.resume()
         self._is_durable = False
 

@@ -18,8 +18,11 @@ if TYPE_CHECKING:
     from unbroken.checkpoint import EXIT_STOPPED as EXIT_STOPPED
     from unbroken.checkpoint import Checkpointer as Checkpointer
     from unbroken.checkpoint import Difference as Difference
+    from unbroken.checkpoint import RankPolicy as RankPolicy
     from unbroken.checkpoint import ResumePolicy as ResumePolicy
     from unbroken.checkpoint import ResumeReport as ResumeReport
+    from unbroken.checkpoint import RunFacts as RunFacts
+    from unbroken.checkpoint import SavePolicy as SavePolicy
     from unbroken.checkpoint import TrainingStopped as TrainingStopped
     from unbroken.data import batch_source as batch_source
     from unbroken.errors import CaptureError as CaptureError
@@ -53,8 +56,11 @@ _HOMES = {
         "EXIT_STOPPED",
         "Checkpointer",
         "Difference",
+        "RankPolicy",
         "ResumePolicy",
         "ResumeReport",
+        "RunFacts",
+        "SavePolicy",
         "TrainingStopped",
     ),
     "unbroken.data": ("batch_source",),

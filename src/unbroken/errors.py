@@ -103,6 +103,10 @@ command line."""
 
 _NAMES = re.compile(r"""(?<!ResumePolicy\()\b(allow|skip)=\[([^\]]*)\]""")
 _WHICH = re.compile(r"""resume_from_checkpoint=(?:"([^"]*)"|'([^']*)')""")
+_POLICIES = (
+    (re.compile(r"""(?<!\()\bsave_mode=(['"]\w+['"])"""), r"save=SavePolicy(mode=\1)"),
+    (re.compile(r"""(?<!\()\bread_from=(['"]\w+['"])"""), r"ranks=RankPolicy(read_from=\1)"),
+)
 _STRICT = re.compile(r"""(?<!ResumePolicy\()\bexact_resume=['"](\w+)['"]""")
 
 
@@ -112,13 +116,15 @@ def spelled(text: str, place: Place) -> str:
     Example:
         >>> hint = "go on with the new value: allow=['seed']"
         >>> spelled(hint, "loop")
-        "go on with the new value: policy=ResumePolicy(allow=['seed'])"
+        "go on with the new value: resume=ResumePolicy(allow=['seed'])"
         >>> spelled(hint, "command")
         'go on with the new value: --allow seed'
     """
     if place == "loop":
-        text = _NAMES.sub(r"policy=ResumePolicy(\1=[\2])", text)
-        text = _STRICT.sub(r"policy=ResumePolicy(exact_resume='\1')", text)
+        text = _NAMES.sub(r"resume=ResumePolicy(\1=[\2])", text)
+        for pattern, policy in _POLICIES:
+            text = pattern.sub(policy, text)
+        text = _STRICT.sub(r"resume=ResumePolicy(exact_resume='\1')", text)
         return _WHICH.sub(lambda found: f'resume("{found[1] or found[2]}")', text)
     text = _NAMES.sub(lambda found: f"--{found[1]} {_words(found[2])}", text)
     text = _STRICT.sub(r"--exact-resume \1", text)

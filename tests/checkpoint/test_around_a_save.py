@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from unbroken.capture import capture, encode
-from unbroken.checkpoint import Checkpointer
+from unbroken.checkpoint import Checkpointer, SavePolicy
 from unbroken.checkpoint.save import staging
 from unbroken.cli.main import main
 from unbroken.errors import SaveError
@@ -41,7 +41,7 @@ class Run:
         torch.manual_seed(5)
         self.model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)) if model is None else model
         self.objects = {"model": self.model, **objects}
-        self.checkpointer = Checkpointer(where, save_mode="overlap", **self.objects)
+        self.checkpointer = Checkpointer(where, save=SavePolicy(mode="overlap"), **self.objects)
 
     def backward(self) -> None:
         self.model(torch.ones(4, 8)).square().sum().backward()
@@ -223,6 +223,6 @@ def test_memory_is_the_same_for_each_save(tmp_path):
     for step in range(3):
         run.save(step)
         run.checkpointer.wait()
-        memory.append(run.checkpointer._beside._staging._memory)
+        memory.append(run.checkpointer._saver._buffer._memory)
     assert memory[0] is memory[1] is memory[2]
     run.checkpointer.close()

@@ -71,7 +71,7 @@ def train(folder, data, steps: int, collate=None, policy=None, wrap=True) -> Res
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     if wrap:
         data = batch_source(data, seed=0, global_batch_size=4, collate_fn=collate)
-    with Checkpointer(folder, policy=policy, model=model, optimizer=optimizer, data=data) as saver:
+    with Checkpointer(folder, resume=policy, model=model, optimizer=optimizer, data=data) as saver:
         report = saver.resume()
         for step, batch in enumerate(data.from_() if wrap else data, report.step):
             if step >= steps:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import torch
 from clocks import Jumping
 from scenarios import run_fresh
 from small_trainers import bits, small_trainer, steps_in
-from unbroken.checkpoint import Checkpointer, SaveCost
+from unbroken.checkpoint import Checkpointer, SaveCost, SavePolicy
+from unbroken.checkpoint import Clock as Clocks
 from unbroken.checkpoint.cadence import LeastLost
 from unbroken.errors import ConfigError, SaveError
 from unbroken.goodput import FailureRate, Rhythm, SaveInterval, UsualCost
@@ -133,9 +135,9 @@ def test_a_run_that_has_to_learn_how_often_it_fails_keeps_almost_as_much_as_the_
     assert reached == pytest.approx(best_possible, abs=0.02)
 
 
-def opened(storage, clock=None, **settings) -> Checkpointer:
-    settings = {"save_steps": "auto", **settings}
-    return Checkpointer(storage, clock=clock or Clock(), weight=torch.zeros(2), **settings)
+def opened(storage, wall_clock=time.time, save_steps="auto", **policy) -> Checkpointer:
+    settings = {"clock": Clocks(Clock(), wall_clock), "save": SavePolicy(save_steps, **policy)}
+    return Checkpointer(storage, weight=torch.zeros(2), **settings)
 
 
 def fail_after(storage, wall, seconds: float) -> None:

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from small_trainers import bits, small_trainer, steps_in
 from unbroken.capture import capture, encode
-from unbroken.checkpoint import Checkpointer
+from unbroken.checkpoint import Checkpointer, SavePolicy
 from unbroken.checkpoint.save import staging
 from unbroken.errors import SaveError
 from unbroken.storage import LocalStorage
@@ -38,7 +38,7 @@ class Training:
         self.ema = AveragedModel(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
         self.objects = {"model": self.model, "ema": self.ema, "optimizer": self.optimizer}
-        self.checkpointer = Checkpointer(where, save_mode=mode, **self.objects, **more)
+        self.checkpointer = Checkpointer(where, save=SavePolicy(mode=mode), **self.objects, **more)
         self.checkpointer.resume()
         self.step = 0
 
@@ -142,9 +142,9 @@ def test_without_that_hook_the_copy_would_be_torn(tmp_path, monkeypatch):
     training.train_step()
     held = Held(monkeypatch)
     data = training.save()
-    training.checkpointer._beside._hook.remove()
-    monkeypatch.setattr(staging.Snapshot, "edited", lambda _self: ())
-    monkeypatch.setattr(staging.Seen, "differing", lambda *_: [])
+    training.checkpointer._saver._hook.remove()
+    monkeypatch.setattr(staging.StagedState, "modified", lambda _self: ())
+    monkeypatch.setattr(staging.SourceDigests, "differing", lambda *_: [])
     training.train_step()
     held.go.set()
     training.checkpointer.wait()
@@ -184,7 +184,9 @@ def test_an_edit_that_no_later_save_makes_good_is_an_error(tmp_path):
 def test_an_embedding_that_edits_its_weight_in_the_forward_pass_is_found(tmp_path):
     model = nn.Embedding(8, 4, max_norm=0.1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with Checkpointer(tmp_path, save_mode="overlap", model=model, optimizer=optimizer) as saving:
+    with Checkpointer(
+        tmp_path, save=SavePolicy(mode="overlap"), model=model, optimizer=optimizer
+    ) as saving:
         saving.save(1)
         model(torch.arange(8)).sum().backward()
         optimizer.step()
@@ -265,16 +267,16 @@ def test_memory_is_used_again(tmp_path):
     for _ in range(3):
         training.train_step()
         training.save()
-        places.add(training.checkpointer._beside._staging._memory.data_ptr())
+        places.add(training.checkpointer._saver._buffer._memory.data_ptr())
     assert len(places) == 1
     training.checkpointer.close()
 
 
 FORGETS_TO_CLOSE = """
 import sys, torch
-from unbroken import Checkpointer
+from unbroken import Checkpointer, SavePolicy
 model = torch.nn.Sequential(*(torch.nn.Linear(size, 1031) for size in (1031, 517, 2050)))
-Checkpointer(sys.argv[1], save_mode=sys.argv[2], model=model).save(1)
+Checkpointer(sys.argv[1], save=SavePolicy(mode=sys.argv[2]), model=model).save(1)
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from small_trainers import small_trainer
-from unbroken import Checkpointer, KeepPolicy, ResumePolicy
+from unbroken import Checkpointer, KeepPolicy, RankPolicy, ResumePolicy, RunFacts, SavePolicy
+from unbroken.checkpoint import Clock
 from unbroken.cli.main import main
 from unbroken.errors import ConfigError, DifferenceError, UnbrokenError
 from unbroken.training import Callback
@@ -27,12 +29,13 @@ def told(error: pytest.ExceptionInfo[UnbrokenError]) -> str:
 
 MISTAKES = {
     "save_step": (5, "did you mean save_steps?"),
-    "save_modes": ("async", "did you mean save_mode?"),
+    "save_mode": ("async", "save=SavePolicy(mode='async')"),
+    "save": (500, "save=SavePolicy(steps=500)"),
     "keep": (3, "keep=KeepPolicy(last=3)"),
-    "policy": ("require", 'policy=ResumePolicy(exact_resume="require")'),
-    "allow": (["seed"], "policy=ResumePolicy(allow=['seed'])"),
-    "skip": (["head.*"], "policy=ResumePolicy(skip=['head.*'])"),
-    "exact_resume": ("require", "policy=ResumePolicy(exact_resume='require')"),
+    "policy": ("require", "resume=ResumePolicy(...)"),
+    "allow": (["seed"], "resume=ResumePolicy(allow=['seed'])"),
+    "skip": (["head.*"], "resume=ResumePolicy(skip=['head.*'])"),
+    "exact_resume": ("require", "resume=ResumePolicy(exact_resume='require')"),
     "resume": (False, "resume(False)"),
     "seed": (7, "settings={...}"),
     "betas": ((0.9, 0.99), "settings={...}"),
@@ -40,18 +43,59 @@ MISTAKES = {
     "Module": (nn.Linear, "settings={...}"),
     "data": (DataLoader(range(4)), "batch_source(it, seed=0, global_batch_size=...)"),
     "loaders": ([DataLoader(range(4))], "data.used(batch)"),
-    "group": ([0, 1], "group=join()"),
+    "group": ([0, 1], "ranks=RankPolicy(group=[0, 1])"),
     "types": ("Phase", "types=[Name]"),
     "settings": ([("seed", 1)], 'settings={"data"'),
-    "per_rank": ("rng", 'per_rank=["rng", "values"]'),
-    "told": ("model", "expected names of objects, found str 'model'"),
-    "fingerprint": ({}, "expected a function, found dict {}"),
+    "per_rank": (["rng"], "ranks=RankPolicy(per_rank=['rng'])"),
+    "told": (["model"], "settings=RunFacts(made_by_settings=['model'])"),
+    "fingerprint": ({}, "settings=RunFacts(more={})"),
     "tell": ("quiet", "expected a function"),
-    "clock": (0.0, "expected a function"),
+    "clock": (0.0, "expected a Clock"),
     "branch": (3, "expected a name"),
-    "save_minutes": ("5", "expected a number, found str '5'"),
-    "mtbf_hours": ([3], "expected a number"),
+    "save_minutes": (5, "save=SavePolicy(minutes=5)"),
+    "mtbf_hours": ([3], "save=SavePolicy(mtbf_hours=[3])"),
 }
+
+
+IN_POLICIES = {
+    "the ranks": (lambda: RankPolicy([0, 1]), "group: expected the ranks", "group=join()"),
+    "each rank's": (lambda: RankPolicy(per_rank="rng"), "per_rank", 'per_rank=["rng", "values"]'),
+    "who reads": (lambda: RankPolicy(read_from="1"), "read_from: expected one of: all, rank0", ""),
+    "what is covered": (lambda: RunFacts(made_by_settings="model"), "found str 'model'", ""),
+    "more facts": (lambda: RunFacts(more={}), "expected a function, found dict {}", ""),
+    "a clock": (lambda: Clock(0.0), "clock: expected a function", ""),
+}
+
+
+@pytest.mark.parametrize("name", IN_POLICIES)
+def test_a_mistake_in_a_policy_is_named(name):
+    make, says, meant = IN_POLICIES[name]
+    with pytest.raises(ConfigError, match=re.escape(says)) as caught:
+        make()
+    assert meant in told(caught)
+
+
+OF_A_SAVE = {
+    "save_minutes": ({"minutes": "5"}, "expected a number, found str '5'"),
+    "mtbf_hours": ({"mtbf_hours": [3]}, "expected a number"),
+    "save_mode": ({"mode": "sync"}, "expected one of: blocking, async, overlap, found 'sync'"),
+    "save_steps": ({"steps": 3}, "is given twice"),
+}
+
+
+@pytest.mark.parametrize("name", OF_A_SAVE)
+def test_a_mistake_in_the_policy_of_saves_is_named(name, tmp_path):
+    fields, says = OF_A_SAVE[name]
+    steps = 5 if name == "save_steps" else None
+    with pytest.raises(ConfigError, match=re.escape(says)) as caught:
+        of(tmp_path, save=SavePolicy(**fields), save_steps=steps)
+    assert name in str(caught.value)
+
+
+def test_a_policy_of_resumes_is_no_word(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        of(tmp_path, resume="require")
+    assert 'resume=ResumePolicy(exact_resume="require")' in told(caught)
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -90,7 +134,7 @@ def test_a_mistake_in_an_argument_of_a_trainer_is_named_as_a_trainer_takes_it(na
 
 def test_what_is_no_mistake_is_taken(tmp_path):
     more = {"scalers": [], "heads": {"a": nn.Linear(1, 1)}, "keep": KeepPolicy(last=1)}
-    with of(tmp_path, policy=ResumePolicy(), temperature=torch.ones(()), **more) as checkpointer:
+    with of(tmp_path, resume=ResumePolicy(), temperature=torch.ones(()), **more) as checkpointer:
         checkpointer.save(1)
 
 
@@ -99,7 +143,7 @@ def test_hints_of_a_checkpointer_name_its_policy_and_its_resume(tmp_path):
         checkpointer.save(1)
     with of(tmp_path, 0.2) as other, pytest.raises(DifferenceError) as caught:
         other.resume()
-    assert "go on with the new value: policy=ResumePolicy(allow=['model.layer.0'])" in told(caught)
+    assert "go on with the new value: resume=ResumePolicy(allow=['model.layer.0'])" in told(caught)
     assert "--allow" not in told(caught)
     (tmp_path / "checkpoint-1" / "manifest.json").write_text("{}")
     with of(tmp_path) as again, pytest.raises(UnbrokenError) as caught:

@@ -1,4 +1,4 @@
-"""Saves with `save_mode="overlap"`, and all that may touch their tensors while they are copied."""
+"""Saves in the mode `"overlap"`, and all that may touch their tensors while they are copied."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks as hooks
 
 from unbroken.capture import capture, encode
-from unbroken.checkpoint import Checkpointer
+from unbroken.checkpoint import Checkpointer, SavePolicy
 from unbroken.checkpoint.save import staging
 from unbroken.errors import SaveError
 from unbroken.store import CheckpointReader
@@ -76,7 +76,7 @@ def backward(model) -> None:
 
 def save_and(change, where, **objects) -> bool:
     """Save, then change something; return whether the checkpoint was made, with the right bytes."""
-    with Checkpointer(where, save_mode="overlap", **objects) as checkpointer:
+    with Checkpointer(where, save=SavePolicy(mode="overlap"), **objects) as checkpointer:
         checkpointer.save(1)
         wanted = digests_of(objects)
         change()
@@ -96,9 +96,9 @@ def test_a_fused_step_of_an_optimizer_that_is_not_saved_waits_for_the_copy(model
 
 
 def test_without_waiting_such_a_step_would_tear_the_copy(model, slowly, tmp_path, monkeypatch):
-    before_step = "unbroken.checkpoint.save.async_saver.BesideTraining._before_step"
+    before_step = "unbroken.checkpoint.save.async_saver.AsyncSaver._before_step"
     monkeypatch.setattr(before_step, lambda *_: None)
-    monkeypatch.setattr(staging.Seen, "differing", lambda *_: [])
+    monkeypatch.setattr(staging.SourceDigests, "differing", lambda *_: [])
     slowly.seconds = None  # until it is let go
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     optimizer.register_step_post_hook(lambda *_: slowly.go.set())
@@ -118,7 +118,9 @@ def test_an_optimizer_in_a_wrapper_may_be_saved(model, tmp_path):
 
 def test_other_hooks_of_the_optimizer_run_as_without_a_save(model, tmp_path):
     optimizer, calls = torch.optim.AdamW(model.parameters()), []
-    with Checkpointer(tmp_path, save_mode="overlap", model=model, optimizer=optimizer) as saving:
+    with Checkpointer(
+        tmp_path, save=SavePolicy(mode="overlap"), model=model, optimizer=optimizer
+    ) as saving:
         saving.save(1)
         optimizer.register_step_pre_hook(lambda *_: calls.append("own"))
         optimizer.step()
@@ -151,8 +153,10 @@ def test_an_edit_of_the_flat_buffer_under_the_parameters_harms_no_checkpoint(mod
 def test_a_forked_process_does_not_wait_for_the_save_of_its_parent(act, model, slowly, tmp_path):
     slowly.seconds = None  # until it is let go
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with Checkpointer(tmp_path, save_mode="overlap", model=model, optimizer=optimizer) as saving:
-        acts = {"step": optimizer.step, "close": saving.close, "end": saving._beside._at_exit}
+    with Checkpointer(
+        tmp_path, save=SavePolicy(mode="overlap"), model=model, optimizer=optimizer
+    ) as saving:
+        acts = {"step": optimizer.step, "close": saving.close, "end": saving._saver._at_exit}
         saving.save(1)
         if not (child := os.fork()):
             acts[act]()
@@ -163,9 +167,9 @@ def test_a_forked_process_does_not_wait_for_the_save_of_its_parent(act, model, s
 
 
 def test_forked_processes_do_not_get_the_copy(model, tmp_path):
-    with Checkpointer(tmp_path, save_mode="overlap", model=model) as saving:
+    with Checkpointer(tmp_path, save=SavePolicy(mode="overlap"), model=model) as saving:
         saving.save(1)
-        address = saving._beside._staging._memory.data_ptr()
+        address = saving._saver._buffer._memory.data_ptr()
         if not (child := os.fork()):
             os._exit(is_mapped(address))
         assert is_mapped(address)
@@ -184,7 +188,7 @@ WAITS = {"wait": Checkpointer.wait, "close": Checkpointer.close, "save": lambda 
 @pytest.mark.parametrize("wait", WAITS)
 def test_a_save_survives_an_interrupt_of_those_who_wait_for_it(wait, model, slowly, tmp_path):
     slowly.seconds = None
-    saving = Checkpointer(tmp_path, save_mode="overlap", model=model)
+    saving = Checkpointer(tmp_path, save=SavePolicy(mode="overlap"), model=model)
     with pytest.raises(KeyboardInterrupt):
         save_and_be_interrupted(saving, WAITS[wait], slowly)
     assert CheckpointReader(saving.run.storage, "checkpoint-1").verify() == []
@@ -241,7 +245,9 @@ def test_weights_that_are_clipped_after_each_step_are_saved_as_they_were(wide, s
     """As in WGAN: the first save is given up, and after that what is clipped is copied at once."""
     optimizer = torch.optim.RMSprop(wide.parameters(), lr=5e-5)
     objects, held = {"model": wide, "optimizer": optimizer}, []
-    with Checkpointer(tmp_path, save_mode="overlap", save_steps=2, **objects) as checkpointer:
+    with Checkpointer(
+        tmp_path, save=SavePolicy(steps=2, mode="overlap"), **objects
+    ) as checkpointer:
         for step in range(1, 9):
             wide(torch.ones(2, 512)).square().mean().backward()
             optimizer.step()
@@ -260,7 +266,7 @@ def test_between_saves_that_look_at_all_bytes_a_sample_shows_an_edit(
     wide, slowly, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(staging, "_FEW", 1)  # as if they were many
-    with Checkpointer(tmp_path, save_mode="overlap", model=wide) as checkpointer:
+    with Checkpointer(tmp_path, save=SavePolicy(mode="overlap"), model=wide) as checkpointer:
         checkpointer.save(1)
         checkpointer.wait()
         slowly.seconds = None  # until it is let go
@@ -294,7 +300,7 @@ def steps_made_under_edits(wide, layer: int, slowly, where) -> int:
     nbytes = sum(one.nbytes for one in wide.parameters())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(staging, "_FEW", -(-nbytes // TURNS))  # as if they were many
-        with Checkpointer(where, save_mode="overlap", model=wide) as checkpointer:
+        with Checkpointer(where, save=SavePolicy(mode="overlap"), model=wide) as checkpointer:
             checkpointer.save(0)
             checkpointer.wait()
             slowly.seconds = None  # until it is let go
@@ -310,7 +316,7 @@ def steps_made_under_edits(wide, layer: int, slowly, where) -> int:
 
 
 def test_of_a_small_model_each_save_looks_at_all_bytes(wide, slowly, tmp_path):
-    with Checkpointer(tmp_path, save_mode="overlap", model=wide) as checkpointer:
+    with Checkpointer(tmp_path, save=SavePolicy(mode="overlap"), model=wide) as checkpointer:
         for step in (1, 2):
             checkpointer.save(step)
             checkpointer.wait()
@@ -324,6 +330,6 @@ def test_of_a_small_model_each_save_looks_at_all_bytes(wide, slowly, tmp_path):
 def test_without_the_digests_such_a_checkpoint_would_be_torn(model, slowly, tmp_path, monkeypatch):
     """The negative control."""
     slowly.seconds = None
-    monkeypatch.setattr(staging.Seen, "differing", lambda *_: [])
+    monkeypatch.setattr(staging.SourceDigests, "differing", lambda *_: [])
     with pytest.raises(AssertionError):
         save_and(partial(slowly.then, partial(clip, model)), tmp_path, model=model)

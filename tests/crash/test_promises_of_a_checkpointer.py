@@ -8,7 +8,7 @@ from torch import nn
 
 from crash.faulty_runs import LeavesOut
 from store.small_runs import RUN_ID, files_of, leaves_of, newest_state, save, state_of
-from unbroken.checkpoint import Checkpointer
+from unbroken.checkpoint import Checkpointer, SavePolicy
 from unbroken.storage import LocalStorage
 from unbroken.store import CheckpointReader, CheckpointWriter, store_leaves
 from unbroken.testing import POWER_CUT_MODES, FaultyStorage
@@ -32,7 +32,7 @@ def resumed(disk: FaultyStorage) -> tuple[int, list]:
 @pytest.mark.parametrize("save_mode", ["blocking", "async", "overlap"])
 def test_the_metrics_that_a_checkpoint_knows_of_survive_a_power_cut_with_it(save_mode, mode):
     disk = FaultyStorage()
-    checkpointer = Checkpointer(disk, model=model(), save_mode=save_mode)
+    checkpointer = Checkpointer(disk, model=model(), save=SavePolicy(mode=save_mode))
     lines = [{"step": step, "loss": 0.5} for step in (1, 2)]
     for line in lines:
         checkpointer.log(line)

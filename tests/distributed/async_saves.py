@@ -16,7 +16,7 @@ import torch
 
 from distributed.sharded import build, train
 from unbroken.capture import capture, encode
-from unbroken.checkpoint import Checkpointer
+from unbroken.checkpoint import Checkpointer, SavePolicy
 from unbroken.checkpoint.save import async_saver, staging
 from unbroken.distributed import join
 from unbroken.distributed.dtensors import local_part
@@ -34,7 +34,8 @@ class Run:
         self.layout = layout
         self.model, self.optimizer = build(layout, seed=1)
         self.objects = {"model": self.model, "optimizer": self.optimizer}
-        options = {"save_mode": mode, "group": self.group, **options, **self.objects}
+        policy, options = SavePolicy(mode=mode), {"ranks": self.group, **options}
+        options = {"save": policy, **options, **self.objects}
         self.checkpointer = Checkpointer(f"{folder}/run", **options)
         self.checkpointer.resume()
         self.folder, self.step = folder, 0
@@ -146,9 +147,9 @@ def save_without_waiting_for_the_copy(folder: str, layout: str) -> None:
     run = Run(folder, layout, "overlap")
     run.train_step()
     wanted = run.save()
-    run.checkpointer._beside._hook.remove()
-    staging.Snapshot.edited = lambda _self: ()
-    staging.Seen.differing = lambda *_: []
+    run.checkpointer._saver._hook.remove()
+    staging.StagedState.modified = lambda _self: ()
+    staging.SourceDigests.differing = lambda *_: []
     run.train_step()
     held.go.set()
     run.checkpointer.wait()

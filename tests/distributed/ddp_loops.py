@@ -118,7 +118,7 @@ def train(folder: str, name: str, loop: Loop, group: Group, last: int) -> None:
     where = f"{folder}/{name}/run" + ("" if loop.given_group else str(group.rank))
     with Checkpointer(
         where,
-        group=group if loop.given_group else None,
+        ranks=group if loop.given_group else None,
         model=ddp if loop.saves_wrapper else model,
         optimizer=optimizer,
     ) as checkpointer:

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from distributed.ddp_loops import WithStatistics
-from unbroken.checkpoint import Checkpointer
+from unbroken.checkpoint import Checkpointer, RankPolicy
 from unbroken.distributed import Group, join
 from unbroken.errors import RankError
 
@@ -186,8 +186,8 @@ def seed_all(seed: int) -> None:
 
 def saved(folder: str, loop: Loop, group: Group, case: Case) -> str:
     objects, told = {"model": loop.model, "optimizer": loop.optimizer, **loop.more}, []
-    more = {"tell": told.append, **case.options, **objects}
-    with Checkpointer(folder, group=group, **more) as checkpointer:
+    more = {"tell": told.append, **objects}
+    with Checkpointer(folder, ranks=RankPolicy(group, **case.options), **more) as checkpointer:
         checkpointer.gives_all = case.of_a_trainer
         try:
             checkpointer.resume()
@@ -206,7 +206,7 @@ def train_experts(folder: str, last: int) -> None:
     dist.broadcast(loop.model.body.weight.data, 0)
     dist.broadcast(loop.model.body.bias.data, 0)
     objects = {"model": loop.model, "optimizer": loop.optimizer}
-    with Checkpointer(f"{folder}/run", group=group, **OWN, **objects) as checkpointer:
+    with Checkpointer(f"{folder}/run", ranks=RankPolicy(group, **OWN), **objects) as checkpointer:
         report = checkpointer.resume()
         for step in range(report.step, last):
             loop.step(step)

@@ -144,7 +144,7 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 def checkpointer_in(folder: str, group, model, optimizer, **options) -> Checkpointer:
-    return Checkpointer(folder, group=group, model=model, optimizer=optimizer, **options)
+    return Checkpointer(folder, ranks=group, model=model, optimizer=optimizer, **options)
 
 
 def in_group(function: Callable[..., object], *arguments) -> None:

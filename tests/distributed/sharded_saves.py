@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from distributed.sharded import build, checkpointer_in, digest, facts, train
-from unbroken.checkpoint import Checkpointer, ResumePolicy
+from unbroken.checkpoint import Checkpointer, RankPolicy, ResumePolicy, SavePolicy
 from unbroken.distributed import join
 from unbroken.distributed.dtensors import local_part
 from unbroken.errors import CheckpointError, ConfigError, RankError, SaveError
@@ -58,7 +58,7 @@ def run_to_the_end(folder: str, mode: str, kill: tuple[int, str] | None = None) 
     armed = threading.Event()
     group = join(timeout=60.0) if kill is None else Killed(join(timeout=60.0), *kill, armed)
     model, optimizer = build(LAYOUT, seed=1)
-    options = {"save_mode": mode}
+    options = {"save": SavePolicy(mode=mode)}
     checkpointer = checkpointer_in(f"{folder}/run", group, model, optimizer, **options)
     done = checkpointer.resume().step
     for step in range(done + 1, END + 1):
@@ -128,7 +128,9 @@ def save_on_a_full_disk(checkpointer, model, optimizer):
 
 def save_where_only_rank_0_sees(checkpointer, model, optimizer):
     blind = Checkpointer(
-        checkpointer.path(0) + "-run", group=checkpointer.group, read_from="rank0", model=model
+        checkpointer.path(0) + "-run",
+        ranks=RankPolicy(group=checkpointer.group, read_from="rank0"),
+        model=model,
     )
     for seed in (torch.manual_seed, random.seed, np.random.seed):
         seed(1)  # the generators must be the same on all ranks
@@ -163,7 +165,7 @@ def read_tapes(folder: str, per_rank) -> None:
     tape = Tape(0)
     policy = ResumePolicy(skip=("model", "optimizer"), allow=("model", "optimizer"))
     checkpointer = Checkpointer(
-        f"{folder}/run", group=group, policy=policy, per_rank=per_rank, tape=tape
+        f"{folder}/run", ranks=RankPolicy(group=group, per_rank=per_rank), resume=policy, tape=tape
     )
     found = error_of(lambda: checkpointer.load(1, ["tape"]), CheckpointError, RankError)
     leave(folder, group, checkpointer, {"found": [tape.at, found]})
@@ -212,8 +214,8 @@ def resume_without_the_embedding(checkpointer, model, optimizer):
     checkpointer.close()
     with Checkpointer(
         place,
-        group=checkpointer.group,
-        policy=policy,
+        ranks=checkpointer.group,
+        resume=policy,
         model=model,
         optimizer=optimizer,
     ) as again:
@@ -232,7 +234,7 @@ def save_a_gpt2(folder: str) -> None:
     for block in model.transformer.h:
         fully_shard(block)
     fully_shard(model)
-    checkpointer = Checkpointer(f"{folder}/run", group=group, model=model)
+    checkpointer = Checkpointer(f"{folder}/run", ranks=group, model=model)
     checkpointer.save(1)
     weights = {name: digest(tensor) for name, tensor in model.state_dict().items()}
     leave(folder, group, checkpointer, {"found": weights})

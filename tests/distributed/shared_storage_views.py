@@ -18,6 +18,7 @@ from torch import nn
 from distributed.training import Samples
 from unbroken import Checkpointer
 from unbroken.capture import capture, encode
+from unbroken.checkpoint import RankPolicy
 from unbroken.distributed import join
 from unbroken.errors import DataError, UnbrokenError
 from unbroken.store.format.digest import Digester
@@ -131,11 +132,15 @@ def resume_there(folder: str, which: str | int) -> None:
     go_to(folder)
     group = join(timeout=30.0)
     saved = objects_of_many_kinds(1)
-    with Checkpointer(RUN, group=group, read_from="rank0", **saved) as checkpointer:
+    with Checkpointer(
+        RUN, ranks=RankPolicy(group=group, read_from="rank0"), **saved
+    ) as checkpointer:
         seed_ambient(1)
         checkpointer.save(1, {"numbers": (1, None), "bytes": b"\0" * 100_000})
     others = objects_of_many_kinds(2)
-    with Checkpointer(RUN, group=group, read_from="rank0", **others) as checkpointer:
+    with Checkpointer(
+        RUN, ranks=RankPolicy(group=group, read_from="rank0"), **others
+    ) as checkpointer:
         before = everything(others)
         checkpointer.resume(which)
         told = [everything(saved), everything(others), before, repr(checkpointer.values)]
@@ -164,7 +169,9 @@ def measure_resume(folder: str, holds_all: bool) -> None:
     go_to(folder)
     group = join(timeout=30.0)
     model = nn.ParameterList([torch.full((PIECE // 4,), 1.0 + i) for i in range(PIECES)])
-    with Checkpointer(RUN, group=group, read_from="rank0", model=model) as checkpointer:
+    with Checkpointer(
+        RUN, ranks=RankPolicy(group=group, read_from="rank0"), model=model
+    ) as checkpointer:
         seed_ambient(1)
         checkpointer.save(1)
         forget_peak()
@@ -201,7 +208,9 @@ def resume_what_rank_1_refuses(folder: str, read_from: str) -> None:
 
     def checkpointer(refuses: bool) -> Checkpointer:
         objects = {"model": nn.Linear(2, 1), "picky": Picky(refuses)}
-        return Checkpointer(f"{folder}/run", group=group, read_from=read_from, **objects)
+        return Checkpointer(
+            f"{folder}/run", ranks=RankPolicy(group=group, read_from=read_from), **objects
+        )
 
     with checkpointer(False) as first:
         nn.init.ones_(first.objects["model"].weight)
@@ -227,7 +236,9 @@ def begin_elsewhere_and_go_on(folder: str, read_from: str, how: str) -> None:
     def saved_at(place: str, which: str, step: int) -> list[object]:
         torch.manual_seed(3)
         model = nn.Linear(2, 1)
-        with Checkpointer(place, group=group, read_from=read_from, model=model) as checkpointer:
+        with Checkpointer(
+            place, ranks=RankPolicy(group=group, read_from=read_from), model=model
+        ) as checkpointer:
             report = checkpointer.resume(which)
             checkpointer.save(step)
         return [report.step, *report.notes]

@@ -13,7 +13,7 @@ from torch.distributed import HashStore
 
 from distributed import async_saves as acts
 from distributed.ranks import run_ranks
-from unbroken.checkpoint.save.async_saver import Appointment
+from unbroken.checkpoint.save.async_saver import StepRendezvous
 from unbroken.distributed import StoreGroup
 from unbroken.storage import LocalStorage
 from unbroken.store import CheckpointReader
@@ -89,12 +89,12 @@ def test_a_script_that_ends_without_closing_keeps_the_last_save_of_all_ranks(mod
 
 def heard_at(group: StoreGroup, edges: int, draw: random.Random) -> int:
     """Pass edges as fast as chance has it, with a save that is over at one of them."""
-    appointment, over_at = Appointment(), draw.randrange(edges)
-    make = threading.Thread(target=lambda: appointment.make(group))
+    rendezvous, over_at = StepRendezvous(), draw.randrange(edges)
+    make = threading.Thread(target=lambda: rendezvous.agree(group))
     for edge in range(edges + 10):
         if edge == over_at:
             make.start()
-        if appointment.is_now():
+        if rendezvous.is_here():
             make.join()
             return edge
     raise AssertionError("it was not heard of")

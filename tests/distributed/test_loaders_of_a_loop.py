@@ -65,7 +65,7 @@ def go(group, name: str, folder: str, steps: int) -> list[torch.Tensor]:
     sizes = {"global_batch_size": 8, "micro_batch_size": 4, "world_size": 2}
     source = batch_source(loader, seed=0, rank=group.rank, **sizes)
     found = []
-    with Checkpointer(folder, group=group, data=source) as checkpointer:
+    with Checkpointer(folder, ranks=group, data=source) as checkpointer:
         step = checkpointer.resume().step
         for micro in islice(source.from_(), steps - step):
             source.used(micro)

@@ -9,6 +9,7 @@ from torch import nn
 
 from distributed.ranks import run_ranks
 from unbroken import Checkpointer
+from unbroken.checkpoint import RankPolicy
 from unbroken.distributed import join
 
 
@@ -24,7 +25,7 @@ def on_a_rank(folder: str, per_rank: list[str] | None) -> None:
     """Save where a part of a model evaluates on rank 0, and resume where all train, or none."""
     group, found = join(), []
     for trains in (True, False):
-        where, parts = f"{folder}/{trains}", {"group": group, "per_rank": per_rank}
+        where, parts = f"{folder}/{trains}", {"ranks": RankPolicy(group, per_rank=per_rank)}
         before, after = [model(), {"inner": model()}], [model(), {"inner": model()}]
         with Checkpointer(where, **parts, models=before) as checkpointer:
             checkpointer.resume()

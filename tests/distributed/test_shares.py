@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,12 +18,19 @@ from unbroken.capture import capture, capture_rng, decode, file_of, restore_rng
 from unbroken.capture import structure_from_bytes as structure_of
 from unbroken.checkpoint.resume.rank_state import begin_anew, own_state
 from unbroken.checkpoint.save import rank_shares
-from unbroken.checkpoint.save.rank_shares import STATE_FILE, Plan, sample_of, share_of
-from unbroken.checkpoint.save.session import Saving
+from unbroken.checkpoint.save.layout import Layout
+from unbroken.checkpoint.save.rank_shares import (
+    STATE_FILE,
+    CapturedState,
+    SharePlan,
+    plan_share,
+    sample_of,
+)
+from unbroken.checkpoint.save.session import SaveLineage, SaveRequest, SaveSession
 from unbroken.distributed import StoreGroup
 from unbroken.errors import RankError
 from unbroken.storage import MemoryStorage
-from unbroken.store import CheckpointReader, CheckpointWriter
+from unbroken.store import CheckpointReader, KeepPolicy, RunDirectory
 
 
 @pytest.mark.parametrize("numel", [3086, 3087, 4001], ids=str)
@@ -51,12 +59,12 @@ def seen_in(save: int, like: torch.Tensor) -> torch.Tensor:
 
 
 def saves_until_it_is_refused(drift: torch.Tensor, group: StoreGroup) -> int:
-    model, plan = nn.Linear(64, 64, bias=False), Plan()
+    model, plan = nn.Linear(64, 64, bias=False), SharePlan()
     model.weight.data = drift * group.rank
     tree = {**capture({"model": model}), "rng": None, "values": None}
     for save in range(3):
         try:
-            share_of(group, tree, file_of, None, plan)
+            plan_share(group, CapturedState(tree), file_of, plan)
         except RankError:
             return save
     return -1
@@ -89,19 +97,19 @@ def read(reader: CheckpointReader, name: str) -> dict:
     return decode(structure_of(reader.read_file(name), name), reader)
 
 
-def save(storage: MemoryStorage, trees: list, per_rank, group: StoreGroup) -> None:
-    writer = lambda: CheckpointWriter(storage, step=1, run_id="a" * 32)  # noqa: E731
-    with Saving(storage, writer, lambda one: one.commit({})) as saving:
-        assert saving.stage(group) == ()
-        share = share_of(group, trees[group.rank], file_of, per_rank, Plan())
-        saving.store(group, share)
+def save(run: RunDirectory, trees: list, per_rank, group: StoreGroup) -> None:
+    request = SaveRequest(1, Layout(file_of), {}, KeepPolicy(), {}, time.time)
+    state = CapturedState(trees[group.rank], per_rank)
+    with SaveSession(run, request, state, SharePlan(), SaveLineage()) as session:
+        session.run(group)
+    assert session.without_storage == ()
 
 
 def loaded(storage: MemoryStorage, per_rank, alike: bool, rank: int, size: int) -> tuple:
     reader = CheckpointReader(storage, "checkpoint-1")
     group = StoreGroup(HashStore(), rank=rank, world_size=size)
     tree, of_a_file = read(reader, STATE_FILE), partial(read, reader)
-    own, anew = own_state(tree, reader.manifest, group, per_rank, of_a_file, alike=alike)
+    own, anew, _ = own_state(tree, reader.manifest, group, per_rank, of_a_file, alike=alike)
     return spelled({name: {**tree, **own}[name] for name in NAMES}), anew
 
 
@@ -119,7 +127,8 @@ def test_each_rank_gets_back_what_it_had_and_not_what_another_had(per_rank, alik
     state, storage = capture_rng(), MemoryStorage()
     trees = [state_of(rank) for rank in (0, 1)]
     restore_rng(state)
-    on_two_ranks(partial(save, storage, trees, per_rank))
+    with RunDirectory.open(storage) as run:
+        on_two_ranks(partial(save, run, trees, per_rank))
     expected = [spelled(tree) for tree in trees]
     assert expected[0] != expected[1]
     for rank in (0, 1):

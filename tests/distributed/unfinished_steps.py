@@ -27,7 +27,7 @@ def _train(group, folder: str, kind: str, until: int, restores: bool) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
     where = f"{folder}/run"
-    with Checkpointer(where, group=group, model=model, optimizer=optimizer) as checkpointer:
+    with Checkpointer(where, ranks=group, model=model, optimizer=optimizer) as checkpointer:
         step = checkpointer.resume().step
         if not restores:
             optimizer.zero_grad()

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from distributed.training import make_trainer
-from unbroken.checkpoint import Checkpointer
+from unbroken.checkpoint import Checkpointer, RunFacts
 from unbroken.distributed import Group, join
 from unbroken.errors import UnbrokenError
 from unbroken.training import Callback, Trainer
@@ -83,9 +83,9 @@ def loop(folder: str, group: Group, last: int) -> list[str]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     settings = {"rank": group.rank, "seed": 100 + group.rank}
     facts = {"loss": {"values": {"RANK": RANK}}}
-    more: dict[str, Any] = {"settings": settings, "fingerprint": lambda: facts}
+    more: dict[str, Any] = {"settings": RunFacts(settings, lambda: facts)}
     objects = {"model": model, "optimizer": optimizer}
-    with Checkpointer(folder, group=group, **more, **objects) as checkpointer:
+    with Checkpointer(folder, ranks=group, **more, **objects) as checkpointer:
         report = checkpointer.resume()
         checkpointer.save(last)
     return report.lines() if report.resumed else []
@@ -151,18 +151,18 @@ def train_with_followers(folder: str, last: int, lanes: int | None = None) -> No
 
 def other_layers(folder: str, group: Group) -> None:
     model = OfARank(0, hidden=8 + group.rank)
-    Checkpointer(folder, group=group, model=model).resume()
+    Checkpointer(folder, ranks=group, model=model).resume()
 
 
 def other_hyperparameters(folder: str, group: Group) -> None:
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.1 * group.rank)
-    Checkpointer(folder, group=group, model=model, optimizer=optimizer).resume()
+    Checkpointer(folder, ranks=group, model=model, optimizer=optimizer).resume()
 
 
 def other_script(folder: str, group: Group) -> None:
     code = {"script": "train.py", "script_digest": "abc" if group.rank == 0 else "def"}
-    checkpointer = Checkpointer(folder, group=group, model=nn.Linear(2, 2))
+    checkpointer = Checkpointer(folder, ranks=group, model=nn.Linear(2, 2))
     checkpointer.comparison.note_what_is_here()
     checkpointer.comparison.facts["fingerprint"]["code"].update(code)
     checkpointer.resume()

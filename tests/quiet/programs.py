@@ -448,7 +448,7 @@ val_loader = DataLoader(pairs[:16], batch_size=8)
 sizes = dict(global_batch_size=8, micro_batch_size=4, world_size=2)
 data = batch_source(loader, seed=0, rank=rank, **sizes)
 objects = dict(model=ddp, optimizer=optimizer, scheduler=scheduler, data=data)
-with Checkpointer(FOLDER, save_steps=4, group=group, **objects) as checkpointer:
+with Checkpointer(FOLDER, save_steps=4, ranks=group, **objects) as checkpointer:
     report = checkpointer.resume()
     step, running = report.step, 0.0
     for batch in data.from_():
@@ -487,7 +487,7 @@ optimizer = torch.optim.AdamW(ddp.parameters(), lr=1e-2)
 sizes = dict(global_batch_size=8, micro_batch_size=2, world_size=2)
 data = batch_source(pairs, seed=0, rank=rank, **sizes)
 objects = dict(model=ddp, optimizer=optimizer, data=data)
-with Checkpointer(FOLDER, save_steps=4, group=group, **objects) as checkpointer:
+with Checkpointer(FOLDER, save_steps=4, ranks=group, **objects) as checkpointer:
     report = checkpointer.resume()
     micros = data.from_()
     for step in range(report.step + 1, 15):

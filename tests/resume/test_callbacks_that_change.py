@@ -81,7 +81,7 @@ def test_a_stateful_callback_comes_and_goes_by_the_name_in_the_message(name, way
 def test_objects_of_a_loop_come_and_go_by_name(tmp_path):
     def save(step: int, allow=(), **callbacks):
         policy, model = ResumePolicy(allow=allow), small_model()
-        with Checkpointer(tmp_path, policy=policy, model=model, callbacks=callbacks) as one:
+        with Checkpointer(tmp_path, resume=policy, model=model, callbacks=callbacks) as one:
             report = one.resume()
             one.save(step)
             return report

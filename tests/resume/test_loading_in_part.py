@@ -94,7 +94,7 @@ def test_a_loop_of_ones_own_skips_too(tmp_path):
     with Checkpointer(tmp_path, model=old) as checkpointer:
         checkpointer.save(1)
     with Checkpointer(
-        tmp_path, policy=ResumePolicy(("model",), ("head.*",)), model=new
+        tmp_path, resume=ResumePolicy(("model",), ("head.*",)), model=new
     ) as checkpointer:
         assert checkpointer.resume().step == 1
     assert bits(new)["body.weight"] == bits(old)["body.weight"]
@@ -109,6 +109,6 @@ def test_tied_weights_cannot_be_skipped_by_half(tmp_path):
 
     with Checkpointer(tmp_path, model=tied()) as checkpointer:
         checkpointer.save(1)
-    again = Checkpointer(tmp_path, policy=ResumePolicy((), ("head.*",)), model=tied())
+    again = Checkpointer(tmp_path, resume=ResumePolicy((), ("head.*",)), model=tied())
     with again, pytest.raises(StateMismatchError, match=r"body\.weight: is tied to a tensor"):
         again.resume()

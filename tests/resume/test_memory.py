@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from unbroken.checkpoint import Checkpointer
+from unbroken.checkpoint import Checkpointer, SavePolicy
 
 MIB = 1 << 20
 TENSOR = 64 * MIB
@@ -44,7 +44,9 @@ def extra_memory_beside(folder: str, mode: str) -> int:
     """Return the bytes by which the peak grew in saves beside the training, the first is small."""
     model = nn.Linear(4096, 4096)  # 64 MiB, and 128 MiB of moments from the first step on
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    checkpointer = Checkpointer(folder, save_mode=mode, model=model, optimizer=optimizer)
+    checkpointer = Checkpointer(
+        folder, save=SavePolicy(mode=mode), model=model, optimizer=optimizer
+    )
     checkpointer.save(0)
     model.weight.grad = torch.zeros(4096, 4096)
     optimizer.step()

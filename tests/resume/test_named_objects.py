@@ -238,7 +238,7 @@ def test_a_save_by_hand_after_training_knows_the_machine_as_it_was_in_training(t
 def test_flags_that_a_loop_of_ones_own_sets_after_resuming_are_no_difference(tmp_path):
     def start():
         with Checkpointer(
-            tmp_path, policy=ResumePolicy(exact_resume="require"), model=small_model()
+            tmp_path, resume=ResumePolicy(exact_resume="require"), model=small_model()
         ) as c:
             report = c.resume()
             torch.use_deterministic_algorithms(True)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from scenarios import metrics, outcome, run_fresh
-from unbroken.checkpoint import Checkpointer
+from unbroken.checkpoint import Checkpointer, Clock, SavePolicy
 from unbroken.storage import MemoryStorage
 from unbroken.store import KeepEvery, KeepPolicy
 from unbroken.training import Silence, Trainer, TrainerConfig
@@ -82,9 +82,9 @@ def test_levanters_retention_list_is_kept_under_a_time_and_a_step_policy():
     every = (KeepEvery(2, until=10), KeepEvery(5, until=20), KeepEvery(10))
     checkpointer = Checkpointer(
         storage,
-        save_minutes=10 / 60,
+        save=SavePolicy(minutes=10 / 60),
         keep=KeepPolicy(last=1, every=every),
-        clock=lambda: seconds[0],
+        clock=Clock(monotonic=lambda: seconds[0]),
         weight=torch.zeros(2),
     )
     with checkpointer:

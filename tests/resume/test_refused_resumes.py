@@ -75,7 +75,7 @@ def test_random_states_of_a_device_that_is_not_here_are_refused_before_a_change(
     with checkpointer, pytest.raises(DifferenceError, match=r"rng\.cuda: stored 1, now 0"):
         checkpointer.resume(which)
     assert (bits(model), ambient(), names_in(saved_on_a_gpu)) == before
-    allowed = Checkpointer(saved_on_a_gpu, model=model, policy=ResumePolicy(allow=["rng.cuda"]))
+    allowed = Checkpointer(saved_on_a_gpu, model=model, resume=ResumePolicy(allow=["rng.cuda"]))
     with allowed:
         report = allowed.resume(which)
     assert (report.resumed, report.verdict) == (True, "changed")

@@ -266,8 +266,8 @@ def test_a_schedule_that_stands_elsewhere_at_the_first_step_is_refused(how, loop
 def test_a_schedule_that_is_meant_to_be_gone_is_named(loop):
     gone = script()
     refused = loop.killed_and_resumed(scheduled(SCHEDULES["CosineAnnealingLR"]), gone)
-    assert "to go on without it: policy=ResumePolicy(skip=['scheduler'])" in refused["message"]
-    named = loop.run(gone.replace("**given", "policy=ResumePolicy(skip=['scheduler']), **given"))
+    assert "to go on without it: resume=ResumePolicy(skip=['scheduler'])" in refused["message"]
+    named = loop.run(gone.replace("**given", "resume=ResumePolicy(skip=['scheduler']), **given"))
     assert (named["began"], named["rate"]) == (SAVED, pytest.approx(0.0075))
 
 
@@ -393,7 +393,7 @@ def test_show_says_what_a_checkpoint_covers(loop, capsys):
 def test_exact_resume_require_refuses_it_at_the_first_save_and_at_a_resume(loop):
     text, policy = (
         script(**NOT_GIVEN["scaler"]),
-        "policy=ResumePolicy(exact_resume='require'), **given",
+        "resume=ResumePolicy(exact_resume='require'), **given",
     )
     strict = text.replace("**given", policy)
     for again in (loop.run(strict, out="first"), loop.killed_and_resumed(text, strict)):

@@ -19,7 +19,11 @@ from unbroken.changes.differences import unchanged as unchanged
 from unbroken.changes.object_facts import may_go_on as may_go_on
 from unbroken.changes.report import ResumeReport as ResumeReport
 from unbroken.changes.rules import ENVIRONMENT_RULES as ENVIRONMENT_RULES
+from unbroken.checkpoint.arguments import Clock as Clock
+from unbroken.checkpoint.arguments import RankPolicy as RankPolicy
+from unbroken.checkpoint.arguments import RunFacts as RunFacts
 from unbroken.checkpoint.cadence import Cadence as Cadence
+from unbroken.checkpoint.cadence import SavePolicy as SavePolicy
 from unbroken.checkpoint.cadence import Timer as Timer
 from unbroken.checkpoint.checkpointer import Checkpointer as Checkpointer
 from unbroken.checkpoint.preemption import EXIT_STOPPED as EXIT_STOPPED
@@ -42,20 +46,24 @@ __all__ = [
     "AsBuilt",
     "Cadence",
     "Checkpointer",
+    "Clock",
     "Comparison",
     "Difference",
     "ExactResume",
     "Examine",
     "Layout",
     "Preemption",
+    "RankPolicy",
     "ReadAhead",
     "ReadFrom",
     "ResumeFrom",
     "ResumePolicy",
     "ResumeReport",
     "Rule",
+    "RunFacts",
     "SaveCost",
     "SaveMode",
+    "SavePolicy",
     "Selection",
     "Timer",
     "TrainingStopped",

@@ -4,44 +4,156 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from types import FunctionType
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from unbroken.changes.compare import ResumePolicy
+from unbroken.changes.compare import Examine, ResumePolicy
 from unbroken.changes.differences import brief
+from unbroken.checkpoint.cadence import SavePolicy, SaveSteps
+from unbroken.checkpoint.resume.readers import ReadFrom
 from unbroken.data import has
-from unbroken.errors import ConfigError
+from unbroken.distributed import Group, SingleProcess
+from unbroken.errors import ConfigError, one_of
 from unbroken.store import KeepPolicy
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _OF_POLICY = ("allow", "skip", "exact_resume", "parts")
-_OF_RESUME = ("resume", "resume_from_checkpoint")
+_OF_SAVE = {
+    **{name: name for name in ("max_lost_minutes", "mtbf_hours")},
+    "save_minutes": "minutes",
+    "save_mode": "mode",
+}
+_OF_RANKS = ("group", "read_from", "per_rank")
+_OF_FACTS = {"fingerprint": "more", "examine": "filter", "told": "made_by_settings"}
+_OF_CLOCK = ("wall_clock",)
+_IN_POLICIES = (*_OF_SAVE, *_OF_RANKS, *_OF_FACTS, *_OF_CLOCK, "policy")
 _SHORT, _NEAR = 40, 0.6
 
 
-def check_keywords(keep: object, policy: object) -> None:
+@dataclass(frozen=True)
+class RankPolicy:
+    """The ranks that train the same model, and which of them reads and stores what.
+
+    Args:
+        group: The ranks, each calling every method. Each stores its share of a checkpoint, and
+            rank 0 commits. None: this process alone.
+        read_from: "all": every rank reads what it needs, and they divide the verification;
+            "rank0": rank 0 reads and sends each tensor to the others, which need not see the
+            run directory; it also stores all, so that no tensor may be sharded.
+        per_rank: Objects saved separately by every rank ("rng" and "values" among them). All other
+            objects must be identical on all ranks. None: whatever differs when it is saved.
+    """
+
+    group: Group | None = None
+    read_from: ReadFrom = "all"
+    per_rank: Collection[str] | None = None
+
+    def __post_init__(self) -> None:
+        check_kinds(group=self.group, per_rank=self.per_rank)
+        if self.read_from not in get_args(ReadFrom):
+            expected = one_of(get_args(ReadFrom))
+            raise ConfigError("read_from", expected=expected, found=repr(self.read_from))
+
+    @classmethod
+    def of(cls, ranks: RankPolicy | Group | None) -> RankPolicy:
+        """Return what is given, or the policy of a group that is given alone."""
+        return ranks if isinstance(ranks, RankPolicy) else cls(ranks)
+
+    @property
+    def given_group(self) -> Group:
+        """The ranks; this process alone where none are given."""
+        return SingleProcess() if self.group is None else self.group
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a run depends on, to be compared on resume, besides the objects and the code.
+
+    Args:
+        settings: Groups of plain values: {"data": {"path": ...}}.
+        more: Returns more groups of facts; called once, before a resume.
+        filter: Called with the facts of a checkpoint and the differences found, before anything
+            is loaded: returns all that matter, or raises to refuse the checkpoint.
+        made_by_settings: Names of objects whose hyperparameters are compared by this already.
+    """
+
+    settings: Mapping[str, Any] | None = None
+    more: Callable[[], Mapping[str, Any]] | None = None
+    filter: Examine | None = None
+    made_by_settings: Collection[str] = ()
+
+    def __post_init__(self) -> None:
+        check_kinds(settings=self.settings, more=self.more, filter=self.filter)
+        check_kinds(made_by_settings=self.made_by_settings)
+
+    @classmethod
+    def of(cls, facts: RunFacts | Mapping[str, Any] | None) -> RunFacts:
+        """Return what is given, or the facts that are settings alone."""
+        return facts if isinstance(facts, RunFacts) else cls(facts)
+
+
+@dataclass(frozen=True)
+class Clock:
+    """The clocks that a run goes by.
+
+    Args:
+        monotonic: Seconds that never go back.
+        wall: Seconds since 1970, for the dates in manifests.
+    """
+
+    monotonic: Callable[[], float] = time.monotonic
+    wall: Callable[[], float] = time.time
+
+    def __post_init__(self) -> None:
+        check_kinds(clock=self.monotonic, wall_clock=self.wall)
+
+
+def save_policy_of(save: SavePolicy | None, save_steps: SaveSteps) -> SavePolicy:
+    """Return the policy of saves that two keywords give.
+
+    Raises:
+        ConfigError: They contradict each other, or a value is of another kind.
+    """
+    policy = SavePolicy() if save is None else save
+    if save_steps is not None:
+        if policy.steps is not None:
+            found = f"save_steps={save_steps!r} and {policy.steps!r} in save"
+            raise ConfigError("save_steps", "is given twice", found=found)
+        policy = replace(policy, steps=save_steps)
+    check_kinds(save_minutes=policy.minutes, max_lost_minutes=policy.max_lost_minutes)
+    check_kinds(mtbf_hours=policy.mtbf_hours)
+    return policy
+
+
+def check_keywords(save: object, keep: object, resume: object, clock: object) -> None:
     """Raise where a keyword got a value of another kind.
 
     Raises:
         ConfigError: With the value that was meant.
     """
+    if save is not None and not isinstance(save, SavePolicy):
+        hint = f"save=SavePolicy(steps={save!r}), from unbroken"
+        raise ConfigError("save", expected="a SavePolicy", found=repr(save), hint=hint)
+    if clock is not None and not isinstance(clock, Clock):
+        hint = "clock=Clock(monotonic=..., wall=...), from unbroken.checkpoint"
+        raise ConfigError("clock", expected="a Clock", found=repr(clock), hint=hint)
     if keep is not None and not isinstance(keep, KeepPolicy):
         last = keep if isinstance(keep, int) else 3
         hint = f"keep=KeepPolicy(last={last}), from unbroken"
         raise ConfigError("keep", expected="a KeepPolicy", found=repr(keep), hint=hint)
-    if policy is not None and not isinstance(policy, ResumePolicy):
-        word = policy if policy in ("require", "prefer") else "require"
-        hint = (
-            f'policy=ResumePolicy(exact_resume="{word}") or policy=ResumePolicy(allow=["..."]), '
-            "from unbroken"
-        )
-        raise ConfigError("policy", expected="a ResumePolicy", found=repr(policy), hint=hint)
+    if resume is not None and not isinstance(resume, ResumePolicy):
+        hint = f"say so when you resume: resume({resume!r})"
+        if resume in ("require", "prefer"):
+            hint = f'resume=ResumePolicy(exact_resume="{resume}"), from unbroken'
+        raise ConfigError("resume", expected="a ResumePolicy", found=repr(resume), hint=hint)
 
 
 def check_kinds(**given: object) -> None:
@@ -119,14 +231,15 @@ def _are_callbacks(value: object) -> bool:
     return all(has(one, "on_step_end") and not isinstance(one, type) for one in value)
 
 
+_PARTS = (SavePolicy, KeepPolicy, ResumePolicy, RankPolicy, RunFacts, Clock, FunctionType, type)
 _FUNCTION = ("a function", callable, None)
 _MINUTES = ("a number", _is_number, None)
-_NEEDED = ("directory", "callbacks", "types", "told", "clock", "wall_clock")
+_NEEDED = ("directory", "callbacks", "types", "made_by_settings", "clock", "wall_clock")
 _KINDS: Mapping[str, tuple[str, Callable[[Any], bool], str | None]] = {
     "directory": ("a path", _is_directory, "the run directory comes first, without a name"),
     "branch": ("a name", lambda value: isinstance(value, str), None),
     **dict.fromkeys(("save_minutes", "max_lost_minutes", "mtbf_hours"), _MINUTES),
-    **dict.fromkeys(("clock", "wall_clock", "fingerprint", "examine", "tell"), _FUNCTION),
+    **dict.fromkeys(("clock", "wall_clock", "more", "filter", "tell"), _FUNCTION),
     "types": ("classes", _are_types, "types=[Name], the classes themselves"),
     "settings": (
         "a dict",
@@ -135,11 +248,11 @@ _KINDS: Mapping[str, tuple[str, Callable[[Any], bool], str | None]] = {
     ),
     "state": ("a dict", lambda value: isinstance(value, Mapping), 'state={"name": object}'),
     "callbacks": ("callbacks", _are_callbacks, "callbacks=[MyCallback()]"),
-    "told": ("names of objects", _are_texts, None),
+    "made_by_settings": ("names of objects", _are_texts, None),
     "per_rank": (
         "names of objects",
         _are_texts,
-        'per_rank=["rng", "values"]; None: whatever differs',
+        'RankPolicy(per_rank=["rng", "values"]); None: whatever differs',
     ),
     "group": ("the ranks", _is_group, "group=join(), from unbroken.distributed"),
 }
@@ -156,7 +269,7 @@ def check_objects(objects: Mapping[str, object], keywords: Collection[str]) -> N
         ConfigError: With the nearest keyword, or what to give instead.
     """
     for name, value in objects.items():
-        if _is_plain(value):
+        if name in _IN_POLICIES or _is_plain(value):
             what = "is neither an argument of a Checkpointer nor an object to save"
             raise ConfigError(_spelled(name, value), what, hint=_meant(name, value, keywords))
         for path, one in _within(name, value):
@@ -167,8 +280,7 @@ def _is_plain(value: object) -> bool:
     """Return whether a value has no state: a number, a text, a list of these, a class."""
     if type(value) in (list, tuple, set, frozenset) and value:
         return all(map(_is_plain, value))  # type: ignore[call-overload]
-    is_part = isinstance(value, KeepPolicy | ResumePolicy | FunctionType | type)
-    return isinstance(value, _PLAIN) or is_part
+    return isinstance(value, (*_PLAIN, *_PARTS))
 
 
 def _spelled(name: str, value: object) -> str:
@@ -179,9 +291,9 @@ def _spelled(name: str, value: object) -> str:
 def _meant(name: str, value: object, keywords: Collection[str]) -> str:
     if value is None:
         return "leave it out where there is none"
-    if name in _OF_POLICY:
-        return f"policy=ResumePolicy({name}={value!r}), from unbroken"
-    if name in _OF_RESUME:
+    if name in _IN_POLICIES or name in _OF_POLICY:
+        return f"{_in_policy(name, value)}, from unbroken"
+    if name == "resume_from_checkpoint":
         return f"say so when you resume: resume({value!r})"
     if name in ("output_dir", "folder", "path", "run_dir"):
         return "the run directory is the first argument, without a name"
@@ -192,6 +304,20 @@ def _meant(name: str, value: object, keywords: Collection[str]) -> str:
         "what training depends on is compared as settings={...}; a value that training changes is "
         f"saved by save(step, {{{name!r}: ...}}), and is in `values` after a resume"
     )
+
+
+def _in_policy(name: str, value: object) -> str:
+    """Return how a value is given that belongs into a policy."""
+    text = brief(repr(value), _SHORT)
+    if name in _OF_SAVE:
+        return f"save=SavePolicy({_OF_SAVE[name]}={text})"
+    if name in _OF_RANKS:
+        return f"ranks=RankPolicy({name}={text})"
+    if name in _OF_FACTS:
+        return f"settings=RunFacts({_OF_FACTS[name]}={text})"
+    if name in _OF_CLOCK:
+        return "clock=Clock(wall=...)"
+    return "resume=ResumePolicy(...)" if name == "policy" else f"resume=ResumePolicy({name}={text})"
 
 
 def _within(path: str, value: object) -> Iterator[tuple[str, object]]:

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from statistics import median_low
 from typing import Literal
 
-from unbroken.checkpoint.save.async_saver import SaveCost
+from unbroken.checkpoint.save.async_saver import SaveCost, SaveMode
 from unbroken.distributed import Group
 from unbroken.errors import ConfigError
 from unbroken.goodput import FailureRate, Observed, SaveInterval, UsualCost
 from unbroken.store import Json
 
-Clock = Callable[[], float]
-"""Seconds on a monotonic clock, as `time.monotonic` returns them."""
+Seconds = Callable[[], float]
+"""A monotonic clock, as `time.monotonic` is one."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Timer:
         False
     """
 
-    def __init__(self, cadence: Cadence, clock: Clock) -> None:
+    def __init__(self, cadence: Cadence, clock: Seconds) -> None:
         self._cadence = cadence
         self._clock = clock
         self._last = clock()
@@ -97,14 +97,43 @@ SaveSteps = int | Literal["auto"] | None
 _REMEMBERED = 7  # saves: few enough to follow a disk that becomes slower
 
 
+@dataclass(frozen=True)
+class SavePolicy:
+    """When a run is saved, and how a save gets hold of the state.
+
+    Args:
+        steps: Every so many steps; "auto": as often as loses least time, by what saves cost and how
+            often the run fails.
+        minutes: ... and every so many minutes.
+        max_lost_minutes: ... and so often that a failure takes no more than this.
+        mtbf_hours: Mean time between failures, for "auto"; None: as the history of the run says.
+        mode: "blocking": the state is written while the caller waits. "async": it is copied, and
+            written while training goes on. "overlap": parameters and optimizer state are copied
+            under the next forward and backward passes; the optimizer's next step waits for that.
+            If something else changes such a tensor before then, the checkpoint of the next step
+            is made instead. A change through `.data`, or from outside PyTorch, is found by
+            digests: of all bytes in the first save, and of at least 8 MiB of the tensors, in turn,
+            in each later one; of the others by a sample. So an edit of a few elements that begins
+            after the first save is found by their turn, which comes within 64 saves; on devices,
+            where samples alone are taken, it may be missed. Both modes need one more copy of what
+            a rank stores.
+
+    Example:
+        >>> SavePolicy(steps=500, mode="async").minutes
+    """
+
+    steps: SaveSteps = None
+    minutes: float | None = None
+    max_lost_minutes: float | None = None
+    mtbf_hours: float | None = None
+    mode: SaveMode = "blocking"
+
+
 class SaveTimer:
     """Says when a run is to be saved; the ranks of a group always hear the same.
 
     Args:
-        steps: Every so many steps, or "auto".
-        minutes: ... and every so many minutes; None: not by time.
-        max_lost_minutes: ... and so often that a failure takes no more than this; None: no limit.
-        mtbf_hours: Mean time between failures, for "auto"; None: as the history of the run says.
+        policy: When.
         group: The ranks. The clock of rank 0 decides what "auto" and `max_lost_minutes` mean.
         clock: Monotonic seconds.
 
@@ -112,16 +141,9 @@ class SaveTimer:
         ConfigError: If a value is not positive, or does not fit the others.
     """
 
-    def __init__(
-        self,
-        steps: SaveSteps,
-        minutes: float | None,
-        max_lost_minutes: float | None,
-        mtbf_hours: float | None,
-        *,
-        group: Group,
-        clock: Clock,
-    ) -> None:
+    def __init__(self, policy: SavePolicy, *, group: Group, clock: Seconds) -> None:
+        steps, minutes = policy.steps, policy.minutes
+        max_lost_minutes, mtbf_hours = policy.max_lost_minutes, policy.mtbf_hours
         if not (steps is None or steps == "auto" or type(steps) is int):  # True is an int, too
             raise ConfigError("save_steps", expected='a whole number or "auto"', found=repr(steps))
         for name, value in (("max_lost_minutes", max_lost_minutes), ("mtbf_hours", mtbf_hours)):
@@ -201,7 +223,7 @@ class LeastLost:
     """
 
     def __init__(
-        self, *, ranks: int | None, given: FailureRate | None, most: float | None, clock: Clock
+        self, *, ranks: int | None, given: FailureRate | None, most: float | None, clock: Seconds
     ) -> None:
         self._ranks = ranks
         self._given = given

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from inspect import signature
 from types import TracebackType
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 import torch
 from torch.optim import Optimizer
@@ -19,17 +18,21 @@ from torch.utils.hooks import RemovableHandle
 
 from unbroken.capture import capture, capture_rng
 from unbroken.changes.apply import named_objects
-from unbroken.changes.compare import Comparison, Examine, ResumePolicy
+from unbroken.changes.compare import Comparison, ResumePolicy
 from unbroken.changes.differences import Difference
 from unbroken.changes.report import ResumeReport
 from unbroken.checkpoint.arguments import (
+    Clock,
+    RankPolicy,
+    RunFacts,
     check_keywords,
     check_kinds,
     check_objects,
     loggable,
+    save_policy_of,
     tell_line,
 )
-from unbroken.checkpoint.cadence import SaveSteps, SaveTimer
+from unbroken.checkpoint.cadence import SavePolicy, SaveSteps, SaveTimer
 from unbroken.checkpoint.coverage.attributes import NAME, Attributes, is_bare
 from unbroken.checkpoint.coverage.schedules import FoundSchedules
 from unbroken.checkpoint.coverage.unregistered import FACT as NOT_GIVEN
@@ -37,7 +40,6 @@ from unbroken.checkpoint.coverage.unregistered import NotGiven
 from unbroken.checkpoint.ddp_buckets import DdpBuckets
 from unbroken.checkpoint.resume.agreement import FACT, Other, agree_on_versions, others_of_ranks
 from unbroken.checkpoint.resume.prefetch import ReadAhead
-from unbroken.checkpoint.resume.readers import ReadFrom
 from unbroken.checkpoint.resume.resume import Resumption
 from unbroken.checkpoint.resume.selection import (
     Candidate,
@@ -48,25 +50,25 @@ from unbroken.checkpoint.resume.selection import (
     Selector,
 )
 from unbroken.checkpoint.run_access import RunPlace, reader_of
-from unbroken.checkpoint.save.async_saver import BesideTraining, SaveCost, SaveMode
+from unbroken.checkpoint.save.async_saver import AsyncSaver, SaveCost
 from unbroken.checkpoint.save.layout import Layout
 from unbroken.checkpoint.save.rank_shares import (
     MODES,
-    Plan,
+    CapturedState,
+    SharePlan,
     differing,
     modes_apart,
     rng_digest,
-    share_of,
 )
 from unbroken.checkpoint.save.rehearsal import Rehearsal
-from unbroken.checkpoint.save.session import Line, Saving, Writing
+from unbroken.checkpoint.save.session import SaveLineage, SaveRequest, SaveSession
 from unbroken.checkpoint.save.unfinished_gradients import GRADIENTS, UnfinishedGradients
-from unbroken.distributed import Group, SingleProcess
-from unbroken.errors import ConfigError, RankError, SaveError, UnbrokenError, one_of, spelled
+from unbroken.distributed import Group
+from unbroken.errors import ConfigError, RankError, SaveError, UnbrokenError, spelled
 from unbroken.fingerprint import object_facts
 from unbroken.goodput import SaveInterval
 from unbroken.storage import Storage
-from unbroken.store import CheckpointWriter, Json, KeepPolicy, RunDirectory
+from unbroken.store import Json, KeepPolicy, RunDirectory
 from unbroken.store.run.directory import now_as_text
 from unbroken.stored_names import stored_class_name
 
@@ -77,7 +79,7 @@ _RESERVED = ("rng", "values", NAME, GRADIENTS, MODES)
 class Checkpointer:
     """Saves objects of a training run, and resumes them bit for bit.
 
-    A save is atomic and durable: when `save` returns (or `wait`, with `save_mode` other than
+    A save is atomic and durable: when `save` returns (or `wait`, with a mode other than
     "blocking"), the checkpoint survives a power cut; when it does not return, all earlier
     checkpoints are as they were. `resume` uses a checkpoint only
     if every byte is the one that was saved. The states of all global random generators (Python,
@@ -87,42 +89,18 @@ class Checkpointer:
         directory: The run directory; made, and locked, when first used.
         branch: Work in the branch of this name instead: a run of its own that begins in the
             checkpoint which the first `resume` names, and that each later one goes on with.
-        save_steps: `save_if_due` saves every so many steps; "auto": as often as loses least time,
-            by what saves cost and how often the run fails.
-        save_minutes: ... and every so many minutes.
-        max_lost_minutes: ... and so often that a failure takes no more than this.
-        mtbf_hours: Mean time between failures, for "auto"; None: as the history of the run says.
+        save_steps: `save_if_due` saves every so many steps: short for `SavePolicy(steps=...)`.
+        save: When `save_if_due` saves, and whether training goes on meanwhile.
         keep: Which checkpoints stay; applied after each commit. None: all.
-        types: Classes of namedtuples and enums inside the state, which are never looked up by
-            the name that a file holds.
-        clock: Monotonic seconds.
-        wall_clock: Seconds since 1970, for the dates in manifests.
+        resume: Which differences a resume accepts; None: those that leave the training the same.
+        ranks: The ranks that train the same model; a group alone means the usual policy. None:
+            this process alone.
         settings: What else the training depends on, in groups of plain values:
             {"data": {"path": ...}}. They are compared on resume, as the code and the
-            hyperparameters of the objects are.
-        policy: Which differences a resume accepts; None: those that leave the training the same.
-        fingerprint: Returns more groups of facts to compare; called once, before a resume.
-        examine: Called with the facts of a checkpoint and the differences found, before anything
-            is loaded: returns all that matter, or raises to refuse the checkpoint.
-        told: Names of objects whose hyperparameters `settings` or `examine` tell already.
-        group: The ranks that train the same model, each calling every method. Each stores its
-            share of a checkpoint, and rank 0 commits. None: this process alone.
-        read_from: "all": every rank reads what it needs, and they divide the verification;
-            "rank0": rank 0 reads and sends each tensor to the others, which need not see the
-            run directory; it also stores all, so that no tensor may be sharded.
-        per_rank: Names of objects ("rng" and "values" among them) of which each rank stores
-            and gets back its own; the others must be the same on all ranks. None: whatever
-            differs between them when it is saved.
-        save_mode: How a save gets hold of the state. "blocking": it is written while the caller
-            waits. "async": it is copied, and written while training goes on. "overlap":
-            parameters and optimizer state are copied under the next forward and backward passes;
-            the optimizer's next step waits for that. If something else changes such a tensor
-            before then, the checkpoint of the next step is made instead. A change through `.data`,
-            or from outside PyTorch, is found by digests: of all bytes in the first save, and of at
-            least 8 MiB of the tensors, in turn, in each later one; of the others by a sample. So an
-            edit of a few elements that begins after the first save is found by their turn, which
-            comes within 64 saves; on devices, where samples alone are taken, it may be missed. Both
-            modes need one more copy of what a rank stores.
+            hyperparameters of the objects are. `RunFacts` gives more than settings.
+        types: Classes of namedtuples and enums inside the state, which are never looked up by
+            the name that a file holds.
+        clock: The clocks; None: the machine's.
         tell: Called with each line that is told, on rank 0: what `resume` found, and what is not
             covered. None: nothing is told.
         objects: What to save, by name: modules, optimizers, schedulers, a GradScaler, random
@@ -167,37 +145,24 @@ class Checkpointer:
         *,
         branch: str | None = None,
         save_steps: SaveSteps = None,
-        save_minutes: float | None = None,
-        max_lost_minutes: float | None = None,
-        mtbf_hours: float | None = None,
+        save: SavePolicy | None = None,
         keep: KeepPolicy | None = None,
+        resume: ResumePolicy | None = None,
+        ranks: RankPolicy | Group | None = None,
+        settings: Mapping[str, Any] | RunFacts | None = None,
         types: Iterable[type] = (),
-        clock: Callable[[], float] = time.monotonic,
-        wall_clock: Callable[[], float] = time.time,
-        settings: Mapping[str, Any] | None = None,
-        policy: ResumePolicy | None = None,
-        fingerprint: Callable[[], Mapping[str, Any]] | None = None,
-        examine: Examine | None = None,
-        told: Collection[str] = (),
-        group: Group | None = None,
-        read_from: ReadFrom = "all",
-        per_rank: Collection[str] | None = None,
-        save_mode: SaveMode = "blocking",
+        clock: Clock | None = None,
         tell: Callable[[str], None] | None = tell_line,
         **objects: object,
     ) -> None:
-        check_keywords(keep, policy)
-        check_kinds(directory=directory, branch=branch, types=types, settings=settings, told=told)
-        check_kinds(group=group, per_rank=per_rank, fingerprint=fingerprint, tell=tell)
-        check_kinds(examine=examine, clock=clock, wall_clock=wall_clock, save_minutes=save_minutes)
-        check_kinds(max_lost_minutes=max_lost_minutes, mtbf_hours=mtbf_hours)
+        check_keywords(save, keep, resume, clock)
+        check_kinds(directory=directory, branch=branch, types=types, tell=tell)
         check_objects(objects, _KEYWORDS)
         if taken := [name for name in _RESERVED if name in objects]:
             raise ConfigError(f"Checkpointer({taken[0]}=...)", "this name is taken: choose another")
-        if read_from not in get_args(ReadFrom):
-            raise ConfigError(
-                "read_from", expected=one_of(get_args(ReadFrom)), found=repr(read_from)
-            )
+        save = save_policy_of(save, save_steps)
+        self._clock = Clock() if clock is None else clock
+        self._ranks, facts = RankPolicy.of(ranks), RunFacts.of(settings)
         bare = {name: objects.pop(name) for name in [*objects] if is_bare(objects[name])}
         self.objects: dict[str, object] = objects
         self.attributes = Attributes(objects, bare)
@@ -205,40 +170,41 @@ class Checkpointer:
         self.best_step: int | None = None
         self.values: Any = None
         self.resumed_facts: Mapping[str, Any] = {}
-        self.group: Group = SingleProcess() if group is None else group
-        self._read_from: ReadFrom = read_from
-        self._per_rank = per_rank
-        unseen = read_from == "rank0"
-        self._place = RunPlace(self.group, directory, branch, clock=wall_clock, unseen=unseen)
+        self.group = self._ranks.given_group
+        unseen = self._ranks.read_from == "rank0"
+        wall = self._clock.wall
+        self._place = RunPlace(self.group, directory, branch, clock=wall, unseen=unseen)
         self.layout: Callable[[Mapping[str, object]], Layout] = Layout.of
         self.among_others = False
         self.ahead: ReadAhead | None = None
         self.note: Callable[[str], None] | None = tell
         self.apart: Collection[str] = ()
         self.gives_all = False
+        self._types = tuple(types)
+        self._known: set[str] = set()  # paths of what is not covered, and was told
+        self._others: dict[str, list[Other]] | None = None  # what other ranks are
+        self._look_around(facts, resume)
+        self._lineage = SaveLineage()
+        self._saver = AsyncSaver(save.mode, self.group, self.objects)
+        self._plan = SharePlan()
+        self._timer = SaveTimer(save, group=self.group, clock=self._clock.monotonic)
+
+    def _look_around(self, facts: RunFacts, policy: ResumePolicy | None) -> None:
+        """Make what compares this start with others, and finds what was not given to be saved."""
+        self.buckets = DdpBuckets(self.objects, self.group, self._tell_of)
+        self.comparison = Comparison(
+            self.objects,
+            settings=facts.settings,
+            more=partial(self._more_facts, facts.more),
+            policy=policy,
+            examine=facts.filter,
+            made_by_settings=facts.made_by_settings,
+        )
         self._found = FoundSchedules(self.objects)
         self._not_given = NotGiven(self.objects, self.attributes.covers)
         self._unfinished = UnfinishedGradients(self.objects)
+        self._rehearsal = Rehearsal(self.objects)
         self._step_hook: RemovableHandle | None = None
-        self._others: dict[str, list[Other]] | None = None  # what other ranks are
-        self._known: set[str] = set()  # paths of what is not covered, and was told
-        self._line = Line()
-        self._beside = BesideTraining(save_mode, self.group, self.note_event)
-        self._plan = Plan()
-        self._types = tuple(types)
-        self._wall_clock = wall_clock
-        self.buckets = DdpBuckets(objects, self.group, self._tell_of)
-        self.comparison = Comparison(
-            objects,
-            settings=settings,
-            more=partial(self._more_facts, fingerprint),
-            policy=policy,
-            examine=examine,
-            made_by_settings=told,
-        )
-        self._rehearsal = Rehearsal(objects)
-        fixed, by_itself = (save_steps, save_minutes), (max_lost_minutes, mtbf_hours)
-        self._timer = SaveTimer(*fixed, *by_itself, group=self.group, clock=clock)
 
     def _more_facts(self, more: Callable[[], Mapping[str, Any]] | None) -> Mapping[str, Any]:
         bare = self.attributes.bare.items()
@@ -269,7 +235,7 @@ class Checkpointer:
             return self._selector(foreign, examine).first(Selection.parse(which))
 
     def _selector(self, *more: Any, run: RunDirectory | None = None) -> Selector:
-        return Selector(self.run if run is None else run, self.group, self._read_from, *more)
+        return Selector(self.run if run is None else run, self.group, self._ranks.read_from, *more)
 
     def resume(self, which: ResumeFrom | Selection | Candidate = "auto") -> ResumeReport:
         """Put a saved state into the objects, or leave them as they are for a fresh start.
@@ -307,7 +273,7 @@ class Checkpointer:
         self.wait()
         self._found.forget()
         lines = self._look()
-        if not self._line.is_torn:  # else an attempt before has noted what was here
+        if not self._lineage.is_torn:  # else an attempt before has noted what was here
             self.attributes.note()
         with self.attributes.as_built():
             self.comparison.note_what_is_here()
@@ -322,8 +288,9 @@ class Checkpointer:
         try:
             report = resumption.start(candidate, passes_over=candidate is not which)
         finally:
-            self._line.is_torn = resumption.is_torn
-        self._line.resumed(resumption, reader_of(self.run, report))
+            self._lineage.is_torn = resumption.is_torn
+        checkpoint = reader_of(self.run, report)
+        self._lineage.resumed(checkpoint, resumption.origin, resumption.skipped)
         self.buckets.bring_back(resumption.facts)
         self.resumed_facts = resumption.facts
         self.values, self.best_step = resumption.values, resumption.best_step
@@ -367,7 +334,7 @@ class Checkpointer:
             The folder of the checkpoint.
         """
         origin = {"origin": came} if isinstance(came, str) else came
-        self._line.has_begun, self._line.origin = True, origin
+        self._lineage.has_begun, self._lineage.origin = True, origin
         self.comparison.note_what_is_here()
         path = self.save(step, values, facts=facts)
         self.wait()
@@ -391,10 +358,14 @@ class Checkpointer:
     def _resumption(
         self, objects: Mapping[str, object], selector: Selector, **more: Any
     ) -> Resumption:
-        more |= {"read_from": self._read_from, "per_rank": self._per_rank, "group": self.group}
+        more |= {
+            "read_from": self._ranks.read_from,
+            "per_rank": self._ranks.per_rank,
+            "group": self.group,
+        }
         more |= {"apart": self.apart, "may_choose": not self.gives_all}
-        more |= {"readers": selector.readers, "clock": self._wall_clock}
-        more |= {"buckets": self.buckets, "is_torn": self._line.is_torn}
+        more |= {"readers": selector.readers, "clock": self._clock.wall}
+        more |= {"buckets": self.buckets, "is_torn": self._lineage.is_torn}
         return Resumption(selector.run, objects, self._types, self.comparison, **more)
 
     def save_if_due(self, step: int, values: Any = None) -> str | None:
@@ -409,13 +380,13 @@ class Checkpointer:
             CaptureError: After the first step: something could not be saved.
         """
         self.rehearse(step)
-        self._beside.poll()
-        return self._timer.due(step, again=self._beside.again, cost=self._beside.cost)
+        self._saver.poll()
+        return self._timer.due(step, again=self._saver.must_repeat, cost=self._saver.cost)
 
     def save(self, step: int, values: Any = None, *, facts: Mapping[str, Any] | None = None) -> str:
         """Save the objects as they are now; the checkpoint is durable when this returns.
 
-        With `save_mode` other than "blocking" it is so when `wait` returns, or when `committed`
+        With a mode other than "blocking" it is so when `wait` returns, or when `committed`
         names it; the next `save`, `is_due`, `committed` or `wait` raises what it failed at.
 
         Args:
@@ -432,36 +403,43 @@ class Checkpointer:
             RankError: If it failed on another rank, or the ranks do not hold the same state.
         """
         with self._spelled():
-            return self._saved(step, values, facts)
+            self._saver.finish_previous()  # what that failed at is raised here
+            run = self.run
+            for line in self._look():
+                self._tell(line)
+            state, missing = self._captured(values)
+            request = self._request(step, run, missing, facts or {})
+            self._saver.submit(SaveSession(run, request, state, self._plan, self._lineage))
+            self._rehearsal.has_saved(step)
+            self._lineage.has_begun = True
+            self._timer.done(step)
+            return self.path(step)
 
-    def _saved(self, step: int, values: Any, facts: Mapping[str, Any] | None) -> str:
-        began = time.perf_counter()
-        self._beside.settle()  # one at a time; what an earlier save failed at is raised here
-        group, run = self.group, self.run
-        for line in self._look():
-            self._tell(line)
-        own = () if self._read_from == "rank0" else self._per_rank
+    def _captured(self, values: Any) -> tuple[CapturedState, tuple[Difference, ...]]:
+        """Return what this rank has to save, and what a resume will miss of it."""
+        group, own = self.group, () if self._ranks.read_from == "rank0" else self._ranks.per_rank
         if group.world_size > 1 and own is not None and "rng" not in own:
             group.agree("the random generators at a save", rng_digest())
-        found = group.together("look for what was not given", lambda: self._look_back(values))
+        missing = group.together("look for what was not given", lambda: self._look_back(values))
         tree = group.together("capture the state", lambda: capture(self.objects))
         tree |= modes_apart(group, tree) | self._moved(tree) | self._gradients()
         tree |= {"values": values, "rng": capture_rng()}
-        apart, once = self._differing(tree, own)
+        differing, once = self._differing(tree, own)
         self._tell_of(once)
-        not_given = {NOT_GIVEN: self._not_given.facts((*found, *once))} if found or once else {}
-        layout, told = self.layout(self.objects), {**self._facts(run), **not_given, **(facts or {})}
-        news = self._timer.news(self._beside.cost)
-        writing = self._line.next(run, step, layout, told, self.keep, self._wall_clock, news)
-        share = partial(share_of, group, tree, layout.file_of, own, self._plan)
-        saving = Saving(run.storage, partial(self._begin, writing), writing.commit)
         buffers, by_hand = self.buckets.buffers_of_rank_0(), not self.gives_all
-        share = partial(share, of_rank_0=buffers, apart=apart, may_choose=by_hand)
-        self._beside.save(step, saving, share, self.objects, began)
-        self._rehearsal.has_saved(step)
-        self._line.has_begun = True
-        self._timer.done(step)
-        return self.path(step)
+        return CapturedState(tree, own, differing, buffers, by_hand), (*missing, *once)
+
+    def _request(
+        self,
+        step: int,
+        run: RunDirectory,
+        missing: tuple[Difference, ...],
+        facts: Mapping[str, Any],
+    ) -> SaveRequest:
+        not_given = {NOT_GIVEN: self._not_given.facts(missing)} if missing else {}
+        layout, facts = self.layout(self.objects), {**self._facts(run), **not_given, **facts}
+        news = self._timer.news(self._saver.cost)
+        return SaveRequest(step, layout, facts, self.keep, news, self._clock.wall)
 
     def _look(self) -> list[str]:
         """Look for what steers the objects and was not given; from now on, at each first step."""
@@ -507,7 +485,7 @@ class Checkpointer:
             return (), ()
         names = self.apart if self.gives_all else tree.keys() - {"rng", "values", NAME, MODES}
         found = differing(self.group, tree, sorted(names), self._plan.saves)
-        if self.gives_all and self._read_from != "rank0":
+        if self.gives_all and self._ranks.read_from != "rank0":
             return found, ()
         once = (Difference(one, None, None, _ONCE, "not covered") for one in sorted(found))
         return (), tuple(once)
@@ -564,41 +542,37 @@ class Checkpointer:
 
         Raises:
             SaveError: If the disk failed or is full, or if tensors were changed while they were
-                copied (`save_mode="overlap"`); all earlier checkpoints are as they were.
+                copied (mode "overlap"); all earlier checkpoints are as they were.
         """
-        self._beside.wait()
+        self._saver.wait()
 
     @property
     def cost(self) -> SaveCost | None:
         """What the last finished save of this process took."""
-        return self._beside.cost
+        return self._saver.cost
 
     @property
     def cadence(self) -> SaveInterval | None:
         """How often the run is saved by itself, and why; None: at fixed times, or on rank > 0."""
-        return self._timer.interval(self._beside.cost)
+        return self._timer.interval(self._saver.cost)
 
     def committed(self) -> list[str]:
         """Return the folders of checkpoints durable since the last call; raises as `wait` does.
 
         Every rank calls it, and all are told of a checkpoint at the same call.
         """
-        self._beside.poll()
-        return [self.path(step) for step in self._beside.committed()]
+        self._saver.poll()
+        return [self.path(step) for step in self._saver.committed()]
 
     def path(self, step: int) -> str:
         """Return the path of the checkpoint of a step, whether it is there or not."""
         return self.run.storage.describe(f"checkpoint-{step}")
 
-    def _begin(self, writing: Writing) -> CheckpointWriter:
-        self._line.refuse_another(self.run)
-        return writing.begin()
-
     def _facts_of_others(self) -> dict[str, list[Other]]:
         return others_of_ranks(
             self.group,
             self.comparison.facts if self.group.world_size > 1 else {},
-            per_rank=self._per_rank or (),
+            per_rank=self._ranks.per_rank or (),
             one_data_set=self.comparison.one_data_set,
         )
 
@@ -608,7 +582,7 @@ class Checkpointer:
         return {
             "metrics_bytes": run.metrics.nbytes,
             "best_step": self.best_step,
-            **self._line.facts(),
+            **self._lineage.facts(),
             **self.comparison.facts,
             "covers": self._covers(),
             **self.buckets.facts(),
@@ -638,14 +612,14 @@ class Checkpointer:
             {str(name): loggable(one, str(name)) for name, one in record.items()},
         )
         if self.group.rank == 0:
-            self._line.refuse_another(run)
+            self._lineage.refuse_another(run)
             run.metrics.append(record)
 
     def note_event(self, event: Mapping[str, Any]) -> None:
         """Append one line to history.jsonl; on other ranks than 0 nothing happens."""
         run = self.run
         if self.group.rank == 0:
-            run.history.append({**event, "at": now_as_text(self._wall_clock)})
+            run.history.append({**event, "at": now_as_text(self._clock.wall)})
 
     def close(self) -> None:
         """Wait as `wait` does, and release the run directory. Calling it twice is harmless."""
@@ -655,9 +629,9 @@ class Checkpointer:
         self.buckets.close()
         try:
             self._rehearsal.end()
-            self._beside.close(hurried=error is not None)
+            self._saver.close(hurried=error is not None)
         finally:
-            if self._beside.is_idle:  # else a later call ends it
+            if self._saver.is_idle:  # else a later call ends it
                 self._look_no_longer()
                 self._place.close(error)
 

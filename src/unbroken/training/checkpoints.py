@@ -11,9 +11,13 @@ from unbroken.capture import files_of_processor
 from unbroken.changes.schedule_length import LENGTH, LENGTH_SETTINGS
 from unbroken.checkpoint import (
     Checkpointer,
+    Clock,
+    RankPolicy,
     ResumeFrom,
     ResumePolicy,
     ResumeReport,
+    RunFacts,
+    SavePolicy,
     Selection,
     TrainingStopped,
     may_go_on,
@@ -87,7 +91,7 @@ def objects_to_save(
 
 
 @dataclass(frozen=True)
-class RunFacts:
+class TrainerFacts:
     """What a run depends on besides the objects that are saved; the next start compares it.
 
     Attributes:
@@ -107,7 +111,7 @@ def make_checkpointer(
     parts: Parts,
     state: RunState,
     objects: Mapping[str, object],
-    facts: RunFacts,
+    facts: TrainerFacts,
     *,
     storage: Storage | None,
     note: Callable[[str], None],
@@ -121,22 +125,24 @@ def make_checkpointer(
         run_directory(config, storage, parts.group),
         branch=config.branch,
         save_steps=config.save_steps,
-        save_minutes=config.save_minutes,
-        max_lost_minutes=config.max_lost_minutes,
-        mtbf_hours=config.mtbf_hours,
+        save=SavePolicy(
+            minutes=config.save_minutes,
+            max_lost_minutes=config.max_lost_minutes,
+            mtbf_hours=config.mtbf_hours,
+            mode=config.save_mode,
+        ),
         keep=_keep_policy(config),
         types=facts.types,
-        clock=clock,
-        wall_clock=wall_clock,
-        settings=facts.settings,
-        policy=_resume_policy(config),
-        fingerprint=facts.fingerprint,
-        examine=_examination(parts, state),
-        told=[name for name, is_made in by_config.items() if is_made],
-        group=parts.group,
-        read_from=config.read_from,
-        per_rank=(),  # all is derived: the ranks have the same
-        save_mode=config.save_mode,
+        clock=Clock(monotonic=clock, wall=wall_clock),
+        settings=RunFacts(
+            settings=facts.settings,
+            more=facts.fingerprint,
+            filter=_examination(parts, state),
+            made_by_settings=[name for name, is_made in by_config.items() if is_made],
+        ),
+        resume=_resume_policy(config),
+        # All is derived, so that the ranks have the same.
+        ranks=RankPolicy(parts.group, config.read_from, per_rank=()),
         tell=note,
         **objects,
     )

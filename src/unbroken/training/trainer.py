@@ -32,7 +32,7 @@ from unbroken.storage import Storage
 from unbroken.training.callback import Callback, Hooks, named
 from unbroken.training.checkpoints import (
     RunCheckpoints,
-    RunFacts,
+    TrainerFacts,
     make_checkpointer,
     objects_to_save,
 )
@@ -179,7 +179,7 @@ class Trainer:
         self._log_timer = Timer(logging, clock)
         self._evaluation = Evaluation(parts, run_state, clock)
         fingerprint = partial(self._fingerprint, train_dataset)
-        facts = RunFacts(settings, types, fingerprint, self._followers)
+        facts = TrainerFacts(settings, types, fingerprint, self._followers)
         self.checkpointer = self._make_checkpointer(state or {}, facts, storage, display.note)
         self.checkpointer.comparison.one_data_set = hasattr(train_dataset, "__getitem__")
         self._run_checkpoints = RunCheckpoints(
@@ -400,7 +400,7 @@ class Trainer:
     def _make_checkpointer(
         self,
         more: Mapping[str, object],
-        facts: RunFacts,
+        facts: TrainerFacts,
         storage: Storage | None,
         note: Callable[[str], None],
     ) -> Checkpointer:

@@ -9,6 +9,8 @@ import threading
 
 import torch
 
+from unbroken.checkpoint import SavePolicy
+
 out, way, end, workers, context = (
     sys.argv[1],
     sys.argv[2],
@@ -154,7 +156,7 @@ def own_loop():
     else:
         data = batch_source(samples, seed=0, global_batch_size=4, num_workers=workers)
     parts = {"model": model, "optimizer": optimizer, "data": data}
-    checkpointer = Checkpointer(out, save_steps=2, save_mode="async", **parts)
+    checkpointer = Checkpointer(out, save=SavePolicy(steps=2, mode="async"), **parts)
     if "with" in way:
         with checkpointer:
             train(checkpointer, **parts)

@@ -21,7 +21,7 @@ checkpointer = Checkpointer(
     FOLDER,
     save_steps=4,
     settings={"data": {"noise": 0.5}},
-    policy=ResumePolicy(allow, skip),
+    resume=ResumePolicy(allow, skip),
     model=model,
     optimizer=optimizer,
     scheduler=scheduler,

@@ -67,6 +67,8 @@ from unbroken.checkpoint import (
     Difference,
     Preemption,
     ResumeReport,
+    RunFacts,
+    SavePolicy,
     Selection,
     may_go_on,
 )
@@ -181,12 +183,14 @@ class TrainSession:
         self.checkpointer = Checkpointer(
             args.output_dir,
             keep=KeepPolicy(last=args.save_total_limit),
-            policy=choices.policy(is_named=Selection.parse(wanted).kind in _NAMES),
-            fingerprint=self._fingerprint,
-            examine=lambda facts, found: self._settings.differences(facts, found),
-            told=choices.made_by_arguments,
-            group=self.group,
-            save_mode=choices.save_mode,
+            resume=choices.policy(is_named=Selection.parse(wanted).kind in _NAMES),
+            settings=RunFacts(
+                more=self._fingerprint,
+                filter=lambda facts, found: self._settings.differences(facts, found),
+                made_by_settings=choices.made_by_arguments,
+            ),
+            ranks=self.group,
+            save=SavePolicy(mode=choices.save_mode),
         )
         self.checkpointer.comparison.one_data_set = True
         self.checkpointer.layout = CheckpointFiles(trainer).layout

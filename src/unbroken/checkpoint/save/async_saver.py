@@ -1,4 +1,4 @@
-"""The saves of one run that go on beside its training, one after the other."""
+"""Saves in a thread while training goes on, one after the other; all ranks learn together how."""
 
 from __future__ import annotations
 
@@ -7,79 +7,75 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, get_args
 
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from unbroken.checkpoint.save.rank_shares import Share
-from unbroken.checkpoint.save.session import GivenUpError, Saving
-from unbroken.checkpoint.save.staging import Snapshot, Staging, steady_tensors
+from unbroken.checkpoint.save.rank_shares import RankShare
+from unbroken.checkpoint.save.session import SaveAbandonedError, SaveSession
+from unbroken.checkpoint.save.staging import StagedState, StagingBuffer, stable_tensors
 from unbroken.distributed import Group, name_ranks
 from unbroken.errors import ConfigError, RankError, SaveError, one_of
-from unbroken.store import Json
 
-# At which edge of a step all ranks hear of something that happened beside their training.
-
-
-_AHEAD = 2  # edges: enough for the exchange to be over before a training thread comes there
+_AHEAD = 2  # boundaries: enough for the exchange to be over before a training thread comes there
 
 
-class Appointment:
-    """Finds an edge that no rank has passed, without an exchange in the threads that train.
+class StepRendezvous:
+    """Agree on the step boundary at which all ranks learn that a background save finished.
 
-    Every training thread counts its edges; they make the same calls, so the same number is the
-    same place in the training. The thread beside it promises in its name not to pass the second
-    edge from now before all have told theirs. The latest of these is the one at which all hear.
+    The training threads exchange nothing. Each counts the boundaries it passes; all ranks make the
+    same calls, so the same number is the same point of the training. The save thread promises in
+    its name not to pass the second boundary from now before all ranks have sent their numbers.
+    The latest of these is where all learn it.
 
     Example:
         >>> from unbroken.distributed import SingleProcess
-        >>> appointment = Appointment()
-        >>> before = appointment.is_now()
-        >>> appointment.make(SingleProcess())
-        >>> before, appointment.is_now()
+        >>> rendezvous = StepRendezvous()
+        >>> before = rendezvous.is_here()
+        >>> rendezvous.agree(SingleProcess())
+        >>> before, rendezvous.is_here()
         (False, True)
     """
 
     def __init__(self) -> None:
-        self._edge = 0
+        self._boundary = 0
         self._limit: int | None = None  # not to be passed before `_at` is known
         self._at: int | None = None
         self._changed = threading.Condition()
 
-    def make(self, group: Group) -> None:
-        """Agree on an edge; called once, on each rank by the thread beside the training.
+    def agree(self, group: Group) -> None:
+        """Agree on a boundary; called once, in the save thread of each rank.
 
         Raises:
-            RankError: Another rank is gone: it is heard of at once.
+            RankError: Another rank is gone: training learns that at once.
         """
         with self._changed:
-            self._limit = self._edge + (_AHEAD if group.world_size > 1 else 0)
+            self._limit = self._boundary + (_AHEAD if group.world_size > 1 else 0)
         at = 0
         try:
-            at = max(int(str(edge)) for edge in group.gather("when to hear of a save", self._limit))
+            limits = group.gather("when to hear of a save", self._limit)
+            at = max(int(str(limit)) for limit in limits)
         finally:
             with self._changed:
                 self._at = at
                 self._changed.notify_all()
 
-    def is_now(self) -> bool:
-        """Pass an edge, in the thread that trains; return whether what happened is heard of here.
+    def is_here(self) -> bool:
+        """Pass a boundary, in the training thread; return whether it is the one agreed on.
 
-        Waits only where the other ranks have yet to tell which edge they agree on.
+        Waits only where other ranks have yet to send their numbers.
         """
         with self._changed:
-            self._edge += 1
-            if self._limit is None or self._edge < self._limit:
+            self._boundary += 1
+            if self._limit is None or self._boundary < self._limit:
                 return False
             self._changed.wait_for(lambda: self._at is not None)
-            return self._at is not None and self._edge >= self._at
-
-
-# Saving beside the training: one save at a time, in a thread of its own.
+            return self._at is not None and self._boundary >= self._at
 
 
 _PATIENCE = 5.0  # seconds that one who is in a hurry waits for the consent of the other ranks
@@ -92,7 +88,7 @@ class SaveCost:
     Attributes:
         blocked: Seconds in which training stood still.
         durable: Seconds until the checkpoint was durable.
-        computing: Seconds of a processor's time that went on beside the training.
+        computing: Seconds of a processor's time that the save thread took from training.
     """
 
     blocked: float
@@ -100,58 +96,49 @@ class SaveCost:
     computing: float = 0.0
 
 
-class BackgroundSave:
-    """A save that goes on in a thread, while the training may go on.
+class SaveThread:
+    """Runs a save session in a thread; the checkpoint is committed only after `approve`.
 
-    The checkpoint is committed only after `approve` was called, by the threads that train: only
-    they can tell that nothing changed the tensors while they were copied.
+    The training threads call that: only they can tell that nothing changed the tensors while they
+    were copied.
 
     Args:
-        step: Completed optimizer steps.
-        saving: The checkpoint to be made.
+        session: The checkpoint to make.
         share: What this rank stores of it.
-        snapshot: The memory of that share.
+        staged: The copy of that share.
         group: The ranks that make it; no other thread uses this group.
-        blind: Those of them that do not see where it is stored.
 
     Attributes:
-        step: As given.
-        edited: The paths of tensors because of which it was given up, on any rank; known when
-            it is over.
+        session: As given.
+        modified: The paths of tensors, on any rank, because of which the save was abandoned; known
+            when it is over.
         seconds: How long it took.
         computing: Seconds of a processor's time that it took.
     """
 
     def __init__(
-        self,
-        step: int,
-        saving: Saving,
-        share: Share,
-        snapshot: Snapshot,
-        group: Group,
-        blind: tuple[int, ...],
+        self, session: SaveSession, share: RankShare, staged: StagedState, group: Group
     ) -> None:
-        self.step = step
-        self.edited: tuple[str, ...] = ()
+        self.session = session
+        self.modified: tuple[str, ...] = ()
         self.seconds = self.computing = 0.0
-        self._saving, self._share, self._snapshot = saving, share, snapshot
-        self._group, self._blind = group, blind
-        self._edited_here: tuple[str, ...] | None = None  # None: nobody looked yet
-        self._edited_by_rank: Mapping[int, tuple[str, ...]] = {}
+        self._share, self._staged, self._group = share, staged, group
+        self._modified_here: tuple[str, ...] | None = None  # None: nobody looked yet
+        self._modified_by_rank: Mapping[int, tuple[str, ...]] = {}
         self._error: BaseException | None = None
-        self._appointment = Appointment()
+        self._rendezvous = StepRendezvous()
         self._copied, self._approved = threading.Event(), threading.Event()
         self._stored = threading.Event()
         self._thread = threading.Thread(target=self._run, name="unbroken-save", daemon=True)
         self._began = time.perf_counter()
         self._thread.start()
 
-    def is_heard_of(self) -> bool:
-        """Pass an edge of a step; return whether all ranks hear here how it ended."""
+    def is_reported_here(self) -> bool:
+        """Pass a step boundary; return whether all ranks learn here how the save ended."""
         if self._copied.is_set():  # else this would wait for it
             self.approve()
-        alone = self._group.world_size == 1
-        return self._appointment.is_now() or (alone and bool(self._edited_here))
+        is_alone = self._group.world_size == 1
+        return self._rendezvous.is_here() or (is_alone and bool(self._modified_here))
 
     @property
     def is_over(self) -> bool:
@@ -160,11 +147,11 @@ class BackgroundSave:
 
     def approve(self) -> None:
         """Wait for the copy, and let the save commit if nothing changed what was copied."""
-        if self._edited_here is not None:
+        if self._modified_here is not None:
             return
         self._copied.wait()
-        self._snapshot.hold_back_devices()
-        self._edited_here = self._snapshot.edited()
+        self._staged.hold_back_devices()
+        self._modified_here = self._staged.modified()
         self._approved.set()
 
     def finish(self, *, hurried: bool = False) -> None:
@@ -189,165 +176,157 @@ class BackgroundSave:
         if error is not None:
             raise error
 
-    def edited_error(self) -> SaveError:
-        """Return the error for those whom no later save consoles."""
-        where = f"checkpoint-{self.step}"
+    def abandoned_error(self) -> SaveError:
+        """Return the error for a save that was abandoned, and that no later save replaces."""
+        where = f"checkpoint-{self.session.step}"
         if self._group.world_size > 1:
-            where = f"{where}: {name_ranks([*self._edited_by_rank])}"
+            where = f"{where}: {name_ranks([*self._modified_by_rank])}"
         return SaveError(
             where,
             "was not made: tensors were changed while they were being copied",
-            found=", ".join(self.edited[:3]),
+            found=", ".join(self.modified[:3]),
             hint='save once more; with save_mode="async" they may be changed as soon as save '
             "returns",
         )
 
     def _run(self) -> None:
         try:
-            with self._saving:
+            with self.session:
                 # First of all: the optimizer's next step waits for it.
-                share = self._group.together("copy the rest", self._copy)
-                self._stage()
-                self._saving.store(self._group, share, self._changes)
-        except GivenUpError as given_up:
-            self._edited_by_rank = given_up.edited  # not the error: that holds the copy's memory
-            paths = [path for own in given_up.edited.values() for path in own]
-            self.edited = tuple(dict.fromkeys(paths))
+                self.session.share = self._group.together("copy the rest", self._copy_rest)
+                self.session.run(self._group, self._wait_for_approval)
+        except SaveAbandonedError as abandoned:
+            self._modified_by_rank = abandoned.modified  # not the error: it holds the copy's memory
+            paths = [path for of_rank in abandoned.modified.values() for path in of_rank]
+            self.modified = tuple(dict.fromkeys(paths))
         except BaseException as error:
             self._error = error
         self._copied.set()  # whatever failed: nobody must wait for it
         self._stored.set()
         self.seconds = time.perf_counter() - self._began
         self.computing = time.thread_time()
-        self._tell()
+        self._report()
 
-    def _stage(self) -> None:
-        if self._saving.is_staged:
-            return
-        blind = self._saving.stage(self._group)
-        if blind != self._blind:
-            ranks = tuple({*blind} ^ {*self._blind})
-            what = "does not see the same run directory as in the save before"
-            raise RankError(name_ranks(ranks), what, ranks=ranks)
-
-    def _copy(self) -> Share:
+    def _copy_rest(self) -> RankShare:
         try:
-            self._snapshot.copy_rest()
+            self._staged.copy_rest()
         finally:
             self._copied.set()
-        self._snapshot.wait_for_devices()
-        return replace(self._share, leaves=self._snapshot.leaves())
+        self._staged.wait_for_devices()
+        return replace(self._share, leaves=self._staged.leaves())
 
-    def _changes(self) -> tuple[str, ...]:
-        """Return what was changed meanwhile, when the thread that trains has looked."""
+    def _wait_for_approval(self) -> tuple[str, ...]:
+        """Return what changed before it was copied, once the training thread has looked."""
         self._stored.set()
         self._approved.wait()
-        return tuple(dict.fromkeys((*(self._edited_here or ()), *self._snapshot.torn)))
+        return tuple(dict.fromkeys((*(self._modified_here or ()), *self._staged.torn)))
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         try:
-            self._appointment.make(self._group)
+            self._rendezvous.agree(self._group)
         except RankError as error:
             if self._error is None:
                 self._error = error
 
 
-_TOLD = 10  # paths of tensors in the history
+_IN_HISTORY = 10  # paths of tensors
 SaveMode = Literal["blocking", "async", "overlap"]
 """How a save gets hold of the state: see `Checkpointer`."""
 
 
-class BesideTraining:
-    """Starts saves, and hears how they ended: on all ranks at the same edge of a step.
+class AsyncSaver:
+    """Runs save sessions, one at a time: at once, or in a thread while training goes on.
+
+    All ranks learn how a save ended at the same step boundary.
 
     Args:
-        mode: With "blocking", a save is over when it was started.
+        mode: With "blocking", a save is over when `submit` returns.
         group: The ranks; all make the same calls.
-        note: Tells the history of a save that was given up.
+        objects: What is saved, by name.
 
     Attributes:
         mode: As given.
-        again: A save was given up, since tensors were changed while they were copied.
+        must_repeat: A save was abandoned, since tensors changed while they were copied.
         cost: What the last save took that is over; None: there was none.
 
     Raises:
         ConfigError: There is no such mode.
     """
 
-    def __init__(
-        self, mode: SaveMode, group: Group, note: Callable[[Mapping[str, Json]], None]
-    ) -> None:
+    def __init__(self, mode: SaveMode, group: Group, objects: Mapping[str, object]) -> None:
         if mode not in get_args(SaveMode):
             raise ConfigError("save_mode", expected=one_of(get_args(SaveMode)), found=repr(mode))
         self.mode = mode
-        self.again = False
+        self.must_repeat = False
         self.cost: SaveCost | None = None
         self._group = group
-        self._note = note
-        self._channel: Group | None = None  # for the threads beside the training
-        self._staging = Staging()
-        self._blind: tuple[int, ...] | None = None  # ranks that do not see where is stored
-        self._running: BackgroundSave | None = None
+        self._objects = objects
+        self._thread_group: Group | None = None  # for the save threads
+        self._buffer = StagingBuffer()
+        self._without_storage: tuple[int, ...] | None = None  # ranks, once a save found out
+        self._running: SaveThread | None = None
         self._process = 0  # that it runs in
         self._hook: RemovableHandle | None = None
-        self._blocked = 0.0
-        self._restless: set[str] = set()  # paths of tensors that do change between steps
+        self._began = self._blocked = 0.0
+        self._unstable: set[str] = set()  # paths of tensors that do change between steps
         self._committed: list[int] = []
 
-    def save(
-        self,
-        step: int,
-        saving: Saving,
-        share_of: Callable[[Sequence[int]], Share],
-        objects: Mapping[str, object],
-        began: float,
-    ) -> None:
-        """Make a checkpoint: at once, or beside the training once its state cannot change.
+    def finish_previous(self) -> None:
+        """Begin a save: wait for the one before, and count the time from here.
 
-        Args:
-            step: Completed optimizer steps.
-            saving: The checkpoint.
-            share_of: Returns what this rank stores, given the ranks that do not see where to.
-            objects: What is saved.
-            began: `time.perf_counter` when the save began.
+        Raises:
+            SaveError: That failed; earlier checkpoints are as they were.
+            RankError: That failed on another rank.
         """
+        self._began = time.perf_counter()
+        self._settle()
+
+    def submit(self, session: SaveSession) -> None:
+        """Make a checkpoint: at once, or in a thread once its state can no longer change.
+
+        Raises:
+            CaptureError: Something cannot be stored.
+            SaveError: The disk failed or is full; earlier checkpoints are as they were.
+            RankError: That happened on another rank, or the ranks hold different states.
+        """
+        if self.mode == "blocking":
+            with session:
+                session.run(self._group)
+            self._note_blocking(session.step)
+            return
         with ExitStack() as stack:
-            stack.enter_context(saving)
-            if self.mode == "blocking" or self._blind is None:  # later, that is the thread's work
-                self._blind = saving.stage(self._group)
-            share = share_of(self._blind)
-            if self.mode == "blocking":
-                saving.store(self._group, share)
-                self._note_streamed(step, began)
-                return
-            snapshot = self._group.together("copy", lambda: self._taken(share, objects))
+            stack.enter_context(session)
+            session.without_storage = self._without_storage
+            if session.without_storage is None:  # later, that is the thread's work
+                session.stage(self._group)
+                self._without_storage = session.without_storage
+            share = session.plan_share(self._group)
+            staged = self._group.together("copy", partial(self._copy, share))
             stack.pop_all()
-        self._go_on(step, saving, share, snapshot)
-        self._blocked = time.perf_counter() - began
+        self._start(session, share, staged)
+        self._blocked = time.perf_counter() - self._began
 
-    def _taken(self, share: Share, objects: Mapping[str, object]) -> Snapshot:
+    def _copy(self, share: RankShare) -> StagedState:
         if self.mode == "async":
-            return self._staging.take(share.leaves)
-        steady = steady_tensors(objects, share.leaves, self._restless)
-        return self._staging.take(share.leaves, steady)
+            return self._buffer.take(share.leaves)
+        stable = stable_tensors(self._objects, share.leaves, self._unstable)
+        return self._buffer.take(share.leaves, stable)
 
-    def _go_on(self, step: int, saving: Saving, share: Share, snapshot: Snapshot) -> None:
+    def _start(self, session: SaveSession, share: RankShare, staged: StagedState) -> None:
         """Let a thread make the checkpoint."""
-        if self._channel is None:
-            self._channel = self._group.apart()
+        if self._thread_group is None:
+            self._thread_group = self._group.apart()
             atexit.register(self._at_exit)
         if self._hook is None and self.mode == "overlap":
             # Any optimizer, also one that is not saved: fused ones do not count versions up.
             self._hook = register_optimizer_step_pre_hook(self._before_step)
         self._process = os.getpid()
-        self._running = BackgroundSave(
-            step, saving, share, snapshot, self._channel, self._blind or ()
-        )
+        self._running = SaveThread(session, share, staged, self._thread_group)
         if self.mode == "async":
             self._running.approve()
-        self.again = False
+        self.must_repeat = False
 
-    def _current(self) -> BackgroundSave | None:
+    def _current(self) -> SaveThread | None:
         """Return the save that is running; in a forked process there is none."""
         return self._running if self._process == os.getpid() else None
 
@@ -356,26 +335,18 @@ class BesideTraining:
             self._running.approve()
 
     def poll(self) -> None:
-        """Hear whether the running save ended; called where no tensor is being changed.
+        """Learn whether the running save ended; called where no tensor is being changed.
 
         Raises:
             SaveError: It failed; earlier checkpoints are as they were.
             RankError: It failed on another rank.
         """
         running = self._current()
-        if running is not None and running.is_heard_of():
-            self.settle()
+        if running is not None and running.is_reported_here():
+            self._settle()
 
-    def settle(self, *, hurried: bool = False) -> None:
-        """Wait until no save is running; one that was given up is to be made again.
-
-        Args:
-            hurried: Do not wait long for the other ranks.
-
-        Raises:
-            SaveError: It failed; earlier checkpoints are as they were.
-            RankError: It failed on another rank.
-        """
+    def _settle(self, *, hurried: bool = False) -> None:
+        """Wait until no save is running; one that was abandoned is to be made again."""
         running = self._current()
         if running is None:
             return
@@ -385,13 +356,15 @@ class BesideTraining:
             if running.is_over:  # an interrupt leaves it to the next who waits
                 self._running = None
         self.cost = SaveCost(self._blocked, self._blocked + running.seconds, running.computing)
-        if running.edited:
-            self._restless.update(running.edited)
-            edited = [*running.edited[:_TOLD]]
-            self._note({"event": "given up", "step": running.step, "edited": edited})
-            self.again = True
-        else:
-            self._committed.append(running.step)
+        session, modified = running.session, running.modified
+        if not modified:
+            self._committed.append(session.step)
+            return
+        self._unstable.update(modified)
+        if self._group.rank == 0:
+            edited = [*modified[:_IN_HISTORY]]
+            session.note_in_history({"event": "given up", "step": session.step, "edited": edited})
+        self.must_repeat = True
 
     def wait(self, *, hurried: bool = False) -> None:
         """Wait until all that was saved is durable.
@@ -404,14 +377,14 @@ class BesideTraining:
             RankError: It failed on another rank.
         """
         running = self._current()
-        self.settle(hurried=hurried)
-        if running is not None and running.edited:
-            raise running.edited_error()
+        self._settle(hurried=hurried)
+        if running is not None and running.modified:
+            raise running.abandoned_error()
 
     def committed(self) -> list[int]:
         """Return the steps whose checkpoints became durable since the last call."""
-        found, self._committed = self._committed, []
-        return found
+        steps, self._committed = self._committed, []
+        return steps
 
     def close(self, *, hurried: bool = False) -> None:
         """Wait as `wait` does, and give the memory and the threads back."""
@@ -419,30 +392,30 @@ class BesideTraining:
             self.wait(hurried=hurried)
         finally:
             if self.is_idle:
-                self._give_back()
+                self._release()
 
     @property
     def is_idle(self) -> bool:
         """Whether no save is running; one may be, where `close` was interrupted."""
         return self._current() is None
 
-    def _give_back(self) -> None:
-        self._staging = Staging()
+    def _release(self) -> None:
+        self._buffer = StagingBuffer()
         hook, self._hook = self._hook, None
         if hook is not None:
             hook.remove()
-        channel, self._channel = self._channel, None
-        if channel is not None:
+        group, self._thread_group = self._thread_group, None
+        if group is not None:
             atexit.unregister(self._at_exit)
-            channel.close()
+            group.close()
 
     def _at_exit(self) -> None:
         """Finish the last save of a script that ends without `close`."""
         if self._process == os.getpid():  # a forked process inherits this call
             self.close(hurried=hasattr(sys, "last_value"))  # an error, maybe not on all ranks
 
-    def _note_streamed(self, step: int, began: float) -> None:
-        seconds = time.perf_counter() - began
+    def _note_blocking(self, step: int) -> None:
+        seconds = time.perf_counter() - self._began
         self.cost = SaveCost(seconds, seconds)
-        self.again = False
+        self.must_repeat = False
         self._committed.append(step)

@@ -144,7 +144,7 @@ def _differing(
     owners = dict.fromkeys(path.partition(".")[0].partition(":")[0] for path in differing)
     each = ", ".join(f'"{name}"' for name in (*owners, "rng", "values"))
     alike = "begin with the same weights (seed before the model is built), and sum all gradients"
-    apart = f"if the ranks should not be alike: Checkpointer(per_rank=[{each}])"
+    apart = f"if the ranks should not be alike: ranks=RankPolicy(..., per_rank=[{each}])"
     return RankError(
         name_ranks(odd),
         f"{differing[0]}{more}: is not what the other ranks have, and is stored once for all",
@@ -167,10 +167,10 @@ Place = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Share:
+class RankShare:
     """What one rank stores in a save.
 
-    Args:
+    Attributes:
         leaves: The tensors, or parts of tensors.
         files: The files without tensors, by name: each makes its content, later.
     """
@@ -179,8 +179,28 @@ class Share:
     files: Mapping[str, Callable[[], bytes]]
 
 
-class Plan:
-    """Who stores what. Ranks divide it anew only when one of them has something else to store.
+@dataclass(frozen=True)
+class CapturedState:
+    """What one rank captured for a save, and what is said of who stores it.
+
+    Attributes:
+        tree: The state tree, with "rng" and "values".
+        per_rank: The names of which each rank stores its own; None: whatever differs.
+        differing: More names of which each rank stores its own; what training made of attributes
+            is one of them where it differs.
+        from_rank_0: Buffers that other ranks get from rank 0: what they have meanwhile is nothing.
+        may_choose: Whether the caller can say `per_rank`, which a hint then tells.
+    """
+
+    tree: Mapping[str, Any]
+    per_rank: Collection[str] | None = None
+    differing: Collection[str] = ()
+    from_rank_0: Collection[Place] = ()
+    may_choose: bool = True
+
+
+class SharePlan:
+    """Who stores what. Ranks divide it again only when one of them has something else to store.
 
     Attributes:
         memo: What is known of the tensors.
@@ -216,65 +236,57 @@ def own_key(rank: int) -> str:
     return f"rank-{rank}"
 
 
-def share_of(
+def plan_share(
     group: Group,
-    tree: Mapping[str, Any],
+    state: CapturedState,
     file_of: FileOf,
-    per_rank: Collection[str] | None,
-    plan: Plan,
-    blind: Sequence[int] = (),
-    *,
-    of_rank_0: Collection[Place] = (),
-    apart: Collection[str] = (),
-    may_choose: bool = True,
-) -> Share:
-    """Return what this rank stores of a state tree; all ranks call this.
+    plan: SharePlan,
+    without_storage: Sequence[int] = (),
+) -> RankShare:
+    """Return what this rank stores of a captured state; all ranks call this.
 
     Args:
         group: The ranks.
-        tree: What this rank captured, with "rng" and "values".
+        state: What this rank captured.
         file_of: Gives each leaf its file and its name there.
-        per_rank: The names of which each rank stores its own; None: whatever differs.
         plan: How the save before was divided.
-        blind: Ranks that do not see where to store; with one of them, rank 0 stores all.
-        of_rank_0: Buffers that other ranks get from rank 0: what they have meanwhile is nothing.
-        apart: More names of which each rank stores its own; what training made of attributes is
-            one of them where it differs.
-        may_choose: Whether the caller can say `per_rank`, which a hint then tells.
+        without_storage: Ranks that cannot store; with one of them, rank 0 stores all.
 
     Raises:
         CaptureError: A value cannot be stored.
-        ConfigError: A blind rank has something that rank 0 has not.
+        ConfigError: A rank that cannot store has something that rank 0 has not.
         RankError: The ranks have other objects, or another state of what is stored once.
     """
+    tree, per_rank = state.tree, state.per_rank
     if group.world_size == 1:
         encoded = encode(dict(tree), file_of=file_of, memo=plan.memo)
-        return Share(encoded.leaves, {STATE_FILE: partial(structure_to_bytes, encoded.structure)})
-    private = _private_names(group, tree, per_rank).union(apart)
+        content = partial(structure_to_bytes, encoded.structure)
+        return RankShare(encoded.leaves, {STATE_FILE: content})
+    private = _private_names(group, tree, per_rank).union(state.differing)
     common = {name: value for name, value in tree.items() if name not in private}
     own = {name: tree[name] for name in tree if name in private}
     encoded = group.together(
         "capture the state",
         lambda: encode({**common, **own}, file_of=file_of, memo=plan.memo),
     )
-    if blind:
-        _refuse_what_only_others_have(encoded, own, blind)
+    if without_storage:
+        _refuse_what_only_others_have(encoded, own, without_storage)
     if per_rank:
         _agree_on_the_rest(group, common)
     together = [name for name, value in common.items() if _are_alike(name, value)]
     _agree_on_structure(group, encoded, together)
     _agree_on_copies(group, encoded)
-    replicas = _replicas(encoded, together, of_rank_0)
-    agree_on_replicas(group, replicas, plan.saves, may_differ=may_choose and per_rank != ())
+    replicas = _replicas(encoded, together, state.from_rank_0)
+    agree_on_replicas(group, replicas, plan.saves, may_differ=state.may_choose and per_rank != ())
     plan.saves += 1
-    mine = _planned(group, encoded, common, plan, divided=not blind)
+    mine = _planned(group, encoded, common, plan, divided=not without_storage)
     if group.rank == 0:
-        return Share(mine, {STATE_FILE: partial(structure_to_bytes, encoded.structure)})
+        return RankShare(mine, {STATE_FILE: partial(structure_to_bytes, encoded.structure)})
     if not own:
-        return Share(mine, {})
-    beside = encode({own_key(group.rank): own}, file_of=_in_file_of_rank(file_of, group.rank))
-    files = {own_state_file(group.rank): partial(structure_to_bytes, beside.structure)}
-    return Share((*mine, *beside.leaves), files)
+        return RankShare(mine, {})
+    of_this_rank = encode({own_key(group.rank): own}, file_of=_in_file_of_rank(file_of, group.rank))
+    files = {own_state_file(group.rank): partial(structure_to_bytes, of_this_rank.structure)}
+    return RankShare((*mine, *of_this_rank.leaves), files)
 
 
 def differing(
@@ -358,7 +370,7 @@ def _is_common(value: Any) -> bool:
 
 
 def _refuse_what_only_others_have(
-    encoded: Encoded, own: Collection[str], blind: Sequence[int]
+    encoded: Encoded, own: Collection[str], without_storage: Sequence[int]
 ) -> None:
     """Raise if rank 0, which is to store all, does not hold all."""
     cut = (leaf.path for leaf in encoded.leaves if leaf.sharded is not None)
@@ -366,8 +378,8 @@ def _refuse_what_only_others_have(
     if path is not None:
         raise ConfigError(
             path,
-            f"is of each rank, but {name_ranks(blind)} cannot store it: where rank 0 saves is not "
-            "there",
+            f"is of each rank, but {name_ranks(without_storage)} cannot store it: where rank 0 "
+            "saves is not there",
             hint='put the run directory where all ranks see it; read_from="rank0" is for models '
             "and states that all ranks have alike",
         )
@@ -411,7 +423,7 @@ def _agree_on_copies(group: Group, encoded: Encoded) -> None:
 
 
 def _replicas(
-    encoded: Encoded, together: Collection[str], of_rank_0: Collection[Place]
+    encoded: Encoded, together: Collection[str], from_rank_0: Collection[Place]
 ) -> list[TensorLeaf]:
     """Return the tensors of which each rank has one, and that are stored once."""
     owners = {*together} - _cut(encoded)
@@ -420,7 +432,7 @@ def _replicas(
         for leaf in encoded.leaves
         if _owner(leaf.path) in owners
         and leaf.nbytes
-        and (leaf.tensor.data_ptr(), leaf.nbytes) not in of_rank_0
+        and (leaf.tensor.data_ptr(), leaf.nbytes) not in from_rank_0
     ]
 
 
@@ -475,7 +487,7 @@ def with_modes(value: Any, modes: Mapping[str, list[str]], path: str = "") -> An
 
 
 def _planned(
-    group: Group, encoded: Encoded, common: Mapping[str, Any], plan: Plan, *, divided: bool
+    group: Group, encoded: Encoded, common: Mapping[str, Any], plan: SharePlan, *, divided: bool
 ) -> tuple[TensorLeaf, ...]:
     """Return the leaves that this rank stores, in files of its own where ranks share one."""
     optimizers = tuple(f"{path}." for path in _optimizers_in(common, ""))

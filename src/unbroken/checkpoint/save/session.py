@@ -1,250 +1,39 @@
-"""Saving together: every rank stores its share, all agree, one rank commits."""
+"""One save: every rank stores its share, all agree, one rank commits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Self
 
 from unbroken.checkpoint.resume.selection import Origin
 from unbroken.checkpoint.save.layout import Layout
-from unbroken.checkpoint.save.rank_shares import Share
+from unbroken.checkpoint.save.rank_shares import CapturedState, RankShare, SharePlan, plan_share
 from unbroken.distributed import Group, name_ranks
 from unbroken.errors import ConfigError, RankError, SaveError, StateMismatchError
-from unbroken.storage import Storage
 from unbroken.store import (
     CheckpointReader,
     CheckpointWriter,
     FileEntry,
     Json,
     KeepPolicy,
-    Manifest,
     RunDirectory,
     store_leaves,
 )
 from unbroken.store.format.names import checkpoint_name
 from unbroken.store.run.directory import now_as_text
 
-if TYPE_CHECKING:
-    from unbroken.checkpoint.resume.resume import Resumption
 
-
-class GivenUpError(Exception):
-    """What was copied is not the state of the step.
-
-    Attributes:
-        edited: By rank, the paths of the tensors that were changed meanwhile.
-    """
-
-    def __init__(self, edited: Mapping[int, tuple[str, ...]]) -> None:
-        super().__init__(edited)
-        self.edited = edited
-
-
-class Saving:
-    """One checkpoint that all ranks make: staged, stored, and committed by rank 0.
-
-    A context: what was staged and not committed is removed at its end.
-
-    Args:
-        storage: The run directory, as this rank sees it.
-        begin: Makes the writer; called on rank 0 alone.
-        commit: Adds what rank 0 alone knows, and commits; called on rank 0 alone.
-    """
-
-    def __init__(
-        self,
-        storage: Storage,
-        begin: Callable[[], CheckpointWriter],
-        commit: Callable[[CheckpointWriter], object],
-    ) -> None:
-        self._storage = storage
-        self._begin = begin
-        self._commit = commit
-        self._folder: str | None = None  # the staging folder, when it is there
-        self._writer: CheckpointWriter | None = None
-
-    @property
-    def is_staged(self) -> bool:
-        """Whether there is a staging folder."""
-        return self._folder is not None
-
-    def stage(self, group: Group) -> tuple[int, ...]:
-        """Make the staging folder; return the ranks that do not see it.
-
-        Raises:
-            SaveError: The disk of rank 0 failed or is full.
-            RankError: That happened on another rank.
-        """
-        group.together("begin a save", lambda: None if group.rank else self._make_writer())
-        staging = None if self._writer is None else self._writer.staging
-        self._folder = str(group.share("the staging folder", staging))
-        seen = group.gather("who sees the staging folder", self._sees())
-        return tuple(rank for rank, sees in enumerate(seen) if not sees)
-
-    def store(
-        self,
-        group: Group,
-        share: Share,
-        edited: Callable[[], tuple[str, ...]] = tuple,
-    ) -> None:
-        """Store it; nothing is committed unless all have stored and nobody objects.
-
-        Args:
-            group: The ranks; each calls this.
-            share: What this rank stores.
-            edited: Called when all have stored; returns the paths of tensors that were changed
-                before they were copied.
-
-        Raises:
-            SaveError: The disk failed or is full on this rank.
-            GivenUpError: A rank had such tensors; nothing was committed.
-            RankError: Another rank failed; nothing was committed.
-        """
-        homeless: list[SaveError] = []
-        stored = group.together("save", lambda: self._store_at_home(share, homeless))
-        own: Json = [[file.to_json() for file in stored], [*edited()], bool(homeless)]
-        told: Any = group.gather("what is stored", own)
-        if homeless:
-            raise homeless[0]
-        if ranks := [rank for rank, (*_, lost) in enumerate(told) if lost]:
-            raise RankError(name_ranks(ranks), "lost the staging folder", ranks=tuple(ranks))
-        if changed := {rank: tuple(paths) for rank, (_, paths, _) in enumerate(told) if paths}:
-            raise GivenUpError(changed)
-        group.together("commit", lambda: self._commit_files([files for files, *_ in told]))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._writer is not None:
-            self._writer.abandon()
-
-    def _make_writer(self) -> None:
-        self._writer = self._begin()
-
-    def _sees(self) -> bool:
-        try:
-            return self._storage.stat(str(self._folder)) is not None
-        except OSError:
-            return False
-
-    def _store_at_home(self, share: Share, homeless: list[SaveError]) -> Sequence[FileEntry]:
-        """Store; where rank 0 has removed the folder meanwhile, its own error says why."""
-        try:
-            return self._store(share)
-        except SaveError as error:
-            if self._writer is not None or self._sees():
-                raise
-            homeless.append(error)
-            return ()
-
-    def _store(self, share: Share) -> Sequence[FileEntry]:
-        files = {name: content() for name, content in share.files.items()}
-        if self._writer is None:
-            return store_leaves(self._storage, str(self._folder), share.leaves, files)
-        self._writer.write_leaves(share.leaves)
-        for name, data in files.items():
-            self._writer.write_file(name, data)
-        return ()
-
-    def _commit_files(self, told: Sequence[Any]) -> None:
-        if self._writer is None:
-            return
-        for files in told[1:]:
-            self._writer.adopt(FileEntry.from_json(file) for file in files)
-        self._commit(self._writer)
-        self._writer = None
-
-
-# Beginning and committing one checkpoint of a run, and what follows from it.
-
-
-class Writing:
-    """One checkpoint on its way into the run directory.
-
-    Args:
-        run: The run directory.
-        step: Completed optimizer steps.
-        layout: What stands where.
-        facts: For the manifest.
-        keep: Which checkpoints stay once this one is there.
-        like: The checkpoint before: files that did not change since are linked.
-        clock: Seconds since 1970.
-        told: What the history is told besides.
-
-    Attributes:
-        made: The checkpoint, when it is there and has files that do not change.
-    """
-
-    def __init__(
-        self,
-        run: RunDirectory,
-        step: int,
-        layout: Layout,
-        facts: Mapping[str, Json],
-        keep: KeepPolicy,
-        *,
-        like: CheckpointReader | None,
-        clock: Callable[[], float],
-        told: Mapping[str, Json],
-    ) -> None:
-        self.made: CheckpointReader | None = None
-        self._run = run
-        self._step = step
-        self._constant = layout.constant
-        self._files = layout.files()
-        self._facts = facts
-        self._keep = keep
-        self._like = like
-        self._clock = clock
-        self._told = told
-
-    def begin(self) -> CheckpointWriter:
-        """Return the writer."""
-        run = self._run
-        run.require_ownership()  # at the commit, too; here, before anything is written
-        writer = CheckpointWriter(
-            run.storage,
-            step=self._step,
-            run_id=run.run_id,
-            clock=self._clock,
-            like=self._like if self._constant else None,
-            constant=self._constant,
-            require_ownership=run.require_ownership,
-        )
-        writer.expect(self._facts)
-        return writer
-
-    def commit(self, writer: CheckpointWriter) -> Manifest:
-        """Commit, tell the history, and remove what is no longer kept.
-
-        Args:
-            writer: It has stored all else.
-        """
-        run, best = self._run, self._facts.get("best_step")
-        run.metrics.sync()  # a checkpoint must never promise lines that a power cut can take
-        for name, data in self._files.items():
-            writer.write_file(name, data)
-        manifest = writer.commit(self._facts)
-        if self._constant:  # else there is nothing to link, and reading takes time
-            self.made = CheckpointReader(run.storage, checkpoint_name(self._step))
-        saved = {"event": "saved", "at": now_as_text(self._clock), "step": self._step}
-        run.history.append({**saved, "digest": manifest.state_digest, **self._told})
-        run.prune(self._keep, best_steps=(best,) if isinstance(best, int) else ())
-        return manifest
-
-
-# The line of checkpoints that a run makes: what the next one comes after.
-
-
-class Line:
-    """Follows the checkpoints of one run; each new one tells where the line began.
+class SaveLineage:
+    """The checkpoints that this process makes of a run: what the next one follows.
 
     Attributes:
         has_begun: Whether what is to be saved comes from the checkpoints that are there.
+        is_torn: Whether a resume that failed has left the objects with parts of a checkpoint.
         origin: Facts of the checkpoint of another run that this one began in.
         skipped: What was not loaded then.
-        is_torn: Whether a resume that failed has left the objects with parts of a checkpoint.
+        previous: The checkpoint before, whose bytes are known: files like its are linked.
     """
 
     def __init__(self) -> None:
@@ -252,19 +41,20 @@ class Line:
         self.is_torn = False
         self.origin: Origin = {}
         self.skipped: tuple[str, ...] = ()
-        self._last: Callable[[], CheckpointReader | None] = lambda: None
+        self.previous: CheckpointReader | None = None
 
-    def resumed(self, resumption: Resumption, checkpoint: CheckpointReader | None) -> None:
+    def resumed(
+        self, checkpoint: CheckpointReader | None, origin: Origin, skipped: tuple[str, ...]
+    ) -> None:
         """Go on from a checkpoint, every byte of which was read; None: one of elsewhere."""
         self.has_begun = True
-        self.origin, self.skipped = resumption.origin, resumption.skipped
-        self._last = lambda: checkpoint
+        self.previous, self.origin, self.skipped = checkpoint, origin, skipped
 
     def refuse_another(self, run: RunDirectory) -> None:
-        """Raise where a run with checkpoints would get a second, unrelated line of them.
+        """Refuse to save into a run that has checkpoints this process did not resume from.
 
         Raises:
-            ConfigError: It would.
+            ConfigError: It has such checkpoints.
             StateMismatchError: What is to be saved is no whole state.
         """
         refuse_torn(run, is_torn=self.is_torn)
@@ -279,28 +69,12 @@ class Line:
         self.has_begun = True
 
     def facts(self) -> dict[str, Json]:
-        """Return what the manifest of a checkpoint tells of the line."""
+        """Return what the manifest of a checkpoint says of its lineage."""
         return {"origin": None, **self.origin, "skip": list(self.skipped)}
-
-    def next(
-        self,
-        run: RunDirectory,
-        step: int,
-        layout: Layout,
-        facts: Mapping[str, Json],
-        keep: KeepPolicy,
-        clock: Callable[[], float],
-        told: Mapping[str, Json],
-    ) -> Writing:
-        """Return the next checkpoint, to be written; files like those of the last are linked."""
-        last = self._last()
-        made = Writing(run, step, layout, facts, keep, like=last, clock=clock, told=told)
-        self._last = lambda: made.made
-        return made
 
 
 def refuse_torn(run: RunDirectory, *, is_torn: bool) -> None:
-    """Raise where a line of checkpoints would begin in objects with parts of an old one.
+    """Raise where checkpoints would be made of objects that hold parts of an old one.
 
     Raises:
         StateMismatchError: They hold such parts.
@@ -311,3 +85,217 @@ def refuse_torn(run: RunDirectory, *, is_torn: bool) -> None:
             "the objects hold parts of a checkpoint that turned out to be damaged",
             hint="build them anew, or start the process again",
         )
+
+
+class SaveAbandonedError(Exception):
+    """The copied bytes are not the state of the step: nothing was committed.
+
+    Attributes:
+        modified: By rank, the paths of the tensors that changed before they were copied.
+    """
+
+    def __init__(self, modified: Mapping[int, tuple[str, ...]]) -> None:
+        super().__init__(modified)
+        self.modified = modified
+
+
+@dataclass(frozen=True)
+class SaveRequest:
+    """What a save is to make.
+
+    Attributes:
+        step: Completed optimizer steps.
+        layout: Which tensor goes into which file, and the files besides.
+        facts: For the manifest.
+        keep: Which checkpoints stay once this one is there.
+        history_fields: More fields for its line in history.jsonl.
+        clock: Seconds since 1970.
+    """
+
+    step: int
+    layout: Layout
+    facts: Mapping[str, Json]
+    keep: KeepPolicy
+    history_fields: Mapping[str, Json]
+    clock: Callable[[], float]
+
+
+class SaveSession:
+    """One checkpoint that all ranks make: staged, stored, agreed on, committed, pruned.
+
+    It becomes visible only by the commit, and only after every rank has stored its share.
+    A context: at its end a staging folder that was not committed is removed.
+
+    Args:
+        run: The run directory, as this rank sees it.
+        request: What to make.
+        state: What this rank captured.
+        plan: How the ranks divided the save before.
+        lineage: The checkpoints before.
+
+    Attributes:
+        step: Completed optimizer steps.
+        share: What this rank stores; None: not planned yet.
+        without_storage: Ranks that do not see the staging folder; None: not known yet.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        request: SaveRequest,
+        state: CapturedState,
+        plan: SharePlan,
+        lineage: SaveLineage,
+    ) -> None:
+        self.step = request.step
+        self.share: RankShare | None = None
+        self.without_storage: tuple[int, ...] | None = None
+        self._run = run
+        self._request = request
+        self._files = request.layout.files()
+        self._state = state
+        self._plan = plan
+        self._lineage = lineage
+        self._previous, lineage.previous = lineage.previous, None  # until this one is committed
+        self._folder: str | None = None  # the staging folder, when it is there
+        self._writer: CheckpointWriter | None = None  # on rank 0
+
+    def run(self, group: Group, modified: Callable[[], tuple[str, ...]] = tuple) -> None:
+        """Make the checkpoint; nothing is committed unless all ranks have stored their share.
+
+        Args:
+            group: The ranks; each calls this.
+            modified: Called once this rank has stored its share; returns the paths of tensors that
+                changed before they were copied.
+
+        Raises:
+            SaveError: The disk failed or is full on this rank.
+            SaveAbandonedError: Tensors of a rank changed before they were copied.
+            RankError: Another rank failed.
+        """
+        if self._folder is None:
+            self.stage(group)
+        share = self.share or self.plan_share(group)
+        stored, error = group.together("save", partial(self._store, share))
+        by_rank = self._agree(group, stored, error, modified())
+        group.together("commit", partial(self._commit_and_prune, by_rank))
+
+    def stage(self, group: Group) -> None:
+        """Make the staging folder, and find out which ranks do not see it.
+
+        Raises:
+            SaveError: The disk of rank 0 failed or is full.
+            RankError: That happened on another rank, or other ranks see it than in an earlier save.
+        """
+        group.together("begin a save", partial(self._make_folder, group.rank))
+        staging = None if self._writer is None else self._writer.staging
+        self._folder = str(group.share("the staging folder", staging))
+        seen = group.gather("who sees the staging folder", self._sees_folder())
+        unseen = tuple(rank for rank, sees in enumerate(seen) if not sees)
+        if self.without_storage not in (None, unseen):
+            ranks = tuple({*unseen} ^ {*(self.without_storage or ())})
+            what = "does not see the same run directory as in the save before"
+            raise RankError(name_ranks(ranks), what, ranks=ranks)
+        self.without_storage = unseen
+
+    def plan_share(self, group: Group) -> RankShare:
+        """Decide together what this rank stores; the captured state is let go of.
+
+        Raises:
+            CaptureError: A value cannot be stored.
+            ConfigError: A rank that does not see the folder has something of its own.
+            RankError: The ranks have other objects, or another state of what is stored once.
+        """
+        file_of, unseen = self._request.layout.file_of, self.without_storage or ()
+        self.share = plan_share(group, self._state, file_of, self._plan, unseen)
+        self._state = replace(self._state, tree={})  # its copies hold memory
+        return self.share
+
+    def note_in_history(self, event: Mapping[str, Json]) -> None:
+        """Append a line to history.jsonl; on rank 0 alone."""
+        at: Json = now_as_text(self._request.clock)
+        self._run.history.append({**event, "at": at})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._writer is not None:
+            self._writer.abandon()
+
+    def _make_folder(self, rank: int) -> None:
+        if rank > 0:
+            return
+        run, constant = self._run, self._request.layout.constant
+        self._lineage.refuse_another(run)
+        run.require_ownership()  # at the commit, too; here, before anything is written
+        self._writer = CheckpointWriter(
+            run.storage,
+            step=self.step,
+            run_id=run.run_id,
+            clock=self._request.clock,
+            like=self._previous if constant else None,
+            constant=constant,
+            require_ownership=run.require_ownership,
+        )
+        self._writer.expect(self._request.facts)
+
+    def _sees_folder(self) -> bool:
+        try:
+            return self._run.storage.stat(str(self._folder)) is not None
+        except OSError:
+            return False
+
+    def _store(self, share: RankShare) -> tuple[Sequence[FileEntry], SaveError | None]:
+        """Write this rank's files. If rank 0 already removed the folder, its error says why."""
+        files = {name: content() for name, content in share.files.items()}
+        try:
+            if self._writer is None:
+                storage, folder = self._run.storage, str(self._folder)
+                return store_leaves(storage, folder, share.leaves, files), None
+            self._writer.write_leaves(share.leaves)
+            for name, data in files.items():
+                self._writer.write_file(name, data)
+        except SaveError as error:
+            if self._writer is not None or self._sees_folder():
+                raise
+            return (), error
+        return (), None
+
+    def _agree(
+        self,
+        group: Group,
+        stored: Sequence[FileEntry],
+        error: SaveError | None,
+        modified: tuple[str, ...],
+    ) -> Sequence[Any]:
+        """Return what each rank has stored, if no rank objects to the commit."""
+        own: Json = [[file.to_json() for file in stored], [*modified], error is not None]
+        replies: Any = group.gather("what is stored", own)
+        if error is not None:
+            raise error
+        if ranks := tuple(rank for rank, (*_, lost) in enumerate(replies) if lost):
+            raise RankError(name_ranks(ranks), "lost the staging folder", ranks=ranks)
+        if changed := {rank: tuple(paths) for rank, (_, paths, _) in enumerate(replies) if paths}:
+            raise SaveAbandonedError(changed)
+        return [files for files, *_ in replies]
+
+    def _commit_and_prune(self, by_rank: Sequence[Any]) -> None:
+        """On rank 0: commit, add a line to the history, remove what is no longer kept."""
+        if self._writer is None:
+            return
+        run, request = self._run, self._request
+        for files in by_rank[1:]:
+            self._writer.adopt(FileEntry.from_json(file) for file in files)
+        run.metrics.sync()  # a checkpoint must never promise lines that a power cut can take
+        for name, data in self._files.items():
+            self._writer.write_file(name, data)
+        manifest = self._writer.commit(request.facts)
+        if request.layout.constant:  # else there is nothing to link, and reading takes time
+            self._lineage.previous = CheckpointReader(run.storage, checkpoint_name(self.step))
+        saved = {"event": "saved", "at": now_as_text(request.clock), "step": self.step}
+        fields = {"digest": manifest.state_digest, **request.history_fields}
+        run.history.append({**saved, **fields})
+        best = request.facts.get("best_step")
+        run.prune(request.keep, best_steps=(best,) if isinstance(best, int) else ())
+        self._writer = None

@@ -80,11 +80,11 @@ _PLAIN = (torch.Tensor, nn.Parameter)
 _MOST = 64  # saves, in which the digests of all tensors in turn are of all bytes
 _FEW = 8 << 20  # bytes, of which the digests are of all bytes in each save: 1 ms
 _BLOCK = 256  # bytes at each place of a sample
-Steady = Mapping[tuple[int, int], Sequence[torch.Tensor]]
+StableTensors = Mapping[tuple[int, int], Sequence[torch.Tensor]]
 """Tensors that only an optimizer's step is expected to change, by address and length."""
 
 
-class Watched(NamedTuple):
+class WatchedTensor(NamedTuple):
     """A tensor that must stay as it is until it was copied."""
 
     path: str
@@ -99,12 +99,12 @@ class Watched(NamedTuple):
         return now == (self.version, self.address)
 
 
-class Seen:
+class SourceDigests:
     """What live tensors hold before they are copied: digests of all bytes, or a sample.
 
     Args:
         leaves: The tensors.
-        turn: Chooses the places of the sample; None: the digests.
+        turn: Chooses the offsets of the sample; None: the digests.
         samples: The sample of each that is on a device: of one kind, and on one device.
     """
 
@@ -121,7 +121,7 @@ class Seen:
         self._sample = gathered(samples) if samples else torch.empty(0, dtype=torch.uint8)
 
     @classmethod
-    def of(cls, leaves: Sequence[TensorLeaf], number: int) -> list[Seen]:
+    def of(cls, leaves: Sequence[TensorLeaf], number: int) -> list[SourceDigests]:
         """Look at tensors that are to be copied in the save of this number."""
         on_host = [leaf for leaf in leaves if not leaf.tensor.is_cuda]
         wholly = _in_turn(on_host, number)
@@ -145,7 +145,7 @@ class Seen:
             copies.begin(on_device, self._sample)
 
     def differing(
-        self, memory: torch.Tensor, places: Mapping[str, int], digests: Mapping[str, str]
+        self, memory: torch.Tensor, offsets: Mapping[str, int], digests: Mapping[str, str]
     ) -> list[str]:
         """Return the paths of tensors whose copies hold other bytes."""
         paths = [leaf.path for leaf in self._leaves]
@@ -156,9 +156,9 @@ class Seen:
             return [
                 one.path
                 for one, seen in zip(self._leaves, self._blocks, strict=True)
-                if _blocks(begin + places[one.path], one.nbytes, self._turn) != seen
+                if _blocks(begin + offsets[one.path], one.nbytes, self._turn) != seen
             ]
-        copies = [memory[places[one.path] :][: one.nbytes] for one in self._leaves]
+        copies = [memory[offsets[one.path] :][: one.nbytes] for one in self._leaves]
         samples = [sample_of(copy, self._turn, block=_BLOCK) for copy in copies]
         differs = gathered(samples) != self._sample
         if not differs.any():
@@ -196,13 +196,13 @@ def _digest(leaf: TensorLeaf) -> str:
     return digester.digest()
 
 
-class Snapshot:
+class StagedState:
     """The bytes of leaves at one moment.
 
     Args:
         leaves: The leaves, over live memory.
         memory: Where their copies lie.
-        places: Where in it each one lies, by path.
+        offsets: Where in it each one lies, by path.
         late: Those that are not copied yet.
         watched: The live tensors behind these, and behind copies from a device that still run.
         device_copies: Copies from devices, which may still run.
@@ -217,17 +217,17 @@ class Snapshot:
         self,
         leaves: Sequence[TensorLeaf],
         memory: torch.Tensor,
-        places: Mapping[str, int],
+        offsets: Mapping[str, int],
         late: list[TensorLeaf],
-        watched: Sequence[Watched],
+        watched: Sequence[WatchedTensor],
         device_copies: DeviceCopies,
-        seen: Sequence[Seen],
+        seen: Sequence[SourceDigests],
     ) -> None:
         self.torn: tuple[str, ...] = ()
         self._seen = seen
         self._leaves = leaves
         self._memory = memory
-        self._places = places
+        self._offsets = offsets
         self._late = late
         self._watched = watched
         self._device_copies = device_copies
@@ -245,7 +245,7 @@ class Snapshot:
         """
         address, memory = self._memory.data_ptr(), self._memory.numpy().data
         for leaf in self._late:
-            digester, place = Digester(), self._places[leaf.path]
+            digester, place = Digester(), self._offsets[leaf.path]
             for begin in range(0, leaf.nbytes, _PIECE):
                 count, start = min(_PIECE, leaf.nbytes - begin), place + begin
                 _move(leaf, begin, count, address + start)
@@ -255,7 +255,7 @@ class Snapshot:
         self._compare(on_device=False)
 
     def _copied(self, leaf: TensorLeaf, memory: memoryview) -> TensorLeaf:
-        start, digest = self._places[leaf.path], self._digests.get(leaf.path)
+        start, digest = self._offsets[leaf.path], self._digests.get(leaf.path)
         if digest is None:
             digest = digest_of(memory[start : start + leaf.nbytes])
         return leaf._replace(copied=Copied(memory, start, digest))
@@ -269,18 +269,18 @@ class Snapshot:
         """Find copies of what was changed before it was copied."""
         for one in self._seen:
             if one.on_device == on_device:
-                self.torn += tuple(one.differing(self._memory, self._places, self._digests))
+                self.torn += tuple(one.differing(self._memory, self._offsets, self._digests))
 
     def hold_back_devices(self) -> None:
         """Let what is launched on current streams from now on wait for the copies."""
         self._device_copies.hold_back_for_all()
 
-    def edited(self) -> tuple[str, ...]:
+    def modified(self) -> tuple[str, ...]:
         """Return the paths of tensors that were changed since the snapshot began."""
         return tuple(one.path for one in self._watched if not one.is_as_it_was)
 
 
-class Staging:
+class StagingBuffer:
     """The memory for one snapshot at a time, used again for each: fresh memory is slow."""
 
     def __init__(self) -> None:
@@ -288,44 +288,48 @@ class Staging:
         self._planned: tuple[list[Any], tuple[dict[str, int], int]] = ([], ({}, 0))
         self._taken = 0
 
-    def take(self, leaves: Sequence[TensorLeaf], steady: Steady | None = None) -> Snapshot:
-        """Copy leaves; those that are steady, later, with `Snapshot.copy_rest`.
+    def take(
+        self, leaves: Sequence[TensorLeaf], stable: StableTensors | None = None
+    ) -> StagedState:
+        """Copy leaves; those that are stable, later, with `StagedState.copy_rest`.
 
         The bytes of each file come to lie as they will lie in the file, from a multiple of a page
         on: so a disk can take them without another copy.
 
         Args:
             leaves: What is to be copied.
-            steady: What may be copied later; None: nothing.
+            stable: What may be copied later; None: nothing.
         """
-        places, nbytes = self._places(leaves)
+        offsets, nbytes = self._offsets(leaves)
         on_device = any(leaf.tensor.is_cuda for leaf in leaves)
         memory, copies = self._reserve(nbytes, pinned=on_device), DeviceCopies()
-        each = [(leaf, _live(leaf.tensor, steady or {})) for leaf in leaves]
+        each = [(leaf, _live(leaf.tensor, stable or {})) for leaf in leaves]
         waiting = [(leaf, live) for leaf, live in each if live]
-        seen = Seen.of([leaf for leaf, _ in waiting], self._taken)  # before a copy is begun
-        self._taken += steady is not None
+        seen = SourceDigests.of(
+            [leaf for leaf, _ in waiting], self._taken
+        )  # before a copy is begun
+        self._taken += stable is not None
         for leaf, live in each:
             if not live:
-                _copy(leaf, memory, places, copies)
+                _copy(leaf, memory, offsets, copies)
         copies.hold_back()  # what a device does next must not change these either
         for leaf, _ in waiting:
             if leaf.tensor.is_cuda:
-                _copy(leaf, memory, places, copies)
+                _copy(leaf, memory, offsets, copies)
         for one in seen:
             one.bring(copies)
         copies.end()
-        if steady is None:
+        if stable is None:
             copies.wait()
         on_host = [leaf for leaf, _ in waiting if not leaf.tensor.is_cuda]
         watched = [
-            Watched(leaf.path, one, one._version, one.data_ptr())  # noqa: SLF001 (as above)
+            WatchedTensor(leaf.path, one, one._version, one.data_ptr())  # noqa: SLF001 (as above)
             for leaf, live in waiting
             for one in live
         ]
-        return Snapshot(leaves, memory, places, on_host, watched, copies, seen)
+        return StagedState(leaves, memory, offsets, on_host, watched, copies, seen)
 
-    def _places(self, leaves: Sequence[TensorLeaf]) -> tuple[dict[str, int], int]:
+    def _offsets(self, leaves: Sequence[TensorLeaf]) -> tuple[dict[str, int], int]:
         """Return where leaves lie; the same as before if they are the same as before."""
         key = [(leaf.path, leaf.file, leaf.name, leaf.dtype, leaf.shape) for leaf in leaves]
         if key != self._planned[0]:
@@ -353,13 +357,13 @@ def _pinned(nbytes: int) -> torch.Tensor:
 
 
 def _copy(
-    leaf: TensorLeaf, memory: torch.Tensor, places: Mapping[str, int], copies: DeviceCopies
+    leaf: TensorLeaf, memory: torch.Tensor, offsets: Mapping[str, int], copies: DeviceCopies
 ) -> None:
     if leaf.nbytes <= _SMALL and leaf.tensor.is_cpu and leaf.tensor.is_contiguous():
-        _move(leaf, 0, leaf.nbytes, memory.data_ptr() + places[leaf.path])
+        _move(leaf, 0, leaf.nbytes, memory.data_ptr() + offsets[leaf.path])
         return
     source = raw(leaf.tensor)
-    target = memory[places[leaf.path] :][: leaf.nbytes].view(source.dtype).view(source.shape)
+    target = memory[offsets[leaf.path] :][: leaf.nbytes].view(source.dtype).view(source.shape)
     if source.is_cuda:
         copies.begin(source, target)
     else:
@@ -371,31 +375,31 @@ def _move(leaf: TensorLeaf, begin: int, count: int, address: int) -> None:
     ctypes.memmove(address, leaf.tensor.data_ptr() + begin, count)
 
 
-def _live(tensor: torch.Tensor, steady: Steady) -> Sequence[torch.Tensor]:
-    """Return the steady tensors that have just this memory, in this order, if there are any."""
-    live = steady.get(_place(tensor), ())
+def _live(tensor: torch.Tensor, stable: StableTensors) -> Sequence[torch.Tensor]:
+    """Return the stable tensors that have just this memory, in this order, if there are any."""
+    live = stable.get(_place(tensor), ())
     return live if live and tensor.is_contiguous() else ()
 
 
-def steady_tensors(
-    objects: Mapping[str, object], leaves: Sequence[TensorLeaf], restless: Collection[str]
+def stable_tensors(
+    objects: Mapping[str, object], leaves: Sequence[TensorLeaf], unstable: Collection[str]
 ) -> dict[tuple[int, int], list[torch.Tensor]]:
     """Return the parameters, and the optimizers' state: an optimizer's step alone changes them.
 
     Args:
         objects: What is saved, by name; also lists and dicts of objects.
         leaves: What was captured of them.
-        restless: The paths of leaves that something else does change.
+        unstable: The paths of leaves that something else does change.
     """
-    steady: dict[tuple[int, int], list[torch.Tensor]] = {}
+    stable: dict[tuple[int, int], list[torch.Tensor]] = {}
     for value in flattened(objects):
-        for tensor in _steady_in(value):
+        for tensor in _stable_in(value):
             if tensor.numel() > 1:
-                steady.setdefault(_place(tensor), []).append(tensor)
+                stable.setdefault(_place(tensor), []).append(tensor)
     for leaf in leaves:
-        if leaf.path in restless:
-            steady.pop(_place(leaf.tensor), None)
-    return steady
+        if leaf.path in unstable:
+            stable.pop(_place(leaf.tensor), None)
+    return stable
 
 
 def _place(tensor: torch.Tensor) -> tuple[int, int]:
@@ -414,7 +418,7 @@ def flattened(value: object) -> Iterator[object]:
         yield value
 
 
-def _steady_in(value: object) -> Iterator[torch.Tensor]:
+def _stable_in(value: object) -> Iterator[torch.Tensor]:
     tensors: Collection[object] = ()
     if isinstance(value, nn.Module):
         tensors = list(value.parameters())
