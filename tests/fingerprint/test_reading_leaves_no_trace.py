@@ -76,7 +76,7 @@ def test_an_open_file_keeps_its_position(numbers):
 def test_an_inherited_file_is_read_from_where_it_stood(numbers):
     with open(numbers, "rb", buffering=0) as file:
         file.seek(16)
-        text = ForkedWork(lambda write: write(file.read(8).hex()), seconds=5).heard().lines
+        text = ForkedWork(lambda write: write(file.read(8).hex()), seconds=5).output().lines
         assert text == [struct.pack("q", 2).hex()]
         assert file.tell() == 16
 

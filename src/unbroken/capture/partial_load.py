@@ -1,4 +1,4 @@
-"""Loading a checkpoint in part: what is named keeps the state that it has here."""
+"""Load a checkpoint in part: what `skip` names keeps its live state."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def keep_skipped(
 
 
 class _Blender:
-    """Walks two trees side by side and takes what is skipped from the live one."""
+    """Walks the stored and the live tree together, and takes what is skipped from the live one."""
 
     def __init__(self, skip: Skip) -> None:
         self.skipped: list[str] = []
@@ -146,7 +146,7 @@ def _join(path: str, key: object) -> str:
 
 
 def _refuse_half_of_a_tie(module: Captured, names: set[str], path: str) -> None:
-    """One memory cannot be loaded under one of its names and kept under another."""
+    """Refuse to load a tied tensor under one of its names and keep it under another."""
     leaves = {name: tensor.path for name, tensor in module.state.items()}
     kept = {leaves[name] for name in names if name in leaves}
     tied = sorted(name for name, leaf in leaves.items() if leaf in kept and name not in names)

@@ -1,4 +1,4 @@
-"""The beginning and the end of a loader's worker processes."""
+"""Start a loader's worker processes so that they ignore signals, and end them with their parent."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def shut_down(batches: Iterator[Any]) -> None:
 
 
 def hear_no_more_of_workers() -> None:
-    """Let a worker that dies raise where its batch is waited for, and nowhere else, from now on.
+    """From now on, a dead worker raises only where its batch is awaited.
 
     A signal to all processes of a job may kill a worker that has only been started by a fork
     server. torch would raise an error for it in the middle of a step, which is to be saved.
@@ -113,7 +113,7 @@ def _leave_signals(worker: int, *, tie: _Tie, then: Callable[[int], None] | None
 
 
 def _obey_torch(number: int, frame: FrameType | None) -> None:
-    """End a worker only if torch has told it before: then the signal is torch's own."""
+    """End a worker only if torch set its done event before: then the signal is torch's own."""
     while frame is not None and frame.f_code.co_name != "_worker_loop":
         frame = frame.f_back
     done_event = None if frame is None else frame.f_locals.get("done_event")

@@ -1,4 +1,4 @@
-"""The ranks of a run: what they tell each other, and how one rank's trouble reaches all."""
+"""The ranks of a run: how they exchange values, and how one rank's error reaches all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors between ranks."""
+"""Send bytes from rank 0 to all ranks; name the rank where a collective fails."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PIECE = 64 << 20  # bytes of one broadcast
 
 @contextmanager
 def raising_rank_errors(group: Group) -> Iterator[None]:
-    """Let the group say which rank it was, where a collective has failed."""
+    """Turn the error of a collective into one that names the rank."""
     try:
         yield
     except RuntimeError as error:
@@ -25,7 +25,7 @@ def raising_rank_errors(group: Group) -> Iterator[None]:
 
 
 class ByteStream:
-    """Carries bytes from rank 0 to all others, in place: nobody holds them twice.
+    """Sends bytes from rank 0 into the buffers of all other ranks; no rank holds them twice.
 
     Args:
         group: The ranks; all make a stream at the same time, and make the same calls on it.
@@ -40,7 +40,7 @@ class ByteStream:
         self._process_group = None if group.world_size == 1 else _for_the_cpu()
 
     def send(self, buffer: memoryview) -> None:
-        """Fill the buffer with what rank 0 has in its own, which is as long.
+        """Fill the buffer with the bytes of rank 0's buffer, which must be as long.
 
         Raises:
             RankTimeoutError: `ranks` did not answer in time.

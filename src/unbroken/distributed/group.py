@@ -1,4 +1,4 @@
-"""What a run asks of its ranks: to tell, to agree, and to fail together."""
+"""The ranks of a run: they exchange values, agree on them, and fail together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Group(Protocol):
     A call returns on all ranks or raises on all of them, and never waits longer than the
     timeout of the group. Values are JSON: what comes back is what JSON keeps (tuples are lists,
     keys are strings), on every rank the same, the sender included. Each call has a name, `what`;
-    ranks whose calls differ are told so, by both names.
+    where the calls of ranks differ, the error has both names.
 
     Once a call has raised for an answer that did not come, the ranks can no longer be in step:
     all later calls raise the same error, and only `close` is left to do.
@@ -113,7 +113,7 @@ class Group(Protocol):
         ...
 
     def close(self) -> None:
-        """Leave the group; closing twice is allowed. Ranks that still ask this one are told."""
+        """Leave the group; closing twice is allowed. Ranks that wait for it get an error."""
         ...
 
 

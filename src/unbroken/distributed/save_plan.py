@@ -1,4 +1,4 @@
-"""Who stores what: planned by `torch.distributed.checkpoint`, told among ranks as JSON.
+"""Which rank stores what: planned by `torch.distributed.checkpoint`, exchanged as JSON.
 
 The planner of torch takes out what several ranks hold and balances who writes it. Its own
 `save` sends the plans to one rank with pickle; here each rank tells its plan to all, and all

@@ -1,4 +1,4 @@
-"""A run of several processes, which talk through the store of their process group."""
+"""The group of several processes: messages go through the store of their process group."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LONGEST = 200  # characters of a value in a message
 
 
 def name_ranks(ranks: Sequence[int]) -> str:
-    """Return how to call some ranks in a message.
+    """Return the words for some ranks in a message.
 
     Example:
         >>> name_ranks([2]), name_ranks([0, 3])
@@ -102,7 +102,7 @@ class StoreGroup:
         local_rank: The number of this process on its machine.
         timeout: Seconds to wait for the other ranks in each call.
         store_on_rank_0: Whether rank 0 holds the store; else the launcher does.
-        on_close: Called by `close`, after the others have been told.
+        on_close: Called by `close`, after the other ranks got notice.
 
     Example:
         >>> from torch.distributed import HashStore

@@ -69,7 +69,7 @@ def begin_sampling(
             write(line)
 
     reading = ForkedWork(read, seconds=_DEADLINE)
-    return lambda: {**_facts(reading.heard()), **inert}
+    return lambda: {**_facts(reading.output()), **inert}
 
 
 def _device_has_begun() -> bool:
@@ -77,15 +77,15 @@ def _device_has_begun() -> bool:
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
-def _facts(heard: ChildOutput) -> dict[str, Plain]:
+def _facts(output: ChildOutput) -> dict[str, Plain]:
     """Return the facts in what a child wrote: digests, and perhaps why there are no more."""
-    found = [line for line in heard.lines if line not in (_OWN_RECORD, _OWN_BATCH)]
+    found = [line for line in output.lines if line not in (_OWN_RECORD, _OWN_BATCH)]
     digests = [line for line in found if not line.startswith(NOT_COMPARED)]
-    own: dict[str, Plain] = {"collates": False} if _OWN_BATCH in heard.lines else {}
+    own: dict[str, Plain] = {"collates": False} if _OWN_BATCH in output.lines else {}
     if len(digests) < 2:  # the first record is read twice
         reasons = [line for line in found if line not in digests]
-        return {**own, "records": reasons[0] if reasons else f"{NOT_COMPARED}{heard.missing}"}
-    is_same = digests[0] == digests[1] and _OWN_RECORD not in heard.lines
+        return {**own, "records": reasons[0] if reasons else f"{NOT_COMPARED}{output.missing}"}
+    is_same = digests[0] == digests[1] and _OWN_RECORD not in output.lines
     return {**own, "records": [digests[0], *digests[2:]], "repeatable": is_same}
 
 

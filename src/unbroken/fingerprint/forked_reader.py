@@ -1,4 +1,4 @@
-"""Work in a forked child, of which only lines of text come back: it leaves no trace here.
+"""Run work in a forked child that leaves no trace in this process: only lines of text come back.
 
 The child shares no position in a file, no socket and no generator with this process, writes
 nothing to the terminal, and ends at a deadline. With its own copy of everything it may open
@@ -35,26 +35,21 @@ _HANDLED = (
 
 @dataclass(frozen=True)
 class ChildOutput:
-    """What a child wrote.
-
-    Attributes:
-        lines: All whole lines that arrived in time.
-        missing: Why there may be more that did not; None: it came to its end.
-    """
+    """The whole lines that a child wrote in time, and why some may be missing (None: none are)."""
 
     lines: list[str]
     missing: str | None
 
 
 class ForkedWork:
-    """Work that has begun in a forked child; this process goes on meanwhile.
+    """Work that runs in a forked child while this process goes on.
 
     That CUDA has begun here does no harm as long as the work leaves it alone, as the workers of a
     DataLoader do. A lock that another thread held at the fork stays locked in the child for ever.
     It then stands still, and ends at the deadline like one that is slow.
 
     Args:
-        work: Called as `work(write)` in the child, with what writes a line.
+        work: Called in the child as `work(write)`; `write(line)` sends one line back.
         seconds: How long the child may live.
     """
 
@@ -72,8 +67,8 @@ class ForkedWork:
         if self._child is None:
             os.close(self._reader)
 
-    def heard(self) -> ChildOutput:
-        """Wait for the child, and end it; once."""
+    def output(self) -> ChildOutput:
+        """Wait for the child, end it, and return what it wrote. Call it once."""
         if self._child is None:
             return ChildOutput([], "there is no process of their own to read them in")
         try:
@@ -94,7 +89,7 @@ class ForkedWork:
             _end(child)
 
     def __del__(self) -> None:
-        """Leave no process behind where nobody asked what it has to say."""
+        """Kill the child if its result was never read."""
         self._end()
 
 
@@ -134,7 +129,7 @@ def _end(child: int) -> None:
 def _work_as_child(
     work: Callable[[Callable[[str], None]], None], writer: int, seconds: float
 ) -> None:
-    """Do the work and end, past all handlers of exit and errors."""
+    """Do the work and end the child; no exit handler of the parent runs."""
     try:
         _live_no_longer_than(seconds)
         gc.disable()  # nothing of the parent may be finished here: it could flush its files
@@ -151,7 +146,7 @@ def _write(writer: int, line: str) -> None:
 
 
 def _live_no_longer_than(seconds: float) -> None:
-    """End by the clock even if the parent is gone, and on the signals that it handles."""
+    """End after so many seconds even if the parent died, and on signals that the parent handles."""
     signal.set_wakeup_fd(-1)
     for number in _HANDLED:
         signal.signal(number, signal.SIG_DFL)
@@ -160,7 +155,7 @@ def _live_no_longer_than(seconds: float) -> None:
 
 
 def _let_go_of_files(keep: int) -> None:
-    """Read open files at positions of one's own; write to none; hear and say nothing."""
+    """Give the child its own file positions, and nothing that it could write to."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     for descriptor in [int(name) for name in os.listdir("/proc/self/fd")]:
         if descriptor in (keep, nowhere):

@@ -1,4 +1,4 @@
-"""Questions to objects of users that cannot fail here, whatever their code does."""
+"""Ask objects of users for attributes and results: whatever their code raises, nothing fails."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Failed:
 
 
 def try_call(call: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a user's code returns, or what it raised as `Failed`."""
+    """Call a user's code; return its result, or `Failed` with what it raised."""
     try:
         return call(*arguments)
     except Exception as error:  # users' code runs here, and a fact must never end a run

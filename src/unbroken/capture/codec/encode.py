@@ -338,7 +338,7 @@ class _Encoder:
             self._add(block.leaf, tensor, block.dtype, block.shape)
 
     def _cached(self, signatures: list[Signature]) -> CacheEntry | None:
-        """Return what is known of the tensors, or None: then all have to be placed anew."""
+        """Return the cached description of the tensors; None where all must be encoded again."""
         known = self._memo.known
         changed = None if known is None else known.changed(signatures)
         if known is None or not changed:

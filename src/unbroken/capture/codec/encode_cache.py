@@ -1,4 +1,4 @@
-"""What the last save found out about the tensors of a state tree, for the next one.
+"""Cache between saves: how the tensors of a state tree are described and where they are stored.
 
 A training saves the same tensors again and again. Where nothing about them but their bytes has
 changed, neither has what is written of them, nor where each of them lies.
@@ -15,19 +15,16 @@ import torch
 from unbroken.capture.codec.leaves import FileOf
 from unbroken.capture.codec.typed_json import Json
 
-_FEW = 16  # tensors that may look otherwise: random generators give new ones each time
+_FEW = 16  # tensors that may have changed: random generators give new ones each time
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 @dataclass(frozen=True)
 class Block:
-    """What is stored of one or several tensors that share memory.
+    """One stored leaf: the memory of one tensor, or of several that share it.
 
-    Args:
-        leaf: The path of the leaf.
-        dtype: Its safetensors dtype.
-        shape: Its shape in the file.
-        number: Which tensor of the tree holds all of it.
+    `number` is the tensor of the tree that covers all of it; `dtype` and `shape` are those in the
+    file.
     """
 
     leaf: str
@@ -37,22 +34,18 @@ class Block:
 
 
 Signature = tuple[str, tuple[Any, ...]]
-"""A tensor's path, and all else of it that its node and its place depend on."""
+"""A tensor's path, and everything of it that its node and its block depend on, except bytes."""
 
 AddressRange = tuple[str, int, int]
-"""Where a tensor lies: its device, its first address, and that after its last byte."""
+"""The memory of a tensor: device, first address, address after its last byte."""
 
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """What is known of tensors with these looks.
+    """The result of the last encoding, valid for tensors with these signatures.
 
-    Args:
-        signatures: The look of each.
-        nodes: What the structure says of each.
-        spans: Where each lies.
-        blocks: What is stored of them all.
-        alone: The numbers of those that share memory with no other.
+    For each tensor, `nodes` has its node in the structure and `spans` its address range. `blocks`
+    are the stored leaves; `alone` are the numbers of tensors that share memory with no other.
     """
 
     signatures: Sequence[Signature]
@@ -62,7 +55,7 @@ class CacheEntry:
     alone: frozenset[int]
 
     def changed(self, signatures: Sequence[Signature]) -> list[int] | None:
-        """Return which tensors look otherwise; None where all have to be looked at again."""
+        """Return which tensors changed; None where all must be encoded again."""
         if len(signatures) != len(self.signatures):
             return None
         pairs = zip(self.signatures, signatures, strict=True)
@@ -77,13 +70,9 @@ class CacheEntry:
         spans: Mapping[int, AddressRange],
         blocks: Mapping[int, Block],
     ) -> CacheEntry | None:
-        """Return the same with some tensors anew; None if one of these is not alone any more.
+        """Return a copy with the changed tensors replaced; None if one now shares memory.
 
-        Args:
-            signatures: Of all tensors.
-            nodes: Of those that have changed, by number.
-            spans: Of those that have changed.
-            blocks: Of those that have changed.
+        `signatures` are those of all tensors, the rest those of the changed ones, by number.
         """
         everywhere = [spans.get(number, span) for number, span in enumerate(self.spans)]
         if any(_meets_another(everywhere, number) for number in spans):
@@ -106,7 +95,7 @@ def _meets_another(spans: Sequence[AddressRange], number: int) -> bool:
 
 
 class TensorMemo:
-    """Remembers what is known of the tensors that were seen last; holds none of them."""
+    """Keeps the last `CacheEntry`; it holds no tensor alive."""
 
     def __init__(self) -> None:
         self.known: CacheEntry | None = None
@@ -121,7 +110,7 @@ class TensorMemo:
 
 
 def signatures_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[Signature]:
-    """Return how tensors at these paths look."""
+    """Return the signatures of tensors at these paths."""
     return [(path, _signature_of(tensor)) for path, tensor in tensors]
 
 

@@ -1,7 +1,7 @@
-"""Which memory of a set of tensors has to be stored, and how each tensor lies on it.
+"""Find tensors that share memory: store each block once, and describe each tensor as a view.
 
-Tensors that overlap in memory are put on one common block, so that they share memory again
-when they come back; tensors that do not are stored each on its own.
+Tensors that overlap in memory are stored as one block, so that they share memory again after a
+load. All others are stored one by one.
 """
 
 from __future__ import annotations
@@ -60,15 +60,10 @@ class TensorLayout:
 
 @dataclass(frozen=True)
 class TensorRef:
-    """A tensor of the tree at its path, looked at once: asking a tensor is slow.
+    """A tensor of the tree, its layout and addresses read once: asking a tensor is slow.
 
-    Args:
-        path: Its path.
-        tensor: Neither a conjugate nor a negative view.
-        layout: Its layout.
-        device: Its device.
-        start: Address of the first element.
-        end: Address after the last element.
+    The tensor is neither a conjugate nor a negative view. `start` is the address of its first
+    element, `end` the address after its last one.
     """
 
     path: str
@@ -94,14 +89,10 @@ class TensorRef:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a tensor lies: on the block stored under the path `leaf`.
+    """A tensor as a view on the block that is stored under the path `leaf`.
 
-    Args:
-        leaf: Path of the stored block.
-        block: The tensor whose elements are stored, in C order.
-        base: Layout of the block in memory.
-        view: Layout of the tensor itself.
-        offset: Bytes from the start of the block to the tensor's first element.
+    The elements of `block` are stored in C order. `base` is the layout of the block, `view` that
+    of the tensor, `offset` the bytes between their first elements.
     """
 
     leaf: str
@@ -112,7 +103,7 @@ class Placement:
 
 
 def resolve_aliases(tensors: Sequence[TensorRef]) -> list[Placement]:
-    """Return where each tensor lies, in the order given."""
+    """Return the placement of each tensor, in the order given."""
     placed: dict[int, Placement] = {}
     for group in _overlapping(tensors):
         members = [tensors[index] for index in group]

@@ -14,7 +14,7 @@ _MAX_SAMPLES = 4096
 
 @dataclass
 class _EpochIterator:
-    """What is known about one iterator: the batches on their way, and how many came."""
+    """One iterator of a loader: the batches on their way, and how many have come."""
 
     waiting: deque[list[Any]] = field(default_factory=deque)
     given: int = 0

@@ -1,4 +1,4 @@
-"""Digests of what was read: batches that are read again are held against them."""
+"""Digests of batches, so that a resumed run verifies the batches that it reads again."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class BatchDigest:
         self._is_empty = True
 
     def add(self, batch: Any) -> None:
-        """Count a batch."""
+        """Add a batch to the digest."""
         arrays: list[Any] = [*arrays_in(batch)] or [*_plain_in(batch)]
         for array in arrays:
             self._is_empty = False
@@ -161,7 +161,7 @@ def _some_of(shape: Sequence[int]) -> list[slice]:
 
 
 class Passed:
-    """Digests of what has come of one pass, batch by batch, for a later start to be held against.
+    """Digests of one epoch's batches, which a later start compares with what it reads again.
 
     Args:
         where: What gives the batches, for errors.
@@ -187,7 +187,7 @@ class Passed:
         self._drawn_from: dict[str, str] = {}
 
     def add(self, batch: Any) -> None:
-        """Count a batch; raise if those so far are others than before."""
+        """Add a batch; raise if the batches so far differ from those of the first run."""
         self._seen.add(batch)
         self._digests.append(self._seen.text())
         self._count += 1
@@ -202,7 +202,7 @@ class Passed:
             self._refuse(f"batches 0 to {self._count - 1} of the epoch", digest, found)
 
     def trail(self, batches: int) -> dict[str, Any]:
-        """Return what is to be known of the place after so many batches; {}: nothing is."""
+        """Return what to store for the position after so many batches; {}: nothing is known."""
         if not self._count - len(self._digests) < batches <= self._count:
             return {}
         digest = self._digests[batches - self._count - 1]
@@ -222,7 +222,7 @@ OR_ALLOW = 'To go on with what it gives now: allow=["data"].'
 def read_otherwise(
     where: str, what: str, expected: object, found: object, hint: str = _OTHERWISE
 ) -> DataError:
-    """Return the error of data that are others when they are read again."""
+    """Return the error for data that differ when they are read again."""
     return DataError(
         where,
         f"{what}: what is read again is not what the run was trained on",

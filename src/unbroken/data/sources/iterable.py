@@ -1,4 +1,4 @@
-"""One pass after another over a loader that is not ours, under keyed randomness."""
+"""Iterate over a user's loader epoch after epoch, with keyed randomness."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def _parts(loader: Any) -> list[Any]:
 
 
 def _forget_passes(loader: Any, epoch: int) -> None:
-    """Let a loader know of no pass before this one.
+    """Make a loader forget the epochs it gave before.
 
     Accelerate's count their passes, and shuffle by the count; torchdata's may hold an iterator
     that was made when somebody asked for its state.

@@ -41,7 +41,7 @@ _OWN_STATE = (
 
 @dataclass(frozen=True)
 class _Left:
-    """A pass that was left off, and where."""
+    """An epoch that was left in the middle, and the position there."""
 
     reader: Reader | None = None
     place: Position | None = None
@@ -152,7 +152,7 @@ class LoaderSource:
         return self._running.begin(self._read(start, left.reader if left.place is start else None))
 
     def used(self, micro: MicroBatch) -> None:
-        """Take note that a micro-batch has been used."""
+        """Record that a micro-batch was used."""
         self.position = micro.after
 
     def left_in_step(self) -> int:
@@ -162,8 +162,8 @@ class LoaderSource:
     def state_dict(self) -> dict[str, Any]:
         """Return the place after the last batch used, and what it depends on.
 
-        With a loader on each rank these are `places`, where they are told; else each rank has
-        a state of its own.
+        Where each rank has a loader and `places` is set, it is the state of all ranks; else
+        only that of this rank.
         """
         return {"ranks": self.places} if self.places else self.rank_state()
 
@@ -181,7 +181,7 @@ class LoaderSource:
         }
 
     def _what_draws_next(self, place: Position) -> dict[str, Any]:
-        """Return the weights that the next epoch is drawn from; or what it was, if it has begun."""
+        """Return the weights that the next epoch is drawn from, or was if it began."""
         reader = self._reader
         if reader is None or reader.epoch == place.epoch:
             return {"weights": weights_of(self._loader.loader)}

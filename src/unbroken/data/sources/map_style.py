@@ -154,7 +154,7 @@ class MapSource:
         return self._running.begin(self._read(sampler))
 
     def used(self, micro: MicroBatch) -> None:
-        """Take note that a micro-batch has been used."""
+        """Record that a micro-batch was used."""
         self.position = micro.after
 
     def left_in_step(self) -> int:

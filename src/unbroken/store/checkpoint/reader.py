@@ -1,4 +1,4 @@
-"""Reading a checkpoint: no byte is given out, or counted as good, before its digest matched."""
+"""Read a checkpoint: no byte is returned or counted as good before its digest matched."""
 
 from __future__ import annotations
 
@@ -102,11 +102,7 @@ class CheckpointFolder:
 
 
 class ThreadHandles:
-    """Open files, and memory for bytes that nobody keeps.
-
-    Args:
-        at: The folder of the checkpoint.
-    """
+    """Open file handles and a scratch buffer for one reader thread."""
 
     def __init__(self, at: CheckpointFolder) -> None:
         self._at = at
@@ -120,7 +116,7 @@ class ThreadHandles:
         return self._handles[name]
 
     def scratch(self, nbytes: int) -> memoryview:
-        """Return memory that is used again with the next call."""
+        """Return a buffer that the next call reuses."""
         if len(self._scratch) < nbytes:
             self._scratch = memoryview(bytearray(nbytes))
         return self._scratch[:nbytes]
@@ -146,16 +142,16 @@ def run_in_threads(
     work: Callable[[Handles, Task], None],
     threads: int,
 ) -> None:
-    """Do all tasks, each once, in their order but for what is in work at the same time.
+    """Run all tasks in threads, each once; they begin in the order given.
 
     Args:
         tasks: What is to be done.
-        handles: Makes what a thread works with, and no other thread touches.
+        handles: Makes the handles of a thread; no other thread uses them.
         work: Does one task.
         threads: How many work at once; one of them is the caller's.
 
     Raises:
-        BaseException: What the first of the failing tasks raised; none after it was begun then.
+        BaseException: The error of the first failing task; no later task is begun after it.
     """
     failures: dict[int, BaseException] = {}
     numbers = iter(range(len(tasks)))

@@ -307,7 +307,7 @@ def _link_or_copy(storage: Storage, source: str, target: str) -> None:
 
 
 def _deleted_meanwhile(reader: CheckpointReader) -> CheckpointNotFoundError:
-    """Return the error for a checkpoint that its run took away while it was linked."""
+    """Return the error for a checkpoint that its run deleted while this branch linked it."""
     where = reader.storage.describe(reader.folder)
     hint = (
         "the run that trains there goes on and removes old checkpoints; choose a newer one, or "
