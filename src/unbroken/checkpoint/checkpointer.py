@@ -286,14 +286,13 @@ class Checkpointer:
         more["unfinished"] = None if self.gives_all else self._unfinished
         resumption = self._resumption(self.objects, candidate.selector, **more)
         try:
-            report = resumption.start(candidate, passes_over=candidate is not which)
+            resumed = resumption.start(candidate, passes_over=candidate is not which)
         finally:
             self._lineage.is_torn = resumption.is_torn
-        checkpoint = reader_of(self.run, report)
-        self._lineage.resumed(checkpoint, resumption.origin, resumption.skipped)
-        self.buckets.bring_back(resumption.facts)
-        self.resumed_facts = resumption.facts
-        self.values, self.best_step = resumption.values, resumption.best_step
+        report, self.resumed_facts = resumed.report, resumed.facts
+        self.values, self.best_step = resumed.values, resumed.best_step
+        self._lineage.resumed(reader_of(self.run, report), resumed.origin, resumed.skipped)
+        self.buckets.bring_back(resumed.facts)
         self._timer.begin(report.step, self.run.history.records(past_damage=True))
         self._place.has_started = True
         self._found.has_resumed()

@@ -10,6 +10,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import suppress
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,8 @@ def decode(
     Args:
         structure: `Encoded.structure`, as JSON gives it back.
         source: Where the leaves are; a `CheckpointReader` or the like.
-        types: The enum, named-tuple and tensor classes that may occur.
+        types: The enum, named-tuple and tensor classes that may occur; asked for when the first of
+            them does.
         lazy: Put a `StoredTensor` in the place of each tensor, to be read later.
 
     Returns:
@@ -73,10 +75,14 @@ class _Decoder:
 
     def __init__(self, source: LeafSource, types: Iterable[type], *, lazy: bool) -> None:
         self._source = source
-        self._types = tuple(types)
+        self._given = types
         self._lazy = lazy
         self._seen: list[Any] = []
         self._blocks: Blocks = {}
+
+    @cached_property
+    def _types(self) -> tuple[type, ...]:
+        return tuple(self._given)
 
     def value(self, node: Json, path: str, depth: int) -> Any:
         """Decode one node of any kind."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -63,6 +63,43 @@ class _Examined:
     gradients: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class _Classes:
+    """The classes that a state may name: those that were given, and those of what is here.
+
+    What is here is captured when the first of them is asked for: most states name none, and a
+    `state_dict` of the user's is not called before it is needed.
+    """
+
+    given: tuple[type, ...]
+    objects: Mapping[str, object]
+
+    def __iter__(self) -> Iterator[type]:
+        yield from self.given
+        yield from {*types_in(capture(self.objects)), *classes_at_hand(flattened(self.objects))}
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What a resume has brought back besides the objects.
+
+    Attributes:
+        report: What was found and done.
+        values: The plain values of the checkpoint, or None.
+        best_step: The best step that it knew, or None.
+        facts: What else it was made with.
+        origin: Facts of the checkpoint of another run in which this run began.
+        skipped: Patterns of what this run did not load when it began.
+    """
+
+    report: ResumeReport
+    values: Any
+    best_step: int | None
+    facts: Mapping[str, Any]
+    origin: Origin
+    skipped: tuple[str, ...]
+
+
 _BESIDE = ("rng", "values", NAME, GRADIENTS, MODES)
 """What of the state is of no registered object."""
 
@@ -91,11 +128,6 @@ class Resumption:
         clock: Seconds since 1970.
 
     Attributes:
-        values: The plain values of the resumed checkpoint, or None.
-        best_step: The best step that it knew, or None.
-        facts: What else the resumed checkpoint was made with.
-        origin: Facts of the checkpoint of another run in which this run began.
-        skipped: Patterns of what this run did not load when it began.
         is_torn: Whether the objects hold parts of a checkpoint, and no whole one.
     """
 
@@ -121,10 +153,10 @@ class Resumption:
         is_torn: bool = False,
         clock: Callable[[], float],
     ) -> None:
-        self.values: Any = None
+        self._values: Any = None
         self.is_torn = is_torn
         self._examined: _Examined | None = None
-        self.best_step: int | None = None
+        self._best_step: int | None = None
         self._run = run
         self._group = group
         self._ahead = ahead
@@ -141,9 +173,9 @@ class Resumption:
         self._notes = notes
         self._objects = objects
         self._types = types
-        self.facts: Mapping[str, Any] = {}
-        self.origin: Origin = {}
-        self.skipped: tuple[str, ...] = ()
+        self._facts: Mapping[str, Any] = {}
+        self._origin: Origin = {}
+        self._skipped: tuple[str, ...] = ()
         self._comparison = comparison
         self._found = found
         self._given_since: list[str] = []
@@ -153,7 +185,7 @@ class Resumption:
         self._told: tuple[Difference, ...] = ()
         self._same: tuple[Difference, ...] = ()
 
-    def start(self, candidate: Candidate, *, passes_over: bool) -> ResumeReport:
+    def start(self, candidate: Candidate, *, passes_over: bool) -> Resumed:
         """Go on from a candidate, or make ready for a fresh start.
 
         Args:
@@ -169,7 +201,7 @@ class Resumption:
             finally:
                 self._growth.take_back()  # what has got its shape from here, and nothing more
             if damage is None:
-                self.origin = candidate.origin or origin_in(candidate.source.manifest.facts)
+                self._origin = candidate.origin or origin_in(candidate.source.manifest.facts)
                 break
             older = candidate.after(damage)
             if not passes_over:
@@ -177,7 +209,10 @@ class Resumption:
             candidate = older
         else:
             refuse_torn(self._run, is_torn=self.is_torn)
-        return self._begun_together(candidate.selection, candidate.source, candidate.rejected)
+        report = self._begun_together(candidate.selection, candidate.source, candidate.rejected)
+        return Resumed(
+            report, self._values, self._best_step, self._facts, self._origin, self._skipped
+        )
 
     def _begun_together(
         self, selection: Selection, reader: Source | None, rejected: tuple[Rejection, ...]
@@ -273,7 +308,7 @@ class Resumption:
             begin_anew(found.rng, self._group.rank)
         found.reader.check_rest()
         self.is_torn = False
-        self.values = found.values
+        self._values = found.values
         self._remember(found.reader.manifest.facts)
 
     def _fitting(
@@ -334,7 +369,7 @@ class Resumption:
         comparison.accept(found)
         self._differences = (*skipped, *found)
         self._same = rows
-        self.skipped = patterns
+        self._skipped = patterns
         return tree
 
     def _is_of_what_was_given_since(self, row: Difference) -> bool:
@@ -362,10 +397,8 @@ class Resumption:
 
     def _decoded(self, reader: Source, name: str) -> dict[str, Any]:
         structure = structure_from_bytes(reader.read_file(name), name)
-        here = {*types_in(capture(self._objects)), *classes_at_hand(flattened(self._objects))}
-        types = (*self._types, *here)
         source = reader if self._ahead is None else self._ahead.of(reader)
-        tree = decode(structure, source, types=types, lazy=True)
+        tree = decode(structure, source, types=_Classes(self._types, self._objects), lazy=True)
         if not isinstance(tree, dict):
             raise CorruptCheckpointError(
                 reader.folder, name, expected="objects by name", found=type(tree).__name__
@@ -373,11 +406,11 @@ class Resumption:
         return tree
 
     def _remember(self, facts: Mapping[str, Any]) -> None:
-        self.facts = facts
-        self.best_step = facts.get("best_step")
+        self._facts = facts
+        self._best_step = facts.get("best_step")
         before = facts.get("skip")
         texts = [one for one in before if isinstance(one, str)] if isinstance(before, list) else []
-        self.skipped = tuple(dict.fromkeys([*texts, *self.skipped]))
+        self._skipped = tuple(dict.fromkeys([*texts, *self._skipped]))
 
     def _clear_the_way(
         self, selection: Selection, reader: Source | None, rejected: tuple[Rejection, ...]
