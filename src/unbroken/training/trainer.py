@@ -441,4 +441,4 @@ class Trainer:
     def _count_time(self) -> None:
         """Add the seconds since the last call to the run's."""
         before, self._counted_until = self._counted_until, self._clock()
-        self.statistics.seconds += self._counted_until - before
+        self._run_state.statistics.seconds += self._counted_until - before

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
-from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from unbroken.data import MicroBatch, derive_key
@@ -82,14 +81,11 @@ class StepRunner:
             with self._sync.last_backward() if is_last else nullcontext():
                 self._accumulate(micro, share)
             if is_last:
-                self._keep(self._sync.add_loss(self._window.take_loss()))
+                self._window.loss = self._sync.add_loss(self._window.take_loss())
             self._after_micro_batch(micro)
-        self._keep(self._sync.finish())
+        if (loss := self._sync.finish()) is not None:
+            self._window.loss = loss
         return self._take_step()
-
-    def _keep(self, loss: Tensor | None) -> None:
-        if loss is not None:
-            self._window.add(loss)
 
     def _accumulate(self, micro: MicroBatch, share: float) -> None:
         data = to_device(micro.data, self._parts.device)
