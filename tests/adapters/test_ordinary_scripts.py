@@ -97,3 +97,38 @@ def test_a_run_that_a_callback_ended_says_so_when_it_is_started_again(by_server,
     lines = [line for line in again["output"].splitlines() if "nothing to do" in line]
     assert [f"at step {SAVED_AT} of" in one for one in lines] == [True], again
     assert "already (a callback ended the run); nothing to do" in lines[0]
+
+
+STEERED = SUBCLASS.replace(
+    "**SETTINGS, eval_strategy",
+    "**{**SETTINGS, 'lr_scheduler_type': 'reduce_lr_on_plateau'}, eval_strategy",
+).replace("eval_dataset=rows[:7],", "eval_dataset=rows[:7], compute_metrics=lambda _: {'one': 1},")
+CHANGES_EVALUATIONS = {
+    "data": ("rows[:7]", "rows[:6]", "eval_data.length: stored 7, now 6"),
+    "metrics": ("{'one': 1}", "{'one': 2}", "eval_data.metrics.source"),
+    "a loader of its own": ("self.eval_dataset, 3", "self.eval_dataset, 4", "trainer.source"),
+}
+
+
+@pytest.fixture(scope="module")
+def steered(tmp_path_factory, by_server):
+    folder = tmp_path_factory.mktemp("steered")
+    assert STEERED.count("reduce_lr_on_plateau") == STEERED.count("compute_metrics") == 1
+    assert run(STEERED, folder, KILLED_AT, how=by_server)["status"] == -signal.SIGKILL
+    return folder / "run"
+
+
+@pytest.mark.parametrize("edit", CHANGES_EVALUATIONS.values(), ids=CHANGES_EVALUATIONS)
+def test_evaluations_are_compared_where_they_steer_the_learning_rate_of_the_host(
+    edit, steered, by_server, tmp_path
+):
+    shutil.copytree(steered, tmp_path / "run")
+    found = run(STEERED.replace(*edit[:2]), tmp_path, how=by_server)
+    assert found.get("error") == "DifferenceError", found
+    assert edit[2] in found["message"]
+
+
+def test_the_same_evaluations_steer_the_same_learning_rate(steered, by_server, tmp_path):
+    shutil.copytree(steered, tmp_path / "run")
+    found = run(STEERED, tmp_path, how=by_server)
+    assert (found["verdict"], found["step"], found["differences"]) == ("exact", SAVED_AT, []), found

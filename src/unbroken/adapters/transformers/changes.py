@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from transformers import get_scheduler
 from transformers.trainer_callback import ExportableState
 
@@ -289,15 +289,42 @@ def run_fingerprint(data: Iterable[Any], loss: Any, callbacks: Iterable[Any]) ->
     }
 
 
+def evaluation_facts(host: Any) -> dict[str, Any]:
+    """Return what evaluations come from, where they steer the learning rate; else nothing."""
+    if not _evaluations_steer(host):
+        return {}
+    data, collate = host.eval_dataset, host.data_collator
+    sets = data if isinstance(data, dict) else {"": data}
+    found = {name: data_facts(one, collate) for name, one in sets.items() if one is not None}
+    called = {"metrics": host.compute_metrics, "logits": host.preprocess_logits_for_metrics}
+    facts = {name: callable_facts(one) for name, one in called.items() if one is not None}
+    return {**(found if isinstance(data, dict) else found.get("", {})), **facts}
+
+
+def _evaluations_steer(host: Any) -> bool:
+    schedule = getattr(host.lr_scheduler, "scheduler", host.lr_scheduler)  # of the user's own
+    is_named = host.args.lr_scheduler_type == "reduce_lr_on_plateau"
+    return is_named or isinstance(schedule, ReduceLROnPlateau)
+
+
 def facts_of_subclass(host: object) -> dict[str, Any]:
     """Return what a user's subclass does in a step: its code, and the settings that this uses."""
-    return subclass_facts(host, leave_out=_NOT_IN_A_STEP)
+    steers = _evaluations_steer(host)
+    leave_out = _NOT_IN_A_STEP if steers else _NOT_IN_A_STEP | _IN_EVALUATIONS
+    return subclass_facts(host, leave_out=leave_out)
 
+
+_IN_EVALUATIONS = frozenset(
+    (
+        *("evaluate", "evaluation_loop", "prediction_step", "_evaluate"),
+        *("get_eval_dataloader", "_get_eval_sampler", "compute_metrics"),
+    )
+)
+"""Methods that the learning rate may follow, and nothing else of a training."""
 
 _NOT_IN_A_STEP = frozenset(
     (
-        *("__init__", "evaluate", "predict", "evaluation_loop", "prediction_step", "_evaluate"),
-        *("get_eval_dataloader", "get_test_dataloader", "_get_eval_sampler", "compute_metrics"),
+        *("__init__", "predict", "get_test_dataloader"),
         *("log", "log_metrics", "save_metrics", "save_state", "save_model", "_save"),
         *("_save_checkpoint", "push_to_hub", "create_model_card", "floating_point_ops"),
         *("state_dict", "load_state_dict", "is_world_process_zero"),

@@ -20,6 +20,7 @@ from unbroken.adapters.transformers.changes import (
     CurrentSettings,
     UserChoices,
     callback_states,
+    evaluation_facts,
     facts_of_callbacks,
     named,
     plain_arguments,
@@ -291,7 +292,8 @@ class TrainSession:
         data = (trainer.train_dataset, trainer.data_collator) if loader is None else (loader,)
         callbacks = trainer.callback_handler.callbacks
         facts = run_fingerprint(data, trainer.compute_loss_func, callbacks)
-        return {**facts, "trainer": self._subclass_facts()}
+        evaluations = {"eval_data": evaluation_facts(trainer)}
+        return {**facts, **evaluations, "trainer": self._subclass_facts()}
 
     def _facts_to_save(self) -> dict[str, Any]:
         """Return what the next start compares, and needs to know before it has built anything."""
