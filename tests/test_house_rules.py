@@ -139,7 +139,7 @@ PARTS = {  # modules that serve one other module, each an idea of its own
     "unbroken.cli.show": "a command",
     "unbroken.cli.verify": "a command",
     "unbroken.data.sources.factory": "which source fits a user's data",
-    "unbroken.distributed.mailbox": "messages through a key-value store",
+    "unbroken.distributed.store_exchange": "messages through a key-value store",
     "unbroken.distributed.save_plan": "who stores which shard",
     "unbroken.fingerprint.forked_reader": "work in a child that leaves no trace here",
     "unbroken.goodput.simulation": "failures played one by one",

@@ -44,17 +44,17 @@ def divide(group: Group, offered: Mapping[str, torch.Tensor]) -> frozenset[str]:
 
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(offered), is_coordinator=group.rank == 0)
-    own = [_told(item) for item in planner.create_local_plan().items]
+    own = [_as_json(item) for item in planner.create_local_plan().items]
     plans = [_plan(items) for items in group.gather("the plan of a save", own)]
     try:
-        divided, _ = planner.create_global_plan(plans)
+        global_plan, _ = planner.create_global_plan(plans)
     except ValueError as error:
         hint = "each rank must give its own part of every sharded tensor"
         raise CaptureError("the plan of a save", str(error), hint=hint) from error
-    return frozenset(item.index.fqn for item in planner.finish_plan(divided[group.rank]).items)
+    return frozenset(item.index.fqn for item in planner.finish_plan(global_plan[group.rank]).items)
 
 
-def _told(item: WriteItem) -> list[Any]:
+def _as_json(item: WriteItem) -> list[Any]:
     data = item.tensor_data
     if data is None:  # nothing but tensors is offered
         raise TypeError(item.index.fqn)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 
 from torch._C._distributed_c10d import PrefixStore, Store
 
-from unbroken.distributed.mailbox import (
+from unbroken.distributed.store_exchange import (
     NoAnswerError,
     ProcessWatch,
     StoreExchange,

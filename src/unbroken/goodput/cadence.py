@@ -1,4 +1,4 @@
-"""How often a run saves by itself, and why."""
+"""Choose how often a run saves, from what its saves cost and how often it fails."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ class FailureRate:
 
 @dataclass(frozen=True)
 class Observed:
-    """What a run went through.
+    """The seconds that a run trained, and its failures.
 
     Attributes:
         seconds: For which it ran, over all its starts.
@@ -264,7 +264,7 @@ class UsualCost:
 
     @classmethod
     def last_of(cls, history: Iterable[Mapping[str, object]]) -> UsualCost | None:
-        """Return what a save took when the run last told it in history.jsonl, if it ever did.
+        """Return the cost of a save that the run last wrote into history.jsonl, if there is one.
 
         Example:
             >>> UsualCost.last_of([{"cadence": {"cost": {"lost": 0.5, "durable": 2.0}}}])
@@ -345,7 +345,7 @@ class SaveInterval:
         return max(1, round(self.seconds / self.step_seconds)) if self.step_seconds else None
 
     def is_worth_reporting(self, reported: SaveInterval | None) -> bool:
-        """Return whether it is worth a line after what was told last."""
+        """Return whether it differs enough from what was last reported for a new line."""
         if reported is None or (reported.cost is None) != (self.cost is None):
             return True
         # Steps come and go with the machine's load: only the seconds count.

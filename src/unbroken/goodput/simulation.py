@@ -1,4 +1,4 @@
-"""The same as in `interval`, played event by event: failures, saves, starts."""
+"""Simulate failures, saves and starts event by event, to check the formula of `interval`."""
 
 from __future__ import annotations
 

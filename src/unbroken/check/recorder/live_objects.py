@@ -1,4 +1,4 @@
-"""Finding what takes part in training besides the optimizer, without asking the script.
+"""Find what takes part in training besides the optimizer, without help from the script.
 
 The garbage collector knows every live object: modules (their buffers, and parameters that no
 optimizer moves, such as an averaged copy), gradient scalers, schedulers, and dicts or lists of

@@ -21,7 +21,7 @@ class _EpochIterator:
 
 
 class LoaderLog:
-    """Follows every data loader of a process: dataset, pass, batch and the samples in it.
+    """Follows every data loader of a process: dataset, epoch, batch and the samples in it.
 
     The sampler is ahead of the batches where workers read ahead; batches come in its order.
     """
@@ -42,7 +42,7 @@ class LoaderLog:
         known.waiting.append(_names(index))
 
     def place_of(self, iterator: Any, index: int) -> list[Any]:
-        """Return dataset, pass, number in the pass and samples of the batch that came."""
+        """Return dataset, epoch, number in the epoch and samples of the batch that came."""
         dataset = self._datasets.setdefault(id(iterator._dataset), len(self._datasets))  # noqa: SLF001
         if index == 0:
             self._epochs[dataset] = self._epochs.get(dataset, 0) + 1

@@ -1,4 +1,4 @@
-"""What the recorder is to do in one launch of the script."""
+"""The plan that the recorder follows in one launch of the script, and the file that it writes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ Digests = Literal["auto", "full", "sampled"]
 
 @dataclass(frozen=True)
 class RecordPlan:
-    """The recorder's orders; a step is one call of `optimizer.step()` by the outermost optimizer.
+    """What to record, and when to kill the process.
+
+    A step is one call of `optimizer.step()` by the outermost optimizer.
 
     Attributes:
         folder: Where each process writes its recording.

@@ -336,7 +336,7 @@ class CheckpointReader:
         return tuple(self.storage.stat(f"{self.folder}/{name}") for name in names)
 
     def leave_to_others(self, regions: Regions) -> None:
-        """Verify these regions no longer: other readers of these very files do.
+        """Leave the verification of these regions to other readers of the same files.
 
         They are given out as they are read.
         """
@@ -347,7 +347,7 @@ class CheckpointReader:
         self._verified = other._verified
 
     def stop(self) -> None:
-        """Let the reading that other threads are at, and all later one, end in an error."""
+        """Make all reads fail from now on, those of other threads included."""
         self._is_stopped = True
 
     def read_file(self, name: str) -> bytes:

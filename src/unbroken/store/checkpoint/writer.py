@@ -1,4 +1,4 @@
-"""Writing a checkpoint."""
+"""Write a checkpoint: all of it becomes visible at `commit`, or nothing does."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ def store_leaves(
 
 
 def save_error(error: OSError, where: str) -> SaveError:
-    """Return what a disk says as the error about the save."""
+    """Turn an error of the disk into the error about the save."""
     if isinstance(error, SaveError):
         return error
     saved = "all earlier checkpoints are as they were"
@@ -320,7 +320,7 @@ class CheckpointWriter:
             self._folder = self._make_staging()
 
     def expect(self, facts: Mapping[str, Json]) -> None:
-        """Take note of what `commit` will be given: what cannot be committed is not written.
+        """Refuse what `commit` could not commit, before anything is written.
 
         Raises:
             CaptureError: The manifest would be larger than any reader takes.
@@ -330,7 +330,7 @@ class CheckpointWriter:
             refuse_too_large(facts, (), self._least_nbytes)
 
     def _count(self, leaves: Iterable[Leaf]) -> None:
-        """Add what leaves take in the manifest, at least; raise if that is too much."""
+        """Count the least size of leaves in the manifest; raise if that gets too large."""
         self._least_nbytes += sum(len(leaf.path) + _LEAST_OF_REGION for leaf in leaves)
         refuse_too_large(self._facts, [*self._files.values()], self._least_nbytes)
 
@@ -378,7 +378,7 @@ class CheckpointWriter:
         return self._folder or ""
 
     def adopt(self, files: Iterable[FileEntry]) -> None:
-        """Take files into the checkpoint that others have stored, durably, in its folder.
+        """Add files to the checkpoint that other ranks stored, durably, in its folder.
 
         Args:
             files: What their `store_leaves` returned.
@@ -430,7 +430,7 @@ class CheckpointWriter:
         return committed
 
     def abandon(self) -> None:
-        """Give the attempt up and remove its files as far as possible. Never raises `OSError`."""
+        """Abandon the save and remove its files as far as possible. Never raises `OSError`."""
         folder, self._folder, self._is_over = self._folder, None, True
         if folder is not None:
             with suppress(OSError):  # the next start sweeps what is left
@@ -477,7 +477,7 @@ class CheckpointWriter:
 
     @contextmanager
     def _attempt(self) -> Iterator[str]:
-        """Give the staging folder; whatever goes wrong ends the attempt."""
+        """Yield the staging folder; any error abandons the save."""
         if self._is_over:
             where = self._storage.describe(checkpoint_name(self._step))
             raise SaveError(where, "this attempt is over", hint="make a new CheckpointWriter")

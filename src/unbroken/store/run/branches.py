@@ -1,4 +1,4 @@
-"""Branches: runs of their own that begin in a checkpoint of another run.
+"""Branches: runs that begin in a checkpoint of another run.
 
 A branch is made in `branches/.staging` of the run that it leaves, and one rename makes it a
 run: it is there whole, or not at all. Why, is told in `docs/design/0009-branches.md`.
@@ -168,7 +168,7 @@ def _begin_of(parent: RunDirectory, name: str, step: int | None) -> CheckpointRe
 
 
 def _refuse_another(place: Storage, parent: RunDirectory, step: int | None) -> None:
-    """Refuse a folder that is not the branch which was asked for, before it is touched."""
+    """Refuse a folder that is not the requested branch, before it is touched."""
     where = place.describe()
     lineage = read_identity(place).parent if has_identity(place) else None
     if lineage is None:

@@ -1,4 +1,4 @@
-"""Which checkpoints a run has, and which of them are good."""
+"""List the checkpoints of a run, and find those that are intact."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _MAX_CHECKPOINTS = 100
 
 @dataclass(frozen=True)
 class Lineage:
-    """The run that a branch left, and what it took over from there.
+    """The parent run of a branch, and the checkpoints that the branch took over.
 
     Attributes:
         run_id: The run that was left.
@@ -200,7 +200,7 @@ class Catalog:
         return belongs_to(reader.manifest, self._run_id, self._parent)
 
     def newest_first(self) -> Iterator[CheckpointReader | Rejection]:
-        """Yield all checkpoints from the newest on, opened, or else why they cannot be.
+        """Yield all checkpoints, newest first: opened, or the reason why they cannot be.
 
         What a branch took over from before it began is not among them: to go on from there
         would be another branch.

@@ -196,7 +196,7 @@ class RunDirectory(Closing):
             )
 
     def put_file(self, name: str, data: bytes) -> None:
-        """Have a file for other programs stand beside the checkpoints, whole or not at all.
+        """Write a file for other programs next to the checkpoints, whole or not at all.
 
         One that has the same bytes is left as it is; another one is set aside.
 
@@ -237,7 +237,7 @@ class RunDirectory(Closing):
             return target
 
     def close(self) -> None:
-        """Give the directory back; closing twice is allowed."""
+        """Release the directory; closing twice is allowed."""
         lock, self._lock = self._lock, None
         if lock is not None:
             lock.release()

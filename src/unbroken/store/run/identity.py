@@ -37,7 +37,7 @@ _MAX_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """Who a run directory belongs to.
+    """The run that a directory belongs to.
 
     Attributes:
         id: Names the run for ever, 32 hexadecimal digits drawn at random.
@@ -115,7 +115,7 @@ def replace_identity(storage: Storage, identity: RunIdentity) -> None:
 
 
 def _from_checkpoints(storage: Storage) -> RunIdentity | None:
-    """Return the identity that the manifests tell, in a directory where a run has been at work.
+    """Return the identity that the manifests agree on, for a directory that lost its run.json.
 
     Checkpoints alone do not make one: somebody may have copied them here.
     """

@@ -1,4 +1,4 @@
-"""Which checkpoints stay, and the removal of the others.
+"""Decide which checkpoints stay, and remove the others.
 
 Nothing goes unless enough newer checkpoints were read whole and are good. What unbroken did
 not make, it does not remove.
