@@ -41,7 +41,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from unbroken import Callback, Checkpointer, ResumeReport, Trainer, TrainerConfig, batch_source
+from unbroken import (
+    Callback,
+    Checkpointer,
+    ResumeReport,
+    SavePolicy,
+    Trainer,
+    TrainerConfig,
+    batch_source,
+)
 
 REFERENCE = Path(__file__).parent / "reference" / "same_bits.json"
 STEPS, SECONDS = 12, 600  # of a process; it needs two, on a core that nobody else uses
@@ -349,7 +357,7 @@ RUNS: Mapping[str, Run] = {
     ),
     "trainer, FSDP2 on 2 ranks": Run(partial(own, model=in_fsdp), ranks=2),
     "loop": Run(loop),
-    "loop, saves overlap the training": Run(partial(loop, **overlapped)),
+    "loop, saves overlap the training": Run(partial(loop, save=SavePolicy(mode="overlap"))),
     "loop, unfinished windows": Run(plain_loop, end="killed 15"),
     "loop, DDP on 2 ranks": Run(partial(plain_loop, ranks=True), ranks=2, end="killed 15"),
     "drop-in": Run(drop_in),
