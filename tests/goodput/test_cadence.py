@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unbroken.goodput import FailureRate, Observed, Rhythm, SaveInterval, UsualCost, simulate
+from unbroken.goodput import FailureRate, Observed, Rhythm, SaveInterval, UsualCost
+from unbroken.planner import simulate
 
 HOUR = 3600.0
 COSTS = st.builds(

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unbroken.errors import ConfigError
-from unbroken.goodput import PUBLISHED_FAILURES, Cluster, Rhythm, best_interval, simulate
+from unbroken.goodput import PUBLISHED_FAILURES, Rhythm, best_interval
+from unbroken.planner import Cluster, simulate
 
 RHYTHMS = {
     "failures are rare": Rhythm(458, 10, 0, 300, 10_800),

@@ -274,8 +274,9 @@ class PlanCommand:
 
     def run(self) -> int:
         """Print the plan; return the exit status."""
-        from unbroken.cli.plan import make_plan, number_of, print_plan
-        from unbroken.goodput import PUBLISHED_FAILURES, Cluster
+        from unbroken.cli.plan import number_of, print_plan
+        from unbroken.goodput import PUBLISHED_FAILURES
+        from unbroken.planner import Cluster, make_plan
 
         gpu_days = PUBLISHED_FAILURES.gpu_days if self.gpu_days is None else self.gpu_days
         cluster = Cluster(

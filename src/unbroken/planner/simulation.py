@@ -1,4 +1,4 @@
-"""Simulate failures, saves and starts event by event, to check the formula of `interval`."""
+"""Simulate failures, saves and starts event by event, to check the formula of `Rhythm`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import sqrt
 from statistics import fmean, stdev
 
-from unbroken.goodput.interval import Rhythm
+from unbroken.goodput import Rhythm
 
 
 @dataclass(frozen=True)
