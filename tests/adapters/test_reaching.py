@@ -22,10 +22,10 @@ NUMBERS = LoopCounts(3, 4, 32, 96, 8, 8, 12)
 LARGER, OF_LARGER = replace(CUT, batch=8), LoopCounts(3, 2, 32, 96, 16, 4, 6)
 
 
-def begun(stored, now=CUT, numbers=NUMBERS, left=None, by_epochs=True):
+def begun(stored, now=CUT, counts=NUMBERS, left=None, by_epochs=True):
     """Return epoch, batches, whether in samples, shift, whether at its end; epochs and steps."""
-    found, counted = plan_loop_start(stored, now, numbers, left, by_epochs=by_epochs)
-    assert found.place.batches in (found.batches, stored.place.batches)
+    found, counted = plan_loop_start(stored, now, counts, left, by_epochs=by_epochs)
+    assert found.position.batches in (found.batches, stored.position.batches)
     where = (found.epoch, found.batches, found.in_samples, found.shift, found.ends_at_once)
     return where, (counted.num_train_epochs, counted.max_steps)
 
@@ -80,8 +80,8 @@ def test_the_next_start_with_larger_batches_goes_on_in_samples_too():
 
 def test_a_run_of_so_many_steps_gets_the_epochs_that_they_need():
     stored = StoredPosition(6, IN_THE_MIDDLE, CUT)
-    numbers = replace(OF_LARGER, max_steps=12)
-    found = begun(stored, LARGER, numbers, left=2, by_epochs=False)
+    counts = replace(OF_LARGER, max_steps=12)
+    found = begun(stored, LARGER, counts, left=2, by_epochs=False)
     assert found == ((1, 2, True, 3, False), (5, 12)), "six steps: one, two, two, and one"
 
 
@@ -94,8 +94,8 @@ def test_a_run_of_so_many_steps_gets_the_epochs_that_they_need():
     ids=["in an epoch", "at the end of one"],
 )
 def test_a_run_that_has_all_its_steps_trains_no_more(stored, where):
-    numbers = replace(NUMBERS, max_steps=stored.step)
-    assert begun(stored, numbers=numbers, by_epochs=False) == (where, (3, stored.step))
+    counts = replace(NUMBERS, max_steps=stored.step)
+    assert begun(stored, counts=counts, by_epochs=False) == (where, (3, stored.step))
 
 
 def test_a_stream_goes_on_with_the_next_sample_or_says_what_it_needs():

@@ -40,17 +40,17 @@ class PositionCallback(TrainerCallback):  # type: ignore[misc]
         samples_per_batch: Samples that all ranks use in one micro-batch; may be set.
 
     Attributes:
-        place: Where the run is.
+        position: Where the run is.
     """
 
     def __init__(self, samples_per_batch: int) -> None:
-        self.place = DataPosition()
+        self.position = DataPosition()
         self.samples_per_batch = samples_per_batch
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:
         """Count a micro-batch inside an accumulation window."""
-        self.place.batches += 1
-        self.place.samples += self.samples_per_batch
+        self.position.batches += 1
+        self.position.samples += self.samples_per_batch
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Count the last micro-batch of a step."""
@@ -58,7 +58,7 @@ class PositionCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_epoch_end(self, *_: Any, **__: Any) -> None:
         """Take note that the pass is over: an evaluation or a save may follow."""
-        self.place.is_over = True
+        self.position.is_over = True
 
 
 # How the host's loop begins at a position: what it counts epochs and steps by.
@@ -111,15 +111,15 @@ class StoredPosition:
 
     Attributes:
         step: Optimizer steps so far.
-        place: Where in the data.
-        cut: How epochs were batched; None: nobody knows, so as now.
+        position: Where in the data.
+        batching: How epochs were batched; None: nobody knows, so as now.
         shift: Steps so far, less those that as many epochs have.
         stopped: Whether a callback has ended the run, or the epoch.
     """
 
     step: int
-    place: DataPosition
-    cut: Batching | None
+    position: DataPosition
+    batching: Batching | None
     shift: int = 0
     stopped: tuple[bool, bool] = (False, False)
 
@@ -130,21 +130,21 @@ class StoredPosition:
         Raises:
             CorruptCheckpointError: Nobody can have written that.
         """
-        place, cut = _made(DataPosition, facts, "place"), _made(Batching, facts, "cut")
+        position, batching = _made(DataPosition, facts, "place"), _made(Batching, facts, "cut")
         shift, stopped = facts.get("shift"), facts.get("stopped")
         if type(shift) is not int:
             raise _odd("shift", "a number of steps", shift)
         if not isinstance(stopped, list) or [type(one) for one in stopped] != [bool, bool]:
             raise _odd("stopped", "two of true and false", stopped)
-        if place.epoch > step:
-            raise _odd("place.epoch", f"at most step {step}", place.epoch)
-        return cls(step, place, cut, shift, (stopped[0], stopped[1]))
+        if position.epoch > step:
+            raise _odd("place.epoch", f"at most step {step}", position.epoch)
+        return cls(step, position, batching, shift, (stopped[0], stopped[1]))
 
     def facts(self) -> dict[str, Any]:
         """Return what `of` reads."""
         return {
-            **({} if self.cut is None else {"cut": to_stored(self.cut)}),
-            "place": to_stored(self.place),
+            **({} if self.batching is None else {"cut": to_stored(self.batching)}),
+            "place": to_stored(self.position),
             "shift": self.shift,
             "stopped": [*self.stopped],
         }
@@ -178,7 +178,7 @@ class LoopStart:
     Attributes:
         epoch: The first epoch that it runs.
         batches: Batches of it that are over, as the host counts them.
-        place: The same, to go on counting from.
+        position: The same, to go on counting from.
         in_samples: Whether the rest of the epoch is dealt from a sample on.
         shift: As in `StoredPosition`.
         ends_at_once: Whether the loop has nothing left to train in this epoch.
@@ -186,68 +186,68 @@ class LoopStart:
 
     epoch: int
     batches: int
-    place: DataPosition
+    position: DataPosition
     in_samples: bool
     shift: int
     ends_at_once: bool
 
 
 def plan_loop_start(
-    stored: StoredPosition, now: Batching, numbers: LoopCounts, left: int | None, *, by_epochs: bool
+    stored: StoredPosition, now: Batching, counts: LoopCounts, left: int | None, *, by_epochs: bool
 ) -> tuple[LoopStart, LoopCounts]:
     """Return where the loop begins, and its numbers as they follow from there.
 
-    Where the batching has not changed, the numbers are the host's own.
+    Where the batching has not changed, the counts are the host's own.
 
     Args:
         stored: What the checkpoint says.
         now: How epochs are batched from now on.
-        numbers: What the host has counted.
+        counts: What the host has counted.
         left: Batches that the samples left in the epoch give; None: nobody knows.
         by_epochs: Whether the run's length is given in epochs.
     """
-    is_over = stored.place.is_over
-    place = DataPosition(stored.place.epoch + 1) if is_over else replace(stored.place)
+    is_over = stored.position.is_over
+    position = DataPosition(stored.position.epoch + 1) if is_over else replace(stored.position)
     sliced = ("batch", "world_size", "length")
-    same_lists = stored.cut is None or all(
-        getattr(stored.cut, name) == getattr(now, name) for name in sliced
+    same_lists = stored.batching is None or all(
+        getattr(stored.batching, name) == getattr(now, name) for name in sliced
     )
-    place.is_even = place.batches == 0 or (place.is_even and same_lists)
-    in_samples = not place.is_even and left is not None
+    position.is_even = position.batches == 0 or (position.is_even and same_lists)
+    in_samples = not position.is_even and left is not None
     if in_samples:
-        batches = max(0, numbers.batches_per_epoch - (left or 0))
+        batches = max(0, counts.batches_per_epoch - (left or 0))
     else:
-        batches = place.batches if place.is_even else _batches_of_stream(place, now)
-    before = place.epoch * numbers.steps_per_epoch + batches // now.accumulation
-    changed = stored.cut is not None and stored.cut != now
+        batches = position.batches if position.is_even else _batches_of_stream(position, now)
+    before = position.epoch * counts.steps_per_epoch + batches // now.accumulation
+    changed = stored.batching is not None and stored.batching != now
     shift = stored.step - before if changed else stored.shift
-    numbers = _lengthened(numbers, stored.step, before, shift, by_epochs=by_epochs)
-    run_ends = stored.stopped[0] or stored.step >= numbers.max_steps
-    empty = not is_over and (run_ends or stored.stopped[1] or batches >= numbers.batches_per_epoch)
-    place.batches = batches
-    epoch = numbers.num_train_epochs if is_over and run_ends else place.epoch
-    whole = numbers.steps_per_epoch * now.accumulation
-    shown = max(whole, numbers.batches_per_epoch) if empty else batches
-    return LoopStart(epoch, shown, place, in_samples, shift, empty), numbers
+    counts = _lengthened(counts, stored.step, before, shift, by_epochs=by_epochs)
+    run_ends = stored.stopped[0] or stored.step >= counts.max_steps
+    empty = not is_over and (run_ends or stored.stopped[1] or batches >= counts.batches_per_epoch)
+    position.batches = batches
+    epoch = counts.num_train_epochs if is_over and run_ends else position.epoch
+    whole = counts.steps_per_epoch * now.accumulation
+    shown = max(whole, counts.batches_per_epoch) if empty else batches
+    return LoopStart(epoch, shown, position, in_samples, shift, empty), counts
 
 
-def _batches_of_stream(place: DataPosition, now: Batching) -> int:
-    """Return how many batches, as they are cut now, the samples make that a stream has given."""
+def _batches_of_stream(position: DataPosition, now: Batching) -> int:
+    """Return how many batches, as they are made now, the samples make that a stream has given."""
     size = now.batch * now.world_size
-    if place.samples % size:
+    if position.samples % size:
         what = "a stream can begin between two batches only: another size goes on inside of one"
         where = "per_device_train_batch_size"
-        found = f"{place.samples} samples done"
+        found = f"{position.samples} samples done"
         raise ConfigError(where, what, expected=f"a multiple of {size}", found=found)
-    return place.samples // size
+    return position.samples // size
 
 
 def _lengthened(
-    numbers: LoopCounts, step: int, before: int, shift: int, *, by_epochs: bool
+    counts: LoopCounts, step: int, before: int, shift: int, *, by_epochs: bool
 ) -> LoopCounts:
     if by_epochs:
-        return replace(numbers, max_steps=numbers.max_steps + shift)
-    if numbers.num_train_epochs == sys.maxsize:
-        return numbers
-    needed = -(-(before + numbers.max_steps - step) // numbers.steps_per_epoch)
-    return replace(numbers, num_train_epochs=max(numbers.num_train_epochs, needed))
+        return replace(counts, max_steps=counts.max_steps + shift)
+    if counts.num_train_epochs == sys.maxsize:
+        return counts
+    needed = -(-(before + counts.max_steps - step) // counts.steps_per_epoch)
+    return replace(counts, num_train_epochs=max(counts.num_train_epochs, needed))

@@ -137,16 +137,16 @@ class TrainSession:
     Args:
         trainer: The trainer.
         choices: What its caller said about resuming.
-        wanted: What to resume.
+        requested: What to resume.
         subclass_facts: Returns what a user's subclass of the trainer does in a step.
 
     Attributes:
         checkpointer: Saves and resumes.
-        follower: Knows the place in the data.
+        position_callback: Knows the position in the data.
         report: What the start found; known once the host has built its optimizer.
-        cut: How this start cuts an epoch into steps.
+        batching: How this start divides an epoch into batches and steps.
         shift: As in `StoredPosition`.
-        given_up: The place in an epoch that is begun anew; None: none is.
+        restarted: The position in an epoch that is begun again; None: none is.
         own_loader: The loader of the training data, if it is the user's own.
     """
 
@@ -154,37 +154,37 @@ class TrainSession:
         self,
         trainer: transformers.Trainer,
         choices: UserChoices,
-        wanted: Any,
+        requested: Any,
         subclass_facts: Callable[[], dict[str, Any]],
     ) -> None:
         self.trainer, self.choices = trainer, choices
         self._subclass_facts = subclass_facts
         self.report = ResumeReport(step=0)
         self.shift = 0
-        self.given_up: DataPosition | None = None
+        self.restarted: DataPosition | None = None
         self.own_loader: Any = None
         self.saved_step: int | None = None
-        self._wanted = wanted
-        self._begins_epochs_anew = trainer.args.ignore_data_skip
+        self._requested = requested
+        self._restarts_epochs = trainer.args.ignore_data_skip
         self._stack = ExitStack()
         self.group: Group = join() if trainer.args.world_size > 1 else SingleProcess()
         self._loader: Any = None
         self._state: dict[str, Any] = {}
         self._stored: StoredPosition | None = None
         self._begins_again = False
-        self._reach: LoopStart | None = None
+        self._loop_start: LoopStart | None = None
         self._rng: dict[str, Any] | None = None
         self._adopted: dict[str, Any] | None = None
         self._is_back = self._has_workers = False
         self._callbacks: dict[str, Any] = {}
         self._began = time.monotonic()
         args = trainer.args
-        self.cut = self._cut(None)
-        self.follower = PositionCallback(self.cut.batch * self.cut.world_size)
+        self.batching = self._current_batching(None)
+        self.position_callback = PositionCallback(self.batching.batch * self.batching.world_size)
         self.checkpointer = Checkpointer(
             args.output_dir,
             keep=KeepPolicy(last=args.save_total_limit),
-            resume=choices.policy(is_named=Selection.parse(wanted).kind in _NAMES),
+            resume=choices.policy(is_named=Selection.parse(requested).kind in _NAMES),
             settings=RunFacts(
                 more=self._fingerprint,
                 filter=lambda facts, found: self._settings.differences(facts, found),
@@ -198,9 +198,9 @@ class TrainSession:
         self.checkpointer.among_others = True
         self.checkpointer.gives_all = True
         attributes = self.checkpointer.attributes
-        attributes.more, attributes.reads_ahead = self._followers, True
+        attributes.more, attributes.reads_ahead = self._other_objects, True
 
-    def _cut(self, length: int | None, batch_size: int | None = None) -> Batching:
+    def _current_batching(self, length: int | None, batch_size: int | None = None) -> Batching:
         args = self.trainer.args
         by_host = self.trainer._train_batch_size  # noqa: SLF001 (auto_find_batch_size changes it)
         batch = by_host if batch_size is None else batch_size
@@ -212,7 +212,7 @@ class TrainSession:
             preemption = Preemption(clock=time.monotonic, wall_clock=time.time)
             self.preemption = self._stack.enter_context(preemption)
             self.candidate = self.checkpointer.choose(
-                self._selection(), foreign=HfCheckpoints(), examine=self._read_place
+                self._selection(), foreign=HfCheckpoints(), examine=self._read_position
             )
         except BaseException:
             self._stack.close()
@@ -237,13 +237,13 @@ class TrainSession:
 
     def _selection(self) -> Selection:
         """Return what is asked for; a path may also be meant inside the output directory."""
-        selection = Selection.parse(self._wanted)
+        selection = Selection.parse(self._requested)
         if selection.path is None or selection.path.exists():
             return selection
         inside = Path(self.checkpointer.run.storage.describe()) / selection.path
         return replace(selection, path=inside) if inside.exists() else selection
 
-    def _read_place(self, candidate: Candidate) -> None:
+    def _read_position(self, candidate: Candidate) -> None:
         """Read, verified, what the host counts by before it loads anything."""
         self._state, self._stored = {}, None
         if candidate.foreign is not None:
@@ -270,8 +270,8 @@ class TrainSession:
             The batch size that the host had found then; None: it finds none.
         """
         self.candidate, self._begins_again = older, True
-        self._reach, self.shift, self.given_up = None, 0, None
-        self.follower.place = DataPosition()
+        self._loop_start, self.shift, self.restarted = None, 0, None
+        self.position_callback.position = DataPosition()
         optimizer = self.checkpointer.objects["optimizer"]
         if isinstance(optimizer, Optimizer):
             self.checkpointer.comparison.built.set_learning_rates(optimizer)
@@ -281,10 +281,10 @@ class TrainSession:
     @property
     def _settings(self) -> CurrentSettings:
         trainer = self.trainer
-        state, begun = trainer.state, self.given_up
+        state, begun = trainer.state, self.restarted
         steps = state.global_step, state.max_steps
         return CurrentSettings(
-            trainer.args, self.choices, self.cut, trainer.lr_scheduler, *steps, begun
+            trainer.args, self.choices, self.batching, trainer.lr_scheduler, *steps, begun
         )
 
     def _fingerprint(self) -> dict[str, Any]:
@@ -301,7 +301,7 @@ class TrainSession:
         is_stopped = bool(control.should_training_stop and state.global_step < state.max_steps)
         stopped = (is_stopped, bool(control.should_epoch_stop))
         position = StoredPosition(
-            state.global_step, self.follower.place, self.cut, self.shift, stopped
+            state.global_step, self.position_callback.position, self.batching, self.shift, stopped
         )
         return {
             "arguments": plain_arguments(self.trainer.args),
@@ -313,10 +313,10 @@ class TrainSession:
     # What follows is called by the host's loop, in this order.
 
     def loader(self, base: Any) -> Any:
-        """Return the loader of the training data with batches that continue at any place."""
+        """Return the loader of the training data with batches that continue at any position."""
         args = self.trainer.args
         self.own_loader = None if is_of_host(base, self.trainer.train_dataset) else base
-        self.cut = self._cut(None, batch_size_of(self.own_loader))
+        self.batching = self._current_batching(None, batch_size_of(self.own_loader))
         self._loader = keyed_loader(
             base,
             seed=args.seed if args.data_seed is None else args.data_seed,
@@ -332,41 +332,41 @@ class TrainSession:
         return self._loader
 
     def settled(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Return the host's numbers as they follow from the place where the run is."""
-        numbers = LoopCounts(*values)
+        """Return the host's numbers as they follow from the position where the run is."""
+        counts = LoopCounts(*values)
         args = self.trainer.args
-        self.cut = replace(self.cut, length=_length(self._loader.dataset))
-        self.follower.samples_per_batch = self.cut.batch * self.cut.world_size
+        self.batching = replace(self.batching, length=_length(self._loader.dataset))
+        self.position_callback.samples_per_batch = self.batching.batch * self.batching.world_size
         if self.folder is not None and self._stored is None:
             self._stored = position_of_stock(
-                self.folder, self._state, self.cut, numbers, drop_last=args.dataloader_drop_last
+                self.folder, self._state, self.batching, counts, drop_last=args.dataloader_drop_last
             )
         if self._stored is None:
             return values
-        self._leave_out_the_skip(numbers)
-        left = batches_left(self._loader, self._stored.place.samples)
+        self._restart_epoch_if_asked(counts)
+        left = batches_left(self._loader, self._stored.position.samples)
         by_epochs = args.max_steps <= 0
-        self._reach, numbers = plan_loop_start(
-            self._stored, self.cut, numbers, left, by_epochs=by_epochs
+        self._loop_start, counts = plan_loop_start(
+            self._stored, self.batching, counts, left, by_epochs=by_epochs
         )
-        self.shift = self._reach.shift
-        self.follower.place = self._reach.place
-        if self._reach.place.batches % self.cut.accumulation:
+        self.shift = self._loop_start.shift
+        self.position_callback.position = self._loop_start.position
+        if self._loop_start.position.batches % self.batching.accumulation:
             refuse_own_windows(type(self.trainer))
-        return tuple(getattr(numbers, name) for name in LoopCounts.__dataclass_fields__)
+        return tuple(getattr(counts, name) for name in LoopCounts.__dataclass_fields__)
 
-    def _leave_out_the_skip(self, numbers: LoopCounts) -> None:
-        """Begin the epoch anew, if that is asked for in the middle of one."""
-        if self._stored is None or not self._begins_epochs_anew:
+    def _restart_epoch_if_asked(self, counts: LoopCounts) -> None:
+        """Begin the epoch again, if that is asked for in the middle of one."""
+        if self._stored is None or not self._restarts_epochs:
             return
-        place = self._stored.place
-        if not place.is_over and 0 < place.batches < numbers.batches_per_epoch:
-            self.given_up = place
-            self._stored = replace(self._stored, place=DataPosition(place.epoch))
+        position = self._stored.position
+        if not position.is_over and 0 < position.batches < counts.batches_per_epoch:
+            self.restarted = position
+            self._stored = replace(self._stored, position=DataPosition(position.epoch))
 
     def state_from_checkpoint(self) -> tuple[int, int]:
         """Put the host's stored state into the new one; return where its loop begins."""
-        if self._reach is None:
+        if self._loop_start is None:
             return 0, 0
         state = self.trainer.state
         for name in _STATE:
@@ -375,7 +375,7 @@ class TrainSession:
         best = state.best_global_step
         if best is not None and Path(self.checkpointer.path(best)).is_dir():
             state.best_model_checkpoint = self.checkpointer.path(best)
-        return self._reach.epoch, self._reach.batches
+        return self._loop_start.epoch, self._loop_start.batches
 
     def resume(self) -> None:
         """Bring back all objects, now that the host has built them."""
@@ -418,7 +418,7 @@ class TrainSession:
 
         Args:
             folder: The checkpoint.
-            stored: Its place.
+            stored: Its position.
 
         Raises:
             DifferenceError: The training changed, and the change is not named.
@@ -448,11 +448,11 @@ class TrainSession:
 
     def _differences_from_hf(self, folder: Path, stored: StoredPosition) -> tuple[Difference, ...]:
         facts = facts_of_stock(folder)
-        found = unknown_order(self._loader, stored.place)
-        if stored.cut is not None:
-            facts["cut"] = to_stored(stored.cut)
-            facts["arguments"]["gradient_accumulation_steps"] = stored.cut.accumulation
-            was, now = stored.cut.world_size, self.cut.world_size
+        found = unknown_order(self._loader, stored.position)
+        if stored.batching is not None:
+            facts["cut"] = to_stored(stored.batching)
+            facts["arguments"]["gradient_accumulation_steps"] = stored.batching.accumulation
+            was, now = stored.batching.world_size, self.batching.world_size
             if was != now:
                 effect = "sums run in another order, and dropout draws otherwise"
                 found = (*found, Difference("world_size", was, now, effect, "equivalent"))
@@ -477,7 +477,7 @@ class TrainSession:
             **({"trainer": trainer} if isinstance(trainer, Stateful) else {}),
         }
 
-    def _followers(self) -> dict[str, object]:
+    def _other_objects(self) -> dict[str, object]:
         """Return what else may remember something of a run, besides what is registered."""
         trainer = self.trainer
         callbacks = named(trainer.callback_handler.callbacks).items()
@@ -491,18 +491,18 @@ class TrainSession:
 
     def epoch_begins(self, epoch: int) -> None:
         """Make ready for an epoch; before the first one of a resumed run, bring back the rest."""
-        if self._is_back or self._reach is None:
-            self.follower.place = DataPosition(epoch)
+        if self._is_back or self._loop_start is None:
+            self.position_callback.position = DataPosition(epoch)
             self.bring_back()
             self._workers_begin()
             return
-        samples = self._reach.place.samples if self._reach.in_samples else None
+        samples = self._loop_start.position.samples if self._loop_start.in_samples else None
         stored = self.values["order"]
-        order = stored if self._reach.batches else {}
+        order = stored if self._loop_start.batches else {}
         reseeded = {"seed", "data_seed"} & {one.path for one in self.report.differences}
         seeds = {} if reseeded else stored.get("seeds", {})
         given = {"data": self.values.get("data"), "seeds": seeds, "trail": self._trail()}
-        begin_at(self._loader, Beginning(epoch, self._reach.batches, samples, order, **given))
+        begin_at(self._loader, Beginning(epoch, self._loop_start.batches, samples, order, **given))
         self.bring_back()
         self._workers_begin()
         if "before" in order:  # the host restores its own after the first batch
@@ -548,10 +548,10 @@ class TrainSession:
         if self._rng is not None:
             restore_rng(self._rng)
 
-    def first_batches(self, wanted: int) -> int:
+    def first_batches(self, requested: int) -> int:
         """Return how many batches the host is to fetch: less where a window is half done."""
-        done = self.follower.place.batches % self.cut.accumulation
-        return min(wanted, self.cut.accumulation - done)
+        done = self.position_callback.position.batches % self.batching.accumulation
+        return min(requested, self.batching.accumulation - done)
 
     # What follows is called at the edges of steps.
 
@@ -593,12 +593,12 @@ class TrainSession:
 
     def _values(self) -> dict[str, Any]:
         of_many = self.group.world_size > 1  # each reads its own part
-        place = self.follower.place
+        position = self.position_callback.position
         return {
             "loss": LossAccumulators(self.trainer).values(),
             "order": order_of(self._loader),
-            "data": data_state(self._loader, place.epoch, place.batches),
-            "trail": {} if of_many else trail_of(self._loader, place.epoch, place.batches),
+            "data": data_state(self._loader, position.epoch, position.batches),
+            "trail": {} if of_many else trail_of(self._loader, position.epoch, position.batches),
             "seconds": self.seconds,
         }
 

@@ -571,25 +571,25 @@ def facts_of_stock(folder: Path) -> dict[str, Any]:
 
 
 def position_of_stock(
-    folder: Path, state: Mapping[str, Any], now: Batching, numbers: LoopCounts, *, drop_last: bool
+    folder: Path, state: Mapping[str, Any], now: Batching, counts: LoopCounts, *, drop_last: bool
 ) -> StoredPosition:
-    """Return the place of a stock checkpoint.
+    """Return the position of a stock checkpoint.
 
-    Where epochs are cut as they were, that is what the host derives from the number of steps.
-    Where they are cut otherwise, which the host does not notice, it follows from the fraction of
-    the epoch, the batch size and the number of ranks, all of which such a checkpoint tells.
+    Where epochs are batched as they were, that is what the host derives from the number of steps.
+    Where they are batched otherwise, which the host does not notice, it follows from the fraction
+    of the epoch, the batch size and the number of ranks, all of which such a checkpoint tells.
 
     Args:
         folder: The checkpoint.
         state: Its trainer_state.json.
-        now: How epochs are cut from now on.
-        numbers: What the host has counted.
+        now: How epochs are batched from now on.
+        counts: What the host has counted.
         drop_last: Whether a last batch that is smaller is left out.
     """
     step = state["global_step"]
     was = _batching_of(folder, state, now, drop_last=drop_last)
     if was is None or was == now:
-        epoch, updates = divmod(step, numbers.steps_per_epoch)
+        epoch, updates = divmod(step, counts.steps_per_epoch)
         batches = updates * now.accumulation
         return StoredPosition(
             step, DataPosition(epoch, batches, batches * now.batch * now.world_size), was
@@ -604,7 +604,7 @@ def position_of_stock(
 def _batching_of(
     folder: Path, state: Mapping[str, Any], now: Batching, *, drop_last: bool
 ) -> Batching | None:
-    """Return how epochs were cut; None: nothing in the checkpoint tells."""
+    """Return how epochs were batched; None: nothing in the checkpoint tells."""
     batch, epoch = state.get("train_batch_size"), state.get("epoch")
     if not isinstance(batch, int) or not isinstance(epoch, int | float) or now.length is None:
         return None
@@ -617,10 +617,12 @@ def _batching_of(
     return None
 
 
-def _batches_done(cut: Batching, state: Mapping[str, Any], *, drop_last: bool) -> tuple[int, int]:
+def _batches_done(
+    batching: Batching, state: Mapping[str, Any], *, drop_last: bool
+) -> tuple[int, int]:
     """Return how many batches each rank has done, and how many an epoch has."""
-    batches = divided(cut.length or 0, cut.batch, down=drop_last)
-    whole = max(1, divided(batches, cut.world_size, down=drop_last))
+    batches = divided(batching.length or 0, batching.batch, down=drop_last)
+    whole = max(1, divided(batches, batching.world_size, down=drop_last))
     return round(state["epoch"] * whole), whole
 
 

@@ -176,7 +176,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         ):
             self._session = session
             session.checkpointer.note = _log.warning
-            self.add_callback(session.follower)
+            self.add_callback(session.position_callback)
             skips, self.args.ignore_data_skip = self.args.ignore_data_skip, False  # known by now
             try:
                 folder = None if session.folder is None else str(session.folder)
@@ -184,7 +184,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             finally:
                 self.args.ignore_data_skip = skips
                 self._session = None
-                self.remove_callback(session.follower)
+                self.remove_callback(session.position_callback)
 
     @cached_property
     def _subclass_facts(self) -> dict[str, Any]:
