@@ -116,7 +116,7 @@ def adamw(model):
 
 
 def unbroken(lanes: int | None = None) -> dict[str, float]:
-    from unbroken.training import Callback, Silence, Trainer, TrainerConfig
+    from unbroken.training import Callback, NoDisplay, Trainer, TrainerConfig
 
     class Stopwatch(Callback):
         def on_step_end(self, trainer) -> None:
@@ -132,7 +132,7 @@ def unbroken(lanes: int | None = None) -> dict[str, float]:
         seed=SEED,
         lanes=lanes,
     )
-    Trainer(model, config, data, callbacks=[Stopwatch()], display=Silence()).train()
+    Trainer(model, config, data, callbacks=[Stopwatch()], display=NoDisplay()).train()
     return watch.seconds()
 
 

@@ -37,7 +37,7 @@ class Vectors:
 def make_trainer(folder: str, max_steps: int, callbacks=()):
     import torch
 
-    from unbroken.training import Silence, Trainer, TrainerConfig
+    from unbroken.training import NoDisplay, Trainer, TrainerConfig
 
     config = TrainerConfig(
         output_dir=folder,
@@ -59,7 +59,7 @@ def make_trainer(folder: str, max_steps: int, callbacks=()):
         Vectors(),
         callbacks=callbacks,
         loss_fn=lambda outputs, labels: loss(outputs[:, 0], labels),
-        display=Silence(),
+        display=NoDisplay(),
     )
 
 

@@ -95,7 +95,7 @@ def bare(size: str, watch: Watch, folder: str) -> None:
 
 
 def unbroken(size: str, watch: Watch, folder: str) -> None:
-    from unbroken.training import Callback, Silence, Trainer, TrainerConfig
+    from unbroken.training import Callback, NoDisplay, Trainer, TrainerConfig
 
     class Stopwatch(Callback):
         def on_step_end(self, trainer) -> None:
@@ -111,7 +111,7 @@ def unbroken(size: str, watch: Watch, folder: str) -> None:
         save_steps=None,
         seed=SEED,
     )
-    Trainer(model, config, data, callbacks=[Stopwatch()], display=Silence()).train()
+    Trainer(model, config, data, callbacks=[Stopwatch()], display=NoDisplay()).train()
 
 
 def transformers(size: str, watch: Watch, folder: str) -> None:

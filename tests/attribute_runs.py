@@ -19,7 +19,7 @@ from torch import nn
 from unbroken.checkpoint import Checkpointer
 from unbroken.checkpoint.coverage.attributes import Attributes
 from unbroken.distributed import join
-from unbroken.training import Callback, Silence, Trainer, TrainerConfig
+from unbroken.training import Callback, NoDisplay, Trainer, TrainerConfig
 
 STEPS = 6
 
@@ -218,7 +218,7 @@ def own(
         data,
         callbacks=[Raises()],
         loss_fn=Smoothed(),
-        display=Silence(),
+        display=NoDisplay(),
     )
     trainer.data_set, trainer.kill_at = data, kill_at
     report = trainer.train().resume_report

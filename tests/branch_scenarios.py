@@ -11,7 +11,7 @@ from torch import nn
 
 from scenarios import KillInStep, Samples, leave_out, make_model, noisy_collate, run_fresh
 from unbroken.testing import KillingStorage
-from unbroken.training import Silence, Trainer, TrainerConfig
+from unbroken.training import NoDisplay, Trainer, TrainerConfig
 
 LEAVES_AT, STEPS = 5, 15
 NAME = "lr-low"
@@ -52,7 +52,7 @@ def train(
         callbacks=[] if in_step is None else [KillInStep(in_step)],
         collate_fn=noisy_collate,
         loss_fn=nn.CrossEntropyLoss(),
-        display=Silence(),
+        display=NoDisplay(),
         storage=storage,
     )
     trainer.checkpointer.objects["callbacks"] = {}  # the one that kills is no part of the state

@@ -23,7 +23,7 @@ from sabotage_runs import leave_out
 from unbroken.storage import CompressedStorage, storage_at
 from unbroken.store import CheckpointReader
 from unbroken.testing import KillingStorage
-from unbroken.training import Callback, Silence, Trainer, TrainerConfig
+from unbroken.training import Callback, NoDisplay, Trainer, TrainerConfig
 
 _FRESH = multiprocessing.get_context("forkserver")
 # This module is found there only with PYTHONPATH=tests; else each process loads it, in 7 ms.
@@ -204,7 +204,7 @@ def make_trainer(
         callbacks=callbacks,
         collate_fn=noisy_collate if scenario.random_collator else None,
         loss_fn=nn.CrossEntropyLoss(),
-        display=Silence(),
+        display=NoDisplay(),
         storage=storage,
     )
     # A callback is a part of the state; the one that kills must not be.

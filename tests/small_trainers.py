@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from unbroken.training import Silence, Trainer, TrainerConfig
+from unbroken.training import NoDisplay, Trainer, TrainerConfig
 
 PAIRS = [
     (x, y)
@@ -34,7 +34,7 @@ def small_trainer(
         TrainerConfig(output_dir=str(folder), **{"learning_rate": 0.01, **settings}),
         dataset,
         loss_fn=nn.CrossEntropyLoss(),
-        display=Silence(),
+        display=NoDisplay(),
         **(trainer or {}),
     )
 

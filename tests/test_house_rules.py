@@ -40,10 +40,7 @@ def test_a_file_has_at_most_700_lines(path):
     assert len(path.read_text().splitlines()) <= 700
 
 
-LONG_FUNCTIONS = {  # to be cut
-    "unbroken.checkpoint.checkpointer.__init__",
-    "unbroken.data.sources.factory.batch_source",
-}
+LONG_FUNCTIONS = {"unbroken.data.sources.factory.batch_source"}  # 16 parameters, each explained
 
 
 def test_a_function_has_at_most_60_lines_with_its_signature_and_docstring():
@@ -54,7 +51,7 @@ def test_a_function_has_at_most_60_lines_with_its_signature_and_docstring():
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         and node.end_lineno - node.lineno + 1 > 60
     }
-    assert long <= LONG_FUNCTIONS
+    assert long == LONG_FUNCTIONS
 
 
 def test_nothing_imports_pickle_or_reads_it(tree):
@@ -92,29 +89,19 @@ def test_no_folder_or_file_has_a_name_that_says_nothing():
 # The map of the source: who imports whom
 
 
-CIRCLES_IN = ("unbroken.checkpoint.",)  # to be cut
-
-
 def test_no_modules_import_each_other_in_a_circle():
     """An import for an annotation alone counts: who reads the one has to read the other."""
-    found = [
-        circle
-        for circle in circles(imports(TREES))
-        if not any(all(one.startswith(package) for one in circle) for package in CIRCLES_IN)
-    ]
-    assert found == []
+    assert circles(imports(TREES)) == []
 
 
 TWICE = {"Trainer"}  # ours, and the drop-in for that of transformers
-TO_BE_RENAMED: set[str] = set()
 
 
 def test_no_public_class_name_stands_twice():
     twice = {name: where for name, where in public_classes(TREES).items() if len(where) > 1}
-    assert set(twice) <= TWICE | TO_BE_RENAMED, twice
+    assert set(twice) == TWICE, twice
 
 
-IN_MOVE = ("unbroken.adapters.", "unbroken.changes.", "unbroken.checkpoint.", "unbroken.training.")
 PARTS = {  # modules that serve one other module, each an idea of its own
     "unbroken.capture.kinds.schedulers": "one kind of object that has a state",
     "unbroken.capture.partial_load": "leaving out what the user names",
@@ -142,22 +129,33 @@ PARTS = {  # modules that serve one other module, each an idea of its own
     "unbroken.distributed.store_exchange": "messages through a key-value store",
     "unbroken.distributed.save_plan": "who stores which shard",
     "unbroken.fingerprint.forked_reader": "work in a child that leaves no trace here",
-    "unbroken.planner.cluster": "a cluster as few numbers",
-    "unbroken.planner.plan": "the best rhythm for a cluster",
     "unbroken.planner.simulation": "failures played one by one",
     "unbroken.language_model.corpus": "text as a data set",
     "unbroken.language_model.model": "a model from settings",
     "unbroken.language_model.settings": "a YAML file as settings",
     "unbroken.language_model.token_file": "tokens as a file that is mapped",
     "unbroken.language_model.train": "a command",
+    "unbroken.adapters.transformers.dataloader": "the host's loader, rebuilt",
+    "unbroken.adapters.transformers.export": "a checkpoint as the host writes one",
+    "unbroken.adapters.transformers.session": "one call of train",
+    "unbroken.checkpoint.coverage.attribute_values": "what an attribute holds",
+    "unbroken.checkpoint.resume.rank_state": "what each rank has of its own",
+    "unbroken.checkpoint.resume.resume": "checks, then the load",
+    "unbroken.checkpoint.run_access": "one rank owns the run directory, the others look",
+    "unbroken.checkpoint.save.rehearsal": "whether a save would work",
+    "unbroken.training.checkpoints": "what a Trainer saves and resumes",
+    "unbroken.training.evaluation": "when, over which data, and what follows",
+    "unbroken.training.gradient_sums.lanes": "sums in one fixed order",
+    "unbroken.training.gradient_sums.sync": "what a step asks of whoever sums",
+    "unbroken.training.step.runner": "one optimizer step",
+    "unbroken.training.trainer": "the loop",
     "unbroken.testing.assertions": "what users assert in their own tests",
 }
 
 
 def test_a_module_that_serves_one_other_is_an_idea_of_its_own():
     """If it is not, it belongs into the file of the one that uses it."""
-    found = {one for one in only_importers(TREES) if not one.startswith(IN_MOVE)}
-    assert found <= PARTS.keys()
+    assert set(only_importers(TREES)) == PARTS.keys()
 
 
 # Words
@@ -165,11 +163,29 @@ def test_a_module_that_serves_one_other_is_an_idea_of_its_own():
 
 RETIRED = {  # in the place of words that the field has
     "afresh",
+    "ambient",
+    "anew",
+    "appointment",
+    "as_built",
+    "beside",
+    "blind",
     "consoles",
+    "desk",
+    "edited",
+    "elsewhere",
+    "given_up",
     "going_on",
+    "gone",
     "gravest",
+    "homeless",
+    "news",
+    "own_state",
+    "passes",
     "reaching",
+    "restless",
     "speaks_for",
+    "told",
+    "wanted",
 }
 
 

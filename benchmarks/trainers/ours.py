@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from trainers.work import LEARNING_RATE, Work, newest_first
-from unbroken.training import Callback, Silence, Trainer, TrainerConfig
+from unbroken.training import Callback, NoDisplay, Trainer, TrainerConfig
 
 
 class Steps(Callback):
@@ -31,7 +31,7 @@ def make(work: Work) -> Trainer:
         save_mode="overlap",
     )
     callbacks = [Steps(work)]
-    return Trainer(work.model, config, work.data(), callbacks=callbacks, display=Silence())
+    return Trainer(work.model, config, work.data(), callbacks=callbacks, display=NoDisplay())
 
 
 def train(work: Work) -> Trainer:

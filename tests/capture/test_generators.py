@@ -87,7 +87,7 @@ def test_a_generator_of_the_system_is_refused():
         capture({"generator": random.SystemRandom()})
 
 
-def ambient():
+def users_generators():
     """Draw from every generator of the process."""
     return [*from_python(random), *from_legacy(np.random), *from_torch(None)]
 
@@ -100,38 +100,38 @@ def _untouched():
 
 
 def test_the_ambient_generators_go_on_with_the_same_numbers():
-    ambient()
+    users_generators()
     state = loaded(stored(capture_rng()))
-    first = ambient()
-    assert ambient() != first
+    first = users_generators()
+    assert users_generators() != first
     restore_rng(state)
-    assert ambient() == first
+    assert users_generators() == first
 
 
 def test_capturing_moves_no_generator():
     state = capture_rng()
     capture_rng()
-    first = ambient()
+    first = users_generators()
     restore_rng(state)
-    assert ambient() == first
+    assert users_generators() == first
 
 
 def test_the_state_in_memory_does_not_move_with_the_generators():
     state = capture_rng()
-    first = ambient()
+    first = users_generators()
     restore_rng(state)
     restore_rng(state)
-    assert ambient() == first
+    assert users_generators() == first
 
 
 def test_the_kind_of_the_ambient_numpy_generator_comes_back():
     previous = np.random.get_bit_generator()
     np.random.set_bit_generator(np.random.PCG64(3))
     state = loaded(stored(capture_rng()))
-    first = ambient()
+    first = users_generators()
     np.random.set_bit_generator(previous)
     restore_rng(state)
-    assert ambient() == first
+    assert users_generators() == first
     np.random.set_bit_generator(previous)
 
 
@@ -143,11 +143,11 @@ def test_cuda_is_not_started_for_its_state():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_states_of_devices_that_are_not_here_are_refused_unless_told():
     state = {**capture_rng(), "cuda": [torch.zeros(16, dtype=torch.uint8)] * 2}
-    first = ambient()
+    first = users_generators()
     with pytest.raises(StateMismatchError, match=r"rng\.cuda: .* expected 2, found 0"):
         restore_rng(state)
     restore_rng(state, allow_missing_devices=True)
-    assert ambient() == first
+    assert users_generators() == first
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -281,7 +281,7 @@ def test_the_page_fits_into_80_columns(here):
     facts = {**environment_facts(), "cpu": "A Processor of a Rather Long Name " * 4}
     findings = [*check_switches({**facts, "gpus": ["H200"]}), *Machine(1, 9.0, 9, 0.0).check()]
     page = io.StringIO()
-    answers = [Experiment("the same bits in two other processes", "cuda", yes=False, wanted=True)]
+    answers = [Experiment("the same bits in two other processes", "cuda", yes=False, expected=True)]
     disk = Disk({"tried in": f"/{'long/' * 30}"}, [])
     _print(Console(width=80, file=page), Diagnosis(facts, disk, answers, findings))
     assert max(len(line) for line in page.getvalue().splitlines()) <= 80

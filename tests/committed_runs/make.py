@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from unbroken.training import Silence, Trainer, TrainerConfig
+from unbroken.training import NoDisplay, Trainer, TrainerConfig
 
 
 def trainer(folder: Path, **settings) -> Trainer:
@@ -35,7 +35,7 @@ def trainer(folder: Path, **settings) -> Trainer:
             **settings,
         }
     )
-    return Trainer(model, config, data, loss_fn=nn.CrossEntropyLoss(), display=Silence())
+    return Trainer(model, config, data, loss_fn=nn.CrossEntropyLoss(), display=NoDisplay())
 
 
 def contents(made: Trainer) -> dict:

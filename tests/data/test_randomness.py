@@ -13,7 +13,7 @@ from unbroken.errors import ConfigError
 KEYS = [SampleKey(3, 0, 0), SampleKey(1, 0, 1), SampleKey(3, 1, 2)]
 
 
-def ambient() -> tuple[object, ...]:
+def users_generators() -> tuple[object, ...]:
     numpy = np.random.get_state(legacy=False)
     numpy["state"] = (numpy["state"]["key"].tobytes(), numpy["state"]["pos"])
     return random.getstate(), numpy, torch.get_rng_state().numpy().tobytes()
@@ -66,27 +66,27 @@ def test_a_seed_does_not_depend_on_what_was_drawn_before_it():
 
 def test_the_ambient_generators_are_left_exactly_as_they_were():
     shuffled_generators()
-    before = ambient()
+    before = users_generators()
     with keyed_random(5):
         draws()
-        assert ambient() != before
-    assert ambient() == before
+        assert users_generators() != before
+    assert users_generators() == before
 
 
 def test_the_ambient_generators_are_left_alone_when_the_body_raises():
-    before = ambient()
+    before = users_generators()
     with pytest.raises(ZeroDivisionError), keyed_random(5):
         draws()[0] / 0
-    assert ambient() == before
+    assert users_generators() == before
 
 
 def test_one_scope_serves_again_and_again():
     rng = KeyedRandom()
-    before = ambient()
+    before = users_generators()
     for _ in range(2):
         with rng:
             rng.seed(3)
-    assert ambient() == before
+    assert users_generators() == before
 
 
 def test_a_scope_inside_itself_is_refused():
@@ -124,9 +124,9 @@ def test_a_sample_is_another_in_another_epoch():
 
 
 def test_reading_a_batch_leaves_the_ambient_generators_as_they_were():
-    before = ambient()
+    before = users_generators()
     KeyedDataset(NoisyDataset(5), 0, collate_fn=lambda samples: draws()).__getitems__(KEYS)
-    assert ambient() == before
+    assert users_generators() == before
 
 
 def test_the_collator_is_keyed_by_the_place_of_its_batch():

@@ -12,7 +12,7 @@ from torch import nn
 from distributed.training import BATCH, make_trainer
 from unbroken.distributed import join
 from unbroken.errors import UnbrokenError
-from unbroken.training import Callback, Silence, Trainer, TrainerConfig
+from unbroken.training import Callback, NoDisplay, Trainer, TrainerConfig
 
 
 class SaveInWindow(Callback):
@@ -90,7 +90,7 @@ def evaluate(folder: str) -> None:
             Numbers(40),
             eval_dataset=Numbers(count),
             loss_fn=nn.CrossEntropyLoss(),
-            display=Silence(),
+            display=NoDisplay(),
             group=group,
         )
         told.append([trainer.evaluate()["eval_loss"].hex(), model.used])

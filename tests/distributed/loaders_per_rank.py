@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from distributed.training import SAMPLES, Kill, Samples
 from unbroken.errors import UnbrokenError
-from unbroken.training import Callback, Silence, Trainer, TrainerConfig
+from unbroken.training import Callback, NoDisplay, Trainer, TrainerConfig
 
 STEPS, BATCH = 9, 8
 DATA = Samples()
@@ -114,7 +114,7 @@ def train(name: str, folder: str, settings: dict, kill: tuple | None = None) -> 
             loaders(config.per_forward)[name](),
             loss_fn=nn.CrossEntropyLoss(),
             callbacks=callbacks_for(kill),
-            display=Silence(),
+            display=NoDisplay(),
         )
         trainer.train()
     except UnbrokenError as error:

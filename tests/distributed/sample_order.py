@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from unbroken.distributed import Group, RankSums, join
-from unbroken.training import Callback, Silence, Trainer, TrainerConfig
+from unbroken.training import Callback, NoDisplay, Trainer, TrainerConfig
 
 SAMPLES, BATCH, STEPS = 44, 16, 8
 WORLDS, WORKERS, ACCUMULATIONS = (1, 2, 4), (0, 2), (1, 2, 4)
@@ -72,7 +72,7 @@ def use(folder: Path, group: Group, workers: int, accumulation: int, data: str, 
         Numbers() if data == "map" else Stream(),
         callbacks=[used],
         loss_fn=used.loss,
-        display=Silence(),
+        display=NoDisplay(),
         group=group,
     ).train()
 

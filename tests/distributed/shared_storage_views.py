@@ -22,7 +22,7 @@ from unbroken.checkpoint import RankPolicy
 from unbroken.distributed import join
 from unbroken.errors import DataError, UnbrokenError
 from unbroken.store.format.digest import Digester
-from unbroken.training import Silence, Trainer, TrainerConfig
+from unbroken.training import NoDisplay, Trainer, TrainerConfig
 from unbroken.training.rng import seed_ambient
 
 RUN = "/proc/self/cwd/run"
@@ -66,7 +66,7 @@ def train_there(folder: str, settings: dict) -> None:
         }
     )
     trainer = Trainer(
-        wide_model(), config, Samples(), loss_fn=nn.CrossEntropyLoss(), display=Silence()
+        wide_model(), config, Samples(), loss_fn=nn.CrossEntropyLoss(), display=NoDisplay()
     )
     try:
         trainer.train()

@@ -16,7 +16,7 @@ from torch.distributed import HashStore
 
 from unbroken.capture import capture, capture_rng, decode, file_of, restore_rng
 from unbroken.capture import structure_from_bytes as structure_of
-from unbroken.checkpoint.resume.rank_state import begin_anew, own_state
+from unbroken.checkpoint.resume.rank_state import reseed_rank, state_of_rank
 from unbroken.checkpoint.save import rank_shares
 from unbroken.checkpoint.save.layout import Layout
 from unbroken.checkpoint.save.rank_shares import (
@@ -109,7 +109,7 @@ def loaded(storage: MemoryStorage, per_rank, alike: bool, rank: int, size: int) 
     reader = CheckpointReader(storage, "checkpoint-1")
     group = StoreGroup(HashStore(), rank=rank, world_size=size)
     tree, of_a_file = read(reader, STATE_FILE), partial(read, reader)
-    own, anew, _ = own_state(tree, reader.manifest, group, per_rank, of_a_file, alike=alike)
+    own, anew, _ = state_of_rank(tree, reader.manifest, group, per_rank, of_a_file, alike=alike)
     return spelled({name: {**tree, **own}[name] for name in NAMES}), anew
 
 
@@ -147,7 +147,7 @@ def test_ranks_that_are_new_draw_numbers_of_their_own_and_the_same_in_each_start
     stored = capture_rng()
 
     def drawn(rank: int, rng: dict) -> tuple[float, float, float]:
-        begin_anew(rng, rank)
+        reseed_rank(rng, rank)
         return random.random(), np.random.rand(), torch.rand(()).item()
 
     first, again, other = drawn(2, stored), drawn(2, stored), drawn(3, stored)

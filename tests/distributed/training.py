@@ -15,7 +15,7 @@ from clocks import Jumping
 from scenarios import ArmedStorage, KillInSave
 from unbroken.distributed import join
 from unbroken.errors import UnbrokenError
-from unbroken.training import Callback, Silence, Trainer, TrainerConfig
+from unbroken.training import Callback, NoDisplay, Trainer, TrainerConfig
 
 SAMPLES, BATCH, STEPS = 40, 8, 8
 
@@ -69,7 +69,7 @@ def make_trainer(
     return Trainer(
         config=config,
         eval_dataset=Samples() if config.evaluates else None,
-        display=Silence(),
+        display=NoDisplay(),
         **{
             "train_dataset": Samples(),
             "callbacks": [] if kill is None else [Kill(*kill)],
@@ -88,7 +88,7 @@ class Draw(Callback):
     """Moves the ambient generators of one rank, as a script of its own might."""
 
     def on_step_end(self, trainer) -> None:
-        with trainer.randomness.ambient():
+        with trainer.randomness.users_generators():
             torch.rand(1)
 
 

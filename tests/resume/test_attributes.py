@@ -22,7 +22,7 @@ from small_trainers import PAIRS
 from unbroken.checkpoint import Checkpointer
 from unbroken.cli.show import print_run
 from unbroken.errors import DifferenceError
-from unbroken.training import Silence, Trainer, TrainerConfig
+from unbroken.training import NoDisplay, Trainer, TrainerConfig
 
 HARM = {"by hand": attribute_runs.loop, "with our Trainer": attribute_runs.own}
 
@@ -159,7 +159,7 @@ class Pulled(Trainer):
 def pulled(folder, steps: int, **settings) -> Pulled:
     config = TrainerConfig(output_dir=str(folder), max_steps=steps, save_steps=1, **settings)
     loss = nn.CrossEntropyLoss()
-    trainer = Pulled(nn.Linear(6, 4), config, PAIRS, loss_fn=loss, display=Silence())
+    trainer = Pulled(nn.Linear(6, 4), config, PAIRS, loss_fn=loss, display=NoDisplay())
     trainer.train()
     return trainer
 

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from scenarios import outcome, run_fresh
 from unbroken.language_model import TokenDataset, builtin_text
-from unbroken.training import Callback, Silence, Trainer, TrainerConfig
+from unbroken.training import Callback, NoDisplay, Trainer, TrainerConfig
 
 STEPS = 8
 
@@ -55,7 +55,7 @@ def finetune(folder: str, kill_at: int | None, settings: dict) -> None:
     dataset = TokenDataset.from_files(builtin_text(), block_size=32, cache=cache)
     callbacks = [Kill(kill_at)]
     model = gpt2_or_its_maker(folder)
-    Trainer(model, config, dataset, callbacks=callbacks, display=Silence()).train()
+    Trainer(model, config, dataset, callbacks=callbacks, display=NoDisplay()).train()
 
 
 SETTINGS = {
@@ -94,7 +94,7 @@ def test_from_pretrained_reads_a_checkpoint_with_equal_bytes(tmp_path):
     checkpoint = tmp_path / "run" / f"checkpoint-{STEPS}"
     loaded = GPT2LMHeadModel.from_pretrained(checkpoint)
     trained = gpt2()
-    trainer = Trainer(trained, TrainerConfig(output_dir=str(tmp_path / "run")), display=Silence())
+    trainer = Trainer(trained, TrainerConfig(output_dir=str(tmp_path / "run")), display=NoDisplay())
     trainer.checkpointer.load(STEPS, ["model"])
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
     for name, value in trained.state_dict().items():

@@ -16,7 +16,7 @@ from scenarios import metrics
 from small_trainers import PAIRS, bits, small_model, small_trainer, steps_in
 from unbroken.checkpoint import EXIT_STOPPED, Checkpointer
 from unbroken.errors import ConfigError
-from unbroken.training import Callback, Silence, Trainer, TrainerConfig
+from unbroken.training import Callback, NoDisplay, Trainer, TrainerConfig
 
 
 class SaveAtStep(Callback):
@@ -58,7 +58,7 @@ def test_a_subclass_that_overrides_call_hears_of_every_hook(tmp_path):
             super().call(hook, *arguments)
 
     config = TrainerConfig(output_dir=str(tmp_path), max_steps=2, save_steps=1, eval_steps=1)
-    loss, parts = torch.nn.CrossEntropyLoss(), {"eval_dataset": PAIRS, "display": Silence()}
+    loss, parts = torch.nn.CrossEntropyLoss(), {"eval_dataset": PAIRS, "display": NoDisplay()}
     Listening(small_model(), config, PAIRS, loss_fn=loss, **parts).train()
     hooks = {name for name in vars(Callback) if name.startswith("on_")}
     assert Listening.heard == hooks
@@ -161,7 +161,7 @@ GROUP = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from small_trainers import small_trainer
-from unbroken.training import Callback, Silence, Trainer, TrainerConfig
+from unbroken.training import Callback, NoDisplay, Trainer, TrainerConfig
 
 class Stop(Callback):
     def on_micro_batch_end(self, trainer):

@@ -10,7 +10,7 @@ from scenarios import metrics, outcome, run_fresh
 from unbroken.checkpoint import Checkpointer, Clock, SavePolicy
 from unbroken.storage import MemoryStorage
 from unbroken.store import KeepEvery, KeepPolicy
-from unbroken.training import Silence, Trainer, TrainerConfig
+from unbroken.training import NoDisplay, Trainer, TrainerConfig
 
 
 class Regression:
@@ -47,7 +47,7 @@ def composer_run(folder: str, max_steps: int, save_steps: int, resume: int | str
         optimizer=optimizer,
         scheduler=torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9),
         loss_fn=nn.MSELoss(),
-        display=Silence(),
+        display=NoDisplay(),
     )
     trainer.train(resume)
 

@@ -39,7 +39,7 @@ def names_in(folder):
     }
 
 
-def ambient():
+def users_generators():
     numpy = np.random.get_state()[1].tobytes()
     return random.getstate(), numpy, torch.get_rng_state().numpy().tobytes()
 
@@ -70,11 +70,11 @@ def test_random_states_of_a_device_that_is_not_here_are_refused_before_a_change(
     saved_on_a_gpu, which
 ):
     model = nn.Linear(2, 1)
-    before = bits(model), ambient(), names_in(saved_on_a_gpu)
+    before = bits(model), users_generators(), names_in(saved_on_a_gpu)
     checkpointer = Checkpointer(saved_on_a_gpu, model=model)
     with checkpointer, pytest.raises(DifferenceError, match=r"rng\.cuda: stored 1, now 0"):
         checkpointer.resume(which)
-    assert (bits(model), ambient(), names_in(saved_on_a_gpu)) == before
+    assert (bits(model), users_generators(), names_in(saved_on_a_gpu)) == before
     allowed = Checkpointer(saved_on_a_gpu, model=model, resume=ResumePolicy(allow=["rng.cuda"]))
     with allowed:
         report = allowed.resume(which)

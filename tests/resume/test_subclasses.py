@@ -11,7 +11,7 @@ from torch import nn
 
 from small_trainers import PAIRS, small_model
 from unbroken import DifferenceError
-from unbroken.training import Silence, TrainerConfig
+from unbroken.training import NoDisplay, TrainerConfig
 
 MODULE = '''
 from unbroken import Trainer
@@ -76,7 +76,7 @@ def trained(folder: Path, steps: int, edit: tuple[str, str] = ("", ""), **settin
             output_dir=str(folder / "run"), max_steps=steps, save_steps=2, **settings
         )
         data = {"train_dataset": PAIRS, "eval_dataset": PAIRS[:8], "loss_fn": nn.CrossEntropyLoss()}
-        trainer = module.Shrinking(small_model(), config, display=Silence(), **data)
+        trainer = module.Shrinking(small_model(), config, display=NoDisplay(), **data)
         trainer.train()
     finally:
         del sys.modules["shrinking"]

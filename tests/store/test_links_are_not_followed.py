@@ -92,7 +92,7 @@ def rewind(run):
     go_on(run, 0)
 
 
-def begin_anew(run):
+def reseed_rank(run):
     go_on(run, "never")
 
 
@@ -115,7 +115,7 @@ def export(run):
 
 
 @pytest.mark.parametrize(
-    "act", [start, begin_anew, go_on_in_the_branch, make_a_branch, verify, export]
+    "act", [start, reseed_rank, go_on_in_the_branch, make_a_branch, verify, export]
 )
 @pytest.mark.parametrize("place", PLACES)
 def test_nothing_outside_is_touched(act, place, run, made, tmp_path):

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from unbroken.changes.rules import RUN_LENGTH
 from unbroken.changes.schedule_length import LENGTH_SETTINGS
 from unbroken.errors import ConfigError
-from unbroken.training import Silence, Trainer, TrainerConfig
+from unbroken.training import NoDisplay, Trainer, TrainerConfig
 from unbroken.training.config import settings
 
 BAD_VALUES = {
@@ -133,7 +133,9 @@ def test_a_model_with_complex_parameters_trains_with_the_default_optimizer(tmp_p
     config = TrainerConfig(output_dir=str(tmp_path), max_steps=1, batch_size=1)
     data = [(torch.ones(2, dtype=torch.complex64), torch.ones(1))]
     loss = lambda outputs, labels: (outputs.abs() - labels).square().mean()  # noqa: E731
-    assert Trainer(model, config, data, loss_fn=loss, display=Silence()).train().progress.step == 1
+    assert (
+        Trainer(model, config, data, loss_fn=loss, display=NoDisplay()).train().progress.step == 1
+    )
 
 
 @pytest.mark.parametrize(

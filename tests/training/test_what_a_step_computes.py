@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from scenarios import metrics
 from small_trainers import bits, small_trainer
-from unbroken.training import Callback, Silence, Trainer, TrainerConfig
+from unbroken.training import Callback, NoDisplay, Trainer, TrainerConfig
 
 IGNORED = -100
 IDS = torch.arange(24).reshape(4, 6) % 7
@@ -55,7 +55,7 @@ def test_each_label_counts_the_same_in_whatever_micro_batch_it_stands(size, more
     settings |= {"optim": "sgd", "learning_rate": 1.0, "sgd_momentum": 0.0, "weight_decay": 0.0}
     settings |= {"max_grad_norm": 0.0, "lr_scheduler_type": "constant", **more}
     config = TrainerConfig(output_dir=str(tmp_path), **settings)
-    trainer = Trainer(Bigrams(), config, TEXTS, display=Silence())
+    trainer = Trainer(Bigrams(), config, TEXTS, display=NoDisplay())
     trainer.train()
     loss, weights = by_hand()
     assert metrics(tmp_path)[0]["loss"] == pytest.approx(loss, rel=1e-6)

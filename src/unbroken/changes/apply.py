@@ -26,12 +26,12 @@ _OF_THE_METRIC = ("best", "cooldown_counter", "num_bad_epochs", "last_epoch", "_
 
 
 @dataclass(frozen=True)
-class AsBuilt:
+class InitialHyperparameters:
     """What objects were before a resume; make it with `of`.
 
     Example:
         >>> optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
-        >>> built = AsBuilt.of({"optimizer": optimizer})
+        >>> built = InitialHyperparameters.of({"optimizer": optimizer})
         >>> optimizer.param_groups[0]["lr"] = 0.5
         >>> built.set_learning_rates(optimizer)
         >>> optimizer.param_groups[0]["lr"]
@@ -44,7 +44,7 @@ class AsBuilt:
     modes: Mapping[int, dict[nn.Module, bool]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, objects: Mapping[str, object]) -> AsBuilt:
+    def of(cls, objects: Mapping[str, object]) -> InitialHyperparameters:
         """Take note of all optimizers, schedules and modules among the objects."""
         found = list(all_objects(objects))
         return cls(
@@ -201,7 +201,7 @@ NOT_LOADED = "not loaded: skip names it"
 
 
 def take_effect(
-    differences: Iterable[Difference], built: AsBuilt, objects: Mapping[str, Any]
+    differences: Iterable[Difference], built: InitialHyperparameters, objects: Mapping[str, Any]
 ) -> None:
     """Set hyperparameters, schedules and frozen parameters as this start has built them.
 
@@ -240,7 +240,7 @@ def take_effect(
 
 def apply_settings(
     differences: Iterable[Difference],
-    built: AsBuilt,
+    built: InitialHyperparameters,
     *,
     optimizer: object,
     scheduler: object,

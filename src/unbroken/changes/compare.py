@@ -14,13 +14,19 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from unbroken.capture import ParameterNames, Skip, how_cut, keep_skipped, structure_digest
-from unbroken.changes.apply import NOT_LOADED, AsBuilt, named_objects, take_effect, untrained_names
+from unbroken.changes.apply import (
+    NOT_LOADED,
+    InitialHyperparameters,
+    named_objects,
+    take_effect,
+    untrained_names,
+)
 from unbroken.changes.differences import (
     Difference,
     ExactResume,
     Rule,
+    by_severity,
     compare,
-    gravest_first,
     is_named,
     refuse_unnamed,
     unchanged,
@@ -168,7 +174,7 @@ def _known(facts: Mapping[str, Any]) -> dict[str, Any]:
 FINGERPRINT_VERSION = 1
 """Raised whenever the same thing would get other facts than before."""
 
-Examine = Callable[[Mapping[str, Any], tuple[Difference, ...]], tuple[Difference, ...]]
+DifferenceFilter = Callable[[Mapping[str, Any], tuple[Difference, ...]], tuple[Difference, ...]]
 """From the facts of a checkpoint and the differences found so far to all that matter, and what is
 the same of what it compares itself."""
 
@@ -231,7 +237,7 @@ class Comparison:
         settings: Mapping[str, Any] | None = None,
         more: Callable[[], Mapping[str, Any]] | None = None,
         policy: ResumePolicy | None = None,
-        examine: Examine | None = None,
+        examine: DifferenceFilter | None = None,
         made_by_settings: Collection[str] = (),
     ) -> None:
         self._made_by_settings = set(made_by_settings)
@@ -248,9 +254,9 @@ class Comparison:
         self.built  # noqa: B018
 
     @cached_property
-    def built(self) -> AsBuilt:
+    def built(self) -> InitialHyperparameters:
         """Optimizers, schedules and modules before the resume."""
-        return AsBuilt.of(self._objects)
+        return InitialHyperparameters.of(self._objects)
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -315,7 +321,7 @@ class Comparison:
         )
         if self._examine is not None:
             found = self._examine(stored, found)
-        return gravest_first(_unrefused(found, self._policy))
+        return by_severity(_unrefused(found, self._policy))
 
     def _of_fingerprints(
         self, before: Mapping[str, Any], now: Mapping[str, Any], *, same_software: bool

@@ -57,10 +57,10 @@ class Difference:
         """Return both values in short; of lists only what the other one has not."""
         stored, now = self.stored, self.now
         if isinstance(stored, list) and isinstance(now, list):
-            gone = [item for item in stored if item not in now]
+            removed = [item for item in stored if item not in now]
             came = [item for item in now if item not in stored]
-            if gone or came:
-                return brief(gone or "none of these"), brief(came or "none of these")
+            if removed or came:
+                return brief(removed or "none of these"), brief(came or "none of these")
         return _apart(str(stored), str(now))
 
 
@@ -99,7 +99,7 @@ def compare(
         if name in stored and differs(name, stored[name], value)
         for verdict, effect in [rule_of(name)]
     ]
-    return gravest_first(found)
+    return by_severity(found)
 
 
 def unchanged(stored: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[Difference, ...]:
@@ -113,7 +113,7 @@ def unchanged(stored: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[Differ
     return tuple(Difference(name, stored[name], now[name], "", "same") for name in same)
 
 
-def gravest_first(differences: Iterable[Difference]) -> tuple[Difference, ...]:
+def by_severity(differences: Iterable[Difference]) -> tuple[Difference, ...]:
     """Return the differences in the order that matters; equal verdicts stay as they come."""
     return tuple(sorted(differences, key=lambda difference: _GRAVITY.index(difference.verdict)))
 
@@ -159,7 +159,7 @@ def refuse_unnamed(
     Raises:
         DifferenceError: With the stored value, the value now, and how to go on.
     """
-    found = gravest_first(differences)
+    found = by_severity(differences)
     refused = [d for d in found if d.verdict == "refused"]
     inexact = {"changed", "equivalent", "not covered"}
     needs_name = inexact if exact_resume == "require" else {"changed"}

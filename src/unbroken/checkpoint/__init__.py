@@ -1,8 +1,8 @@
 """Saving and resuming a run: which objects, when, from what, and until which signal."""
 
-from unbroken.changes.apply import AsBuilt as AsBuilt
+from unbroken.changes.apply import InitialHyperparameters as InitialHyperparameters
 from unbroken.changes.compare import Comparison as Comparison
-from unbroken.changes.compare import Examine as Examine
+from unbroken.changes.compare import DifferenceFilter as DifferenceFilter
 from unbroken.changes.compare import ResumePolicy as ResumePolicy
 from unbroken.changes.compare import code_differences as code_differences
 from unbroken.changes.compare import environment_differences as environment_differences
@@ -12,8 +12,8 @@ from unbroken.changes.differences import Rule as Rule
 from unbroken.changes.differences import Verdict as Verdict
 from unbroken.changes.differences import Word as Word
 from unbroken.changes.differences import brief as brief
+from unbroken.changes.differences import by_severity as by_severity
 from unbroken.changes.differences import compare as compare
-from unbroken.changes.differences import gravest_first as gravest_first
 from unbroken.changes.differences import overall as overall
 from unbroken.changes.differences import unchanged as unchanged
 from unbroken.changes.object_facts import may_go_on as may_go_on
@@ -43,14 +43,14 @@ from unbroken.fingerprint.environment import environment_facts as environment_fa
 __all__ = [
     "ENVIRONMENT_RULES",
     "EXIT_STOPPED",
-    "AsBuilt",
     "Cadence",
     "Checkpointer",
     "Clock",
     "Comparison",
     "Difference",
+    "DifferenceFilter",
     "ExactResume",
-    "Examine",
+    "InitialHyperparameters",
     "Layout",
     "Preemption",
     "RankPolicy",
@@ -70,12 +70,12 @@ __all__ = [
     "Verdict",
     "Word",
     "brief",
+    "by_severity",
     "code_differences",
     "code_facts",
     "compare",
     "environment_differences",
     "environment_facts",
-    "gravest_first",
     "may_go_on",
     "overall",
     "read_ahead",

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from unbroken.changes.compare import Examine, ResumePolicy
+from unbroken.changes.compare import DifferenceFilter, ResumePolicy
 from unbroken.changes.differences import brief
 from unbroken.checkpoint.cadence import SavePolicy, SaveSteps
 from unbroken.checkpoint.resume.readers import ReadFrom
@@ -87,7 +87,7 @@ class RunFacts:
 
     settings: Mapping[str, Any] | None = None
     more: Callable[[], Mapping[str, Any]] | None = None
-    filter: Examine | None = None
+    filter: DifferenceFilter | None = None
     made_by_settings: Collection[str] = ()
 
     def __post_init__(self) -> None:

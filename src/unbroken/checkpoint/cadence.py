@@ -154,7 +154,7 @@ class SaveTimer:
         self._fixed = Timer(Cadence(None if steps == "auto" else steps, minutes), clock)
         self._group = group
         self._least: LeastLost | None = None
-        self._told: SaveInterval | None = None
+        self._reported: SaveInterval | None = None
         if steps == "auto" or max_lost_minutes is not None:
             most = None if max_lost_minutes is None else max_lost_minutes * 60
             given = None if mtbf_hours is None else FailureRate(mtbf_hours * 3600, "given")
@@ -193,12 +193,12 @@ class SaveTimer:
             return None
         return self._least.interval(cost)
 
-    def news(self, cost: SaveCost | None) -> dict[str, Json]:
+    def history_fields(self, cost: SaveCost | None) -> dict[str, Json]:
         """Return what the history is to be told of the interval, if that is new."""
         now = self.interval(cost)
-        if now is None or not now.is_worth_reporting(self._told):
+        if now is None or not now.is_worth_reporting(self._reported):
             return {}
-        self._told = now
+        self._reported = now
         return {"cadence": now.to_json()}
 
 

@@ -49,7 +49,7 @@ from unbroken.checkpoint.resume.selection import (
     Selection,
     Selector,
 )
-from unbroken.checkpoint.run_access import RunPlace, reader_of
+from unbroken.checkpoint.run_access import RunAccess, reader_of
 from unbroken.checkpoint.save.async_saver import AsyncSaver, SaveCost
 from unbroken.checkpoint.save.layout import Layout
 from unbroken.checkpoint.save.rank_shares import (
@@ -173,7 +173,7 @@ class Checkpointer:
         self.group = self._ranks.given_group
         unseen = self._ranks.read_from == "rank0"
         wall = self._clock.wall
-        self._place = RunPlace(self.group, directory, branch, clock=wall, unseen=unseen)
+        self._place = RunAccess(self.group, directory, branch, clock=wall, unseen=unseen)
         self.layout: Callable[[Mapping[str, object]], Layout] = Layout.of
         self.among_others = False
         self.ahead: ReadAhead | None = None
@@ -275,7 +275,7 @@ class Checkpointer:
         lines = self._look()
         if not self._lineage.is_torn:  # else an attempt before has noted what was here
             self.attributes.note()
-        with self.attributes.as_built():
+        with self.attributes.initial_values():
             self.comparison.note_what_is_here()
         agree_on_versions(self.group)
         self._others = self._facts_of_others()
@@ -437,8 +437,8 @@ class Checkpointer:
     ) -> SaveRequest:
         not_given = {NOT_GIVEN: self._not_given.facts(missing)} if missing else {}
         layout, facts = self.layout(self.objects), {**self._facts(run), **not_given, **facts}
-        news = self._timer.news(self._saver.cost)
-        return SaveRequest(step, layout, facts, self.keep, news, self._clock.wall)
+        history_fields = self._timer.history_fields(self._saver.cost)
+        return SaveRequest(step, layout, facts, self.keep, history_fields, self._clock.wall)
 
     def _look(self) -> list[str]:
         """Look for what steers the objects and was not given; from now on, at each first step."""
@@ -505,10 +505,10 @@ class Checkpointer:
         return self.comparison.uncovered(self.buckets.uncovered())
 
     def _tell_of(self, found: tuple[Difference, ...]) -> None:
-        news = tuple(one for one in found if one.path not in self._known)
-        self.comparison.refuse(self.run.storage.describe(), news)
-        self._known |= {one.path for one in news}
-        for one in news:
+        new = tuple(one for one in found if one.path not in self._known)
+        self.comparison.refuse(self.run.storage.describe(), new)
+        self._known |= {one.path for one in new}
+        for one in new:
             self._tell(str(one))
 
     def _tell(self, line: str) -> None:

@@ -143,12 +143,12 @@ class DdpBuckets:
     def are_used(self) -> None:
         """Bring back the buckets of what was built after the resume; all ranks call this."""
         modules = self._modules()
-        told = [
+        reported = [
             self._differing(n, self._waiting[n], d)
             for n, d in modules.items()
             if n in self._waiting
         ]
-        self._tell((*(one for differing in told for one in differing), *self.uncovered()))
+        self._tell((*(one for differing in reported for one in differing), *self.uncovered()))
         self._bring_back(modules)
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ RefuseBeginning = Callable[[RunDirectory, int], None]
 """Raises if a branch that begins in the state of a step would be refused."""
 
 
-class RunPlace:
+class RunAccess:
     """Where the run of a group of ranks is; opened, and locked by rank 0, when first used.
 
     Args:
@@ -113,9 +113,9 @@ class RunPlace:
             return
         failed = has_started and error is not None and not isinstance(error, SystemExit)
         if failed and self._group.rank == 0:
-            told = {"event": "failed", "at": now_as_text(self._clock), "by": type(error).__name__}
+            record = {"event": "failed", "at": now_as_text(self._clock), "by": type(error).__name__}
             with suppress(SaveError):
-                run.history.append(told)
+                run.history.append(record)
         run.close()
 
     def _open(self, selection: Selection | None, *, among_others: bool) -> RunDirectory:

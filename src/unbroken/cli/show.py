@@ -120,8 +120,8 @@ def _identity(story: Story) -> dict[str, str]:
 
 def _cadence(story: Story) -> Mapping[str, Json] | None:
     """Return how often the run was saved by itself, as it told last."""
-    told = [record["cadence"] for record in story.history if "cadence" in record]
-    return told[-1] if told and isinstance(told[-1], Mapping) else None
+    recorded = [record["cadence"] for record in story.history if "cadence" in record]
+    return recorded[-1] if recorded and isinstance(recorded[-1], Mapping) else None
 
 
 def _checkpoint_identity(story: Story, reader: CheckpointReader) -> dict[str, str]:
@@ -141,8 +141,8 @@ def _checkpoint_identity(story: Story, reader: CheckpointReader) -> dict[str, st
 
 def _covers(manifest: Manifest) -> dict[str, str]:
     """Return what a checkpoint holds, and what its training had that it does not hold."""
-    told = manifest.facts.get("covers")
-    covers = told if isinstance(told, Mapping) else {}
+    stored = manifest.facts.get("covers")
+    covers = stored if isinstance(stored, Mapping) else {}
     seen = manifest.facts.get("not_given")
     lacks = [one.get("path") for one in seen if isinstance(one, Mapping)] if _is_list(seen) else []
     prints = manifest.facts.get("fingerprint")
@@ -216,8 +216,8 @@ def _lines_of(number: int, record: Mapping[str, Any]) -> list[str]:
         parent = record.get("parent") or {}
         return [f"branched from run {parent.get('id')} at step {parent.get('step')}"]
     if event == "given up":
-        edited = ", ".join(map(str, record.get("edited") or []))
-        return [f"   gave up step {record.get('step')}: changed while copied: {edited}"]
+        modified = ", ".join(map(str, record.get("edited") or []))
+        return [f"   gave up step {record.get('step')}: changed while copied: {modified}"]
     if event == "failed":
         return [f"   failed: {record.get('by')}"]
     if event == "stopped":

@@ -29,18 +29,18 @@ _DIRECT: int = getattr(os, "O_DIRECT", 0)  # macOS and others have none
 _REFUSED = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV}
 
 
-def set_direct(fd: int, wanted: bool) -> bool:
+def set_direct(fd: int, enabled: bool) -> bool:
     """Turn the page cache off or on for a descriptor; return whether it is off now."""
     if not _DIRECT:
         return False
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     try:
-        fcntl.fcntl(fd, fcntl.F_SETFL, flags | _DIRECT if wanted else flags & ~_DIRECT)
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | _DIRECT if enabled else flags & ~_DIRECT)
     except OSError as error:
         if error.errno not in _REFUSED:
             raise
         return False
-    return wanted
+    return enabled
 
 
 def aligned_buffer(nbytes: int, *, inherited: bool = True) -> memoryview:
@@ -55,8 +55,8 @@ def aligned_buffer(nbytes: int, *, inherited: bool = True) -> memoryview:
             that is written then is copied first.
     """
     memory = mmap.mmap(-1, nbytes + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    for name, wanted in (("MADV_HUGEPAGE", True), ("MADV_DONTFORK", not inherited)):
-        if wanted and hasattr(mmap, name):
+    for name, enabled in (("MADV_HUGEPAGE", True), ("MADV_DONTFORK", not inherited)):
+        if enabled and hasattr(mmap, name):
             with contextlib.suppress(OSError):  # a system without them
                 memory.madvise(getattr(mmap, name))
     whole = memoryview(memory)

@@ -3,7 +3,7 @@
 from unbroken.training.callback import Callback as Callback
 from unbroken.training.config import TrainerConfig as TrainerConfig
 from unbroken.training.display import Display as Display
-from unbroken.training.display import Silence as Silence
+from unbroken.training.display import NoDisplay as NoDisplay
 from unbroken.training.progress import Progress as Progress
 from unbroken.training.progress import TrainResult as TrainResult
 from unbroken.training.trainer import Trainer as Trainer
@@ -11,8 +11,8 @@ from unbroken.training.trainer import Trainer as Trainer
 __all__ = [
     "Callback",
     "Display",
+    "NoDisplay",
     "Progress",
-    "Silence",
     "TrainResult",
     "Trainer",
     "TrainerConfig",

@@ -280,7 +280,7 @@ class RunCheckpoints:
         agree_on_buffers(parts.division, parts.model)
         exchange_loader_states(parts.source, parts.group)
         values, facts = state.to_save()
-        with parts.randomness.ambient(), self._deterministic():
+        with parts.randomness.users_generators(), self._deterministic():
             path = self._checkpointer.save(state.progress.step, values, facts=facts)
         self._saved, state.save_requested = state.progress, False
         self.poll()

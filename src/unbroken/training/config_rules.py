@@ -11,7 +11,7 @@ from torch import nn
 
 from unbroken.changes.rules import METRIC, NOT_USED, SCHEDULE, UPDATES
 from unbroken.changes.schedule_length import with_schedule_length
-from unbroken.checkpoint import Difference, Rule, compare, gravest_first, unchanged
+from unbroken.checkpoint import Difference, Rule, by_severity, compare, unchanged
 from unbroken.data import BatchSource
 from unbroken.distributed import Group
 from unbroken.errors import ConfigError
@@ -93,7 +93,7 @@ class Examination:
         if config.micro_batch_size == "auto":
             now["micro_batch_size"] = stored.get("micro_batch_size")  # goes on with that size
         compared = compare(_comparable(stored), _comparable(now), self._rules())
-        differences = gravest_first(self._by_both(one, stored, now) for one in compared)
+        differences = by_severity(self._by_both(one, stored, now) for one in compared)
         others = tuple(self._judged(one, stored) for one in found if not self._is_idle(one))
         same = unchanged(_comparable(stored), _comparable(now))
         if stored and self._config_made_schedule:

@@ -45,7 +45,7 @@ class Display:
         self._task: TaskID | None = None
         self._total = 0
         self._saves: SaveInterval | None = None
-        self._told: SaveInterval | None = None
+        self._reported: SaveInterval | None = None
 
     def start(self, *, total: int, step: int) -> None:
         """Begin to show the way from `step` to `total` steps."""
@@ -85,8 +85,8 @@ class Display:
     def saves(self, interval: SaveInterval, *, saved: bool) -> None:
         """Show how often the run is saved by itself: in the bar; and, changed, after a save."""
         self._saves = interval
-        if (saved or self._told is None) and interval.is_worth_reporting(self._told):
-            self._told = interval
+        if (saved or self._reported is None) and interval.is_worth_reporting(self._reported):
+            self._reported = interval
             self.note(str(interval))
 
     def advance(self, step: int) -> None:
@@ -120,7 +120,7 @@ def difference_table(differences: Iterable[Difference]) -> Table:
     return table
 
 
-class Silence(Display):
+class NoDisplay(Display):
     """A display that shows nothing."""
 
     def start(self, *, total: int, step: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from unbroken.errors import ConfigError, CorruptCheckpointError, one_of
 from unbroken.stored_names import stored_name
 from unbroken.training.config import TrainerConfig
-from unbroken.training.gradient_sums.data_parallel import Division
+from unbroken.training.gradient_sums.data_parallel import DataParallelLayout
 from unbroken.training.progress import Progress
 from unbroken.training.step.window import StepResult
 
@@ -197,7 +197,7 @@ class DataDigest:
         division: How ranks share each step.
     """
 
-    def __init__(self, statistics: Statistics, division: Division) -> None:
+    def __init__(self, statistics: Statistics, division: DataParallelLayout) -> None:
         self._statistics = statistics
         self._division = division
         self._pending: list[str] = []

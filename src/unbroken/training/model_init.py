@@ -20,7 +20,7 @@ MakeModel = Callable[[], nn.Module]
 """Makes the model anew, with its first weights drawn from PyTorch's generators."""
 
 
-class Construction:
+class DeferredModel:
     """A model that may have been made without first weights.
 
     Drawing them is most of what making a large model takes, and a resume overwrites them. Where a
@@ -88,8 +88,8 @@ class Construction:
         first = make()
         restore_rng(now)
         with torch.no_grad():
-            for live, wanted in zip(_tensors(self.model), _tensors(first), strict=True):
-                live.copy_(wanted)
+            for live, initial in zip(_tensors(self.model), _tensors(first), strict=True):
+                live.copy_(initial)
         for module, made in zip(self.model.modules(), first.modules(), strict=True):
             module.training = made.training
 

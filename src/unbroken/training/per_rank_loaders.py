@@ -11,7 +11,7 @@ from unbroken.capture import decode, encode, types_in
 from unbroken.data import BatchSource, LoaderSource, MicroBatch
 from unbroken.distributed import Group
 from unbroken.errors import CheckpointNotFoundError, DataError
-from unbroken.training.gradient_sums.data_parallel import Division
+from unbroken.training.gradient_sums.data_parallel import DataParallelLayout
 from unbroken.training.metrics import batch_digest
 
 
@@ -74,7 +74,7 @@ def _from_text(text: Any, types: Iterable[type]) -> Any:
 
 
 def check_first_step_dealing(
-    windows: Iterable[list[MicroBatch]], source: BatchSource | None, division: Division
+    windows: Iterable[list[MicroBatch]], source: BatchSource | None, division: DataParallelLayout
 ) -> Iterator[list[MicroBatch]]:
     """Yield the windows; raise before the first step if a loader does not deal as it must.
 
@@ -93,7 +93,7 @@ def check_first_step_dealing(
 
 
 def _refuse_wrong_dealing(
-    division: Division, source: LoaderSource, window: list[MicroBatch]
+    division: DataParallelLayout, source: LoaderSource, window: list[MicroBatch]
 ) -> None:
     seen = source.first_items if source.gives_samples else [micro.data for micro in window]
     digests = division.group.gather("the first batches", _digest(seen))

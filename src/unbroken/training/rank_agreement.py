@@ -10,7 +10,7 @@ from torch import nn
 
 from unbroken.distributed import Group
 from unbroken.distributed.dtensors import is_dtensor
-from unbroken.training.gradient_sums.data_parallel import Division
+from unbroken.training.gradient_sums.data_parallel import DataParallelLayout
 from unbroken.training.run_state import RunState
 
 
@@ -43,7 +43,7 @@ def agree_on_the_beginning(group: Group, model: nn.Module, max_steps: int) -> No
     group.agree(what, digest.hexdigest())
 
 
-def agree_on_buffers(division: Division, model: nn.Module) -> None:
+def agree_on_buffers(division: DataParallelLayout, model: nn.Module) -> None:
     """Raise where forward passes have changed a buffer otherwise on some rank: one is saved.
 
     Raises:

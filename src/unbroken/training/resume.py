@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from unbroken.changes.apply import apply_settings
-from unbroken.checkpoint import AsBuilt, Difference
+from unbroken.checkpoint import Difference, InitialHyperparameters
 from unbroken.fingerprint import (
     begin_data_facts,
     callable_facts,
@@ -91,7 +91,7 @@ _BESIDE_TRAINING = frozenset(
 
 
 def take_effect(
-    parts: Parts, state: RunState, built: AsBuilt, changed: Mapping[str, Difference]
+    parts: Parts, state: RunState, built: InitialHyperparameters, changed: Mapping[str, Difference]
 ) -> None:
     """Set anew what the settings make; where objects are the user's own they make nothing."""
     is_loaded = "scheduler" not in changed

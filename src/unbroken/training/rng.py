@@ -63,7 +63,7 @@ class Randomness:
             yield
 
     @contextmanager
-    def ambient(self) -> Iterator[None]:
+    def users_generators(self) -> Iterator[None]:
         """Put the ambient generators back for a while; outside of `keyed` they are there."""
         if not self._is_keyed:
             yield

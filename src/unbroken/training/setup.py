@@ -19,9 +19,9 @@ from unbroken.errors import ConfigError
 from unbroken.storage import Storage
 from unbroken.training.config import LeftOpen, TrainerConfig
 from unbroken.training.config_rules import IN_DATA
-from unbroken.training.display import Display, Silence
-from unbroken.training.gradient_sums.data_parallel import Division, without_ddp
-from unbroken.training.model_init import Construction, MakeModel
+from unbroken.training.display import Display, NoDisplay
+from unbroken.training.gradient_sums.data_parallel import DataParallelLayout, without_ddp
+from unbroken.training.model_init import DeferredModel, MakeModel
 from unbroken.training.optim import make_optimizer, make_scheduler, refuse_closures
 from unbroken.training.progress import count_steps
 from unbroken.training.rng import Randomness, seed_ambient
@@ -66,9 +66,9 @@ class Parts:
     """
 
     group: Group
-    division: Division
+    division: DataParallelLayout
     device: torch.device
-    construction: Construction
+    construction: DeferredModel
     model: nn.Module
     forward: nn.Module
     precision: Precision
@@ -109,7 +109,7 @@ def build_parts(
     """Return the parts of a Trainer, and the state that its run begins in.
 
     The order matters. A model that was made without weights gets memory only where the ranks
-    share it as `Division` has found, and an optimizer takes parameters that are on the device.
+    share it as the layout has found, and an optimizer takes parameters that are on the device.
 
     Raises:
         ConfigError: If settings and arguments do not fit together.
@@ -117,9 +117,9 @@ def build_parts(
     """
     device = pick_device(config.device, group)
     in_place = device.type == "cpu" and group.world_size == 1
-    construction = Construction(given.model, config, given.storage, reads_ahead=in_place)
+    construction = DeferredModel(given.model, config, given.storage, reads_ahead=in_place)
     model, data = without_ddp(construction.model, group), given.train_dataset
-    division = Division.of(model, group)
+    division = DataParallelLayout.of(model, group)
     config = for_ranks(for_loader(config, data, division), division)
     construction.make_room(device)
     model = model.to(device)
@@ -185,7 +185,7 @@ def joined(config: TrainerConfig | None) -> Group:
 def pick_display(display: Display | None, group: Group) -> Display:
     """Return the display; rank 0 alone has one."""
     if group.rank > 0:
-        return Silence()
+        return NoDisplay()
     return Display() if display is None else display
 
 
@@ -208,7 +208,7 @@ def pick_device(name: str, group: Group) -> torch.device:
     return device
 
 
-def for_ranks(config: TrainerConfig, division: Division) -> TrainerConfig:
+def for_ranks(config: TrainerConfig, division: DataParallelLayout) -> TrainerConfig:
     """Return the configuration with what follows from the number of ranks; check that it fits.
 
     Raises:
@@ -233,7 +233,7 @@ def for_ranks(config: TrainerConfig, division: Division) -> TrainerConfig:
     return config
 
 
-def for_loader(config: TrainerConfig, data: Any, division: Division) -> TrainerConfig:
+def for_loader(config: TrainerConfig, data: Any, division: DataParallelLayout) -> TrainerConfig:
     """Return the configuration with the batch size of a `DataLoader`, if it was left open.
 
     Raises:
@@ -279,7 +279,7 @@ def make_source(
     config: TrainerConfig,
     collate_fn: Callable[[list[Any]], Any] | None,
     on_skip: Callable[[int, int, float], None],
-    division: Division,
+    division: DataParallelLayout,
 ) -> BatchSource:
     """Return the source of training batches; `on_skip` is told what skipping costs."""
     return batch_source(

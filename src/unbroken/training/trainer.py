@@ -116,11 +116,11 @@ class Trainer:
 
     Example:
         >>> import tempfile, torch
-        >>> from unbroken.training import Silence
+        >>> from unbroken.training import NoDisplay
         >>> data = [(torch.tensor([float(i)]), torch.tensor([2.0 * i])) for i in range(8)]
         >>> config = TrainerConfig(output_dir=tempfile.mkdtemp(), max_steps=2, batch_size=4)
         >>> trainer = Trainer(
-        ...     nn.Linear(1, 1), config, data, loss_fn=nn.MSELoss(), display=Silence()
+        ...     nn.Linear(1, 1), config, data, loss_fn=nn.MSELoss(), display=NoDisplay()
         ... )
         >>> trainer.train().progress.samples
         8

@@ -7,7 +7,7 @@ import sys
 import torch
 from torch import nn
 
-from unbroken.training import Callback, Silence, Trainer, TrainerConfig
+from unbroken.training import Callback, NoDisplay, Trainer, TrainerConfig
 
 FOLDER, KILL_AT = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)
@@ -91,6 +91,6 @@ trainer = Trainer(
     collate_fn=collate,
     loss_fn=nn.CrossEntropyLoss(),
     callbacks=[Kill()],
-    display=Silence(),
+    display=NoDisplay(),
 )
 report = trainer.train().resume_report

@@ -7,7 +7,7 @@ import sys
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from unbroken.training import Callback, Silence, Trainer, TrainerConfig
+from unbroken.training import Callback, NoDisplay, Trainer, TrainerConfig
 
 FOLDER, KILL_AT = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)
@@ -37,5 +37,5 @@ config = TrainerConfig(
 )
 tokens = torch.randint(0, 32, (32, 8), generator=torch.Generator().manual_seed(7))
 data = [{"input_ids": row, "labels": row} for row in tokens]
-trainer = Trainer(model, config, data, callbacks=[Kill()], display=Silence())
+trainer = Trainer(model, config, data, callbacks=[Kill()], display=NoDisplay())
 report = trainer.train().resume_report

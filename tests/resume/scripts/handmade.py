@@ -7,7 +7,7 @@ import sys
 import torch
 from torch import nn
 
-from unbroken.training import Callback, Silence, Trainer, TrainerConfig
+from unbroken.training import Callback, NoDisplay, Trainer, TrainerConfig
 
 FOLDER, KILL_AT = sys.argv[1], int(sys.argv[2])
 PEAK = 0.9
@@ -48,6 +48,6 @@ trainer = Trainer(
     scheduler=scheduler,
     loss_fn=nn.CrossEntropyLoss(),
     callbacks=[Kill()],
-    display=Silence(),
+    display=NoDisplay(),
 )
 report = trainer.train().resume_report

@@ -13,7 +13,7 @@ from transformers import get_scheduler
 from transformers.trainer_callback import ExportableState
 
 from unbroken.adapters.transformers.position import Batching, DataPosition
-from unbroken.changes.apply import AsBuilt, apply_settings
+from unbroken.changes.apply import InitialHyperparameters, apply_settings
 from unbroken.changes.rules import (
     CADENCE,
     FORWARD,
@@ -464,7 +464,10 @@ class CurrentSettings:
         return scheduler.lr_lambdas[0]
 
     def apply(
-        self, differences: tuple[Difference, ...], objects: Mapping[str, object], built: AsBuilt
+        self,
+        differences: tuple[Difference, ...],
+        objects: Mapping[str, object],
+        built: InitialHyperparameters,
     ) -> None:
         """Set again what arguments make, over the state that was restored; moments are kept.
 

@@ -117,7 +117,11 @@ def look_at(name: str, value: Any, registered: Mapping[int, Any]) -> Look:
         registered: Ids of what is saved anyway, tensors too.
     """
     if type(value) in _ATOMS:
-        return TOLD if _passes(name, value) else Look("plain", (type(value), _exact(value)), value)
+        return (
+            TOLD
+            if _is_volatile(name, value)
+            else Look("plain", (type(value), _exact(value)), value)
+        )
     if id(value) in registered or _NEVER.fullmatch(name):
         return TOLD
     if isinstance(value, nn.Module):
@@ -145,7 +149,7 @@ def _exact(value: Any) -> Any:
     return repr(value) if isinstance(value, float | complex) else value
 
 
-def _passes(name: str, value: Any) -> bool:
+def _is_volatile(name: str, value: Any) -> bool:
     if value is None or isinstance(value, bool):
         return False
     if _NEVER.fullmatch(name):

@@ -153,7 +153,7 @@ class Attributes:
             self._built |= {f"{owner.path}.{name}": look for name, look in first.items()}
 
     @contextmanager
-    def as_built(self) -> Iterator[None]:
+    def initial_values(self) -> Iterator[None]:
         """Give objects the plain attributes of the first start in this process, for a while.
 
         A second start takes the facts that a fresh process would take.
@@ -303,24 +303,26 @@ class Attributes:
 
     # What follows is for a resume.
 
-    def differences(self, tree: Any, told: Collection[Difference] = ()) -> tuple[Difference, ...]:
+    def differences(
+        self, tree: Any, reported: Collection[Difference] = ()
+    ) -> tuple[Difference, ...]:
         """Return what of the stored attributes does not come back, and keep the others for it.
 
         Args:
             tree: What `state` returned.
-            told: What is told of this start anyway.
+            reported: What is reported of this start anyway.
         """
         stored = self._stored = _Stored.of(tree)
         owners = {owner.path: owner for owner in self._owners()}
         found = [
-            *self._of_plain(stored, owners, told),
+            *self._of_plain(stored, owners, reported),
             *self._of_tensors(stored, owners),
             *self._of_objects(stored, owners),
         ]
         return (*found, *(_uncovered(path, str(why)) for path, why in stored.lost.items()))
 
     def _of_plain(
-        self, stored: _Stored, owners: Mapping[str, Owner], told: Collection[Difference]
+        self, stored: _Stored, owners: Mapping[str, Owner], reported: Collection[Difference]
     ) -> Iterator[Difference]:
         for path, entry in [*stored.plain.items()]:
             now, was = _pair(entry)
@@ -331,7 +333,7 @@ class Attributes:
                 yield Difference(path, _shown(now), "not here", _GONE, "equivalent")
             elif here != was and not (here == _ABSENT and _owner_path(path) not in owners):
                 del stored.plain[path]
-                if here != now and not _is_told(path, told):
+                if here != now and not _is_reported(path, reported):
                     effect = f"the new value counts; training had made {_shown(now)} of the old one"
                     verdict = rule_of(path)[0]
                     yield Difference(path, _shown(was), _shown(here), effect, verdict)
@@ -638,10 +640,10 @@ def _owner_path(path: str) -> str:
     return path.rpartition(".")[0]
 
 
-def _is_told(path: str, told: Collection[Difference]) -> bool:
+def _is_reported(path: str, reported: Collection[Difference]) -> bool:
     """Return whether a difference of facts says already that a setting is another one."""
     group, name = path.partition(".")[0], path.rpartition(".")[2]
-    paths = (difference.path.split(".") for difference in told)
+    paths = (difference.path.split(".") for difference in reported)
     return any(group in parts[:2] and name in parts for parts in paths)
 
 

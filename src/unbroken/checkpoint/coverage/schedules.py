@@ -210,8 +210,8 @@ class FoundSchedules:
         kind = type(schedule).__name__
         return f"{name} ({kind}) was found on {where}: it is saved and restored with it"
 
-    def _free_name(self, wanted: str) -> str:
-        names = (wanted if number == 1 else f"{wanted}_{number}" for number in range(1, 100))
+    def _free_name(self, requested: str) -> str:
+        names = (requested if number == 1 else f"{requested}_{number}" for number in range(1, 100))
         return next(name for name in names if name not in self._objects)
 
     def facts(self) -> dict[str, Any]:
@@ -241,21 +241,21 @@ class FoundSchedules:
         """
         self._waiting, self._has_resumed = {}, True
         objects, rest = dict(self._objects), dict(tree)
-        told: list[Difference] = []
+        reported: list[Difference] = []
         for name, facts in stored.items():
             if name in skipped:
                 continue
             if name in rest and name not in objects:
                 self._waiting[name] = (_in_memory(rest.pop(name)), facts)
             elif name in rest:
-                told += _changed(facts, objects[name])
+                reported += _changed(facts, objects[name])
             if name in self.found:
                 self.found[name].ahead = facts.get("ahead", 0)
         for name in self.found:
             if name not in rest:
                 del objects[name]
-                told += [] if name in skipped else [_not_stored(name, self.found[name])]
-        return rest, objects, tuple(told)
+                reported += [] if name in skipped else [_not_stored(name, self.found[name])]
+        return rest, objects, tuple(reported)
 
     def has_resumed(self) -> None:
         """Take note of where all stand after a resume."""

@@ -69,7 +69,7 @@ class LoadersSeen:
     ) -> None:
         self.trained: list[Any] = []
         self._sign, self._trains, self._given = sign, trains, given
-        self._passes: WeakKeyDictionary[Any, _Pass] = WeakKeyDictionary()
+        self._epochs: WeakKeyDictionary[Any, _Pass] = WeakKeyDictionary()
         self._last: tuple[Any, _Pass] | None = None
         self._steps = 0
 
@@ -77,17 +77,17 @@ class LoadersSeen:
         """Take note of a batch that an iterator gives."""
         if isinstance(batches._dataset, KeyedDataset) or not self._trains():
             return
-        before, sign = self._passes.get(batches), self._sign()
+        before, sign = self._epochs.get(batches), self._sign()
         now = _Pass(sign, self._given(), self._steps)
         if before is not None and before.sign != sign and self._is_for_steps(before, now):
             self._add(batches._dataset)
         now.idle = before is not None and before.sign == sign
-        self._passes[batches] = now
+        self._epochs[batches] = now
         self._last = (batches._dataset, now)
 
     def ended(self, batches: Any) -> None:
         """Take note that an iterator has no more batches."""
-        last = self._passes.pop(batches, None)
+        last = self._epochs.pop(batches, None)
         if last is None:
             return
         now = _Pass(self._sign(), self._given(), self._steps)

@@ -15,7 +15,7 @@ from typing import Any
 
 import xxhash
 
-from unbroken.changes.differences import Difference, gravest_first
+from unbroken.changes.differences import Difference, by_severity
 from unbroken.distributed import Group, disagreement, name_ranks
 from unbroken.errors import RankError
 from unbroken.fingerprint.environment import environment_facts
@@ -132,7 +132,7 @@ def facts_of_rank(
     return found
 
 
-def told_by_rank_0(group: Group, own: tuple[Difference, ...]) -> tuple[Difference, ...]:
+def from_rank_0(group: Group, own: tuple[Difference, ...]) -> tuple[Difference, ...]:
     """Return what rank 0 is to tell: its own differences, and what it takes others alone to see.
 
     Another processor, say, may be that of one rank. On other ranks than 0, their own.
@@ -143,7 +143,7 @@ def told_by_rank_0(group: Group, own: tuple[Difference, ...]) -> tuple[Differenc
 
     Example:
         >>> from unbroken.distributed import SingleProcess
-        >>> told_by_rank_0(SingleProcess(), ())
+        >>> from_rank_0(SingleProcess(), ())
         ()
     """
     if group.world_size == 1:
@@ -156,9 +156,11 @@ def told_by_rank_0(group: Group, own: tuple[Difference, ...]) -> tuple[Differenc
     for rank, others in enumerate(ranks):
         for path, stored, now, effect, verdict in others:
             if verdict != "harmless" and all(path != one.path for one in own):
-                told = Difference(path, stored, now, f"{effect} ({name_ranks([rank])})", verdict)
-                more.setdefault(path, told)
-    return gravest_first((*own, *more.values()))
+                reported = Difference(
+                    path, stored, now, f"{effect} ({name_ranks([rank])})", verdict
+                )
+                more.setdefault(path, reported)
+    return by_severity((*own, *more.values()))
 
 
 def _others(first: Any, own: Any, keys: tuple[str, ...]) -> Iterator[Other]:

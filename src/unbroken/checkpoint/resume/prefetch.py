@@ -91,8 +91,8 @@ class ReadAhead:
             for path, tensor in self._reader.manifest.tensors.items():
                 if path.partition(".")[0] in self._objects and tensor.is_whole and tensor.nbytes:
                     self._rooms[path] = _room(tensor.nbytes)
-            wanted = [(path, None, byte_view(room)) for path, room in self._rooms.items()]
-            self._reader.read_boxes_into(wanted)
+            requested = [(path, None, byte_view(room)) for path, room in self._rooms.items()]
+            self._reader.read_boxes_into(requested)
             self._is_whole = True
 
 
@@ -118,9 +118,9 @@ class PartlyRead:
         """Fill `buffer` with the verified bytes of a part of a leaf."""
         self._found.read_box_into(path, offsets, shape, buffer)
 
-    def read_boxes_into(self, wanted: Iterable[tuple[str, Box | None, memoryview]], /) -> None:
+    def read_boxes_into(self, requested: Iterable[tuple[str, Box | None, memoryview]], /) -> None:
         """Fill many buffers, several at once."""
-        self._found.read_boxes_into(wanted)
+        self._found.read_boxes_into(requested)
 
 
 def read_ahead(

@@ -27,7 +27,7 @@ _ANYWHERE = ("rng", "values", NAME, MODES)
 """What a rank can go on without having had it: generators are seeded anew, others are rank 0's."""
 
 
-def own_state(
+def state_of_rank(
     tree: Mapping[str, Any],
     manifest: Manifest,
     group: Group,
@@ -71,14 +71,14 @@ def own_state(
         left = [name for name in names if name not in movable]
         _refuse_what_cannot_move(left, saved, group.world_size, may_choose=may_choose)
         differing = tuple(_of_other_ranks(names, saved, group.world_size))
-    begins_anew = rank >= saved and "rng" in names
+    reseeds_rank = rank >= saved and "rng" in names
     if alike:
         first = load_tensors({name: tree[name] for name in names})
         found = [first, *(load_tensors(_own_tree(read, other)) for other in range(1, saved))]
         own = found[rank] if rank < saved else first
     else:
         own = _own_tree(read, rank) if 0 < rank < saved else tree
-    return {name: own[name] for name in names if name in own}, begins_anew, differing
+    return {name: own[name] for name in names if name in own}, reseeds_rank, differing
 
 
 def ranks_with_own_state(manifest: Manifest) -> int:
@@ -102,7 +102,7 @@ def with_own_modes(tree: dict[str, Any]) -> dict[str, Any]:
     return {name: with_modes(value, modes, name) for name, value in tree.items()} if modes else tree
 
 
-def begin_anew(rng: Mapping[str, Any], rank: int) -> None:
+def reseed_rank(rng: Mapping[str, Any], rank: int) -> None:
     """Seed the global generators of a rank that had none, from those of rank 0."""
     seed = int(state_digest(rng)[:15], 16) ^ rank
     random.seed(seed)

@@ -23,15 +23,15 @@ from unbroken.capture import (
     types_in,
 )
 from unbroken.changes.compare import Comparison
-from unbroken.changes.differences import Difference, gravest_first
+from unbroken.changes.differences import Difference, by_severity
 from unbroken.changes.report import ResumeReport
 from unbroken.checkpoint.coverage.attributes import NAME, Attributes
 from unbroken.checkpoint.coverage.schedules import FoundSchedules
 from unbroken.checkpoint.coverage.unregistered import of_checkpoint
 from unbroken.checkpoint.ddp_buckets import DdpBuckets
-from unbroken.checkpoint.resume.agreement import facts_of_rank, told_by_rank_0
+from unbroken.checkpoint.resume.agreement import facts_of_rank, from_rank_0
 from unbroken.checkpoint.resume.prefetch import ReadAhead
-from unbroken.checkpoint.resume.rank_state import begin_anew, own_state, with_own_modes
+from unbroken.checkpoint.resume.rank_state import reseed_rank, state_of_rank, with_own_modes
 from unbroken.checkpoint.resume.readers import Readers, ReadFrom, Source
 from unbroken.checkpoint.resume.selection import (
     Candidate,
@@ -168,7 +168,7 @@ class Resumption:
         self._of_other_ranks: tuple[Difference, ...] = ()
         self._read_from = read_from
         self._clock = clock
-        self._begins_anew = False
+        self._reseeds_rank = False
         self._is_beginning = False
         self._notes = notes
         self._objects = objects
@@ -182,7 +182,7 @@ class Resumption:
         self._growth = Growth(objects)
         self._unfinished = unfinished
         self._differences: tuple[Difference, ...] = ()
-        self._told: tuple[Difference, ...] = ()
+        self._agreed: tuple[Difference, ...] = ()
         self._same: tuple[Difference, ...] = ()
 
     def start(self, candidate: Candidate, *, passes_over: bool) -> Resumed:
@@ -219,7 +219,7 @@ class Resumption:
     ) -> ResumeReport:
         """Let rank 0 clear the way; every rank has its own differences."""
         group = self._group
-        self._told = told_by_rank_0(group, self._differences)
+        self._agreed = from_rank_0(group, self._differences)
 
         def begin() -> ResumeReport | None:
             with as_directory_error(self._run.storage):
@@ -304,8 +304,8 @@ class Resumption:
         if self._comparison is not None:
             self._comparison.take_effect(self._differences)
         restore_rng(found.rng)
-        if self._begins_anew:
-            begin_anew(found.rng, self._group.rank)
+        if self._reseeds_rank:
+            reseed_rank(found.rng, self._group.rank)
         found.reader.check_rest()
         self.is_torn = False
         self._values = found.values
@@ -321,11 +321,11 @@ class Resumption:
         known = facts.get("found")
         skipped = () if self._comparison is None else self._comparison.skipped
         fit = self._found.fit(tree, known if isinstance(known, Mapping) else {}, skipped)
-        tree, objects, told = fit
+        tree, objects, differences = fit
         missing = of_checkpoint(facts)
         self._given_since = [name for name in objects if missing and name not in tree]
         objects = {name: one for name, one in objects.items() if name not in self._given_since}
-        return tree, objects, (*told, *missing)
+        return tree, objects, (*differences, *missing)
 
     def _is_as_built(self, reader: Source, path: str) -> bool:
         """Tell whether an object was built as the one was that made the checkpoint."""
@@ -351,12 +351,12 @@ class Resumption:
         count = len(found)
         found = tuple(row for row in found if not self._is_of_what_was_given_since(row))
         rows = rows[count:]
-        told = {row.path for row in found}
-        found = gravest_first((*found, *(one for one in more if one.path not in told)))
+        reported = {row.path for row in found}
+        found = by_severity((*found, *(one for one in more if one.path not in reported)))
         if self._attributes is not None:
             moved_on = self._attributes.differences(moved, found)
-            found = gravest_first((*found, *moved_on))
-        found = gravest_first((*found, *comparison.came_or_went(tree)))
+            found = by_severity((*found, *moved_on))
+        found = by_severity((*found, *comparison.came_or_went(tree)))
         is_here = reader.storage is self._run.storage
         own = is_here and reader.manifest.run_id == self._run.run_id  # not its parent's
         own = own and not self._is_beginning
@@ -382,9 +382,9 @@ class Resumption:
         if not {"rng", "values"} <= tree.keys():
             expected, found = "rng and values among them", sorted(map(str, tree))
             raise CorruptCheckpointError(reader.folder, STATE_FILE, expected=expected, found=found)
-        wanted = {n: v for n, v in tree.items() if n in _BESIDE or n in self._objects}
-        own, self._begins_anew, self._of_other_ranks = own_state(
-            wanted,
+        requested = {n: v for n, v in tree.items() if n in _BESIDE or n in self._objects}
+        own, self._reseeds_rank, self._of_other_ranks = state_of_rank(
+            requested,
             reader.manifest,
             self._group,
             self._per_rank,
@@ -434,7 +434,7 @@ class Resumption:
             rejected=rejected,
             set_aside=moved,
             previous_owner=self._run.previous_owner,
-            differences=self._told,
+            differences=self._agreed,
             same=self._same,
             notes=(*self._notes, *notes),
         )
@@ -464,19 +464,19 @@ class Resumption:
     def _cut_metrics(self, nbytes: int, step: int, *, keep_copy: bool) -> tuple[str, ...]:
         """Cut metrics.jsonl back to what it was at the checkpoint."""
         metrics = self._run.metrics
-        told: tuple[str, ...] = ()
+        notes: tuple[str, ...] = ()
         if not metrics.ends_at(nbytes):  # somebody has shortened, edited or removed it
             was = f"{nbytes} bytes then, {metrics.nbytes} now"
             what = f"metrics.jsonl is not what it was when the checkpoint was saved ({was})"
-            told = (f"{what}: the run goes on with the lines that are left",)
+            notes = (f"{what}: the run goes on with the lines that are left",)
             nbytes, keep_copy = metrics.end_before(lambda line: _is_after(step, line)), True
         if metrics.nbytes == nbytes:
-            return told
+            return notes
         copy = self._run.set_aside_metrics() if keep_copy else None
         metrics.cut(nbytes)
         if copy is None:
-            return told
-        return (*told, f"set aside: the old metrics.jsonl is now {copy}")
+            return notes
+        return (*notes, f"set aside: the old metrics.jsonl is now {copy}")
 
 
 def _is_after(step: int, line: Mapping[str, Json]) -> bool:

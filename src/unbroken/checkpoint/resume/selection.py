@@ -266,7 +266,7 @@ class Candidates:
         facts, damaged = self._newest
         saved = ("saved", "adopted")
         return facts is not None or (
-            damaged and any(one.get("event") in saved for one in self._told())
+            damaged and any(one.get("event") in saved for one in self._records())
         )
 
     @cached_property
@@ -283,7 +283,7 @@ class Candidates:
                 return reader.manifest.facts, damaged
         return None, damaged
 
-    def _told(self) -> Iterator[Mapping[str, Any]]:
+    def _records(self) -> Iterator[Mapping[str, Any]]:
         return iter(()) if self._history is None else self._history.records(past_damage=True)
 
     def _began_in(self, selection: Selection) -> bool:
@@ -298,7 +298,7 @@ class Candidates:
             return bool(names & known) or (
                 isinstance(state, str) and state == state_of(selection.path, self._foreign)
             )
-        starts = [one for one in self._told() if one.get("event") in ("started", "adopted")]
+        starts = [one for one in self._records() if one.get("event") in ("started", "adopted")]
         return bool(starts) and starts[-1].get("from", starts[-1].get("checkpoint")) in names
 
     def _is_here(self, path: Path) -> bool:
@@ -640,9 +640,9 @@ def open_branch(
     step, rejected = _beginning(left, name, selection)
     run = branch(left, name, step=step, clock=clock)
     begin = step if run.parent is None else run.parent.step
-    told = [f"branch {name} of {_short(left.storage.describe())} at step {begin}"]
-    told += [f"not used: {item.folder}: {item.reason}" for item in rejected]
-    return run, tuple(told)
+    notes = [f"branch {name} of {_short(left.storage.describe())} at step {begin}"]
+    notes += [f"not used: {item.folder}: {item.reason}" for item in rejected]
+    return run, tuple(notes)
 
 
 def beginning_of(parent: RunDirectory, name: str, selection: Selection) -> int | None:

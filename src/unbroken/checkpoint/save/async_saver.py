@@ -362,8 +362,8 @@ class AsyncSaver:
             return
         self._unstable.update(modified)
         if self._group.rank == 0:
-            edited = [*modified[:_IN_HISTORY]]
-            session.note_in_history({"event": "given up", "step": session.step, "edited": edited})
+            named = [*modified[:_IN_HISTORY]]
+            session.note_in_history({"event": "given up", "step": session.step, "edited": named})
         self.must_repeat = True
 
     def wait(self, *, hurried: bool = False) -> None:

@@ -36,11 +36,11 @@ class Experiment:
     question: str
     device: str
     yes: bool
-    wanted: bool | None
+    expected: bool | None
 
     def findings(self) -> Iterator[Finding]:
         """Yield what follows from the answer."""
-        if self.wanted is None or self.yes == self.wanted:
+        if self.expected is None or self.yes == self.expected:
             return
         yield Finding(
             "breaks",
@@ -124,11 +124,11 @@ def run_experiments(
     answers = []
     for device in devices:
         here = [train(device) for _ in range(2)]
-        answers.append(Experiment("the same bits twice", device, len({*here}) == 1, wanted=True))
+        answers.append(Experiment("the same bits twice", device, len({*here}) == 1, expected=True))
         if thorough:
             all_of_them = {*here, train_afresh(device), train_afresh(device)}
             question = "the same bits in two other processes"
-            answers.append(Experiment(question, device, len(all_of_them) == 1, wanted=True))
+            answers.append(Experiment(question, device, len(all_of_them) == 1, expected=True))
     return [*answers, *_threads(train, cores)]
 
 
@@ -145,4 +145,4 @@ def _threads(train: Train, cores: int) -> Iterator[Experiment]:
     finally:
         torch.set_num_threads(threads)
     question = f"depends on the number of threads (1 or {others})"
-    yield Experiment(question, "cpu", alone != together, wanted=None)
+    yield Experiment(question, "cpu", alone != together, expected=None)

@@ -26,12 +26,12 @@ class Finding:
     remedy: str
 
 
-def gravest_first(findings: list[Finding]) -> list[Finding]:
+def by_severity(findings: list[Finding]) -> list[Finding]:
     """Return the findings by severity; equal ones stay as they come.
 
     Example:
         >>> found = [Finding("note", "a", "", ""), Finding("breaks", "b", "", "")]
-        >>> [finding.what for finding in gravest_first(found)]
+        >>> [finding.what for finding in by_severity(found)]
         ['b', 'a']
     """
     order = ("breaks", "risk", "note")

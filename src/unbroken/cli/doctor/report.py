@@ -14,7 +14,7 @@ from unbroken.checkpoint import environment_facts
 from unbroken.cli.doctor.checks import Machine, check_switches
 from unbroken.cli.doctor.experiment import Experiment, run_experiments
 from unbroken.cli.doctor.filesystem import Disk, check_disk
-from unbroken.cli.doctor.finding import Finding, gravest_first
+from unbroken.cli.doctor.finding import Finding, by_severity
 from unbroken.cli.tables import (
     make_console,
     make_facts,
@@ -91,7 +91,7 @@ def _diagnose(path: str | None, *, thorough: bool) -> Diagnosis:
     answers = run_experiments(cores=cores, thorough=thorough)
     findings = [finding for answer in answers for finding in answer.findings()]
     findings += [*check_switches(facts), *([] if disk is None else disk.findings)]
-    return Diagnosis(facts, disk, answers, gravest_first([*findings, *machine.check()]))
+    return Diagnosis(facts, disk, answers, by_severity([*findings, *machine.check()]))
 
 
 def _print(console: Console, diagnosis: Diagnosis) -> None:
@@ -134,8 +134,8 @@ def _sections(facts: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     return {**sections, _SWITCHES: rest}
 
 
-def _fits(name: str, wanted: str) -> bool:
-    return name.startswith(wanted) if wanted.endswith(".") else name == wanted
+def _fits(name: str, expected: str) -> bool:
+    return name.startswith(expected) if expected.endswith(".") else name == expected
 
 
 def _text(name: str, value: Any) -> str:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Division:
+class DataParallelLayout:
     """Which ranks take which part of a step's data.
 
     Ranks that hold one model together by tensor parallelism take the same part; for sums over
@@ -39,7 +39,7 @@ class Division:
 
     Example:
         >>> from unbroken.distributed import SingleProcess
-        >>> Division.of(nn.Linear(1, 1), SingleProcess()).parts
+        >>> DataParallelLayout.of(nn.Linear(1, 1), SingleProcess()).parts
         1
     """
 
@@ -52,7 +52,7 @@ class Division:
     is_sharded: bool = False
 
     @classmethod
-    def of(cls, model: nn.Module, group: Group) -> Division:
+    def of(cls, model: nn.Module, group: Group) -> DataParallelLayout:
         """Return how the ranks share a model, as its meshes tell.
 
         Raises:
@@ -68,7 +68,7 @@ class Division:
         if meshes:
             mesh = _only(list(meshes), "parallelize_module")
             _refuse_other_ranks(mesh, group)
-            return _beside(mesh, group)
+            return _with_group(mesh, group)
         ranks = group.world_size
         return cls(group, group.rank, ranks, tuple(range(ranks)))
 
@@ -121,23 +121,23 @@ def _only(meshes: list[DeviceMesh], by: str) -> DeviceMesh:
     return meshes[0]
 
 
-def _along(mesh: DeviceMesh, group: Group, *, by_fsdp: bool) -> Division:
+def _along(mesh: DeviceMesh, group: Group, *, by_fsdp: bool) -> DataParallelLayout:
     """Return the division along a mesh: each of its ranks takes a part of its own."""
     part = mesh.mesh.flatten().tolist().index(group.rank)
     replicas = None
     if not by_fsdp:
         replicas = (mesh if mesh.ndim == 1 else mesh._flatten()).get_group()  # noqa: SLF001
     takes = _taken(group, part)
-    return Division(group, part, mesh.size(), takes, replicas, by_fsdp, is_sharded=True)
+    return DataParallelLayout(group, part, mesh.size(), takes, replicas, by_fsdp, is_sharded=True)
 
 
-def _beside(mesh: DeviceMesh, group: Group) -> Division:
+def _with_group(mesh: DeviceMesh, group: Group) -> DataParallelLayout:
     """Return the division along the dimensions that tensor parallelism left over."""
     root = mesh._get_root_mesh()  # noqa: SLF001 (not public)
     over = tuple(n for n in root.mesh_dim_names or () if n not in (mesh.mesh_dim_names or ()))
     if over:
         return _along(root[over], group, by_fsdp=False)
-    return Division(group, 0, 1, _taken(group, 0), is_sharded=True)
+    return DataParallelLayout(group, 0, 1, _taken(group, 0), is_sharded=True)
 
 
 def _refuse_other_ranks(mesh: DeviceMesh, group: Group) -> None:

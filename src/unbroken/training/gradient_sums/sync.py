@@ -13,7 +13,7 @@ from unbroken.distributed import RankSums
 from unbroken.distributed.dtensors import fsdp_modules, is_dtensor
 from unbroken.errors import ConfigError
 from unbroken.training.config import TrainerConfig
-from unbroken.training.gradient_sums.data_parallel import Division
+from unbroken.training.gradient_sums.data_parallel import DataParallelLayout
 from unbroken.training.gradient_sums.lanes import LaneReducer
 
 
@@ -70,7 +70,7 @@ class FsdpReducer:
         lanes: 1: FSDP adds gradients in its own order.
     """
 
-    def __init__(self, model: nn.Module, division: Division) -> None:
+    def __init__(self, model: nn.Module, division: DataParallelLayout) -> None:
         self.lanes = 1
         self._modules = fsdp_modules(model)
         self._division = division
@@ -104,7 +104,9 @@ class FsdpReducer:
             module.set_requires_gradient_sync(now, recurse=False)
 
 
-def gradient_sync_for(model: nn.Module, config: TrainerConfig, division: Division) -> GradientSync:
+def gradient_sync_for(
+    model: nn.Module, config: TrainerConfig, division: DataParallelLayout
+) -> GradientSync:
     """Return what sums the gradients of a model as it is shared.
 
     Raises:

@@ -13,7 +13,7 @@ from unbroken.data import MicroBatch
 from unbroken.distributed.dtensors import whole
 from unbroken.errors import CorruptCheckpointError, DataError
 from unbroken.stored_names import stored_name
-from unbroken.training.gradient_sums.data_parallel import Division
+from unbroken.training.gradient_sums.data_parallel import DataParallelLayout
 from unbroken.training.step.forward import tokens_of, weight_of
 
 
@@ -33,7 +33,7 @@ class Window:
         tokens: Tokens in the step, of all ranks.
     """
 
-    def __init__(self, model: nn.Module, division: Division) -> None:
+    def __init__(self, model: nn.Module, division: DataParallelLayout) -> None:
         self.loss: Tensor | None = None
         self._model = model
         self._weight = 0
