@@ -73,8 +73,11 @@ class Arm(Callback):
     """Makes rank 0's disk notice the phases, from the step on whose save is meant."""
 
     def on_step_end(self, trainer) -> None:
+        if trainer.progress.step != AT:
+            return
+        trainer.checkpointer.wait()  # the save before is over, on a slow machine too
         storage = trainer.checkpointer.run.storage
-        if trainer.progress.step == AT and isinstance(storage, PhaseStorage):
+        if isinstance(storage, PhaseStorage):
             storage.is_armed = True
             storage.reach("before stage")
 

@@ -28,7 +28,7 @@ class Randomness:
         >>> before = torch.get_rng_state()
         >>> with randomness.keyed():
         ...     randomness.seed(7)
-        ...     with randomness.ambient():
+        ...     with randomness.users_generators():
         ...         bool((torch.get_rng_state() == before).all())
         True
     """
