@@ -79,7 +79,7 @@ def test_saving_and_resuming_half_a_gigabyte_takes_at_most_64_mib_and_one_tensor
 @pytest.mark.parametrize("mode", ["async", "overlap"])
 def test_saving_beside_the_training_takes_one_copy_of_what_is_saved(mode, tmp_path):
     found, state = measured(tmp_path, mode), 3 * 64 * MIB
-    assert found < state + 32 * MIB
+    assert found < 1.5 * state  # a busy machine counts some 60 MB more; a second copy would be 2.0
     assert found > 0.9 * state  # it is a copy, and is seen
 
 
