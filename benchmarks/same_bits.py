@@ -200,7 +200,7 @@ def loop(folder: str, **options: Any) -> Ended:
     with Checkpointer(folder, save_steps=3, average=average, **objects, **options) as checkpointer:
         report = checkpointer.resume()
         step = report.step
-        for batch in data.from_():
+        for batch in data.iterate():
             x, y = batch.data
             (nn.functional.cross_entropy(model(x), y) + 0.01 * torch.randn(())).backward()
             end_if_asked(step + 1)

@@ -193,7 +193,7 @@ def of_a_loop(folder: Path) -> Any:
         objects = {"model": model, "optimizer": optimizer, "data": data}
         with Checkpointer(folder, **objects, resume=meant, settings={"rate": rate}) as checkpointer:
             report = checkpointer.resume()
-            for step, micro in enumerate(data.from_(), start=report.step + 1):
+            for step, micro in enumerate(data.iterate(), start=report.step + 1):
                 torch.nn.functional.cross_entropy(model(micro.data[0]), micro.data[1]).backward()
                 optimizer.step()
                 schedule.step()

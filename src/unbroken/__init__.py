@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from unbroken.errors import ConfigError as ConfigError
     from unbroken.errors import CorruptCheckpointError as CorruptCheckpointError
     from unbroken.errors import DataError as DataError
-    from unbroken.errors import DeviceMemoryError as DeviceMemoryError
     from unbroken.errors import DifferenceError as DifferenceError
     from unbroken.errors import LockHeldError as LockHeldError
     from unbroken.errors import NewerFormatError as NewerFormatError
+    from unbroken.errors import OutOfMemoryError as OutOfMemoryError
     from unbroken.errors import RankError as RankError
     from unbroken.errors import RankTimeoutError as RankTimeoutError
     from unbroken.errors import RunDirectoryError as RunDirectoryError
@@ -71,10 +71,10 @@ _HOMES = {
         "ConfigError",
         "CorruptCheckpointError",
         "DataError",
-        "DeviceMemoryError",
         "DifferenceError",
         "LockHeldError",
         "NewerFormatError",
+        "OutOfMemoryError",
         "RankError",
         "RankTimeoutError",
         "RunDirectoryError",

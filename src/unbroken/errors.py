@@ -7,7 +7,7 @@
     ├── RunDirectoryError (OSError)           choose another run directory, or repair this one
     │   └── LockHeldError                     stop the other process first
     ├── SaveError (OSError)                   make room or repair the disk; nothing saved is lost
-    ├── DeviceMemoryError (RuntimeError)      choose a smaller micro-batch
+    ├── OutOfMemoryError (RuntimeError)       choose a smaller micro-batch
     ├── RankError (RuntimeError)              see the rank that it names: it failed or disagrees
     │   └── RankTimeoutError (TimeoutError)   see the rank that it names: it did not answer
     └── CheckpointError
@@ -191,7 +191,7 @@ class SaveError(UnbrokenError, OSError):
     exit_code: ClassVar[int] = 7
 
 
-class DeviceMemoryError(UnbrokenError, RuntimeError):
+class OutOfMemoryError(UnbrokenError, RuntimeError):
     """A step does not fit into the memory of the device; the run is as it was before the step."""
 
     exit_code: ClassVar[int] = 14

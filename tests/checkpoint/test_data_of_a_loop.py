@@ -73,7 +73,7 @@ def train(folder, data, steps: int, collate=None, policy=None, wrap=True) -> Res
         data = batch_source(data, seed=0, global_batch_size=4, collate_fn=collate)
     with Checkpointer(folder, resume=policy, model=model, optimizer=optimizer, data=data) as saver:
         report = saver.resume()
-        for step, batch in enumerate(data.from_() if wrap else data, report.step):
+        for step, batch in enumerate(data.iterate() if wrap else data, report.step):
             if step >= steps:
                 break
             model(batch.data if wrap else batch).square().mean().backward()

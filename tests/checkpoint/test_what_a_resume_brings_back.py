@@ -59,7 +59,7 @@ def test_a_batch_that_nothing_was_trained_on_yet_may_be_handed_out_at_a_save(tmp
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     with Checkpointer(tmp_path, model=net, optimizer=optimizer, data=data) as checkpointer:
         checkpointer.resume()
-        batches = data.from_()
+        batches = data.iterate()
         for step in (0, 1, 2):
             batch = next(batches)
             for _ in range(2):  # a signal may ask for it once more

@@ -75,7 +75,7 @@ def source_of(data, *, size: int = 8, micro: int = 4, seed: int = 42, **options)
 
 def read(source: BatchSource, count: int) -> list[MicroBatch]:
     """The next micro-batches from the source's position on, all used."""
-    batches = list(islice(source.from_(), count))
+    batches = list(islice(source.iterate(), count))
     for micro in batches:
         source.used(micro)
     source.close()

@@ -41,7 +41,9 @@ class Delegating:
 
 
 def batches(data, count: int = 8) -> list:
-    found = zip(range(count), batch_source(data, seed=1, global_batch_size=2).from_(), strict=False)
+    found = zip(
+        range(count), batch_source(data, seed=1, global_batch_size=2).iterate(), strict=False
+    )
     return [micro.data.tolist() for _, micro in found]
 
 

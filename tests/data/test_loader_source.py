@@ -96,7 +96,7 @@ class LiveState(StatefulLoader):
 def test_a_loader_may_go_on_changing_the_state_that_it_gave():
     whole = bytes_of(read(source_of(LiveState(22, 4)), 12))
     first, again = source_of(LiveState(22, 4)), source_of(LiveState(22, 4))
-    batches = first.from_()
+    batches = first.iterate()
     head = [next(batches), next(batches)]
     for micro in head:
         first.used(micro)
@@ -115,7 +115,7 @@ def test_a_loader_is_told_its_epoch():
 
 def test_batches_read_ahead_do_not_move_a_stateful_loader():
     source = source_of(StatefulLoader(22, 4))
-    batches = source.from_()
+    batches = source.iterate()
     first = next(batches)
     source.used(first)
     next(batches)
@@ -141,7 +141,7 @@ def test_drop_last_leaves_out_the_samples_that_fill_no_micro_batch():
 def test_a_pending_window_is_remembered():
     source = source_of(shuffling_loader(), size=12)
     read(source, 2)
-    assert source.left_in_step() == 1
+    assert source.micro_batches_left() == 1
 
 
 def test_the_length_of_an_epoch_is_told_where_it_is_known():
@@ -253,7 +253,7 @@ def test_an_epoch_that_became_shorter_is_an_error():
     read(source, 7)
     shorter.load_state_dict(source.state_dict())
     with pytest.raises(DataError, match="expected at least 7 items, found 5"):
-        next(shorter.from_())
+        next(shorter.iterate())
 
 
 @pytest.mark.parametrize(

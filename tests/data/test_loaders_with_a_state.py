@@ -212,5 +212,5 @@ def test_a_state_that_leads_to_another_batch_is_refused_by_both_digests(name):
         r"item (2|11) of epoch 0, from its own state: .*expected digest \w{16}, found digest \w{16}"
     )
     with pytest.raises(DataError, match=what) as caught:
-        next(again.from_())
+        next(again.iterate())
     assert "whose epoch is read again" in caught.value.hint

@@ -71,7 +71,7 @@ def test_it_continues_from_its_state_inside_an_accumulation_window(uninterrupted
     source, again = (source_of(NoisyDataset(N), size=G) for _ in range(2))
     head = read(source, 6)
     again.load_state_dict(source.state_dict())
-    assert again.left_in_step() == 2
+    assert again.micro_batches_left() == 2
     assert bytes_of(head) + bytes_of(read(again, 18)) == uninterrupted
 
 
@@ -82,7 +82,7 @@ def test_steps_of_another_size_are_counted_from_where_they_began_at_every_later_
     for _ in range(3):
         source = source_of(range(N), size=size, may_change=["global_batch_size"])
         source.load_state_dict(states[-1])
-        assert source.left_in_step() == 3
+        assert source.micro_batches_left() == 3
         read(source, 3)
         states.append(source.state_dict())
     assert [state["samples"] for state in states] == [8, 20, 32, 44]
@@ -95,7 +95,7 @@ def test_a_window_begun_on_one_rank_is_finished_on_two(uninterrupted):
 
 def test_batches_read_ahead_do_not_move_the_position():
     source = source_of(NoisyDataset(N), num_workers=2)
-    first, *_ = islice(source.from_(), 5)
+    first, *_ = islice(source.iterate(), 5)
     source.used(first)
     source.close()
     assert source.state_dict()["samples"] == 4
@@ -182,14 +182,14 @@ def broken_collator(samples):
 def test_an_error_in_the_data_names_the_samples(data, collate_fn, told, workers):
     source = source_of(data, shuffle=False, num_workers=workers, collate_fn=collate_fn)
     with pytest.raises(LookupError) as caught:
-        next(source.from_())
+        next(source.iterate())
     assert told in "".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
 
 
 def test_close_shuts_the_workers_down():
     before = set(multiprocessing.active_children())
     source = source_of(NoisyDataset(N), num_workers=2)
-    next(source.from_())
+    next(source.iterate())
     assert len(set(multiprocessing.active_children()) - before) == 2
     source.close()
     assert set(multiprocessing.active_children()) <= before
@@ -198,7 +198,7 @@ def test_close_shuts_the_workers_down():
 def test_workers_end_when_one_of_them_fails():
     before = set(multiprocessing.active_children())
     with pytest.raises(LookupError) as caught:
-        next(source_of(Broken(N), num_workers=2).from_())
+        next(source_of(Broken(N), num_workers=2).iterate())
     assert set(multiprocessing.active_children()) <= before
     assert caught.value.__traceback__ is not None  # while the error is still held
 
@@ -210,9 +210,9 @@ def test_workers_that_are_spawned_read_the_same(uninterrupted):
 
 def test_reading_anew_ends_the_pass_before():
     source = source_of(NoisyDataset(N))
-    old = source.from_()
+    old = source.iterate()
     next(old)
-    source.from_()
+    source.iterate()
     assert list(old) == []
 
 

@@ -140,14 +140,14 @@ def test_data_of_their_own_generator_are_exact_in_the_first_epoch_and_refused_in
     later = source_of(make(lines))
     later.load_state_dict(state)
     with pytest.raises(DataError, match=r"epoch 1.*expected digest \w{16}, found digest \w{16}"):
-        next(later.from_())
+        next(later.iterate())
 
 
 def test_the_generator_that_differs_is_named(lines):
     again = source_of(OF_THEIR_OWN["in a loader"](lines))
     again.load_state_dict(place_after(OF_THEIR_OWN["in a loader"](lines), 8))
     with pytest.raises(DataError, match=r"another state of dataset\.rng") as caught:
-        next(again.from_())
+        next(again.iterate())
     assert "which are keyed" in caught.value.hint
     assert 'allow=["data"]' in caught.value.hint
 
@@ -173,7 +173,7 @@ def test_a_collator_of_a_stream_makes_the_same_batch_again_or_is_refused(used, l
     read(own[0], used)
     own[1].load_state_dict(own[0].state_dict())
     with pytest.raises(DataError, match="the collator's batch of items up to"):
-        next(own[1].from_())
+        next(own[1].iterate())
 
 
 @pytest.mark.parametrize("change", [1e-6, 5.0], ids=["hardly", "much"])
@@ -197,7 +197,7 @@ def test_an_order_is_not_drawn_anew_from_weights_that_training_has_changed(make,
     with pytest.raises(
         DataError, match=rf"epoch 0 was drawn from another state of sampler\.{name}"
     ):
-        next(again.from_())
+        next(again.iterate())
 
 
 def trained(sampler: LossWeighted) -> tuple[dict, bytes]:
@@ -223,7 +223,7 @@ def test_weights_that_training_changes_and_nobody_saves_are_refused():
     with pytest.raises(
         DataError, match=r"DataLoader\.sampler\.losses: is not what it was"
     ) as caught:
-        next(resumed.from_())
+        next(resumed.iterate())
     assert "Save it with the run" in caught.value.hint
 
 
@@ -240,19 +240,19 @@ class NotingSampler(Counting):
 def test_a_save_in_an_epoch_when_the_next_one_has_begun_is_no_fault(make, used):
     """As a loop does that looks at the next batch before it breaks."""
     source = source_of(numbered(make()))
-    batches = source.from_()
+    batches = source.iterate()
     for _ in range(used):
         source.used(next(batches))
     ahead, place = next(batches).data, source.state_dict()
     again = source_of(numbered(make()))
     again.load_state_dict(place)
-    assert torch.equal(next(again.from_()).data, ahead)
+    assert torch.equal(next(again.iterate()).data, ahead)
 
 
 def test_weights_that_nobody_saves_are_refused_when_the_next_epoch_has_begun():
     sampler = LossWeighted()
     source = source_of(numbered(sampler))
-    batches = source.from_()
+    batches = source.iterate()
     for _ in range(5):
         source.used(next(batches))
     sampler.losses[:10] += 5.0
@@ -260,7 +260,7 @@ def test_weights_that_nobody_saves_are_refused_when_the_next_epoch_has_begun():
     again = source_of(numbered(LossWeighted()))
     again.load_state_dict(source.state_dict())
     with pytest.raises(DataError, match=r"epoch 1 was drawn from another state of sampler\.losses"):
-        next(again.from_())
+        next(again.iterate())
 
 
 def test_a_pass_that_is_left_off_between_two_batches_goes_on_there(caplog, lines):
@@ -272,7 +272,7 @@ def test_a_pass_that_is_left_off_between_two_batches_goes_on_there(caplog, lines
 
 
 def read_on(source, count: int) -> list:
-    batches = source.from_()
+    batches = source.iterate()
     taken = [next(batches) for _ in range(count)]
     source.used(taken[-1])
     return taken
@@ -280,10 +280,10 @@ def read_on(source, count: int) -> list:
 
 def test_a_pass_that_was_read_further_than_used_is_read_again(caplog):
     source = source_of(numbered(None))
-    batches = source.from_()
+    batches = source.iterate()
     used, ahead = next(batches), next(batches)
     source.used(used)
-    assert torch.equal(next(source.from_()).data, ahead.data)
+    assert torch.equal(next(source.iterate()).data, ahead.data)
     assert "skipping 1 items" in caplog.text
 
 
@@ -296,10 +296,10 @@ def test_a_file_that_changed_is_refused_where_it_was_read(line, items, lines):
     again = source_of(InOrder(lines))
     again.load_state_dict(state)
     if items is None:
-        assert next(again.from_()).data[1] == 99
+        assert next(again.iterate()).data[1] == 99
         return
     with pytest.raises(DataError, match=f"items {items} of epoch 0: what is read again is not"):
-        next(again.from_())
+        next(again.iterate())
 
 
 def test_a_named_change_goes_on_with_what_the_data_give_now(lines):

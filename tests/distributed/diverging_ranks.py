@@ -194,7 +194,7 @@ def saved(folder: str, loop: Loop, group: Group, case: Case) -> str:
             checkpointer.save(1)
         except RankError as error:
             return "\n".join([str(error), *getattr(error, "__notes__", ())])
-    lines = group.share("what was told", [line for line in told if "not covered" in line])
+    lines = group.broadcast("what was told", [line for line in told if "not covered" in line])
     return "\n".join(map(str, lines))
 
 

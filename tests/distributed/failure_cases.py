@@ -66,11 +66,11 @@ def leave(group):
 
 
 def save(group):
-    group.together("save", lambda: None)
+    group.run_on_all("save", lambda: None)
 
 
 def fail_to_save(group):
-    group.together("save", _full_disk)
+    group.run_on_all("save", _full_disk)
 
 
 def _full_disk():
@@ -92,15 +92,15 @@ def be_interrupted_while_saving(group):
     def interrupted():
         raise KeyboardInterrupt
 
-    group.together("save", interrupted)
+    group.run_on_all("save", interrupted)
 
 
 def gather_while_saving(group):
-    group.together("save", lambda: group.gather("digests", []))
+    group.run_on_all("save", lambda: group.gather("digests", []))
 
 
 def fail_before_gathering(group):
-    group.together("save", lambda: (_full_disk(), group.gather("digests", [])))
+    group.run_on_all("save", lambda: (_full_disk(), group.gather("digests", [])))
 
 
 def go_on_after(act):
@@ -129,8 +129,8 @@ class Agree:
         group.agree("settings", self.value)
 
 
-def share(group):
-    return group.share("run")
+def broadcast(group):
+    return group.broadcast("run")
 
 
 def gather_something_else(group):

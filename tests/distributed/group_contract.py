@@ -49,13 +49,13 @@ def values_that_are_no_numbers_come_back(group):
 
 
 def share_returns_the_value_of_rank_0(group):
-    assert group.share("run", f"from rank {group.rank}") == "from rank 0"
-    assert group.share("run", "here" if group.rank == 0 else None) == "here"
-    assert group.share("nothing") is None
+    assert group.broadcast("run", f"from rank {group.rank}") == "from rank 0"
+    assert group.broadcast("run", "here" if group.rank == 0 else None) == "here"
+    assert group.broadcast("nothing") is None
 
 
 def a_value_may_be_larger_than_what_the_store_takes(group):
-    text = group.share("manifest", "0123456789" * 2_000_000 if group.rank == 0 else None)
+    text = group.broadcast("manifest", "0123456789" * 2_000_000 if group.rank == 0 else None)
     assert text == "0123456789" * 2_000_000
 
 
@@ -64,12 +64,12 @@ def agree_passes_where_all_have_the_same(group):
     group.agree("settings", {"betas": [0.9, 0.95], "seed": 1})
 
 
-def together_returns_the_own_result(group):
-    assert group.together("double", lambda: 2 * group.rank) == 2 * group.rank
+def run_on_all_returns_the_own_result(group):
+    assert group.run_on_all("double", lambda: 2 * group.rank) == 2 * group.rank
 
 
-def together_may_hold_other_calls(group):
-    values = group.together("outer", lambda: group.gather("inner", group.rank))
+def run_on_all_may_hold_other_calls(group):
+    values = group.run_on_all("outer", lambda: group.gather("inner", group.rank))
     assert values == list(range(group.world_size))
 
 
@@ -78,7 +78,7 @@ def an_error_on_every_rank_is_its_own(group):
         raise FileNotFoundError(f"rank {group.rank}")
 
     with pytest.raises(FileNotFoundError, match=f"^rank {group.rank}$"):
-        group.together("open", fail)
+        group.run_on_all("open", fail)
     assert group.any(False) is False
 
 
@@ -102,7 +102,7 @@ def sum_keeps_every_bit(group):
 
 
 def another_thread_talks_apart(group):
-    apart, found = group.apart(), []
+    apart, found = group.new_subgroup(), []
 
     def talk() -> None:
         found.extend(apart.gather("apart", -number) for number in range(50))
@@ -130,8 +130,8 @@ CLAIMS = [
     share_returns_the_value_of_rank_0,
     a_value_may_be_larger_than_what_the_store_takes,
     agree_passes_where_all_have_the_same,
-    together_returns_the_own_result,
-    together_may_hold_other_calls,
+    run_on_all_returns_the_own_result,
+    run_on_all_may_hold_other_calls,
     an_error_on_every_rank_is_its_own,
     any_is_set_by_each_rank_alone,
     sum_adds_each_value_over_the_ranks,

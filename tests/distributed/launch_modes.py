@@ -50,8 +50,8 @@ def two_groups_at_once() -> None:
     dist.init_process_group("gloo")
     first, second = join(timeout=30.0), join(timeout=30.0)
     assert isinstance(first, StoreGroup)
-    assert first.share("name", "first") == "first"
-    assert second.share("name", "second") == "second"
+    assert first.broadcast("name", "first") == "first"
+    assert second.broadcast("name", "second") == "second"
     first.close()
     second.close()
     dist.destroy_process_group()

@@ -37,16 +37,16 @@ class Killed:
     def __getattr__(self, name):
         return getattr(self._group, name)
 
-    def apart(self):
-        return Killed(self._group.apart(), self._doomed, self._at, self.armed)
+    def new_subgroup(self):
+        return Killed(self._group.new_subgroup(), self._doomed, self._at, self.armed)
 
     def gather(self, what, value):
         self._come_to(what)
         return self._group.gather(what, value)
 
-    def together(self, what, action):
+    def run_on_all(self, what, action):
         self._come_to(what)
-        return self._group.together(what, action)
+        return self._group.run_on_all(what, action)
 
     def _come_to(self, what) -> None:
         if self.armed.is_set() and self._group.rank == self._doomed and what == self._at:

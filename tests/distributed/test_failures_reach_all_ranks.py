@@ -8,6 +8,7 @@ from distributed.failure_cases import (
     Agree,
     Interrupt,
     be_interrupted_while_saving,
+    broadcast,
     endings,
     fail_before_gathering,
     fail_to_save,
@@ -20,7 +21,6 @@ from distributed.failure_cases import (
     leave,
     save,
     save_when_rank_0_has_had_a_second_to_end,
-    share,
     stop_itself,
     sum_three,
     sum_two,
@@ -176,7 +176,7 @@ def test_a_failed_rank_0_keeps_the_store_until_the_others_have_read_why(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("act", "call"), [(gather_something_else, "gather 'accuracy'"), (share, "share 'run'")]
+    ("act", "call"), [(gather_something_else, "gather 'accuracy'"), (broadcast, "broadcast 'run'")]
 )
 def test_ranks_out_of_step_are_told_both_calls(tmp_path, act, call):
     seen = only(endings(tmp_path, gather, gather, act))

@@ -67,7 +67,7 @@ def go(group, name: str, folder: str, steps: int) -> list[torch.Tensor]:
     found = []
     with Checkpointer(folder, ranks=group, data=source) as checkpointer:
         step = checkpointer.resume().step
-        for micro in islice(source.from_(), steps - step):
+        for micro in islice(source.iterate(), steps - step):
             source.used(micro)
             found.append(micro.data)
         source.close()

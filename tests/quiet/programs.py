@@ -51,7 +51,7 @@ objects = dict(model=model, optimizer=optimizer, data=data{given})
 with Checkpointer(FOLDER, save_steps=4, **objects) as checkpointer:
     report = checkpointer.resume()
     step = report.step
-    for batch in data.from_():
+    for batch in data.iterate():
         if step == 14:
             break
         inputs, labels = batch.data
@@ -451,7 +451,7 @@ objects = dict(model=ddp, optimizer=optimizer, scheduler=scheduler, data=data)
 with Checkpointer(FOLDER, save_steps=4, ranks=group, **objects) as checkpointer:
     report = checkpointer.resume()
     step, running = report.step, 0.0
-    for batch in data.from_():
+    for batch in data.iterate():
         if step == 14:
             break
         ddp.train()
@@ -489,7 +489,7 @@ data = batch_source(pairs, seed=0, rank=rank, **sizes)
 objects = dict(model=ddp, optimizer=optimizer, data=data)
 with Checkpointer(FOLDER, save_steps=4, ranks=group, **objects) as checkpointer:
     report = checkpointer.resume()
-    micros = data.from_()
+    micros = data.iterate()
     for step in range(report.step + 1, 15):
         for part in range(2):
             batch = next(micros)

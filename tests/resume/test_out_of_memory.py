@@ -13,7 +13,7 @@ from torch import nn
 
 from scenarios import metrics, run_fresh
 from small_trainers import PAIRS, bits, small_trainer
-from unbroken.errors import ConfigError, DeviceMemoryError
+from unbroken.errors import ConfigError, OutOfMemoryError
 from unbroken.training import Callback
 from unbroken.training.step.oom_retry import is_out_of_memory
 
@@ -39,7 +39,7 @@ def train_in_little_memory(folder: str, room: int, settings: dict) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
         trainer.train()
-    except DeviceMemoryError as error:
+    except OutOfMemoryError as error:
         found = {"error": str(error), "hint": error.hint}
     else:
         verdict = trainer.resume_report.differences[-1].verdict
@@ -127,7 +127,7 @@ def trainer_with(folder, room: int, size, **settings):
 
 
 def test_the_error_names_the_portion_to_lower(tmp_path):
-    with pytest.raises(DeviceMemoryError, match="micro_batch_size 8") as caught:
+    with pytest.raises(OutOfMemoryError, match="micro_batch_size 8") as caught:
         trainer_with(tmp_path, 4, 8).train()
     assert 'micro_batch_size=4 or "auto"' in caught.value.hint
 
@@ -172,17 +172,17 @@ def test_a_smaller_device_halves_in_the_middle_of_a_run(tmp_path):
 
 
 def test_a_portion_of_one_sample_cannot_be_halved(tmp_path):
-    with pytest.raises(DeviceMemoryError, match="micro_batch_size 1"):
+    with pytest.raises(OutOfMemoryError, match="micro_batch_size 1"):
         trainer_with(tmp_path, 0, "auto").train()
 
 
 def test_batch_statistics_would_be_those_of_other_portions_so_nothing_is_halved(tmp_path):
-    with pytest.raises(DeviceMemoryError):
+    with pytest.raises(OutOfMemoryError):
         trainer_with(tmp_path, 4, "auto", model=Small(4, statistics=True)).train()
 
 
 def test_required_exactness_halves_nothing(tmp_path):
-    with pytest.raises(DeviceMemoryError):
+    with pytest.raises(OutOfMemoryError):
         trainer_with(tmp_path, 4, "auto", exact_resume="require").train()
 
 
@@ -242,6 +242,6 @@ class LaterOnly(Small):
 
 def test_an_evaluation_that_does_not_fit_names_its_own_portion(tmp_path):
     settings = {"model": LaterOnly(8), "eval_steps": 2, "trainer": {"eval_dataset": PAIRS}}
-    with pytest.raises(DeviceMemoryError, match=r"evaluation after step 2.*eval_batch_size 8") as e:
+    with pytest.raises(OutOfMemoryError, match=r"evaluation after step 2.*eval_batch_size 8") as e:
         small_trainer(tmp_path, **settings).train()
     assert "eval_batch_size=4" in e.value.hint

@@ -41,7 +41,7 @@ with Checkpointer(FOLDER, save_steps=4, **given) as checkpointer:
     report = checkpointer.resume()
     step = report.step
     {resumed}
-    for batch in data.from_():
+    for batch in data.iterate():
         if step == 12:
             break
         x = batch.data

@@ -218,7 +218,7 @@ def _are_types(value: object) -> bool:
 
 
 def _is_group(value: object) -> bool:
-    return all(has(value, name) for name in ("rank", "world_size", "gather", "share", "agree"))
+    return all(has(value, name) for name in ("rank", "world_size", "gather", "broadcast", "agree"))
 
 
 def _is_directory(value: object) -> bool:
@@ -336,7 +336,7 @@ def _refuse_data(path: str, value: object) -> None:
             path,
             f"a {kind} does not know its place, so that it cannot be saved",
             hint="data = batch_source(it, seed=0, global_batch_size=...), from unbroken, knows it: "
-            "Checkpointer(..., data=data); train on `batch.data` for each batch of data.from_(), "
+            "Checkpointer(..., data=data); train on `batch.data` for each batch of data.iterate(), "
             "and call data.used(batch)",
         )
 

@@ -298,7 +298,7 @@ class Checkpointer:
         self._found.has_resumed()
         self._known = {one.path for one in report.differences}
         if self.comparison.is_strict:
-            self.group.together("look for what is not covered", self._tell_uncovered)
+            self.group.run_on_all("look for what is not covered", self._tell_uncovered)
         self._rehearsal.begin(report.step)
         return report
 
@@ -419,8 +419,8 @@ class Checkpointer:
         group, own = self.group, () if self._ranks.read_from == "rank0" else self._ranks.per_rank
         if group.world_size > 1 and own is not None and "rng" not in own:
             group.agree("the random generators at a save", rng_digest())
-        missing = group.together("look for what was not given", lambda: self._look_back(values))
-        tree = group.together("capture the state", lambda: capture(self.objects))
+        missing = group.run_on_all("look for what was not given", lambda: self._look_back(values))
+        tree = group.run_on_all("capture the state", lambda: capture(self.objects))
         tree |= modes_apart(group, tree) | self._moved(tree) | self._gradients()
         tree |= {"values": values, "rng": capture_rng()}
         differing, once = self._differing(tree, own)
@@ -517,7 +517,7 @@ class Checkpointer:
 
     def _moved(self, tree: Mapping[str, Any]) -> dict[str, Any]:
         """Return what training has made of attributes; nothing if no rank has any."""
-        moved = self.group.together("capture the state", lambda: self.attributes.state(tree))
+        moved = self.group.run_on_all("capture the state", lambda: self.attributes.state(tree))
         alone = self.group.world_size == 1
         return {NAME: moved} if (moved if alone else self.group.any(bool(moved))) else {}
 

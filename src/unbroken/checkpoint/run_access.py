@@ -91,18 +91,18 @@ class RunAccess:
 
     def _refuse_beginning(self, branch: str, selection: Selection, refuse: RefuseBeginning) -> None:
         group, what, given = self._group, "open the run directory", self._directory
-        left = group.together(
+        left = group.run_on_all(
             what, lambda: None if group.rank else RunDirectory.open_readonly(given)
         )
-        step: Any = group.together(
+        step: Any = group.run_on_all(
             what, lambda: None if left is None else beginning_of(left, branch, selection)
         )
-        step = group.share("where the branch begins", step)
+        step = group.broadcast("where the branch begins", step)
         if step is None:
             return
-        place = group.share("the run directory", None if left is None else place_of(left))
+        place = group.broadcast("the run directory", None if left is None else place_of(left))
         unseen = self._unseen
-        seen = group.together(what, lambda: left or open_as_another(place, given, unseen=unseen))
+        seen = group.run_on_all(what, lambda: left or open_as_another(place, given, unseen=unseen))
         refuse(seen, step)
 
     def close(self, error: BaseException | None) -> None:
@@ -120,12 +120,12 @@ class RunAccess:
 
     def _open(self, selection: Selection | None, *, among_others: bool) -> RunDirectory:
         group, what = self._group, "open the run directory"
-        own = group.together(
+        own = group.run_on_all(
             what, lambda: None if group.rank else self._open_as_owner(selection, among_others)
         )
-        place = group.share("the run directory", None if own is None else place_of(own))
+        place = group.broadcast("the run directory", None if own is None else place_of(own))
         given, unseen = self._directory, self._unseen
-        return group.together(what, lambda: own or open_as_another(place, given, unseen=unseen))
+        return group.run_on_all(what, lambda: own or open_as_another(place, given, unseen=unseen))
 
     def _open_as_owner(self, selection: Selection | None, among_others: bool) -> RunDirectory:
         directory, clock = self._directory, self._clock

@@ -52,7 +52,7 @@ class Group(Protocol):
         """
         ...
 
-    def share(self, what: str, value: Json = None) -> Json:
+    def broadcast(self, what: str, value: Json = None) -> Json:
         """Return the value of rank 0 on every rank; those of the others are not looked at.
 
         Raises:
@@ -73,7 +73,7 @@ class Group(Protocol):
         """
         ...
 
-    def together(self, what: str, action: Callable[[], T]) -> T:
+    def run_on_all(self, what: str, action: Callable[[], T]) -> T:
         """Run an action on every rank and return its own result, if it succeeded on all ranks.
 
         Raises:
@@ -104,7 +104,7 @@ class Group(Protocol):
         """
         ...
 
-    def apart(self) -> Group:
+    def new_subgroup(self) -> Group:
         """Return a group of the same ranks for another thread; all ranks make it.
 
         Its calls and those of this group never meet: each keeps its own order. It is to be
@@ -136,7 +136,7 @@ class SingleProcess:
         """Return the value, as JSON keeps it."""
         return [json.loads(json.dumps(value))]
 
-    def share(self, what: str, value: Json = None) -> Json:
+    def broadcast(self, what: str, value: Json = None) -> Json:
         """Return the value, as JSON keeps it."""
         return self.gather(what, value)[0]
 
@@ -144,7 +144,7 @@ class SingleProcess:
         """Agree with itself."""
         self.gather(what, value)
 
-    def together(self, what: str, action: Callable[[], T]) -> T:
+    def run_on_all(self, what: str, action: Callable[[], T]) -> T:
         """Run the action."""
         return action()
 
@@ -156,7 +156,7 @@ class SingleProcess:
         """Return the values, as float64."""
         return [float(value) for value in values]
 
-    def apart(self) -> SingleProcess:
+    def new_subgroup(self) -> SingleProcess:
         """Return another one that is alone."""
         return SingleProcess()
 

@@ -91,7 +91,7 @@ _LEFT, _FAILED = "left", "failed"
 class StoreGroup:
     """The group of several processes. `join` makes it.
 
-    A rank that ends with `close`, or fails inside `together`, is known to the others at once, as
+    A rank that ends with `close`, or fails inside `run_on_all`, is known to the others at once, as
     is one on the same machine that is killed, once `watch` was called. One that is killed on
     another machine, or stopped, is known when the timeout has passed: there is no heartbeat.
 
@@ -125,7 +125,7 @@ class StoreGroup:
     ) -> None:
         self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
         self._store: Store | None = store
-        self._aparts = 0
+        self._subgroups = 0
         self._exchange = StoreExchange(store, rank, world_size, timeout)
         self._timeout = timeout
         self._store_on_rank_0 = store_on_rank_0
@@ -141,9 +141,9 @@ class StoreGroup:
         """Return the values of all ranks, by rank, on every rank."""
         return self._ask("gather", what, value)
 
-    def share(self, what: str, value: Json = None) -> Json:
+    def broadcast(self, what: str, value: Json = None) -> Json:
         """Return the value of rank 0 on every rank."""
-        return self._ask("share", what, value if self.rank == 0 else None)[0]
+        return self._ask("broadcast", what, value if self.rank == 0 else None)[0]
 
     def agree(self, what: str, value: Json) -> None:
         """Return only if all ranks have the same value."""
@@ -152,7 +152,7 @@ class StoreGroup:
             where, parts = narrowed(what, [json.loads(text) for text in texts])
             raise disagreement(parts, where, "every rank needs the same")
 
-    def together(self, what: str, action: Callable[[], T]) -> T:
+    def run_on_all(self, what: str, action: Callable[[], T]) -> T:
         """Run an action on every rank and return its own result, if it succeeded on all ranks."""
         try:
             result = action()
@@ -160,7 +160,7 @@ class StoreGroup:
             with contextlib.suppress(RankError):
                 self._tell(_FAILED, what, f"{type(error).__name__}: {error}")
             raise
-        self._ask("together", what, None)
+        self._ask("run_on_all", what, None)
         return result
 
     def any(self, flag: bool) -> bool:
@@ -174,13 +174,13 @@ class StoreGroup:
             raise disagreement([str(len(row)) for row in rows], "how many values to sum")
         return [reduce(add, column) for column in zip(*rows, strict=True)]
 
-    def apart(self) -> StoreGroup:
+    def new_subgroup(self) -> StoreGroup:
         """Return a group of the same ranks for another thread."""
         if self._store is None:
-            raise self._left("apart")
-        self._aparts += 1
+            raise self._left("new_subgroup")
+        self._subgroups += 1
         other = StoreGroup(
-            PrefixStore(f"apart/{self._aparts}", self._store),
+            PrefixStore(f"subgroup/{self._subgroups}", self._store),
             rank=self.rank,
             world_size=self.world_size,
             local_rank=self.local_rank,
@@ -253,7 +253,7 @@ class StoreGroup:
         else:
             return
         # A failure that all ranks expect here leaves them in step.
-        if left or set(calls) - {(kind, what), (_FAILED, what)} or kind != "together":
+        if left or set(calls) - {(kind, what), (_FAILED, what)} or kind != "run_on_all":
             self._broken = error
         raise error
 

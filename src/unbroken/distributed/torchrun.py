@@ -88,8 +88,8 @@ def _initialised(device_type: str, timeout: float) -> Group:
         group.agree("device_type", device_type)
         group.watch()
         if device_type == "cuda":
-            group.together("choose the GPU", lambda: _choose_gpu(local_rank))
-        group.together(
+            group.run_on_all("choose the GPU", lambda: _choose_gpu(local_rank))
+        group.run_on_all(
             "initialise the process group", lambda: _start(group, store, device_type, timeout)
         )
     except BaseException:

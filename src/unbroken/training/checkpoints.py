@@ -35,7 +35,6 @@ from unbroken.training.config_rules import ENDING_SETTINGS, METRIC_SETTINGS, Exa
 from unbroken.training.display import Display
 from unbroken.training.per_rank_loaders import exchange_loader_states
 from unbroken.training.progress import Pace, Progress
-from unbroken.training.rank_agreement import agree_on_buffers
 from unbroken.training.resume import settle_length, take_effect
 from unbroken.training.rng import deterministic_kernels
 from unbroken.training.run_state import RunState
@@ -277,7 +276,7 @@ class RunCheckpoints:
         if state.progress == Progress():
             parts.begin_fresh(state.config.seed)
         self._checkpointer.best_step = state.statistics.best_step
-        agree_on_buffers(parts.division, parts.model)
+        parts.division.agree_on_buffers(parts.model)
         exchange_loader_states(parts.source, parts.group)
         values, facts = state.to_save()
         with parts.randomness.users_generators(), self._deterministic():

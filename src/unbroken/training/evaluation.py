@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 from unbroken.checkpoint import Cadence, Timer
 from unbroken.data import derive_key, keyed_random
 from unbroken.data.worker_signals import leave_signals_of
+from unbroken.distributed import Group
 from unbroken.distributed.dtensors import whole
-from unbroken.errors import ConfigError, DataError, DeviceMemoryError
+from unbroken.errors import ConfigError, DataError, OutOfMemoryError
 from unbroken.training.config import TrainerConfig
-from unbroken.training.rank_agreement import shared_metrics
 from unbroken.training.run_state import RunState
 from unbroken.training.setup import Parts
 from unbroken.training.step.forward import compute_loss, to_device, weight_of
@@ -149,12 +149,12 @@ class Evaluation:
         """Return what `evaluate` gives on rank 0, on all ranks.
 
         Raises:
-            DeviceMemoryError: If there is not memory enough for it.
+            OutOfMemoryError: If there is not memory enough for it.
         """
         seed, step = self._state.config.seed, self._state.progress.step
         self._parts.randomness.seed(derive_key(seed, "evaluate", step))
         own = {name: float(value) for name, value in self._run(evaluate).items()}
-        metrics = shared_metrics(self._parts.group, own)
+        metrics = _of_rank_0(self._parts.group, own)
         self._timer.done()
         return metrics
 
@@ -180,12 +180,20 @@ class Evaluation:
             if not is_out_of_memory(error):
                 raise
             size = self._state.config.eval_batch_size or self._state.config.per_forward
-            raise DeviceMemoryError(
+            raise OutOfMemoryError(
                 f"evaluation after step {self._state.progress.step}",
                 f"does not fit into the memory of {self._parts.device}",
                 found=f"eval_batch_size {size}: {error}",
                 hint=f"choose a smaller portion: eval_batch_size={max(1, size // 2)}",
             ) from error
+
+
+def _of_rank_0(group: Group, metrics: dict[str, float]) -> dict[str, float]:
+    """Return rank 0's metrics on all ranks, bit for bit."""
+    if group.world_size == 1:
+        return metrics
+    text: Any = group.broadcast("metrics", {name: v.hex() for name, v in metrics.items()})
+    return {name: float.fromhex(value) for name, value in text.items()}
 
 
 def _rows(batch: Any) -> int:

@@ -31,7 +31,7 @@ _KINDS: Mapping[str, tuple[tuple[type, ...], bool]] = {
     "logged_tokens": (_COUNT, False),
     "logged_seconds": (_NUMBER, False),
 }
-"""Of what kind each part of the state is, and whether it may be absent."""
+"""Each part of the state: its kinds, and whether it may be None."""
 
 
 @stored_name("unbroken.training.statistics.Statistics")
@@ -47,19 +47,19 @@ class Statistics:
         self.evaluations_without_gain = 0
         self.seconds = 0.0
         self.data_digest: str | None = None
-        self._loss_sum: Tensor | float = 0.0
-        self._steps = 0
-        self._grad_norm: Tensor | float | None = None
-        self._learning_rate = 0.0
-        self._logged_tokens = 0
-        self._logged_seconds = 0.0
+        self.loss_sum: Tensor | float = 0.0
+        self.steps = 0
+        self.grad_norm: Tensor | float | None = None
+        self.learning_rate = 0.0
+        self.logged_tokens = 0
+        self.logged_seconds = 0.0
 
     def add_step(self, step: StepResult) -> None:
         """Count one optimizer step."""
-        self._loss_sum = self._loss_sum + step.loss.to(torch.float64)
-        self._grad_norm = step.grad_norm
-        self._learning_rate = step.learning_rate
-        self._steps += 1
+        self.loss_sum = self.loss_sum + step.loss.to(torch.float64)
+        self.grad_norm = step.grad_norm
+        self.learning_rate = step.learning_rate
+        self.steps += 1
 
     def add_data(self, digests: Iterable[str]) -> None:
         """Take the digests of micro-batches into the running digest of all data used.
@@ -75,28 +75,23 @@ class Statistics:
     def log(self, progress: Progress) -> dict[str, Any]:
         """Return the mean loss, gradient norm and speed since the last call, and start anew."""
         tokens = progress.tokens
-        seconds = self.seconds - self._logged_seconds
+        seconds = self.seconds - self.logged_seconds
         record: dict[str, Any] = {
             "samples": progress.samples,
             "tokens": tokens,
-            "learning_rate": self._learning_rate,
-            "loss": float(self._loss_sum) / max(1, self._steps),
+            "learning_rate": self.learning_rate,
+            "loss": float(self.loss_sum) / max(1, self.steps),
         }
-        if self._grad_norm is not None:
-            record["grad_norm"] = float(self._grad_norm)
+        if self.grad_norm is not None:
+            record["grad_norm"] = float(self.grad_norm)
         if self.data_digest is not None:
             record["data_digest"] = self.data_digest
         record["seconds"] = round(self.seconds, 3)
         if tokens and seconds > 0:
-            record["tokens_per_second"] = round((tokens - self._logged_tokens) / seconds, 1)
-        self._loss_sum, self._steps = 0.0, 0
-        self._logged_tokens, self._logged_seconds = tokens, self.seconds
+            record["tokens_per_second"] = round((tokens - self.logged_tokens) / seconds, 1)
+        self.loss_sum, self.steps = 0.0, 0
+        self.logged_tokens, self.logged_seconds = tokens, self.seconds
         return record
-
-    @property
-    def steps_since_log(self) -> int:
-        """Steps that no log line reports yet."""
-        return self._steps
 
     def consider(self, metrics: Mapping[str, float], step: int, config: TrainerConfig) -> bool:
         """Take note of an evaluation; return whether it is the best so far.
@@ -127,19 +122,9 @@ class Statistics:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything, the unfinished sums included."""
-        return {
-            "best_metric": self.best_metric,
-            "best_step": self.best_step,
-            "evaluations_without_gain": self.evaluations_without_gain,
-            "seconds": self.seconds,
-            "data_digest": self.data_digest,
-            "loss_sum": float(self._loss_sum),
-            "steps": self._steps,
-            "grad_norm": None if self._grad_norm is None else float(self._grad_norm),
-            "learning_rate": self._learning_rate,
-            "logged_tokens": self._logged_tokens,
-            "logged_seconds": self._logged_seconds,
-        }
+        values = {name: getattr(self, name) for name in _KINDS}
+        grad_norm = None if self.grad_norm is None else float(self.grad_norm)
+        return {**values, "loss_sum": float(self.loss_sum), "grad_norm": grad_norm}
 
     def check_state_dict(self, state: Any) -> None:
         """Raise unless `load_state_dict` can take a state.
@@ -159,17 +144,8 @@ class Statistics:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
-        self.best_metric = state["best_metric"]
-        self.best_step = state["best_step"]
-        self.evaluations_without_gain = state["evaluations_without_gain"]
-        self.seconds = state["seconds"]
-        self.data_digest = state["data_digest"]
-        self._loss_sum = state["loss_sum"]
-        self._steps = state["steps"]
-        self._grad_norm = state["grad_norm"]
-        self._learning_rate = state["learning_rate"]
-        self._logged_tokens = state["logged_tokens"]
-        self._logged_seconds = state["logged_seconds"]
+        for name in _KINDS:
+            setattr(self, name, state[name])
 
 
 # The digest of a batch: proof of which data was used, in which order.

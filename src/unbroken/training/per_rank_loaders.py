@@ -84,7 +84,7 @@ def check_first_step_dealing(
     """
     group, batches = division.group, iter(windows)
     if group.world_size > 1 and isinstance(source, LoaderSource):
-        window = group.together("read the first batches", lambda: next(batches, None))
+        window = group.run_on_all("read the first batches", lambda: next(batches, None))
         if window is None:
             return
         _refuse_wrong_dealing(division, source, window)

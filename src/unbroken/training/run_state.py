@@ -7,6 +7,7 @@ from typing import Any
 
 from unbroken.checkpoint import ResumeReport
 from unbroken.data import BatchSource, MapSource
+from unbroken.distributed import Group
 from unbroken.stored_names import to_stored
 from unbroken.training.config import TrainerConfig
 from unbroken.training.metrics import Statistics
@@ -54,6 +55,16 @@ class RunState:
         }
         facts = {"progress": progress, "config": config.to_dict(), "max_steps": self.max_steps}
         return values, facts
+
+    def agree_on_requests(self, group: Group) -> None:
+        """Let a stop or a save that one rank's callback asked for be that of all."""
+        has_request = self.stop_reason is not None or self.save_requested
+        if group.world_size == 1 or not group.any(has_request):
+            return
+        own = [self.stop_reason, self.save_requested]
+        requests: Any = group.gather("what callbacks asked for", own)
+        self.stop_reason = next((reason for reason, _ in requests if reason is not None), None)
+        self.save_requested = any(requested for _, requested in requests)
 
     def use_micro_batch(self, size: int, source: BatchSource | None) -> None:
         """Cut batches into micro-batches of this size from here on."""

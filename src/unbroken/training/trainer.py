@@ -43,7 +43,6 @@ from unbroken.training.metrics import Statistics
 from unbroken.training.model_init import MakeModel
 from unbroken.training.per_rank_loaders import check_first_step_dealing
 from unbroken.training.progress import Pace, Progress, TrainResult
-from unbroken.training.rank_agreement import agree_on_requests, agree_on_the_beginning
 from unbroken.training.resume import run_fingerprint
 from unbroken.training.rng import deterministic_kernels
 from unbroken.training.setup import Given, build_parts, joined, pick_display
@@ -240,10 +239,10 @@ class Trainer:
                     checkpoints.poll()
                     self._at_edge = True  # a save that a callback asks for now is made below
                     self.call("on_step_end")
-                    agree_on_requests(self.group, state)
+                    state.agree_on_requests(self.group)
                     self._log_if_due()
                     self._evaluate_if_due()
-                    agree_on_requests(self.group, state)
+                    state.agree_on_requests(self.group)
                     self._at_edge = False
                     checkpoints.save_if_due(self.save_checkpoint)  # it holds all of the above
                     self.display.advance(state.progress.step)
@@ -283,7 +282,7 @@ class Trainer:
             self._parts.begin_fresh(state.config.seed)
             if state.config.save_at_start:
                 self.save_checkpoint()
-        agree_on_the_beginning(self.group, self.model, state.max_steps)
+        self.division.agree_on_the_beginning(self.model, state.max_steps)
         self.call("on_train_begin")
         self.checkpointer.attributes.restore(again=True)
         return state.resume_report
@@ -297,10 +296,10 @@ class Trainer:
         state, source = self._run_state, self._parts.batches
         if state.is_finished:
             return
-        batches, size = source.from_(), state.config.per_forward
+        batches, size = source.iterate(), state.config.per_forward
         while not state.is_finished:
             if size != state.config.per_forward:  # the last step did not fit into memory
-                batches, size = source.from_(), state.config.per_forward
+                batches, size = source.iterate(), state.config.per_forward
             missing = source.shape.accumulation - state.progress.pending
             try:
                 window = list(islice(batches, missing))

@@ -167,7 +167,7 @@ def own_loop():
 def train(checkpointer, model, optimizer, data):
     global batches
     step = checkpointer.resume().step
-    batches = data.from_()
+    batches = data.iterate()
     for batch in batches:
         if step == 6:
             break

@@ -436,7 +436,7 @@ class TrainSession:
         # The host draws the order of an epoch before it brings back its random states.
         order = {"before": capture_rng()}
         self._adopted = {"loss": no_losses(stored.step), "order": order, "seconds": 0.0}
-        group.together("check the checkpoint", lambda: refuse_what_does_not_fit(folder, objects))
+        group.run_on_all("check the checkpoint", lambda: refuse_what_does_not_fit(folder, objects))
         load_stock(folder, objects, rank=group.rank)
         self._apply(differences)
         came = origin_of(folder, HfCheckpoints())

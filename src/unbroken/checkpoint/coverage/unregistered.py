@@ -306,7 +306,7 @@ class NotGiven:
                 raise DataError(
                     name,
                     "batches were handed out and trained on, and none was marked as used",
-                    found=f"{count} handed out since from_(), the position did not move",
+                    found=f"{count} handed out since iterate(), the position did not move",
                     hint=f"call {name}.used(batch) after each batch: a resume goes on after the "
                     "last batch that was marked",
                 )
@@ -417,7 +417,7 @@ def _tensors_of(thing: object, name: str | None) -> list[torch.Tensor]:
 _OF_LOADER = (
     "its batches are trained on, and no checkpoint holds its place; give it: "
     "data = batch_source({}, seed=..., global_batch_size=...), Checkpointer(..., data=data), and "
-    "train on the batches of data.from_()"
+    "train on the batches of data.iterate()"
 )
 
 
@@ -529,7 +529,7 @@ def _some_parameters(module: nn.Module) -> list[torch.Tensor]:
 
 def _sources(objects: Mapping[str, object]) -> Iterator[tuple[str, BatchSource]]:
     for name, value in named_objects(objects):
-        if hasattr(type(value), "from_") and isinstance(value, BatchSource):
+        if hasattr(type(value), "iterate") and isinstance(value, BatchSource):
             yield name, value
 
 

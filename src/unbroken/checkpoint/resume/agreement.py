@@ -92,7 +92,8 @@ def others_of_ranks(
     digests: list[Any] = group.gather("what is trained", xxhash.xxh3_128_hexdigest(text.encode()))
     if len(set(digests)) == 1:
         return {}
-    first: Any = group.share("what rank 0 trains", json.loads(text) if group.rank == 0 else None)
+    own = json.loads(text) if group.rank == 0 else None
+    first: Any = group.broadcast("what rank 0 trains", own)
     ranks: list[Any] = group.gather("what differs", [*_others(first, json.loads(text), ())])
     _refuse_other_trainings(first, ranks, per_rank, one_data_set=one_data_set)
     return {str(rank): others for rank, others in enumerate(ranks) if others}

@@ -154,9 +154,9 @@ class SentCheckpoint(RelayedCheckpoint):
         try:
             view = read()
         except CorruptCheckpointError as damage:
-            self._group.share(f"read {what}", {"damage": str(damage)})
+            self._group.broadcast(f"read {what}", {"damage": str(damage)})
             raise
-        self._group.share(f"read {what}", {"digest": digest_of(view)})
+        self._group.broadcast(f"read {what}", {"digest": digest_of(view)})
         self._stream.send(view)
         return view
 
@@ -199,7 +199,7 @@ class ReceivedCheckpoint(RelayedCheckpoint):
         self._receive("the rest", memoryview(b""))
 
     def _receive(self, what: str, view: memoryview) -> None:
-        said: Any = self._group.share(f"read {what}")
+        said: Any = self._group.broadcast(f"read {what}")
         if "damage" in said:
             raise CorruptCheckpointError("rank 0", said["damage"])
         self._stream.send(view)
@@ -307,7 +307,7 @@ class EachForItself:
         """Return what rank 0 found, as this rank sees it."""
         if self._group.world_size == 1:
             return found
-        said = self._group.share("the checkpoint", _described(found))
+        said = self._group.broadcast("the checkpoint", _described(found))
         if not isinstance(said, dict) or "reason" in said:
             return _rejection(said)
         own, problem = self._seen(found, said)
@@ -385,11 +385,11 @@ class FromRank0:
     ) -> Source | Rejection | None:
         """Return what rank 0 found, as it comes to this rank."""
         group = self._group
-        said = group.share("the checkpoint", _described(found))
+        said = group.broadcast("the checkpoint", _described(found))
         if not isinstance(said, dict) or "reason" in said:
             return _rejection(said)
         own = found if isinstance(found, CheckpointReader) else None
-        text = group.share("the manifest", None if own is None else _text_of(own))
+        text = group.broadcast("the manifest", None if own is None else _text_of(own))
         if own is not None:
             return SentCheckpoint(own, group, self._stream)
         manifest = Manifest.from_bytes(str(text).encode(), said["folder"])
@@ -400,7 +400,7 @@ class FromRank0:
     def load(self, load: Callable[[], None]) -> CorruptCheckpointError | None:
         """Load on every rank; damage that rank 0 finds is raised in all of them."""
         try:
-            self._group.together("load", load)
+            self._group.run_on_all("load", load)
         except CorruptCheckpointError as damage:
             return damage
         return None

@@ -225,7 +225,7 @@ class Resumption:
             with as_directory_error(self._run.storage):
                 return self._clear_the_way(selection, reader, rejected)
 
-        report = group.together("begin", begin if group.rank == 0 else lambda: None)
+        report = group.run_on_all("begin", begin if group.rank == 0 else lambda: None)
         if report is not None:
             return report
         checkpoint = None if reader is None else reader.storage.describe(reader.folder)

@@ -497,7 +497,7 @@ class Selector:
         Raises:
             CheckpointNotFoundError: There is none, or it cannot be seen from here.
         """
-        found = self._group.together(
+        found = self._group.run_on_all(
             "choose a checkpoint",
             lambda: None if self._group.rank else self._candidates.at_step(step),
         )
@@ -512,10 +512,10 @@ class Selector:
         if selection.kind != "path":
             return selection
         group, what = self._group, "what is to be resumed"
-        own = group.together(
+        own = group.run_on_all(
             what, lambda: None if group.rank else self._candidates.resolved(selection)
         )
-        kind = group.share(what, None if own is None else own.kind)
+        kind = group.broadcast(what, None if own is None else own.kind)
         return replace(selection, kind="begun") if kind == "begun" else selection
 
     def _next(self) -> Candidate:
@@ -542,7 +542,7 @@ class Selector:
     def _opened(self) -> Candidate | None:
         """Return the next one that can be opened; None: there is none."""
         while True:
-            found = self._group.together("choose a checkpoint", lambda: next(self._rest, None))
+            found = self._group.run_on_all("choose a checkpoint", lambda: next(self._rest, None))
             foreign = self._shared(found if isinstance(found, ForeignCheckpoint) else None)
             if foreign is not None:
                 return self._candidate(foreign=foreign)
@@ -565,7 +565,7 @@ class Selector:
         if self._foreign is None or self._group.world_size == 1:
             return found
         own = None if found is None else [str(found.path.resolve()), found.step]
-        shared: Any = self._group.share("a checkpoint of another format", own)
+        shared: Any = self._group.broadcast("a checkpoint of another format", own)
         return found or (None if shared is None else ForeignCheckpoint(Path(shared[0]), shared[1]))
 
     def _refuse_nothing_found(self) -> None:
@@ -574,7 +574,7 @@ class Selector:
             return
         where = self.run.storage.describe()
         if self._foreign is not None and self._rejected:
-            self._group.together("choose a checkpoint", self._refuse_foreign)
+            self._group.run_on_all("choose a checkpoint", self._refuse_foreign)
         if self._rejected:
             raise CheckpointNotFoundError(
                 where,

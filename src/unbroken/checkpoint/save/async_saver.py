@@ -193,7 +193,7 @@ class SaveThread:
         try:
             with self.session:
                 # First of all: the optimizer's next step waits for it.
-                self.session.share = self._group.together("copy the rest", self._copy_rest)
+                self.session.share = self._group.run_on_all("copy the rest", self._copy_rest)
                 self.session.run(self._group, self._wait_for_approval)
         except SaveAbandonedError as abandoned:
             self._modified_by_rank = abandoned.modified  # not the error: it holds the copy's memory
@@ -301,7 +301,7 @@ class AsyncSaver:
                 session.stage(self._group)
                 self._without_storage = session.without_storage
             share = session.plan_share(self._group)
-            staged = self._group.together("copy", partial(self._copy, share))
+            staged = self._group.run_on_all("copy", partial(self._copy, share))
             stack.pop_all()
         self._start(session, share, staged)
         self._blocked = time.perf_counter() - self._began
@@ -315,7 +315,7 @@ class AsyncSaver:
     def _start(self, session: SaveSession, share: RankShare, staged: StagedState) -> None:
         """Let a thread make the checkpoint."""
         if self._thread_group is None:
-            self._thread_group = self._group.apart()
+            self._thread_group = self._group.new_subgroup()
             atexit.register(self._at_exit)
         if self._hook is None and self.mode == "overlap":
             # Any optimizer, also one that is not saved: fused ones do not count versions up.

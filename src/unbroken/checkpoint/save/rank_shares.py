@@ -265,7 +265,7 @@ def plan_share(
     private = _private_names(group, tree, per_rank).union(state.differing)
     common = {name: value for name, value in tree.items() if name not in private}
     own = {name: tree[name] for name in tree if name in private}
-    encoded = group.together(
+    encoded = group.run_on_all(
         "capture the state",
         lambda: encode({**common, **own}, file_of=file_of, memo=plan.memo),
     )
@@ -314,7 +314,7 @@ def _private_names(
         own = frozenset(per_rank).intersection(tree)
         moved = {name: tree[name] for name in (NAME, MODES) if name in tree}
         return own | (_private_names(group, moved, None) if moved else own)
-    digests = group.together(
+    digests = group.run_on_all(
         "capture the state",
         lambda: {
             n: state_digest({n: value}, save)
@@ -389,7 +389,7 @@ def _agree_on_the_rest(group: Group, common: Mapping[str, Any]) -> None:
     """Raise unless schedules and the like are the same, where each rank's own are named."""
     apart = ("rng", "values", MODES)
     names = [n for n, value in common.items() if not (n in apart or _is_common(value))]
-    own = group.together("capture the state", lambda: {n: state_digest(common[n]) for n in names})
+    own = group.run_on_all("capture the state", lambda: {n: state_digest(common[n]) for n in names})
     try:
         group.agree("what per_rank does not name", own)
     except RankError as error:

@@ -39,7 +39,7 @@ class Rehearsal:
         Raises:
             CaptureError: Something in them cannot be stored.
         """
-        group.together("capture the state", lambda: self._look(asks=False))
+        group.run_on_all("capture the state", lambda: self._look(asks=False))
 
     def begin(self, step: int) -> None:
         """Let each optimizer be looked at after its first step, whoever calls that."""
@@ -79,7 +79,7 @@ class Rehearsal:
             if group.rank == 0:
                 described.files()
 
-        group.together("capture the state", look)
+        group.run_on_all("capture the state", look)
 
     def has_saved(self, step: int) -> None:
         """Look no more after the save of this step, if it is one after the start."""

@@ -176,9 +176,9 @@ class SaveSession:
         if self._folder is None:
             self.stage(group)
         share = self.share or self.plan_share(group)
-        stored, error = group.together("save", partial(self._store, share))
+        stored, error = group.run_on_all("save", partial(self._store, share))
         by_rank = self._agree(group, stored, error, modified())
-        group.together("commit", partial(self._commit_and_prune, by_rank))
+        group.run_on_all("commit", partial(self._commit_and_prune, by_rank))
 
     def stage(self, group: Group) -> None:
         """Make the staging folder, and find out which ranks do not see it.
@@ -187,9 +187,9 @@ class SaveSession:
             SaveError: The disk of rank 0 failed or is full.
             RankError: That happened on another rank, or other ranks see it than in an earlier save.
         """
-        group.together("begin a save", partial(self._make_folder, group.rank))
+        group.run_on_all("begin a save", partial(self._make_folder, group.rank))
         staging = None if self._writer is None else self._writer.staging
-        self._folder = str(group.share("the staging folder", staging))
+        self._folder = str(group.broadcast("the staging folder", staging))
         seen = group.gather("who sees the staging folder", self._sees_folder())
         unseen = tuple(rank for rank, sees in enumerate(seen) if not sees)
         if self.without_storage not in (None, unseen):

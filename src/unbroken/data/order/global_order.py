@@ -196,7 +196,7 @@ class BatchShape:
         """Micro-batches per optimizer step on each rank: A = G / (m * W)."""
         return self.global_batch_size // self.stride
 
-    def left_in_step(self, position: int) -> int:
+    def micro_batches_left(self, position: int) -> int:
         """Return how many micro-batches a rank still has to use in the step at a position.
 
         Args:
@@ -269,13 +269,13 @@ class MicroBatchSampler:
         self.order = order
         self.shape = BatchShape(global_batch_size, micro_batch_size, rank, world_size)
         self.start = start
-        self.shape.left_in_step(start - steps_from)
+        self.shape.micro_batches_left(start - steps_from)
         self._steps_from = steps_from
 
     def places(self) -> Iterator[int]:
         """Yield the position of the first sample of each micro-batch of this rank."""
         shape, begin = self.shape, self.start
-        left = shape.left_in_step(self.start - self._steps_from)
+        left = shape.micro_batches_left(self.start - self._steps_from)
         while True:
             for micro in range(left):  # of a step that is pending only the rest is dealt out
                 yield begin + (shape.rank * left + micro) * shape.micro_batch_size

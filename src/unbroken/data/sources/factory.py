@@ -1,4 +1,24 @@
-"""From whatever holds the user's data to a source of batches."""
+"""From whatever holds the user's data to a source of batches.
+
+- A map-style data set (`__getitem__` and `__len__`; a list is one) gives a `MapSource`: order and
+  randomness are computed, it continues at once, at any world size.
+- A loader, or an iterable data set, with `state_dict` and `load_state_dict` gives a
+  `StatefulSource`: it continues through its own state, unless that is known not to be exact
+  (`reason_to_replay`).
+- Any other iterable that can be iterated again, or a function that returns a new iterator, gives
+  a `CountedSource`: to continue, its epoch is read again up to the position.
+
+A torch or Hugging Face iterable data set gives single samples, dealt to the ranks here; every
+other iterable gives whole micro-batches, and with several ranks each rank's own.
+
+    >>> source = batch_source(range(10), seed=42, global_batch_size=4, micro_batch_size=2)
+    >>> for micro in source.iterate():
+    ...     source.used(micro)
+    ...     if source.position.samples == 4:
+    ...         break
+    >>> source.state_dict()["samples"]
+    4
+"""
 
 from __future__ import annotations
 
@@ -37,19 +57,8 @@ def batch_source(
 ) -> BatchSource:
     """Return batches that continue exactly at any position, for whatever holds the data.
 
-    - A map-style data set (`__getitem__` and `__len__`; a list is one) gives a `MapSource`:
-      order and randomness are computed, it continues at once, at any world size.
-    - A loader, or an iterable data set, with `state_dict` and `load_state_dict` gives a
-      `StatefulSource`: it continues through its own state, unless that is known not to be
-      exact (`reason_to_replay`).
-    - Any other iterable that can be iterated again, or a function that returns a new iterator,
-      gives a `CountedSource`: to continue, its epoch is read again up to the position.
-
-    A torch or Hugging Face iterable data set gives single samples, dealt to the ranks here;
-    every other iterable gives whole micro-batches, and with several ranks each rank's own.
-
     Args:
-        dataset_or_loader: What holds the data.
+        dataset_or_loader: A map-style data set, a loader, any iterable, or a function giving one.
         seed: The seed of the run; all order and randomness of the data derives from it.
         global_batch_size: Samples in one optimizer step, over all ranks.
         micro_batch_size: Samples in one forward pass on one rank; None: the rank's whole share.
@@ -59,7 +68,7 @@ def batch_source(
         epoch_size: Use only so many samples of each epoch's order of a map-style data set.
         collate_fn: Makes a batch of a list of samples; torch's `default_collate` by default.
         num_workers: Processes that read a map-style data set.
-        pin_memory: Copy a map-style data set's batches into page-locked memory.
+        pin_memory: Copy its batches into page-locked memory.
         prefetch_factor: Batches that each worker reads ahead.
         multiprocessing_context: How workers start: "fork", "spawn" or "forkserver".
         rank: This rank.
@@ -67,28 +76,14 @@ def batch_source(
         on_skip: Told how a `CountedSource` gets on with skipping: (done, total, seconds).
         may_change: As `MapSource` takes it.
 
-    Returns:
-        A `BatchSource`, at position 0.
-
     Raises:
         DataError: The data cannot be read again from a position, or are too few.
-        ConfigError: The sizes are out of range or do not fit each other, or an option has no
-            meaning for these data.
-
-    Example:
-        >>> source = batch_source(range(10), seed=42, global_batch_size=4, micro_batch_size=2)
-        >>> for micro in source.from_():
-        ...     source.used(micro)
-        ...     if source.position.samples == 4:
-        ...         break
-        >>> source.state_dict()["samples"]
-        4
+        ConfigError: Sizes do not fit each other, or an option has no meaning for these data.
     """
-    share = global_batch_size // max(1, world_size)
-    micro = share if micro_batch_size is None else micro_batch_size
+    data, whole = dataset_or_loader, global_batch_size // max(1, world_size)
+    micro = whole if micro_batch_size is None else micro_batch_size
     shape = BatchShape(global_batch_size, micro, rank, world_size)
     loading = Loading(num_workers, pin_memory, prefetch_factor, multiprocessing_context)
-    data = dataset_or_loader
     _refuse_what_is_no_data(data)
     if _is_map_style(data):
         size = _epoch_size(len(data), epoch_size, shape, drop_last)

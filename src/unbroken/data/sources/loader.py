@@ -68,7 +68,7 @@ class LoaderSource:
     Attributes:
         places: `rank_state` of every rank, by rank, where each has a loader of its own; to be set
             before each `state_dict`.
-        first_items: What the first micro-batch of all ranks was made of, since `from_`.
+        first_items: What the first micro-batch of all ranks was made of, since `iterate`.
     """
 
     kind: ClassVar[str]
@@ -137,7 +137,7 @@ class LoaderSource:
         """None: positions are counted in what the loader gives."""
         return None
 
-    def from_(self, position: Position | None = None) -> Iterator[MicroBatch]:
+    def iterate(self, position: Position | None = None) -> Iterator[MicroBatch]:
         """Return the micro-batches from a position on, endless.
 
         A pass that stands there already goes on, with nothing to be read again.
@@ -155,7 +155,7 @@ class LoaderSource:
         """Record that a micro-batch was used."""
         self.position = micro.after
 
-    def left_in_step(self) -> int:
+    def micro_batches_left(self) -> int:
         """Return how many micro-batches are left in the current optimizer step: 1 to A."""
         return self.shape.accumulation - self.position.pending
 
@@ -427,7 +427,7 @@ class CountedSource(LoaderSource):
 
     Example:
         >>> source = CountedSource([[1, 2], [3, 4]], seed=0, shape=BatchShape(2, 2))
-        >>> batch = next(source.from_())
+        >>> batch = next(source.iterate())
         >>> batch.data, batch.after.taken
         ([1, 2], 1)
     """

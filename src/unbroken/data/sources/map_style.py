@@ -85,7 +85,7 @@ class MapSource:
     Example:
         >>> order = GlobalOrder(6, seed=0, shuffle=False)
         >>> source = MapSource(list("abcdef"), order, BatchShape(4, 2))
-        >>> batches = source.from_(Position(samples=4))
+        >>> batches = source.iterate(Position(samples=4))
         >>> next(batches).data, next(batches).data
         (['e', 'f'], ['a', 'b'])
     """
@@ -133,7 +133,7 @@ class MapSource:
         self._running.close()
         self.shape = replace(self.shape, micro_batch_size=micro_batch_size)
 
-    def from_(self, position: Position | None = None) -> Iterator[MicroBatch]:
+    def iterate(self, position: Position | None = None) -> Iterator[MicroBatch]:
         """Return the micro-batches from a position on, endless; the first one comes in O(1).
 
         Raises:
@@ -157,9 +157,9 @@ class MapSource:
         """Record that a micro-batch was used."""
         self.position = micro.after
 
-    def left_in_step(self) -> int:
+    def micro_batches_left(self) -> int:
         """Return how many micro-batches are left in the current optimizer step: 1 to A."""
-        return self.shape.left_in_step(self.position.samples - self._steps_from)
+        return self.shape.micro_batches_left(self.position.samples - self._steps_from)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of samples used, and what the order depends on."""

@@ -59,9 +59,9 @@ class BatchSource(Protocol):
 
     It says nothing about when to stop. A loop over optimizer steps reads:
 
-        batches = source.from_()
+        batches = source.iterate()
         while step < max_steps:
-            for micro in islice(batches, source.left_in_step()):
+            for micro in islice(batches, source.micro_batches_left()):
                 loss(micro.data).backward()
                 source.used(micro)          # only now the position moves
             optimizer.step()
@@ -87,7 +87,7 @@ class BatchSource(Protocol):
     def samples_per_epoch(self) -> int | None:
         """Samples in one epoch, where positions are counted in samples alone; else None."""
 
-    def from_(self, position: Position | None = None) -> Iterator[MicroBatch]:
+    def iterate(self, position: Position | None = None) -> Iterator[MicroBatch]:
         """Return the micro-batches from a position on (by default: from where it stands).
 
         An iterator that was returned before is closed first.
@@ -96,7 +96,7 @@ class BatchSource(Protocol):
     def used(self, micro: MicroBatch) -> None:
         """Take note that a micro-batch has been used: the position is now `micro.after`."""
 
-    def left_in_step(self) -> int:
+    def micro_batches_left(self) -> int:
         """Return how many micro-batches are left in the current optimizer step: 1 to A."""
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from functools import reduce
 from operator import add
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
+import xxhash
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -102,6 +104,43 @@ class DataParallelLayout:
             return [float(value) for value in values]
         rows = self.gather("sum", [float(value) for value in values])
         return [reduce(add, column) for column in zip(*rows, strict=True)]
+
+    def agree_on_the_beginning(self, model: nn.Module, max_steps: int) -> None:
+        """Raise unless all ranks begin with the same weights and buffers, and take as many steps.
+
+        Raises:
+            RankError: Naming the ranks whose model is another one, or whose data are longer.
+        """
+        if self.group.world_size == 1:
+            return
+        self.group.agree("the number of steps (max_steps gives it)", max_steps)
+        digest = xxhash.xxh3_128()
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if isinstance(tensor, torch.Tensor):
+                digest.update(f"{name} {tensor.requires_grad}".encode())
+                digest.update(b"" if is_dtensor(tensor) else _raw(tensor))
+        what = "the weights to begin with (seed before the model is built)"
+        self.group.agree(what, digest.hexdigest())
+
+    def agree_on_buffers(self, model: nn.Module) -> None:
+        """Raise where forward passes changed a buffer otherwise on some rank: one is saved.
+
+        Raises:
+            RankError: Naming the buffer, and the ranks on which it is another one.
+        """
+        if self.parts == 1:
+            return
+        buffers = {
+            name: xxhash.xxh3_128(_raw(buffer)).hexdigest()
+            for name, buffer in model.named_buffers()
+            if not is_dtensor(buffer)
+        }
+        self.group.agree("model", buffers)
+
+
+def _raw(tensor: torch.Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return flat.numpy().data if tensor.numel() else memoryview(b"")
 
 
 def _refuse_unsharded_parts(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unbroken.checkpoint import Difference
 from unbroken.data import Position
-from unbroken.errors import DeviceMemoryError, UnbrokenError
+from unbroken.errors import OutOfMemoryError, UnbrokenError
 from unbroken.training.callback import Callback, Hooks, overridden, with_state
 from unbroken.training.config_rules import rules_for
 from unbroken.training.progress import Progress
@@ -172,7 +172,7 @@ class OomRetry:
         """Run one step; None: it did not fit and is to be tried again in smaller portions.
 
         Raises:
-            DeviceMemoryError: If it did not fit and cannot be made smaller, or must not be.
+            OutOfMemoryError: If it did not fit and cannot be made smaller, or must not be.
         """
         parts, state = self._parts, self._state
         start = None
@@ -214,14 +214,14 @@ class OomRetry:
             and start.progress.pending == 0
         )
 
-    def _as_ours(self, error: BaseException) -> DeviceMemoryError:
+    def _as_ours(self, error: BaseException) -> OutOfMemoryError:
         config, is_auto = self._state.config, self._parts.may_halve
         size = config.per_forward
         auto = "" if is_auto else ' or "auto"'
         smaller = f"micro_batch_size={size // 2}{auto}; " if size > 1 else ""
         if is_auto and config.exact_resume == "require":
             smaller = f'exact_resume="prefer", so that it may be halved; {smaller}'
-        return DeviceMemoryError(
+        return OutOfMemoryError(
             f"step {self._state.progress.step + 1}",
             f"does not fit into the memory of {self._parts.device}",
             found=f"micro_batch_size {size}: {error}",
