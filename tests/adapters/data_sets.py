@@ -146,6 +146,14 @@ class CountingSampler(torch.utils.data.Sampler):
         return iter(random.Random(self.passes).sample(range(self.length), self.length))
 
 
+class CountingOnRank1(CountingSampler):
+    """Where the other ranks draw each pass in the same order."""
+
+    def __iter__(self):
+        self.passes -= os.environ.get("RANK") != "1"
+        return super().__iter__()
+
+
 class LossWeighted(CountingSampler):
     """Draws by weights that differ from start to start, as if training had made them."""
 

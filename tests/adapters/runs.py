@@ -39,6 +39,7 @@ from adapters.data_sets import (
     BLOCK,
     SAMPLES,
     Augmented,
+    CountingOnRank1,
     CountingSampler,
     LossWeighted,
     Noisy,
@@ -116,6 +117,7 @@ def trainer_class(order: dict) -> type:
     if "loader" in order:
         return with_own_loader(base, order["loader"])
     kinds = {"own": OwnSampler, "counting": CountingSampler, "by loss": LossWeighted}
+    kinds["counting on rank 1"] = CountingOnRank1
     if (kind := kinds.get(order.get("sampler"))) is None:
         return base
 

@@ -23,6 +23,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, TrainingArguments
 
 from rewritten_checkpoints import Kept, changed
+from small_trainers import bits, steps_in
 from unbroken.adapters.transformers import Trainer
 from unbroken.adapters.transformers.position import (
     Batching,
@@ -93,7 +94,7 @@ KINDS: dict[str, Callable[..., Trainer]] = {
 }
 
 
-def train(kind: str, folder: str, steps: int) -> Trainer:
+def trainer(kind: str, folder: str, steps: int) -> Trainer:
     args = TrainingArguments(
         output_dir=folder, max_steps=steps, save_steps=3, per_device_train_batch_size=2,
         gradient_accumulation_steps=2, use_cpu=True, report_to="none", disable_tqdm=True,
@@ -101,9 +102,13 @@ def train(kind: str, folder: str, steps: int) -> Trainer:
         eval_strategy="steps", eval_steps=1, metric_for_best_model="loss",
     )  # fmt: skip
     more = {"eval_dataset": ROWS[:2], "callbacks": [EarlyStoppingCallback(9)]}
-    trainer = KINDS[kind](model=Model(), args=args, allow=["max_steps"], **more)
-    trainer.train()
-    return trainer
+    return KINDS[kind](model=Model(), args=args, allow=["max_steps"], **more)
+
+
+def train(kind: str, folder: str, steps: int) -> Trainer:
+    made = trainer(kind, folder, steps)
+    made.train()
+    return made
 
 
 @cache
@@ -117,11 +122,15 @@ def run_of(kind: str) -> Kept:
 def resume(kind: str, storage: MemoryStorage) -> Trainer:
     """Resume, in mid-epoch, what lies in a storage, and train two more steps."""
     with tempfile.TemporaryDirectory() as place:
-        for path, data in Kept.of(storage).files.items():
-            file = Path(place, path)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(data)
+        write(storage, place)
         return train(kind, place, 5)
+
+
+def write(storage: MemoryStorage, place: str) -> None:
+    for path, data in Kept.of(storage).files.items():
+        file = Path(place, path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
 
 
 OF_FACTS = ("cut", "max_steps", "place", "shift", "stopped", "arguments", "fingerprint")
@@ -205,3 +214,18 @@ def test_a_run_of_another_kind_in_its_place_is_refused_by_name(tmp_path):
         checkpointer.save(3)
     with pytest.raises(StateMismatchError, match="checkpoint-3: was not saved by this Trainer"):
         train("rows", str(tmp_path), 5)
+
+
+@pytest.mark.parametrize("name", ["loss", "order", "trail", "seconds"])
+def test_values_that_no_run_has_saved_are_refused_before_anything_is_changed(name, tmp_path):
+    def odd(state):
+        assert name in state["values"]
+        return {**state, "values": {**state["values"], name: "x"}}
+
+    write(run_of("rows").with_state(FOLDER, odd), str(tmp_path))
+    made = trainer("rows", str(tmp_path), 5)
+    before, names = bits(made.model), steps_in(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"values\.{name}"):
+        made.train()
+    assert (bits(made.model), steps_in(tmp_path)) == (before, names)
+    assert not made.optimizer.state

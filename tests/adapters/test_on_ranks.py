@@ -121,6 +121,28 @@ def test_a_collator_that_knows_its_rank_is_compared_with_that_of_the_rank(run, u
     assert "rank: stored" not in resumed.text
 
 
+READ_OTHERWISE = {
+    "a sampler that counts its passes": {"sampler": "counting"},
+    "one that does so on one rank": {"sampler": "counting on rank 1"},
+    "weights that training changes": {"sampler": "by loss"},
+    "a stream of its own order": {
+        "data": "stream of its own order",
+        "args": {"max_steps": 15, "accelerator_config": {"dispatch_batches": False}},
+    },
+    "a stream that rank 0 reads": {"data": "stream of its own order", "args": {"max_steps": 15}},
+}
+
+
+@pytest.mark.parametrize("case", READ_OTHERWISE.values(), ids=READ_OTHERWISE)
+def test_what_a_rank_reads_otherwise_when_it_reads_it_again_is_refused(case, run):
+    case = {**RANKS, **case, "args": {**SHORT, **case.get("args", {})}}
+    assert run(kill_at=11, on_rank=1, **case).status == -signal.SIGKILL
+    again = run(**case)
+    assert (again.status, again.values) == (1, {}), again.text
+    assert "DataError: train_dataset: " in again.text
+    assert "what is read again is not what the run was trained on: expected digest" in again.text
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("own", "says"),

@@ -42,7 +42,6 @@ CHANGES_NOTHING = {
         "class WeightedTrainer(Trainer):",
         'class WeightedTrainer(Trainer):\n    """Mine."""\n',
     ),
-    "another loader for evaluation": ("self.eval_dataset, 3", "self.eval_dataset, 4"),
     "a log of its own": (
         "    def training_step",
         "    def log(self, *arguments):\n        super().log(*arguments)\n\n    def training_step",
@@ -59,9 +58,8 @@ def killed(tmp_path_factory, by_server):
 
 def again(killed, folder, by_server, old: str, new: str) -> dict:
     """Start the script again, edited."""
-    assert SUBCLASS.count(old) == 1
     shutil.copytree(killed, folder / "run")
-    return run(SUBCLASS.replace(old, new), folder, how=by_server)
+    return run(edited(SUBCLASS, (old, new)), folder, how=by_server)
 
 
 @pytest.mark.parametrize("edit", CHANGES_TRAINING.values(), ids=CHANGES_TRAINING)
@@ -97,6 +95,63 @@ def test_a_run_that_a_callback_ended_says_so_when_it_is_started_again(by_server,
     lines = [line for line in again["output"].splitlines() if "nothing to do" in line]
     assert [f"at step {SAVED_AT} of" in one for one in lines] == [True], again
     assert "already (a callback ended the run); nothing to do" in lines[0]
+
+
+MEASURED = (
+    "eval_dataset=rows[:7],",
+    "eval_dataset=rows[:7], compute_metrics=lambda _: {'one': 1},",
+)
+BEST = """load_best_model_at_end=True,
+    metric_for_best_model="loss", """
+PATIENCE = "EarlyStoppingCallback(early_stopping_patience=50), "
+OWN = """class Listens(TrainerCallback):
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        control.should_training_stop = metrics["eval_loss"] < 0
+
+
+model = Net()"""
+CHOOSES = {
+    "the best and when to stop": (),
+    "the best": ((PATIENCE, ""),),
+    "by a metric": ((PATIENCE, ""), ("load_best_model_at_end=True,", "")),
+    "by a callback": ((BEST, ""), (PATIENCE, "Listens(), "), ("model = Net()", OWN)),
+}
+CHANGES_WHAT_IS_CHOSEN = {
+    "data": ("rows[:7]", "rows[:6]", "eval_data.length: stored 7, now 6"),
+    "metrics": ("{'one': 1}", "{'one': 2}", "eval_data.metrics.source"),
+    "a loader of its own": ("self.eval_dataset, 3", "self.eval_dataset, 4", "eval_data.trainer"),
+}
+
+
+def edited(script: str, *edits: tuple[str, str]) -> str:
+    for old, new in edits:
+        assert script.count(old) == 1, old
+        script = script.replace(old, new)
+    return script
+
+
+def resumed_with_another(
+    edit: tuple[str, str], folder: Path, by_server, script: str = SUBCLASS
+) -> dict:
+    assert run(script, folder, KILLED_AT, how=by_server)["status"] == -signal.SIGKILL
+    return run(edited(script, edit), folder, how=by_server)
+
+
+@pytest.mark.parametrize("edit", CHANGES_WHAT_IS_CHOSEN.values(), ids=CHANGES_WHAT_IS_CHOSEN)
+@pytest.mark.parametrize("chooses", CHOOSES.values(), ids=CHOOSES)
+def test_other_evaluations_that_choose_are_never_called_exact(chooses, edit, by_server, tmp_path):
+    script = edited(SUBCLASS, MEASURED, *chooses)
+    found = resumed_with_another(edit[:2], tmp_path, by_server, script)
+    assert (found.get("step"), found.get("verdict")) == (SAVED_AT, "equivalent"), found
+    told = [line for line in found["differences"] if line.startswith(edit[2])]
+    assert [": equivalent: other evaluations" in line for line in told] == [True], found
+
+
+def test_other_evaluations_that_nothing_follows_are_no_difference(by_server, tmp_path):
+    script = edited(SUBCLASS, (BEST, ""), (PATIENCE, ""))
+    found = resumed_with_another(("rows[:7]", "rows[:6]"), tmp_path, by_server, script)
+    assert found.get("step") == SAVED_AT, found
+    assert [line.partition(":")[0] for line in found["differences"]] == ["code.script_digest"]
 
 
 STEERED = SUBCLASS.replace(

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rewritten_checkpoints import Kept, changed
-from small_trainers import small_model, small_trainer
+from small_trainers import bits, small_model, small_trainer
 from unbroken.checkpoint import Checkpointer
 from unbroken.cli.main import main
 from unbroken.errors import CorruptCheckpointError, UnbrokenError
@@ -237,3 +237,24 @@ def written(storage: MemoryStorage, place) -> str:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(data)
     return str(place / str(number))
+
+
+ODD_VALUES = {
+    "no mapping": lambda state: state.update(values=3),
+    "a reason that is a number": lambda state: state["values"].update(stop_reason=3),
+    "a step that is text": lambda state: state["values"]["progress"].update(step="two"),
+}
+
+
+@pytest.mark.parametrize("change", ODD_VALUES.values(), ids=ODD_VALUES)
+def test_values_that_no_trainer_has_saved_are_refused_before_anything_is_changed(change):
+    storage = run().with_state("checkpoint-2", lambda state: refused(state, change))
+    resumed = trainer(storage)
+    before = bits(resumed.model)
+    try:
+        with pytest.raises(CorruptCheckpointError, match=r"values|progress"):
+            resumed.load_checkpoint(2)
+    finally:
+        resumed.checkpointer.close()
+    assert bits(resumed.model) == before
+    assert not resumed.optimizer.state

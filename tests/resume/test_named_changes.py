@@ -300,6 +300,54 @@ def test_evaluation_data_with_a_generator_of_their_own_matter_where_they_steer(t
         assert again.train().resume_report.verdict == verdict
 
 
+CHOOSES = {
+    "the best is loaded at the end": {"load_best_model_at_end": True},
+    "patience": {"early_stopping_patience": 9},
+}
+
+
+class Stopper(Callback):
+    def on_evaluate(self, trainer, metrics) -> None:
+        if metrics["eval_loss"] < 0:
+            trainer.stop("enough")
+
+
+def evaluated(folder, data, *, max_steps=4, **settings):
+    parts = {"eval_dataset": data, **settings.pop("trainer", {})}
+    settings = {"lr_scheduler_type": "constant", "eval_steps": 2, **settings}
+    return small_trainer(folder, max_steps=max_steps, trainer=parts, **settings)
+
+
+@pytest.mark.parametrize("settings", [*CHOOSES.values(), {"trainer": {"callbacks": [Stopper()]}}])
+def test_other_evaluation_data_that_choose_are_never_called_exact(settings, tmp_path):
+    for folder, data, verdict in (("same", PAIRS, "exact"), ("other", PAIRS[:8], "equivalent")):
+        evaluated(tmp_path / folder, PAIRS, max_steps=2, **settings).train()
+        report = evaluated(tmp_path / folder, data, **settings).train().resume_report
+        assert (report.step, report.verdict) == (2, verdict)
+        told = [one.verdict for one in report.differences if one.path == "eval_data.length"]
+        assert told == ([] if folder == "same" else ["equivalent"])
+
+
+def test_other_evaluation_data_that_choose_nothing_are_harmless(tmp_path):
+    evaluated(tmp_path, PAIRS, max_steps=2).train()
+    assert evaluated(tmp_path, PAIRS[:8]).train().resume_report.verdict == "exact"
+
+
+def test_other_evaluations_under_a_schedule_of_the_users_that_follows_them_are_refused(tmp_path):
+    def start(data, **settings):
+        model = torch.nn.Linear(6, 4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        own = {"optimizer": optimizer, "scheduler": plateau}
+        return evaluated(tmp_path, data, model=model, trainer=own, **settings)
+
+    start(PAIRS, max_steps=2).train()
+    with pytest.raises(DifferenceError, match=r"eval_data\.length: .* steer the learning rate"):
+        start(PAIRS[:8]).train()
+    with pytest.raises(DifferenceError, match="eval_batch_size"):
+        start(PAIRS, eval_batch_size=3).train()
+
+
 def test_arguments_from_a_file_with_one_value_changed_are_used_and_told(tmp_path):
     """The second example of a well-known guide, which loads JSON and lowers the learning rate."""
     file = tmp_path / "training_config.json"

@@ -225,6 +225,7 @@ class Comparison:
         examine: May add differences or take some away.
         made_by_settings: Names of objects whose hyperparameters are settings, and so are
             compared with these.
+        check_values: Raises where the values of a checkpoint are none of such a run.
 
     Attributes:
         one_data_set: Whether all ranks are given the same data, and share them out; may be set.
@@ -239,8 +240,10 @@ class Comparison:
         policy: ResumePolicy | None = None,
         examine: DifferenceFilter | None = None,
         made_by_settings: Collection[str] = (),
+        check_values: Callable[[Any], None] | None = None,
     ) -> None:
         self._made_by_settings = set(made_by_settings)
+        self._check_values = check_values
         self.one_data_set = False
         self._objects = objects
         self._settings = _plain_settings(settings or {})
@@ -350,6 +353,11 @@ class Comparison:
         facts = self._without_made_by_settings(self.facts["fingerprint"])
         facts.pop("eval_data", None)  # `examine` tells whether anything depends on it
         return (*uncovered_facts(facts), *more, *_cut_off_code())
+
+    def check_values(self, values: Any) -> None:
+        """Raise where the values of a checkpoint are none that such a run can have saved."""
+        if self._check_values is not None:
+            self._check_values(values)
 
     @property
     def skipped(self) -> set[str]:

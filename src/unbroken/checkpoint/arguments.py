@@ -83,12 +83,15 @@ class RunFacts:
         filter: Called with the facts of a checkpoint and the differences found, before anything
             is loaded: returns all that matter, or raises to refuse the checkpoint.
         made_by_settings: Names of objects whose hyperparameters are compared by this already.
+        check_values: Called with the values of a checkpoint, before anything is loaded: raises
+            CorruptCheckpointError where they are none that the run can have saved.
     """
 
     settings: Mapping[str, Any] | None = None
     more: Callable[[], Mapping[str, Any]] | None = None
     filter: DifferenceFilter | None = None
     made_by_settings: Collection[str] = ()
+    check_values: Callable[[Any], None] | None = None
 
     def __post_init__(self) -> None:
         check_kinds(settings=self.settings, more=self.more, filter=self.filter)

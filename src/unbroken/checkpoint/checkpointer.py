@@ -199,6 +199,7 @@ class Checkpointer:
             policy=policy,
             examine=facts.filter,
             made_by_settings=facts.made_by_settings,
+            check_values=facts.check_values,
         )
         self._found = FoundSchedules(self.objects)
         self._not_given = NotGiven(self.objects, self.attributes.covers)

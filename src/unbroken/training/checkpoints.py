@@ -7,6 +7,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
 from unbroken.capture import files_of_processor
 from unbroken.changes.schedule_length import LENGTH, LENGTH_SETTINGS
 from unbroken.checkpoint import (
@@ -138,6 +140,7 @@ def make_checkpointer(
             more=facts.fingerprint,
             filter=_examination(parts, state),
             made_by_settings=[name for name, is_made in by_config.items() if is_made],
+            check_values=_check_values,
         ),
         resume=_resume_policy(config),
         # All is derived, so that the ranks have the same.
@@ -152,6 +155,18 @@ def make_checkpointer(
     return checkpointer
 
 
+def _check_values(values: Any) -> None:
+    """Raise where the values of a checkpoint are none that a run has saved.
+
+    Raises:
+        CorruptCheckpointError: Naming what is none.
+    """
+    if not isinstance(values, dict) or not isinstance(values.get("stop_reason"), str | None):
+        found = repr(values)[:80]
+        raise CorruptCheckpointError("values", "are not those of a run", found=found)
+    Progress.of(values.get("progress"))
+
+
 def _examination(parts: Parts, state: RunState) -> Examination:
     return Examination(
         state,
@@ -160,6 +175,7 @@ def _examination(parts: Parts, state: RunState) -> Examination:
         parts.group,
         config_made_optimizer=parts.config_made_optimizer,
         config_made_schedule=parts.config_made_schedule,
+        evaluations_steer=isinstance(parts.scheduler, ReduceLROnPlateau),
     )
 
 
@@ -374,9 +390,6 @@ class RunCheckpoints:
         """Bring the state, and what is derived from the configuration, to where the run is."""
         parts, state, values = self._parts, self._state, self._checkpointer.values
         changed = {difference.path: difference for difference in report.differences}
-        if not isinstance(values, dict) or not isinstance(values.get("stop_reason"), str | None):
-            found = repr(values)[:80]
-            raise CorruptCheckpointError("values", "are not those of a run", found=found)
         state.progress = Progress.of(values.get("progress"))
         again = changed.keys() & ENDING_SETTINGS
         ends_otherwise = again or self._callbacks_end_otherwise()

@@ -356,6 +356,11 @@ class TrainerConfig:
         """Whether evaluation happens during training."""
         return self.eval_steps is not None or self.eval_minutes is not None
 
+    @property
+    def chooses_by_evaluations(self) -> bool:
+        """Whether evaluations say when the run ends, or which weights it ends with."""
+        return self.load_best_model_at_end or self.early_stopping_patience is not None
+
     def max_seconds(self) -> float | None:
         """Return `max_time` in seconds.
 

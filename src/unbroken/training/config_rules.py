@@ -44,6 +44,7 @@ IN_DATA: Mapping[str, tuple[str, ...]] = {
 
 _ADAMW = {"adamw_torch", "adamw_torch_fused"}
 _KERNEL = "another kernel rounds in another order; the optimizer's state is kept"
+_CHOICE = "other evaluations from here on choose the best checkpoint, or when the run ends"
 
 
 def _samples_of_epoch(n: int, config: Mapping[str, Any]) -> int | None:
@@ -64,6 +65,7 @@ class Examination:
         group: The ranks.
         config_made_optimizer: Whether the configuration made the optimizer.
         config_made_schedule: Likewise.
+        evaluations_steer: Whether the learning rate follows the evaluations.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Examination:
         *,
         config_made_optimizer: bool,
         config_made_schedule: bool,
+        evaluations_steer: bool,
     ) -> None:
         self._state = state
         self._model = model
@@ -82,6 +85,7 @@ class Examination:
         self._group = group
         self._config_made_optimizer = config_made_optimizer
         self._config_made_schedule = config_made_schedule
+        self._evaluations_steer = evaluations_steer
 
     def __call__(
         self, facts: Mapping[str, Any], found: tuple[Difference, ...]
@@ -94,7 +98,12 @@ class Examination:
             now["micro_batch_size"] = stored.get("micro_batch_size")  # goes on with that size
         compared = compare(_comparable(stored), _comparable(now), self._rules())
         differences = by_severity(self._by_both(one, stored, now) for one in compared)
-        others = tuple(self._judged(one, stored) for one in found if not self._is_idle(one))
+        chooses = config.evaluates and (config.chooses_by_evaluations or _may_end_the_run(facts))
+        others = tuple(
+            self._judged(one, stored, chooses=chooses)
+            for one in found
+            if not self._is_idle(one, chooses=chooses)
+        )
         same = unchanged(_comparable(stored), _comparable(now))
         if stored and self._config_made_schedule:
             differences = self._with_length(differences, others, facts)
@@ -114,7 +123,9 @@ class Examination:
         return difference
 
     def _rules(self) -> dict[str, Rule]:
-        rules = rules_for(self._state.config, self._model)
+        rules = rules_for(self._model)
+        if self._evaluations_steer:
+            rules.update(dict.fromkeys(_STEERING_SETTINGS, SCHEDULE))
         if not self._config_made_optimizer:
             rules.update(dict.fromkeys({*OPTIMIZER_SETTINGS, "optim"}, NOT_USED))
         if not self._config_made_schedule:
@@ -123,19 +134,21 @@ class Examination:
             rules["learning_rate"] = NOT_USED
         return rules
 
-    @property
-    def _evaluations_steer(self) -> bool:
-        return self._state.config.lr_scheduler_type == "reduce_lr_on_plateau"
-
-    def _is_idle(self, difference: Difference) -> bool:
+    def _is_idle(self, difference: Difference, *, chooses: bool) -> bool:
         """Return whether nobody can answer for what nothing depends on."""
         evaluates = difference.path.startswith("eval_data.")
-        return evaluates and difference.verdict == "not covered" and not self._evaluations_steer
+        counts = self._evaluations_steer or chooses
+        return evaluates and difference.verdict == "not covered" and not counts
 
-    def _judged(self, difference: Difference, stored: Mapping[str, Any]) -> Difference:
-        """Evaluation data matter where they steer the learning rate."""
+    def _judged(
+        self, difference: Difference, stored: Mapping[str, Any], *, chooses: bool
+    ) -> Difference:
+        """Evaluation data matter where evaluations steer the learning rate, or choose."""
         if difference.path.startswith("eval_data.") and not self._evaluations_steer:
-            return replace(difference, verdict="harmless", effect="other evaluations")
+            if not chooses:
+                return replace(difference, verdict="harmless", effect="other evaluations")
+            if difference.verdict == "changed":
+                return replace(difference, verdict="equivalent", effect=_CHOICE)
         return self._judged_by_lanes(difference, stored)
 
     def _judged_by_lanes(self, difference: Difference, stored: Mapping[str, Any]) -> Difference:
@@ -186,13 +199,9 @@ def refuse_unfinished_step(config: TrainerConfig, group: Group, facts: Mapping[s
         )
 
 
-def rules_for(config: TrainerConfig, model: nn.Module) -> dict[str, Rule]:
+def rules_for(model: nn.Module) -> dict[str, Rule]:
     """Return what a difference in each setting means for this model."""
     rules = dict(RULES)
-    if config.lr_scheduler_type == "reduce_lr_on_plateau":
-        rules.update(
-            dict.fromkeys(_STEERING_SETTINGS, SCHEDULE)
-        )  # evaluations steer the learning rate
     statistics = nn.modules.batchnorm._BatchNorm  # noqa: SLF001 (the base of all of them)
     if any(isinstance(module, statistics) and module.training for module in model.modules()):
         rules["micro_batch_size"] = ("changed", "batch statistics are those of other portions")
@@ -205,6 +214,12 @@ def rules_for(config: TrainerConfig, model: nn.Module) -> dict[str, Rule]:
 def _draws(model: nn.Module) -> bool:
     dropout = nn.modules.dropout._DropoutNd  # noqa: SLF001 (the base of all of them)
     return any(isinstance(module, dropout) and module.p > 0 for module in model.modules())
+
+
+def _may_end_the_run(facts: Mapping[str, Any]) -> bool:
+    """Return whether a callback of the checkpoint could end the run, by its evaluations too."""
+    callbacks = _mapping(_mapping(facts, "fingerprint"), "callbacks").values()
+    return any(isinstance(one, Mapping) and bool(one.get("stops")) for one in callbacks)
 
 
 def _mapping(facts: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -40,11 +40,13 @@ def run_fingerprint(
     subclass: object,
     train_dataset: Any,
     eval_dataset: Any,
+    chooses: bool = False,
 ) -> dict[str, Any]:
     """Return the facts of a run that its objects do not hold: data, loss, callbacks, subclass.
 
     Those of data are functions that wait for their records to be read. Of data that each rank has
-    of its own, rank 0 compares its part.
+    of its own, rank 0 compares its part. `chooses`: evaluations say when the run ends, or which
+    weights it ends with.
     """
     loss = {} if parts.loss_fn is None else callable_facts(parts.loss_fn)
     names = sorted(qualified_name(type(callback)) for callback in callbacks)
@@ -52,14 +54,24 @@ def run_fingerprint(
     groups: dict[str, Any] = {"loss": loss, "callbacks": {"names": names, **facts}}
     groups["state"] = _of_own_objects(objects)
     groups["trainer"] = _of_subclass(subclass, parts.scheduler)
-    evaluation = None if eval_dataset is None else begin_data_facts(eval_dataset)
-    groups["eval_data"] = {} if evaluation is None else evaluation
+    chooses |= any(one.get("stops", False) for one in facts.values())
+    own = subclass if chooses and not _steers(parts.scheduler) else None
+    groups["eval_data"] = _begin_evaluation_facts(eval_dataset, own)
     if parts.group.rank > 0 and gives_own_batches(parts.source, parts.group):
         return {**groups, "data": None}
     train = None
     if train_dataset is not None:
         train = begin_data_facts(train_dataset, parts.collate_fn)
     return {**groups, "data": {} if train is None else train}
+
+
+def _begin_evaluation_facts(eval_dataset: Any, subclass: object) -> Any:
+    """Begin to take the facts of what evaluations come from, a subclass's own way among them."""
+    begun = None if eval_dataset is None else begin_data_facts(eval_dataset)
+    others = frozenset(name for base in type(subclass).__mro__ for name in vars(base))
+    code = {} if subclass is None else subclass_facts(subclass, leave_out=others - {"evaluate"})
+    own = {"trainer": code} if code.get("classes") else {}
+    return own if begun is None else lambda: {**begun(), **own}
 
 
 def _callback_facts(callback: Callback) -> dict[str, Any]:
@@ -79,9 +91,12 @@ def _of_own_objects(objects: Mapping[str, object]) -> dict[str, Any]:
 
 def _of_subclass(trainer_of_user: object, scheduler: LRScheduler) -> dict[str, Any]:
     """Return what a user's subclass trains by; evaluations count where they steer the rate."""
-    steers = isinstance(scheduler, ReduceLROnPlateau)
-    left_out = _BESIDE_TRAINING if steers else _BESIDE_TRAINING | {"evaluate"}
+    left_out = _BESIDE_TRAINING if _steers(scheduler) else _BESIDE_TRAINING | {"evaluate"}
     return subclass_facts(trainer_of_user, leave_out=left_out)
+
+
+def _steers(scheduler: LRScheduler) -> bool:
+    return isinstance(scheduler, ReduceLROnPlateau)
 
 
 _BESIDE_TRAINING = frozenset(

@@ -432,6 +432,7 @@ class Trainer:
             subclass=self,
             train_dataset=dataset,
             eval_dataset=self.eval_dataset,
+            chooses=self.config.chooses_by_evaluations,
         )
 
     def _announce(self, event: dict[str, Any], line: str) -> None:

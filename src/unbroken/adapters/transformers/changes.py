@@ -8,10 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 from transformers.trainer_callback import ExportableState
 
+from unbroken.adapters.transformers.evaluations import (
+    METHODS,
+    Decides,
+    judged,
+    what_evaluations_decide,
+)
+from unbroken.adapters.transformers.evaluations import RULES as RULES_BY_EVALUATIONS
 from unbroken.adapters.transformers.position import Batching, DataPosition
 from unbroken.changes.apply import InitialHyperparameters, apply_settings
 from unbroken.changes.rules import (
@@ -132,6 +139,7 @@ def argument_differences(
     *,
     own_optimizer: bool = False,
     same_size: bool = False,
+    evaluations: Decides = "nothing",
 ) -> tuple[Difference, ...]:
     """Return the arguments that are not what they were, the gravest first.
 
@@ -140,8 +148,9 @@ def argument_differences(
         now: Those of this start.
         own_optimizer: Whether the optimizer is one of the user's own: no argument makes it.
         same_size: Whether a step has as many samples as it had, on all ranks together.
+        evaluations: What they decide.
     """
-    rules = dict(RULES)
+    rules = {**RULES, **RULES_BY_EVALUATIONS[evaluations]}
     if same_size:
         rules.update(dict.fromkeys(CUT_ARGUMENTS, _CUT))
     if own_optimizer:
@@ -289,38 +298,12 @@ def run_fingerprint(data: Iterable[Any], loss: Any, callbacks: Iterable[Any]) ->
     }
 
 
-def evaluation_facts(host: Any) -> dict[str, Any]:
-    """Return what evaluations come from, where they steer the learning rate; else nothing."""
-    if not _evaluations_steer(host):
-        return {}
-    data, collate = host.eval_dataset, host.data_collator
-    sets = data if isinstance(data, dict) else {"": data}
-    found = {name: data_facts(one, collate) for name, one in sets.items() if one is not None}
-    called = {"metrics": host.compute_metrics, "logits": host.preprocess_logits_for_metrics}
-    facts = {name: callable_facts(one) for name, one in called.items() if one is not None}
-    return {**(found if isinstance(data, dict) else found.get("", {})), **facts}
-
-
-def _evaluations_steer(host: Any) -> bool:
-    schedule = getattr(host.lr_scheduler, "scheduler", host.lr_scheduler)  # of the user's own
-    is_named = host.args.lr_scheduler_type == "reduce_lr_on_plateau"
-    return is_named or isinstance(schedule, ReduceLROnPlateau)
-
-
 def facts_of_subclass(host: object) -> dict[str, Any]:
     """Return what a user's subclass does in a step: its code, and the settings that this uses."""
-    steers = _evaluations_steer(host)
-    leave_out = _NOT_IN_A_STEP if steers else _NOT_IN_A_STEP | _IN_EVALUATIONS
+    steers = what_evaluations_decide(host) == "the rate"
+    leave_out = _NOT_IN_A_STEP if steers else _NOT_IN_A_STEP | METHODS
     return subclass_facts(host, leave_out=leave_out)
 
-
-_IN_EVALUATIONS = frozenset(
-    (
-        *("evaluate", "evaluation_loop", "prediction_step", "_evaluate"),
-        *("get_eval_dataloader", "_get_eval_sampler", "compute_metrics"),
-    )
-)
-"""Methods that the learning rate may follow, and nothing else of a training."""
 
 _NOT_IN_A_STEP = frozenset(
     (
@@ -369,6 +352,7 @@ class CurrentSettings:
         scheduler: The scheduler, as the host has built it.
         step: Optimizer steps that the checkpoint has.
         max_steps: The last step of this start.
+        evaluations: What they decide.
         restarted: The position in an epoch that is begun again; None: none is.
     """
 
@@ -378,6 +362,7 @@ class CurrentSettings:
     scheduler: Any
     step: int
     max_steps: int
+    evaluations: Decides
     restarted: DataPosition | None = None
 
     def differences(
@@ -389,7 +374,7 @@ class CurrentSettings:
             stored: Its facts.
             found: What differs besides arguments.
         """
-        before = stored.get("arguments")
+        before, found = stored.get("arguments"), judged(found, self.evaluations)
         if not isinstance(before, Mapping):
             return found
         size = self._of_size(stored)
@@ -398,6 +383,7 @@ class CurrentSettings:
             plain_arguments(self.arguments),
             own_optimizer=self.choices.has_optimizer,
             same_size=not size,
+            evaluations=self.evaluations,
         )
         changed = {difference.path for difference in arguments}
         if changed & CUT_ARGUMENTS:

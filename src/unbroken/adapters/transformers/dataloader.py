@@ -213,7 +213,7 @@ class IndexBatches(BatchSampler):
 
     def _begin_pass(self, begin: Beginning) -> Passed | None:
         """Return what keeps digests of the order, where all of it is seen from its beginning."""
-        if begin.samples is not None or self._world_size > 1:
+        if begin.samples is not None:
             self._passed = None
             return None
         holders = {"batch_sampler": self.inner}

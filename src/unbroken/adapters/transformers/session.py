@@ -20,7 +20,6 @@ from unbroken.adapters.transformers.changes import (
     CurrentSettings,
     UserChoices,
     callback_states,
-    evaluation_facts,
     facts_of_callbacks,
     named,
     plain_arguments,
@@ -43,6 +42,10 @@ from unbroken.adapters.transformers.dataloader import (
     order_of,
     trail_of,
     unknown_order,
+)
+from unbroken.adapters.transformers.evaluations import (
+    begin_evaluation_facts,
+    what_evaluations_decide,
 )
 from unbroken.adapters.transformers.position import (
     Batching,
@@ -189,6 +192,7 @@ class TrainSession:
                 more=self._fingerprint,
                 filter=lambda facts, found: self._settings.differences(facts, found),
                 made_by_settings=choices.made_by_arguments,
+                check_values=_check_values,
             ),
             ranks=self.group,
             save=SavePolicy(mode=choices.save_mode),
@@ -283,16 +287,17 @@ class TrainSession:
         trainer = self.trainer
         state, begun = trainer.state, self.restarted
         steps = state.global_step, state.max_steps
+        decides = what_evaluations_decide(trainer)
         return CurrentSettings(
-            trainer.args, self.choices, self.batching, trainer.lr_scheduler, *steps, begun
+            trainer.args, self.choices, self.batching, trainer.lr_scheduler, *steps, decides, begun
         )
 
     def _fingerprint(self) -> dict[str, Any]:
         trainer, loader = self.trainer, self.own_loader
         data = (trainer.train_dataset, trainer.data_collator) if loader is None else (loader,)
         callbacks = trainer.callback_handler.callbacks
+        evaluations = {"eval_data": begin_evaluation_facts(trainer)}
         facts = run_fingerprint(data, trainer.compute_loss_func, callbacks)
-        evaluations = {"eval_data": evaluation_facts(trainer)}
         return {**facts, **evaluations, "trainer": self._subclass_facts()}
 
     def _facts_to_save(self) -> dict[str, Any]:
@@ -405,8 +410,6 @@ class TrainSession:
             self.report = self._import_hf_checkpoint(foreign.path, self._stored)
             return
         self.report = self.checkpointer.resume(self.candidate)
-        if self._stored is not None:
-            _require_values(self.checkpointer.values)
         self._apply(self.report.differences)
 
     def _apply(self, differences: tuple[Difference, ...]) -> None:
@@ -513,8 +516,14 @@ class TrainSession:
         named = (name.partition(".")[0] for name in self.choices.allow)
         changed = (d for d in self.report.differences if d.verdict in ("changed", "not covered"))
         groups = {*named, *(one.path.partition(".")[0] for one in changed)}
-        is_other = self.group.world_size > 1 or groups & {"data", "seed", "data_seed"}
-        return {} if is_other else self.values.get("trail", {})
+        is_other = groups & {"data", "seed", "data_seed"}
+        return {} if is_other else self._trail_of_this_rank()
+
+    def _trail_of_this_rank(self) -> Mapping[str, Any]:
+        trails = self.values.get("trails") or []
+        if self.group.world_size == 1:
+            return {} if trails else self.values.get("trail", {})
+        return trails[self.group.rank] if len(trails) == self.group.world_size else {}
 
     def _workers_begin(self) -> None:
         """Take note of the data set that processes which read get a copy of."""
@@ -588,17 +597,19 @@ class TrainSession:
             )
         self.checkpointer.best_step = best
         self.saved_step = state.global_step
-        facts = self._facts_to_save()
-        return self.checkpointer.save(state.global_step, self._values(), facts=facts)
+        facts, values = self._facts_to_save(), self._values()
+        if self.group.world_size > 1:  # each rank reads a part of its own
+            trails = self.group.gather("what was read", values["trail"])
+            values |= {"trail": {}, "trails": trails}
+        return self.checkpointer.save(state.global_step, values, facts=facts)
 
     def _values(self) -> dict[str, Any]:
-        of_many = self.group.world_size > 1  # each reads its own part
         position = self.position_callback.position
         return {
             "loss": LossAccumulators(self.trainer).values(),
             "order": order_of(self._loader),
             "data": data_state(self._loader, position.epoch, position.batches),
-            "trail": {} if of_many else trail_of(self._loader, position.epoch, position.batches),
+            "trail": trail_of(self._loader, position.epoch, position.batches),
             "seconds": self.seconds,
         }
 
@@ -618,7 +629,7 @@ class TrainSession:
         return self._adopted or self.checkpointer.values
 
 
-def _require_values(values: Any) -> None:
+def _check_values(values: Any) -> None:
     """Raise where the values of a checkpoint are none that a run of this Trainer has saved.
 
     Raises:
@@ -626,6 +637,7 @@ def _require_values(values: Any) -> None:
     """
     found = values if isinstance(values, dict) else {}
     order, trail, seconds = (found.get(name) for name in ("order", "trail", "seconds"))
+    trails = found.get("trails", [])
     are_right = {
         "loss": are_losses(found.get("loss")),
         "order": isinstance(order, dict)
@@ -633,6 +645,7 @@ def _require_values(values: Any) -> None:
         and isinstance(seeds := order.get("seeds", {}), dict)
         and all(type(seed) is int for seed in seeds.values()),
         "trail": trail is None or isinstance(trail, dict),
+        "trails": isinstance(trails, list) and all(isinstance(one, dict) for one in trails),
         "seconds": isinstance(seconds, int | float),
     }
     for name, is_right in are_right.items():

@@ -270,6 +270,8 @@ class Resumption:
         tree = self._tree(reader)
         moved = tree.pop(NAME, None)
         rng, values = load_tensors(tree.pop("rng"), "cpu"), load_tensors(tree.pop("values"))
+        if self._comparison is not None:
+            self._comparison.check_values(values)
         waiting = tree.pop(GRADIENTS, None)
         tree, objects, differences = self._fitting(reader, tree)
         self._growth = Growth(objects, partial(self._is_as_built, reader))

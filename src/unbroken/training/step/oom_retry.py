@@ -195,7 +195,7 @@ class OomRetry:
         state, before = self._state, self._state.config.per_forward
         size = before // 2
         state.use_micro_batch(size, self._parts.source)
-        verdict, effect = rules_for(state.config, self._parts.model)["micro_batch_size"]
+        verdict, effect = rules_for(self._parts.model)["micro_batch_size"]
         difference = Difference("micro_batch_size", before, size, effect, verdict)
         report = state.resume_report
         state.resume_report = replace(report, differences=(*report.differences, difference))
@@ -204,7 +204,7 @@ class OomRetry:
 
     def _can_be_halved(self, start: StepSnapshot) -> bool:
         config, pending = self._state.config, self._state.progress.pending
-        verdict, _ = rules_for(config, self._parts.model)["micro_batch_size"]
+        verdict, _ = rules_for(self._parts.model)["micro_batch_size"]
         in_update = pending == config.gradient_accumulation_steps
         return (
             verdict == "equivalent"
