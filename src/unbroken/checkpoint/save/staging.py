@@ -170,8 +170,8 @@ class SourceDigests:
 def _blocks(address: int, nbytes: int, turn: int) -> list[bytes]:
     """Return the sample of a tensor in memory, without a view of it for each."""
     start, count, length, row = rows_of_sample(nbytes, turn, block=_BLOCK)
-    first = address + start
-    return [ctypes.string_at(at, length) for at in range(first, first + count * row, row)]
+    memory: Any = (ctypes.c_char * nbytes).from_address(address)  # a slice of it is bytes
+    return [memory[at : at + length] for at in range(start, start + count * row, row)]
 
 
 def _in_turn(leaves: Sequence[TensorLeaf], number: int) -> Sequence[TensorLeaf]:

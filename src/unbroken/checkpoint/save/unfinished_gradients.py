@@ -66,8 +66,11 @@ class UnfinishedGradients:
 
     def capture(self) -> Captured | None:
         """Return the gradients by the names of their parameters, or None where there are none."""
+        having = [(one, one.grad) for one in self._parameters() if one.grad is not None]
+        if not having:
+            return None
         names = ParameterNames(self._objects)
-        found = {names.of(one): one.grad for one in self._parameters() if one.grad is not None}
+        found = {names.of(one): grad for one, grad in having}
         by_name = {name: grad for name, grad in found.items() if name is not None}
         zero = [name for name, grad in by_name.items() if _is_zero(grad)]
         rest = {name: grad for name, grad in by_name.items() if name not in zero}
