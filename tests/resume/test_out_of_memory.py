@@ -15,7 +15,7 @@ from scenarios import metrics, run_fresh
 from small_trainers import PAIRS, bits, small_trainer
 from unbroken.errors import ConfigError, OutOfMemoryError
 from unbroken.training import Callback
-from unbroken.training.step.oom_retry import is_out_of_memory
+from unbroken.training.step import is_out_of_memory
 
 
 class Wide(nn.Module):

@@ -18,10 +18,10 @@ from unbroken.distributed import Group
 from unbroken.distributed.dtensors import whole
 from unbroken.errors import ConfigError, DataError, OutOfMemoryError
 from unbroken.training.config import TrainerConfig
+from unbroken.training.micro_batches import compute_loss, to_device, weight_of
 from unbroken.training.run_state import RunState
 from unbroken.training.setup import Parts
-from unbroken.training.step.forward import compute_loss, to_device, weight_of
-from unbroken.training.step.oom_retry import is_out_of_memory
+from unbroken.training.step import is_out_of_memory
 
 
 class Evaluator:

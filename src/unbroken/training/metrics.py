@@ -14,8 +14,8 @@ from unbroken.errors import ConfigError, CorruptCheckpointError, one_of
 from unbroken.stored_names import stored_name
 from unbroken.training.config import TrainerConfig
 from unbroken.training.gradient_sums.data_parallel import DataParallelLayout
+from unbroken.training.micro_batches import StepResult
 from unbroken.training.progress import Progress
-from unbroken.training.step.window import StepResult
 
 _NUMBER, _COUNT, _TEXT = (int, float), (int,), (str,)
 _KINDS: Mapping[str, tuple[tuple[type, ...], bool]] = {

@@ -21,12 +21,12 @@ from unbroken.training.config import LeftOpen, TrainerConfig
 from unbroken.training.config_rules import IN_DATA
 from unbroken.training.display import Display, NoDisplay
 from unbroken.training.gradient_sums.data_parallel import DataParallelLayout, without_ddp
+from unbroken.training.micro_batches import LossFn, Precision
 from unbroken.training.model_init import DeferredModel, MakeModel
 from unbroken.training.optim import make_optimizer, make_scheduler, refuse_closures
 from unbroken.training.progress import count_steps
 from unbroken.training.rng import Randomness, seed_ambient
 from unbroken.training.run_state import RunState
-from unbroken.training.step.forward import LossFn, Precision
 
 
 @dataclass(frozen=True)

@@ -40,16 +40,14 @@ from unbroken.training.config import TrainerConfig
 from unbroken.training.display import Display
 from unbroken.training.evaluation import Evaluation
 from unbroken.training.metrics import Statistics
+from unbroken.training.micro_batches import LossFn, Window
 from unbroken.training.model_init import MakeModel
 from unbroken.training.per_rank_loaders import check_first_step_dealing
 from unbroken.training.progress import Pace, Progress, TrainResult
 from unbroken.training.resume import run_fingerprint
 from unbroken.training.rng import deterministic_kernels
 from unbroken.training.setup import Given, build_parts, joined, pick_display
-from unbroken.training.step.forward import LossFn
-from unbroken.training.step.oom_retry import OomRetry, keep_freed_memory
-from unbroken.training.step.runner import StepRunner
-from unbroken.training.step.window import Window
+from unbroken.training.step import OomRetry, StepRunner, keep_freed_memory
 
 T = TypeVar("T")
 

@@ -1,1 +1,0 @@
-"""One optimizer step: its forward and backward passes, its window, and memory for it."""
