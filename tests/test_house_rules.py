@@ -142,8 +142,6 @@ PARTS = {  # modules that serve one other module, each an idea of its own
     "unbroken.checkpoint.save.rehearsal": "whether a save would work",
     "unbroken.training.checkpoints": "what a Trainer saves and resumes",
     "unbroken.training.evaluation": "when, over which data, and what follows",
-    "unbroken.training.gradient_sums.lanes": "sums in one fixed order",
-    "unbroken.training.gradient_sums.sync": "what a step asks of whoever sums",
     "unbroken.training.trainer": "the loop",
     "unbroken.testing.assertions": "what users assert in their own tests",
 }

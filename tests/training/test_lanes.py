@@ -11,7 +11,7 @@ from torch import nn
 
 from unbroken.distributed import RankSums, SingleProcess, Tree
 from unbroken.errors import ConfigError
-from unbroken.training.gradient_sums.lanes import LaneReducer
+from unbroken.training.data_parallel import LaneReducer
 
 NUMEL = 1013  # of no other tensor
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from unbroken.errors import ConfigError, CorruptCheckpointError, one_of
 from unbroken.stored_names import stored_name
 from unbroken.training.config import TrainerConfig
-from unbroken.training.gradient_sums.data_parallel import DataParallelLayout
+from unbroken.training.data_parallel import DataParallelLayout
 from unbroken.training.micro_batches import StepResult
 from unbroken.training.progress import Progress
 

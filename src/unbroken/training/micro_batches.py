@@ -19,7 +19,7 @@ from unbroken.distributed.dtensors import is_dtensor, local_part, sharded_as, wh
 from unbroken.errors import ConfigError, CorruptCheckpointError, DataError
 from unbroken.stored_names import stored_name
 from unbroken.training.config import TrainerConfig
-from unbroken.training.gradient_sums.data_parallel import DataParallelLayout
+from unbroken.training.data_parallel import DataParallelLayout
 
 # Clipping of gradients, those of sharded parameters included.
 

@@ -11,7 +11,7 @@ from unbroken.capture import decode, encode, types_in
 from unbroken.data import BatchSource, LoaderSource, MicroBatch
 from unbroken.distributed import Group
 from unbroken.errors import CheckpointNotFoundError, DataError
-from unbroken.training.gradient_sums.data_parallel import DataParallelLayout
+from unbroken.training.data_parallel import DataParallelLayout
 from unbroken.training.metrics import batch_digest
 
 

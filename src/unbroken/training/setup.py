@@ -19,8 +19,8 @@ from unbroken.errors import ConfigError
 from unbroken.storage import Storage
 from unbroken.training.config import LeftOpen, TrainerConfig
 from unbroken.training.config_rules import IN_DATA
+from unbroken.training.data_parallel import DataParallelLayout, without_ddp
 from unbroken.training.display import Display, NoDisplay
-from unbroken.training.gradient_sums.data_parallel import DataParallelLayout, without_ddp
 from unbroken.training.micro_batches import LossFn, Precision
 from unbroken.training.model_init import DeferredModel, MakeModel
 from unbroken.training.optim import make_optimizer, make_scheduler, refuse_closures

@@ -21,7 +21,7 @@ from unbroken.data import MicroBatch, Position, derive_key
 from unbroken.errors import DataError, OutOfMemoryError, UnbrokenError
 from unbroken.training.callback import Callback, CallHook, Hooks, overridden, with_state
 from unbroken.training.config_rules import rules_for
-from unbroken.training.gradient_sums.sync import gradient_sync_for
+from unbroken.training.data_parallel import gradient_sync_for
 from unbroken.training.metrics import DataDigest
 from unbroken.training.micro_batches import StepResult, Window, compute_loss, to_device, tokens_of
 from unbroken.training.progress import Progress, epoch_at

@@ -1,1 +1,0 @@
-"""In which order gradients are summed over micro-batches and ranks."""
