@@ -7,7 +7,7 @@ import pytest
 from scenarios import metrics
 from small_trainers import small_trainer
 from unbroken.training import Callback
-from unbroken.training.metrics import Statistics
+from unbroken.training.run_state import Statistics
 
 STEPS = 9
 

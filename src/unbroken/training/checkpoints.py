@@ -37,10 +37,9 @@ from unbroken.training.config_rules import ENDING_SETTINGS, METRIC_SETTINGS, Exa
 from unbroken.training.display import Display
 from unbroken.training.micro_batches import Window
 from unbroken.training.per_rank_loaders import exchange_loader_states
-from unbroken.training.progress import Pace, Progress
 from unbroken.training.resume import settle_length, take_effect
 from unbroken.training.rng import deterministic_kernels
-from unbroken.training.run_state import RunState
+from unbroken.training.run_state import Pace, Progress, RunState
 from unbroken.training.setup import Parts
 
 # The Checkpointer of a Trainer: what the configuration says of it.

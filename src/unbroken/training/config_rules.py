@@ -17,8 +17,7 @@ from unbroken.distributed import Group
 from unbroken.errors import ConfigError
 from unbroken.training.config import TrainerConfig, settings
 from unbroken.training.optim import factor_of
-from unbroken.training.progress import Progress, count_steps
-from unbroken.training.run_state import RunState
+from unbroken.training.run_state import Progress, RunState, count_steps
 
 _SETTINGS = settings()
 _OF_THE_START = {name for name, one in _SETTINGS.items() if one.rule is None}

@@ -12,7 +12,7 @@ from unbroken.data import BatchSource, LoaderSource, MicroBatch
 from unbroken.distributed import Group
 from unbroken.errors import CheckpointNotFoundError, DataError
 from unbroken.training.data_parallel import DataParallelLayout
-from unbroken.training.metrics import batch_digest
+from unbroken.training.run_state import batch_digest
 
 
 def gives_own_batches(source: BatchSource | None, group: Group) -> bool:

@@ -27,8 +27,7 @@ from unbroken.training.config_rules import (
 )
 from unbroken.training.optim import factor_of
 from unbroken.training.per_rank_loaders import gives_own_batches
-from unbroken.training.progress import count_steps
-from unbroken.training.run_state import RunState
+from unbroken.training.run_state import RunState, count_steps
 from unbroken.training.setup import Parts
 
 

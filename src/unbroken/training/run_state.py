@@ -1,17 +1,381 @@
-"""What changes while a run goes on, besides weights and data."""
+"""Where a run is and what it reports about itself: counters, statistics, pace, result."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
 
 from unbroken.checkpoint import ResumeReport
 from unbroken.data import BatchSource, MapSource
 from unbroken.distributed import Group
-from unbroken.stored_names import to_stored
+from unbroken.errors import ConfigError, CorruptCheckpointError, one_of
+from unbroken.stored_names import from_stored, stored_name, to_stored
 from unbroken.training.config import TrainerConfig
-from unbroken.training.metrics import Statistics
-from unbroken.training.progress import Progress
+from unbroken.training.data_parallel import DataParallelLayout
+from unbroken.training.micro_batches import StepResult
+
+# How far a run is: the only counters of the loop, immutable.
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The point that a run has reached.
+
+    Attributes:
+        step: Completed optimizer steps; 0 is the untrained model.
+        samples: Training samples used, pending ones of an accumulation window included.
+        tokens: Tokens used; 0 where the data has none (no `input_ids`).
+        pending: Micro-batches of the unfinished step whose gradients are in the model.
+        epoch: Completed passes over the data, with the started one as a fraction.
+
+    Example:
+        >>> progress = Progress().after_micro_batch(samples=8, tokens=512)
+        >>> progress.after_step(epoch=0.25)
+        Progress(step=1, samples=8, tokens=512, pending=0, epoch=0.25)
+    """
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    pending: int = 0
+    epoch: float = 0.0
+
+    @classmethod
+    def of(cls, stored: object) -> Progress:
+        """Return what a checkpoint says; None: it says nothing, as before the first step.
+
+        Raises:
+            CorruptCheckpointError: No run can be there.
+        """
+        numbers = {} if stored is None else stored
+        names = [*to_stored(cls())]
+        if not isinstance(numbers, Mapping) or not all(
+            name in names and _counts(value, is_whole=name != "epoch")
+            for name, value in numbers.items()
+        ):
+            what = "is not how far a run can be"
+            raise CorruptCheckpointError("progress", what, expected=names, found=stored)
+        progress: Progress = from_stored(cls, numbers)
+        return progress
+
+    def after_micro_batch(self, *, samples: int, tokens: int) -> Progress:
+        """Return the progress after one more forward and backward pass.
+
+        Args:
+            samples: All samples used by then.
+            tokens: Tokens in this micro-batch.
+        """
+        return Progress(self.step, samples, self.tokens + tokens, self.pending + 1, self.epoch)
+
+    def after_step(self, epoch: float) -> Progress:
+        """Return the progress after the optimizer's step."""
+        return Progress(self.step + 1, self.samples, self.tokens, 0, epoch)
+
+
+def _counts(value: object, *, is_whole: bool) -> bool:
+    kinds = (int,) if is_whole else (int, float)
+    return type(value) in kinds and 0 <= value < math.inf and value < 2**63  # type: ignore[operator]
+
+
+# How many optimizer steps a run has, and in which epoch it is.
+
+
+def count_steps(
+    config: TrainerConfig, source: BatchSource | None, progress: Progress | None = None
+) -> int:
+    """Return the optimizer steps of the whole run.
+
+    Args:
+        config: `max_steps`, or else `num_train_epochs`.
+        source: Knows the length of an epoch.
+        progress: Where the run is; steps so far may have been of another size.
+
+    Raises:
+        ConfigError: If only `num_train_epochs` is given and an epoch has no known length.
+    """
+    if config.max_steps != -1:
+        return config.max_steps
+    if source is None:
+        return 0
+    if source.steps_per_epoch is None:
+        raise ConfigError("max_steps", "must be given: the length of an epoch is not known")
+    # By its decimal digits: 0.1 epochs of 10 steps are one step, not 1.00000000000000000555.
+    steps = Fraction(repr(float(config.num_train_epochs))) * source.steps_per_epoch
+    if progress is None or source.samples_per_epoch is None:
+        return math.ceil(steps)
+    in_whole_steps = progress.samples - progress.pending * config.per_forward
+    left = steps - Fraction(in_whole_steps, config.batch_size)
+    return progress.step + max(0, math.ceil(left))
+
+
+def epoch_at(progress: Progress, source: BatchSource) -> float:
+    """Return the passes over the data when the step that is just being taken is completed."""
+    if source.samples_per_epoch is not None:
+        return progress.samples / source.samples_per_epoch
+    if source.steps_per_epoch is not None:
+        return float((progress.step + 1) / source.steps_per_epoch)
+    return float(source.position.epoch)
+
+
+# How long steps and saves take: what is needed to stop in time.
+
+
+class Pace:
+    """Remembers the slowest step and the slowest save of this process.
+
+    Args:
+        clock: Monotonic seconds.
+
+    Example:
+        >>> now = [0.0]
+        >>> pace = Pace(lambda: now[0])
+        >>> now[0] = 2.0
+        >>> pace.step_is_over()
+        >>> pace.save_took(0.5)
+        >>> pace.seconds_to_stop()
+        3.0
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._slowest_step = self._slowest_save = 0.0
+        self._began = clock()
+
+    def step_begins(self) -> None:
+        """Take the time from here."""
+        self._began = self._clock()
+
+    def step_is_over(self) -> None:
+        """Count what came since the last step: reading, training, evaluating, saving."""
+        now = self._clock()
+        self._slowest_step = max(self._slowest_step, now - self._began)
+        self._began = now
+
+    def save_took(self, seconds: float) -> None:
+        """Count a save."""
+        self._slowest_save = max(self._slowest_save, seconds)
+
+    def seconds_to_stop(self) -> float:
+        """Return how long before a deadline to stop: one more step, and a save twice as slow."""
+        return self._slowest_step + 2 * self._slowest_save
+
+
+# What `Trainer.train` returns.
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        progress: Where it ended.
+        stopped_by: Why it ended before `max_steps`, or None.
+        best_metric: The best value of `metric_for_best_model`, or None.
+        resume_report: How this process's part of the run began.
+    """
+
+    progress: Progress
+    stopped_by: str | None
+    best_metric: float | None
+    resume_report: ResumeReport
+
+
+# What a run reports about itself; part of its state, so that nothing is counted twice.
+
+
+_NUMBER, _COUNT, _TEXT = (int, float), (int,), (str,)
+_KINDS: Mapping[str, tuple[tuple[type, ...], bool]] = {
+    "best_metric": (_NUMBER, True),
+    "best_step": (_COUNT, True),
+    "evaluations_without_gain": (_COUNT, False),
+    "seconds": (_NUMBER, False),
+    "data_digest": (_TEXT, True),
+    "loss_sum": (_NUMBER, False),
+    "steps": (_COUNT, False),
+    "grad_norm": (_NUMBER, True),
+    "learning_rate": (_NUMBER, False),
+    "logged_tokens": (_COUNT, False),
+    "logged_seconds": (_NUMBER, False),
+}
+"""Each part of the state: its kinds, and whether it may be None."""
+
+
+@stored_name("unbroken.training.statistics.Statistics")
+class Statistics:
+    """Sums since the last log line, the best metric, and the wall time of all segments.
+
+    The loss is summed in float64 on its own device: no synchronisation per step.
+    """
+
+    def __init__(self) -> None:
+        self.best_metric: float | None = None
+        self.best_step: int | None = None
+        self.evaluations_without_gain = 0
+        self.seconds = 0.0
+        self.data_digest: str | None = None
+        self.loss_sum: Tensor | float = 0.0
+        self.steps = 0
+        self.grad_norm: Tensor | float | None = None
+        self.learning_rate = 0.0
+        self.logged_tokens = 0
+        self.logged_seconds = 0.0
+
+    def add_step(self, step: StepResult) -> None:
+        """Count one optimizer step."""
+        self.loss_sum = self.loss_sum + step.loss.to(torch.float64)
+        self.grad_norm = step.grad_norm
+        self.learning_rate = step.learning_rate
+        self.steps += 1
+
+    def add_data(self, digests: Iterable[str]) -> None:
+        """Take the digests of micro-batches into the running digest of all data used.
+
+        The digest is a chain, so that one short text is its whole state:
+        digest = xxh3-128(previous digest, digest of a micro-batch).
+        """
+        for one in digests:
+            self.data_digest = xxhash.xxh3_128(
+                f"{self.data_digest or ''}{one}".encode()
+            ).hexdigest()
+
+    def log(self, progress: Progress) -> dict[str, Any]:
+        """Return the mean loss, gradient norm and speed since the last call, and start anew."""
+        tokens = progress.tokens
+        seconds = self.seconds - self.logged_seconds
+        record: dict[str, Any] = {
+            "samples": progress.samples,
+            "tokens": tokens,
+            "learning_rate": self.learning_rate,
+            "loss": float(self.loss_sum) / max(1, self.steps),
+        }
+        if self.grad_norm is not None:
+            record["grad_norm"] = float(self.grad_norm)
+        if self.data_digest is not None:
+            record["data_digest"] = self.data_digest
+        record["seconds"] = round(self.seconds, 3)
+        if tokens and seconds > 0:
+            record["tokens_per_second"] = round((tokens - self.logged_tokens) / seconds, 1)
+        self.loss_sum, self.steps = 0.0, 0
+        self.logged_tokens, self.logged_seconds = tokens, self.seconds
+        return record
+
+    def consider(self, metrics: Mapping[str, float], step: int, config: TrainerConfig) -> bool:
+        """Take note of an evaluation; return whether it is the best so far.
+
+        Raises:
+            ConfigError: If `metric_for_best_model` is not among the metrics.
+        """
+        name = config.metric_for_best_model
+        if name not in metrics:
+            raise ConfigError("metric_for_best_model", expected=one_of(sorted(metrics)), found=name)
+        gain = self._gain(float(metrics[name]), config.greater_is_better)
+        gained = gain is None or gain > config.early_stopping_threshold  # NaN is no gain
+        self.evaluations_without_gain = 0 if gained else self.evaluations_without_gain + 1
+        if (gain is not None and not gain > 0) or math.isnan(float(metrics[name])):
+            return False
+        self.best_metric, self.best_step = float(metrics[name]), step
+        return True
+
+    def forget_best(self) -> None:
+        """Begin anew to look for the best: the metric is another one."""
+        self.best_metric, self.best_step, self.evaluations_without_gain = None, None, 0
+
+    def _gain(self, value: float, greater_is_better: bool) -> float | None:
+        """Return how much better `value` is than the best so far; None when it is the first."""
+        if self.best_metric is None or math.isnan(self.best_metric):
+            return None
+        return value - self.best_metric if greater_is_better else self.best_metric - value
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything, the unfinished sums included."""
+        values = {name: getattr(self, name) for name in _KINDS}
+        grad_norm = None if self.grad_norm is None else float(self.grad_norm)
+        return {**values, "loss_sum": float(self.loss_sum), "grad_norm": grad_norm}
+
+    def check_state_dict(self, state: Any) -> None:
+        """Raise unless `load_state_dict` can take a state.
+
+        Raises:
+            CorruptCheckpointError: It is not what `state_dict` returns.
+        """
+        own = self.state_dict()
+        if not isinstance(state, dict) or not own.keys() <= state.keys():
+            raise CorruptCheckpointError("statistics", "lack a number", expected=[*own])
+        for name in own:
+            kinds, may_be_none = _KINDS[name]
+            value = state[name]
+            if not (isinstance(value, kinds) or (may_be_none and value is None)):
+                what = "is not a number" if kinds != (str,) else "is not a text"
+                raise CorruptCheckpointError(f"statistics.{name}", what, found=repr(value)[:80])
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        for name in _KINDS:
+            setattr(self, name, state[name])
+
+
+# The digest of a batch: proof of which data was used, in which order.
+
+
+def batch_digest(data: Any) -> str:
+    """Return the xxh3-128 digest of the bytes of all tensors in a batch, in a fixed order.
+
+    Example:
+        >>> batch_digest([torch.ones(2)]) == batch_digest({"x": torch.ones(2)})
+        True
+    """
+    digest = xxhash.xxh3_128()
+    for tensor in _tensors_in(data):
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(flat.numpy().data)
+    return digest.hexdigest()
+
+
+class DataDigest:
+    """Chains the digests of all micro-batches into the statistics, in the order of the stream.
+
+    Args:
+        statistics: Keep the chain, as a part of the run's state.
+        division: How ranks share each step.
+    """
+
+    def __init__(self, statistics: Statistics, division: DataParallelLayout) -> None:
+        self._statistics = statistics
+        self._division = division
+        self._pending: list[str] = []
+
+    def add(self, data: Any) -> None:
+        """Count a micro-batch of this rank."""
+        digest = batch_digest(data)
+        if self._division.parts == 1:
+            self._statistics.add_data([digest])
+        else:
+            self._pending.append(digest)
+
+    def step_is_over(self) -> None:
+        """Chain what all ranks used in a step, part by part."""
+        if self._pending:
+            for digests in self._division.gather("the data of a step", list(self._pending)):
+                self._statistics.add_data(digests)
+            self._pending.clear()
+
+
+def _tensors_in(data: Any) -> Iterator[Tensor]:
+    if isinstance(data, Tensor):
+        yield data
+    elif isinstance(data, Mapping):
+        for key in sorted(data):
+            yield from _tensors_in(data[key])
+    elif isinstance(data, list | tuple):
+        for part in data:
+            yield from _tensors_in(part)
 
 
 @dataclass

@@ -24,9 +24,8 @@ from unbroken.training.display import Display, NoDisplay
 from unbroken.training.micro_batches import LossFn, Precision
 from unbroken.training.model_init import DeferredModel, MakeModel
 from unbroken.training.optim import make_optimizer, make_scheduler, refuse_closures
-from unbroken.training.progress import count_steps
 from unbroken.training.rng import Randomness, seed_ambient
-from unbroken.training.run_state import RunState
+from unbroken.training.run_state import RunState, count_steps
 
 
 @dataclass(frozen=True)
