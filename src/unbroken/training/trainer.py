@@ -35,6 +35,7 @@ from unbroken.training.checkpoints import (
     TrainerFacts,
     make_checkpointer,
     objects_to_save,
+    run_fingerprint,
 )
 from unbroken.training.config import TrainerConfig
 from unbroken.training.display import Display
@@ -42,7 +43,6 @@ from unbroken.training.evaluation import Evaluation
 from unbroken.training.micro_batches import LossFn, Window
 from unbroken.training.model_init import MakeModel
 from unbroken.training.per_rank_loaders import check_first_step_dealing
-from unbroken.training.resume import run_fingerprint
 from unbroken.training.rng import deterministic_kernels
 from unbroken.training.run_state import Pace, Progress, Statistics, TrainResult
 from unbroken.training.setup import Given, build_parts, joined, pick_display
