@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from unbroken.distributed.all_reduce import RankSums as RankSums
-from unbroken.distributed.all_reduce import Tree as Tree
-from unbroken.distributed.broadcast import ByteStream as ByteStream
+from unbroken.distributed.collectives import ByteStream as ByteStream
+from unbroken.distributed.collectives import RankSums as RankSums
+from unbroken.distributed.collectives import Tree as Tree
+from unbroken.distributed.dtensors import divide as divide
 from unbroken.distributed.group import Group as Group
 from unbroken.distributed.group import SingleProcess as SingleProcess
-from unbroken.distributed.save_plan import divide as divide
 from unbroken.distributed.store_group import StoreGroup as StoreGroup
 from unbroken.distributed.store_group import disagreement as disagreement
 from unbroken.distributed.store_group import name_ranks as name_ranks
