@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from unbroken.data.introspection import has as has
-from unbroken.data.keyed_dataset import KeyedDataset as KeyedDataset
 from unbroken.data.keyed_rng import KeyedRandom as KeyedRandom
 from unbroken.data.keyed_rng import derive_key as derive_key
 from unbroken.data.keyed_rng import keyed_random as keyed_random
-from unbroken.data.order.global_order import BatchShape as BatchShape
-from unbroken.data.order.global_order import GlobalOrder as GlobalOrder
-from unbroken.data.order.global_order import MicroBatchSampler as MicroBatchSampler
-from unbroken.data.order.global_order import SampleKey as SampleKey
-from unbroken.data.order.permutation import Permutation as Permutation
+from unbroken.data.order import BatchShape as BatchShape
+from unbroken.data.order import GlobalOrder as GlobalOrder
+from unbroken.data.order import MicroBatchSampler as MicroBatchSampler
+from unbroken.data.order import Permutation as Permutation
+from unbroken.data.order import SampleKey as SampleKey
 from unbroken.data.sources.batch_digests import BatchDigest as BatchDigest
 from unbroken.data.sources.batch_digests import Passed as Passed
 from unbroken.data.sources.batch_digests import drawn_from as drawn_from
@@ -21,6 +20,7 @@ from unbroken.data.sources.iterable import reason_against_its_state as reason_ag
 from unbroken.data.sources.loader import CountedSource as CountedSource
 from unbroken.data.sources.loader import LoaderSource as LoaderSource
 from unbroken.data.sources.loader import StatefulSource as StatefulSource
+from unbroken.data.sources.map_style import KeyedDataset as KeyedDataset
 from unbroken.data.sources.map_style import Loading as Loading
 from unbroken.data.sources.map_style import MapSource as MapSource
 from unbroken.data.sources.protocol import BatchSource as BatchSource

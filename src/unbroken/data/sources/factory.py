@@ -28,7 +28,7 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from unbroken.data.introspection import has
-from unbroken.data.order.global_order import BatchShape, GlobalOrder
+from unbroken.data.order import BatchShape, GlobalOrder
 from unbroken.data.sources.iterable import Grouping, reason_to_replay
 from unbroken.data.sources.loader import CountedSource, LoaderSource, OnSkip, StatefulSource
 from unbroken.data.sources.map_style import Loading, MapSource

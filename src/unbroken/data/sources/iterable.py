@@ -21,9 +21,9 @@ from torch.utils.data import (
 )
 
 from unbroken.data.introspection import answers_anything, has, is_of
-from unbroken.data.keyed_dataset import is_deterministic
 from unbroken.data.keyed_rng import KeyedRandom, derive_key
 from unbroken.data.sources.batch_digests import BatchDigest, drawn_from, read_otherwise
+from unbroken.data.sources.map_style import is_deterministic
 from unbroken.data.worker_signals import leave_signals_of
 from unbroken.errors import DataError
 

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import default_collate
 
 from unbroken.data.keyed_rng import KeyedRandom, derive_key
-from unbroken.data.order.global_order import BatchShape
+from unbroken.data.order import BatchShape
 from unbroken.data.sources.batch_digests import OR_ALLOW, BatchDigest, read_otherwise, weights_of
 from unbroken.data.sources.iterable import END, ForeignLoader, Grouping, Reader
 from unbroken.data.sources.protocol import (

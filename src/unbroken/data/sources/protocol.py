@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Protocol, runtime_checkable
 
-from unbroken.data.order.global_order import BatchShape
+from unbroken.data.order import BatchShape
 from unbroken.errors import DataError
 
 

@@ -1,1 +1,0 @@
-"""Which samples make which batch: a pure function of seed, epoch and position."""
