@@ -123,7 +123,6 @@ PARTS = {  # modules that serve one other module, each an idea of its own
     "unbroken.cli.show": "a command",
     "unbroken.cli.verify": "a command",
     "unbroken.data.sources.factory": "which source fits a user's data",
-    "unbroken.fingerprint.forked_reader": "work in a child that leaves no trace here",
     "unbroken.planner.simulation": "failures played one by one",
     "unbroken.language_model.corpus": "text as a data set",
     "unbroken.language_model.model": "a model from settings",

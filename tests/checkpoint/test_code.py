@@ -13,7 +13,7 @@ import pytest
 
 from unbroken.changes.rules import CODE_RULES
 from unbroken.checkpoint import code_differences, code_facts
-from unbroken.fingerprint.code_version import facts_of, is_dirty, read_commit
+from unbroken.fingerprint.environment import code_facts_of, is_dirty, read_commit
 from unbroken.store.format.digest import digest_of
 
 ONE, TWO = "1" * 40, "2" * 40
@@ -67,7 +67,7 @@ def test_of_an_installed_command_only_the_name_is_known(tmp_path):
     own = ModuleType("__main__")
     own.__file__ = str(write(repository(tmp_path, main=ONE) / "unbroken" / "__main__.py", ""))
     own.__spec__ = type("Spec", (), {"name": "unbroken.__main__"})()
-    facts = facts_of(own)
+    facts = code_facts_of(own)
     assert facts.pop("unbroken")
     assert facts == {**dict.fromkeys(facts), "script": "unbroken"}
 
@@ -75,7 +75,7 @@ def test_of_an_installed_command_only_the_name_is_known(tmp_path):
 def test_a_script_that_is_gone_has_no_digest(tmp_path):
     main = ModuleType("__main__")
     main.__file__, main.__spec__ = str(tmp_path / "gone.py"), None
-    assert facts_of(main)["script_digest"] is None
+    assert code_facts_of(main)["script_digest"] is None
 
 
 def test_a_commit_is_read_from_a_loose_reference(tmp_path):

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from unbroken.capture import capture
-from unbroken.data import CountedSource, MapSource, batch_source, has
+from unbroken.data import CountedSource, MapSource, batch_source
 from unbroken.errors import CaptureError, DataError
+from unbroken.introspection import has
 
 
 class Answering:

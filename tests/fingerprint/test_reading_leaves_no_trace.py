@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 
 from unbroken.fingerprint import NOT_COMPARED, begin_data_facts, data_facts
-from unbroken.fingerprint.forked_reader import ForkedWork
+from unbroken.fingerprint.dataset import ForkedWork
 
 
 class Data(Dataset):

@@ -51,8 +51,12 @@ from unbroken.fingerprint import (
     plain_or_text,
     scheduler_facts,
 )
-from unbroken.fingerprint.code_version import code_facts
-from unbroken.fingerprint.environment import GPU_DETAILS, GPU_SOFTWARE, environment_facts
+from unbroken.fingerprint.environment import (
+    GPU_DETAILS,
+    GPU_SOFTWARE,
+    code_facts,
+    environment_facts,
+)
 from unbroken.stored_names import stored_class_name
 
 # How the machine and the software of a checkpoint differ from those of this start.

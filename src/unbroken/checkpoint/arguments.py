@@ -19,9 +19,9 @@ from unbroken.changes.compare import DifferenceFilter, ResumePolicy
 from unbroken.changes.differences import brief
 from unbroken.checkpoint.cadence import SavePolicy, SaveSteps
 from unbroken.checkpoint.resume.readers import ReadFrom
-from unbroken.data import has
 from unbroken.distributed import Group, SingleProcess
 from unbroken.errors import ConfigError, one_of
+from unbroken.introspection import has
 from unbroken.store import KeepPolicy
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from unbroken.data.introspection import has as has
 from unbroken.data.keyed_rng import KeyedRandom as KeyedRandom
 from unbroken.data.keyed_rng import derive_key as derive_key
 from unbroken.data.keyed_rng import keyed_random as keyed_random
@@ -49,7 +48,6 @@ __all__ = [
     "batch_source",
     "derive_key",
     "drawn_from",
-    "has",
     "keyed_random",
     "reason_against_its_state",
 ]

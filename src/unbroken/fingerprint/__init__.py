@@ -4,14 +4,14 @@ from unbroken.fingerprint.dataset import begin_data_facts as begin_data_facts
 from unbroken.fingerprint.dataset import begin_source_facts as begin_source_facts
 from unbroken.fingerprint.dataset import data_facts as data_facts
 from unbroken.fingerprint.dataset import sampled_records as sampled_records
-from unbroken.fingerprint.digests import record_digest as record_digest
-from unbroken.fingerprint.model import model_facts as model_facts
-from unbroken.fingerprint.optimizer import optimizer_facts as optimizer_facts
-from unbroken.fingerprint.optimizer import scheduler_facts as scheduler_facts
-from unbroken.fingerprint.own_attributes import changed_by_reading as changed_by_reading
-from unbroken.fingerprint.own_attributes import keeps_attributes as keeps_attributes
-from unbroken.fingerprint.own_attributes import names_in_class as names_in_class
-from unbroken.fingerprint.own_attributes import own_attributes as own_attributes
+from unbroken.fingerprint.objects import changed_by_reading as changed_by_reading
+from unbroken.fingerprint.objects import keeps_attributes as keeps_attributes
+from unbroken.fingerprint.objects import model_facts as model_facts
+from unbroken.fingerprint.objects import names_in_class as names_in_class
+from unbroken.fingerprint.objects import optimizer_facts as optimizer_facts
+from unbroken.fingerprint.objects import own_attributes as own_attributes
+from unbroken.fingerprint.objects import scheduler_facts as scheduler_facts
+from unbroken.fingerprint.objects import subclass_facts as subclass_facts
 from unbroken.fingerprint.source_code import MAX_REACHED as MAX_REACHED
 from unbroken.fingerprint.source_code import cut_off as cut_off
 from unbroken.fingerprint.source_code import is_user_code as is_user_code
@@ -19,7 +19,6 @@ from unbroken.fingerprint.source_code import is_user_module as is_user_module
 from unbroken.fingerprint.source_code import names_in as names_in
 from unbroken.fingerprint.source_code import qualified_name as qualified_name
 from unbroken.fingerprint.source_code import source_digest as source_digest
-from unbroken.fingerprint.subclass import subclass_facts as subclass_facts
 from unbroken.fingerprint.values import NOT_COMPARED as NOT_COMPARED
 from unbroken.fingerprint.values import Plain as Plain
 from unbroken.fingerprint.values import callable_facts as callable_facts
@@ -28,6 +27,7 @@ from unbroken.fingerprint.values import object_facts as object_facts
 from unbroken.fingerprint.values import plain_attributes as plain_attributes
 from unbroken.fingerprint.values import plain_items as plain_items
 from unbroken.fingerprint.values import plain_or_text as plain_or_text
+from unbroken.fingerprint.values import record_digest as record_digest
 
 __all__ = [
     "MAX_REACHED",

@@ -24,7 +24,7 @@ from typing import Any
 
 import xxhash
 
-from unbroken.fingerprint.introspection import attributes_of
+from unbroken.introspection import attributes_of
 from unbroken.stored_names import given_path, stored_path
 
 # Where a class or function is defined: its node in the syntax tree of its file.

@@ -34,8 +34,7 @@ from unbroken.capture import decode, encode, is_sharded, named_buffers, named_pa
 from unbroken.capture.state_tree import TreeMap, children
 from unbroken.errors import CaptureError, CheckpointError
 from unbroken.fingerprint import keeps_attributes
-from unbroken.fingerprint.digests import array_digest
-from unbroken.fingerprint.values import is_volatile_number
+from unbroken.fingerprint.values import array_digest, is_volatile_number
 
 _MOST_VALUES = 65536
 _MOST_TENSORS = 4096

@@ -27,13 +27,13 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
-from unbroken.data.introspection import has
 from unbroken.data.order import BatchShape, GlobalOrder
 from unbroken.data.sources.iterable import Grouping, reason_to_replay
 from unbroken.data.sources.loader import CountedSource, LoaderSource, OnSkip, StatefulSource
 from unbroken.data.sources.map_style import Loading, MapSource
 from unbroken.data.sources.protocol import BatchSource
 from unbroken.errors import ConfigError, DataError
+from unbroken.introspection import has
 
 
 def batch_source(

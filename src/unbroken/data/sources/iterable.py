@@ -20,12 +20,12 @@ from torch.utils.data import (
     default_convert,
 )
 
-from unbroken.data.introspection import answers_anything, has, is_of
 from unbroken.data.keyed_rng import KeyedRandom, derive_key
 from unbroken.data.sources.batch_digests import BatchDigest, drawn_from, read_otherwise
 from unbroken.data.sources.map_style import is_deterministic
 from unbroken.data.worker_signals import leave_signals_of
 from unbroken.errors import DataError
+from unbroken.introspection import answers_anything, has, is_of
 
 END = object()  # what `ForeignLoader.next` gives at the end of an epoch
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset, TensorDataset, default_collate
 
-from unbroken.data.introspection import declared, has
 from unbroken.data.keyed_rng import KeyedRandom, derive_key
 from unbroken.data.order import BatchShape, GlobalOrder, MicroBatchSampler, SampleKey
 from unbroken.data.sources.protocol import (
@@ -24,6 +23,7 @@ from unbroken.data.sources.protocol import (
 )
 from unbroken.data.worker_signals import leaving_signals, shut_down
 from unbroken.errors import ConfigError, DataError
+from unbroken.introspection import declared, has
 from unbroken.stored_names import stored_name
 
 # A map-style data set in which randomness depends on the sample alone.
