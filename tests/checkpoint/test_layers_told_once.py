@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from unbroken.changes.object_facts import fingerprint_differences
+from unbroken.changes.rules import fingerprint_differences
 
 WITH = {
     "model": {"pdrop": 0.1, "act": "gelu", "layer": {"a": "Dropout(p=0.1)", "b": "Linear(8, 4)"}}

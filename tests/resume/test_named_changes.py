@@ -11,7 +11,7 @@ from torch import nn
 
 from scenarios import metrics
 from small_trainers import PAIRS, bits, small_model, small_trainer
-from unbroken.changes.object_facts import OWN_GENERATOR
+from unbroken.changes.rules import OWN_GENERATOR
 from unbroken.data import GlobalOrder
 from unbroken.errors import DifferenceError
 from unbroken.training import Callback, TrainerConfig

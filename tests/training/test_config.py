@@ -9,8 +9,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from unbroken.changes.rules import RUN_LENGTH
-from unbroken.changes.schedule_length import LENGTH_SETTINGS
+from unbroken.changes.rules import LENGTH_SETTINGS, RUN_LENGTH
 from unbroken.errors import ConfigError
 from unbroken.training import NoDisplay, Trainer, TrainerConfig
 from unbroken.training.config import settings

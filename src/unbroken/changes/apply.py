@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from unbroken.capture import named_parameters
 from unbroken.changes.differences import Difference
-from unbroken.changes.schedule_length import is_another_schedule
+from unbroken.changes.rules import is_another_schedule
 
 _NO_OPTIONS = ("params", "param_names", "lr", "initial_lr")
 _OF_THE_METRIC = ("best", "cooldown_counter", "num_bad_epochs", "last_epoch", "_last_lr")

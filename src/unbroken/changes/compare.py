@@ -31,14 +31,16 @@ from unbroken.changes.differences import (
     refuse_unnamed,
     unchanged,
 )
-from unbroken.changes.object_facts import fingerprint_differences, flat, uncovered_facts
 from unbroken.changes.rules import (
     CODE_RULES,
     ENVIRONMENT_RULES,
     GPU,
     MACHINE,
     SCRIPT_RENAMED,
+    fingerprint_differences,
+    flat,
     rule_of,
+    uncovered_facts,
 )
 from unbroken.data import LoaderSource, MapSource
 from unbroken.fingerprint import (

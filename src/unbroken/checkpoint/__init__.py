@@ -8,6 +8,7 @@ from unbroken.changes.compare import code_differences as code_differences
 from unbroken.changes.compare import environment_differences as environment_differences
 from unbroken.changes.differences import Difference as Difference
 from unbroken.changes.differences import ExactResume as ExactResume
+from unbroken.changes.differences import ResumeReport as ResumeReport
 from unbroken.changes.differences import Rule as Rule
 from unbroken.changes.differences import Verdict as Verdict
 from unbroken.changes.differences import Word as Word
@@ -16,9 +17,8 @@ from unbroken.changes.differences import by_severity as by_severity
 from unbroken.changes.differences import compare as compare
 from unbroken.changes.differences import overall as overall
 from unbroken.changes.differences import unchanged as unchanged
-from unbroken.changes.object_facts import may_go_on as may_go_on
-from unbroken.changes.report import ResumeReport as ResumeReport
 from unbroken.changes.rules import ENVIRONMENT_RULES as ENVIRONMENT_RULES
+from unbroken.changes.rules import may_go_on as may_go_on
 from unbroken.checkpoint.arguments import Clock as Clock
 from unbroken.checkpoint.arguments import RankPolicy as RankPolicy
 from unbroken.checkpoint.arguments import RunFacts as RunFacts

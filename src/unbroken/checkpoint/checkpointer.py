@@ -19,8 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from unbroken.capture import capture, capture_rng
 from unbroken.changes.apply import named_objects
 from unbroken.changes.compare import Comparison, ResumePolicy
-from unbroken.changes.differences import Difference
-from unbroken.changes.report import ResumeReport
+from unbroken.changes.differences import Difference, ResumeReport
 from unbroken.checkpoint.arguments import (
     Clock,
     RankPolicy,

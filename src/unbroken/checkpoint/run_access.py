@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from unbroken.changes.report import ResumeReport
+from unbroken.changes.differences import ResumeReport
 from unbroken.checkpoint.resume.readers import UnseenStorage, open_as_another, place_of
 from unbroken.checkpoint.resume.selection import Selection, beginning_of, open_branch
 from unbroken.distributed import Group

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from unbroken.capture import files_of_processor
 from unbroken.changes.apply import apply_settings
-from unbroken.changes.schedule_length import LENGTH, LENGTH_SETTINGS
+from unbroken.changes.rules import LENGTH, LENGTH_SETTINGS
 from unbroken.checkpoint import (
     Checkpointer,
     Clock,

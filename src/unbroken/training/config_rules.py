@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from unbroken.changes.rules import METRIC, NOT_USED, SCHEDULE, UPDATES
-from unbroken.changes.schedule_length import with_schedule_length
+from unbroken.changes.rules import METRIC, NOT_USED, SCHEDULE, UPDATES, with_schedule_length
 from unbroken.checkpoint import Difference, Rule, by_severity, compare, unchanged
 from unbroken.data import BatchSource
 from unbroken.distributed import Group

@@ -24,6 +24,8 @@ from unbroken.changes.apply import InitialHyperparameters, apply_settings
 from unbroken.changes.rules import (
     CADENCE,
     FORWARD,
+    LENGTH,
+    LENGTH_SETTINGS,
     LOADING,
     OPTIMIZER,
     RANDOM,
@@ -31,8 +33,8 @@ from unbroken.changes.rules import (
     RUN_LENGTH,
     SCHEDULE,
     UPDATES,
+    with_schedule_length,
 )
-from unbroken.changes.schedule_length import LENGTH, LENGTH_SETTINGS, with_schedule_length
 from unbroken.checkpoint import (
     Difference,
     ExactResume,

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from unbroken.capture import Captured, capture, load_tensors, restore
 from unbroken.changes.apply import all_objects, named_objects
 from unbroken.changes.differences import Difference
-from unbroken.changes.object_facts import fingerprint_differences
+from unbroken.changes.rules import fingerprint_differences
 from unbroken.errors import StateMismatchError
 from unbroken.fingerprint import is_user_code, qualified_name, scheduler_facts
 from unbroken.stored_names import stored_class_name

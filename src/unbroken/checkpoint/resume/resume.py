@@ -23,8 +23,7 @@ from unbroken.capture import (
     types_in,
 )
 from unbroken.changes.compare import Comparison
-from unbroken.changes.differences import Difference, by_severity
-from unbroken.changes.report import ResumeReport
+from unbroken.changes.differences import Difference, ResumeReport, by_severity
 from unbroken.checkpoint.coverage.attributes import NAME, Attributes
 from unbroken.checkpoint.coverage.schedules import FoundSchedules
 from unbroken.checkpoint.coverage.unregistered import of_checkpoint
