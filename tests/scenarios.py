@@ -28,7 +28,7 @@ from unbroken.training import Callback, NoDisplay, Trainer, TrainerConfig
 _FRESH = multiprocessing.get_context("forkserver")
 # This module is found there only with PYTHONPATH=tests; else each process loads it, in 7 ms.
 _FRESH.set_forkserver_preload(
-    ["torch._dynamo", "unbroken.training", "unbroken.testing.killing_storage", "scenarios"]
+    ["torch._dynamo", "unbroken.training", "unbroken.testing.failing_storage", "scenarios"]
 )
 
 SAMPLES, BATCH, EPOCHS = 40, 8, 3

@@ -18,7 +18,7 @@ from typing import Any
 
 _FRESH = multiprocessing.get_context("forkserver")
 _FRESH.set_forkserver_preload(
-    ["torch._dynamo", "torch.distributed", "unbroken.training", "unbroken.testing.killing_storage"]
+    ["torch._dynamo", "torch.distributed", "unbroken.training", "unbroken.testing.failing_storage"]
 )
 
 # A TCPStore looks up the name of each address that connects, 127.0.0.1 too; where the name server

@@ -1,7 +1,8 @@
 """What a difference means for the bits of a run: in a setting, an object, the machine, the code.
 
 Each rule stands here once. Which setting has which rule stands at the setting. Facts of objects are
-compared here too, as what they mean depends on one another."""
+compared here too, as what they mean depends on one another.
+"""
 
 from __future__ import annotations
 

@@ -10,20 +10,20 @@ if TYPE_CHECKING:
         assert_loader_resumes_at_every_step as assert_loader_resumes_at_every_step,
     )
     from unbroken.testing.assertions import assert_resumes_exactly as assert_resumes_exactly
-    from unbroken.testing.faulty_storage import POWER_CUT_MODES as POWER_CUT_MODES
-    from unbroken.testing.faulty_storage import FaultyStorage as FaultyStorage
-    from unbroken.testing.faulty_storage import PowerCut as PowerCut
-    from unbroken.testing.faulty_storage import PowerCutMode as PowerCutMode
-    from unbroken.testing.killing_storage import KillingStorage as KillingStorage
+    from unbroken.testing.failing_storage import POWER_CUT_MODES as POWER_CUT_MODES
+    from unbroken.testing.failing_storage import FaultyStorage as FaultyStorage
+    from unbroken.testing.failing_storage import KillingStorage as KillingStorage
+    from unbroken.testing.failing_storage import PowerCut as PowerCut
+    from unbroken.testing.failing_storage import PowerCutMode as PowerCutMode
     from unbroken.testing.storage_contract import SharedStorageContract as SharedStorageContract
     from unbroken.testing.storage_contract import StorageContract as StorageContract
 
 _HOME = {
-    "POWER_CUT_MODES": "faulty_storage",
-    "FaultyStorage": "faulty_storage",
-    "KillingStorage": "killing_storage",
-    "PowerCut": "faulty_storage",
-    "PowerCutMode": "faulty_storage",
+    "POWER_CUT_MODES": "failing_storage",
+    "FaultyStorage": "failing_storage",
+    "KillingStorage": "failing_storage",
+    "PowerCut": "failing_storage",
+    "PowerCutMode": "failing_storage",
     "SharedStorageContract": "storage_contract",
     "StorageContract": "storage_contract",
     "assert_loader_resumes_at_every_step": "assertions",
