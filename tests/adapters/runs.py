@@ -216,7 +216,9 @@ def train(order: dict) -> None:
     collators["of a rank"] = OfARank(int(os.environ.get("RANK", "0")))
     callbacks = callbacks_of(order)
     options = {"resume_from_checkpoint": order["start"]} if "start" in order else {}
-    options |= {key: order[key] for key in ("allow", "exact_resume", "save_mode") if key in order}
+    options |= {
+        key: order[key] for key in ("allow", "skip", "exact_resume", "save_mode") if key in order
+    }
     trainer = trainer_class(order)(
         model_of(order),
         arguments_of(order),

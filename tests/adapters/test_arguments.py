@@ -58,6 +58,19 @@ def test_callbacks_find_the_run_at_the_epoch_where_it_was(run):
     assert run().begun_at_epoch == pytest.approx(10 / 12)
 
 
+NEW = [{}, LOWER["args"], {"warmup_steps": 1}]
+
+
+@pytest.mark.parametrize("args", NEW, ids=str)
+def test_a_schedule_that_skip_names_begins_anew_whatever_else_changed(args, run, uninterrupted):
+    killed(run)
+    resumed, fresh = run(skip=["scheduler"], allow=[*args], args=args), uninterrupted(args=args)
+    assert resumed.first_step == 11, resumed.text
+    steps = range(1, 11)
+    rates = [resumed.rates[str(10 + step)] for step in steps]
+    assert rates == [fresh.rates[str(step)] for step in steps]
+
+
 OPTIONS = {"adam_beta1": 0.5, "adam_beta2": 0.75, "adam_epsilon": 0.25, "weight_decay": 0.125}
 
 

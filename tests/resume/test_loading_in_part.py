@@ -89,6 +89,30 @@ def test_an_optimizer_that_is_skipped_begins_anew(run):
     new.checkpointer.close()
 
 
+class Rates(Callback):
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_step_end(self, trainer) -> None:
+        self.seen.append(trainer.optimizer.param_groups[0]["lr"])
+
+
+NEW_SETTINGS = [{}, {"learning_rate": 0.003}, {"warmup_steps": 1}]
+
+
+@pytest.mark.parametrize("settings", NEW_SETTINGS, ids=str)
+def test_a_schedule_that_is_skipped_begins_anew_whatever_else_changed(settings, run, tmp_path):
+    def rates(folder, **more):
+        seen = Rates()
+        trainer_of(
+            folder, 4, max_steps=8, trainer={"callbacks": [seen]}, **settings, **more
+        ).train()
+        return seen.seen
+
+    again = rates(run, skip=["scheduler"], allow=[*settings])
+    assert again == rates(tmp_path / "fresh")[:5]
+
+
 def test_a_loop_of_ones_own_skips_too(tmp_path):
     old, new = with_head(4), with_head(7, seed=9)
     with Checkpointer(tmp_path, model=old) as checkpointer:

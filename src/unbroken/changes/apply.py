@@ -250,6 +250,8 @@ def apply_settings(
 ) -> None:
     """Set anew what changed settings make, over the state that was restored; moments are kept.
 
+    A schedule that `skip` names begins anew, as it was built, whatever else changed.
+
     Args:
         differences: Those that were allowed; their paths are names of settings.
         built: The objects before the resume.
@@ -264,7 +266,8 @@ def apply_settings(
         built.set_options(optimizer, [one for name in changed for one in options.get(name, ())])
     is_remade = not changed.keys().isdisjoint({*of_schedule, "optim"})
     is_remade = is_remade or any(map(is_another_schedule, changed.values()))
-    if not is_remade or not isinstance(scheduler, LRScheduler):
+    begins_anew = "scheduler" in changed and changed["scheduler"].effect == NOT_LOADED
+    if not is_remade or begins_anew or not isinstance(scheduler, LRScheduler):
         return
     if isinstance(scheduler, LambdaLR) and scheduler.last_epoch == 0:
         scheduler.last_epoch = step  # it took the place of another

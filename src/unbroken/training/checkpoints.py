@@ -142,12 +142,11 @@ def take_effect(
     parts: Parts, state: RunState, built: InitialHyperparameters, changed: Mapping[str, Difference]
 ) -> None:
     """Set anew what the settings make; where objects are the user's own they make nothing."""
-    is_loaded = "scheduler" not in changed
     apply_settings(
         changed.values(),
         built,
         optimizer=parts.optimizer if parts.config_made_optimizer else None,
-        scheduler=parts.scheduler if parts.config_made_schedule and is_loaded else None,
+        scheduler=parts.scheduler if parts.config_made_schedule else None,
         options=OPTIMIZER_OPTIONS,
         of_schedule=SCHEDULE_SETTINGS,
         step=state.progress.step,
