@@ -97,9 +97,9 @@ class UnbrokenError(Exception):
         return self.message
 
 
-Place = Literal["loop", "command"]
-"""Where settings are spelled otherwise than in a Trainer: in a loop around a Checkpointer, in a
-command line."""
+Place = Literal["loop", "command", "host"]
+"""Where settings are spelled otherwise than in our own Trainer: in a loop around a Checkpointer, in
+a command line, in the Trainer of another library, which has not all of them."""
 
 _NAMES = re.compile(r"""(?<!ResumePolicy\()\b(allow|skip)=\[([^\]]*)\]""")
 _WHICH = re.compile(r"""resume_from_checkpoint=(?:"([^"]*)"|'([^']*)')""")
@@ -107,6 +107,14 @@ _POLICIES = (
     (re.compile(r"""(?<!\()\bsave_mode=(['"]\w+['"])"""), r"save=SavePolicy(mode=\1)"),
     (re.compile(r"""(?<!\()\bread_from=(['"]\w+['"])"""), r"ranks=RankPolicy(read_from=\1)"),
 )
+_OF_A_TRAINER = re.compile(
+    r"""(?<!\()\b(save_mode|read_from|save_steps|micro_batch_size|eval_batch_size)=(['"]?)(\w+)\2"""
+)
+_SWITCHED_ON = re.compile(r"(?<!\()\b(gradient_checkpointing|full_determinism)=True")
+_TYPES = re.compile(r"pass the class itself: types=\[([^\]]*)\]")
+_NO_TYPES = r"let what is saved hold plain values in place of \1"
+_UNSEEN = re.compile(r"""a folder that only rank 0 sees: read_from=['"]rank0['"]""")
+_SEEN = "put the run directory where all ranks see it"
 _STRICT = re.compile(r"""(?<!ResumePolicy\()\bexact_resume=['"](\w+)['"]""")
 
 
@@ -126,9 +134,18 @@ def spelled(text: str, place: Place) -> str:
             text = pattern.sub(policy, text)
         text = _STRICT.sub(r"resume=ResumePolicy(exact_resume='\1')", text)
         return _WHICH.sub(lambda found: f'resume("{found[1] or found[2]}")', text)
+    text = _TYPES.sub(_NO_TYPES, text)
+    if place == "host":
+        return _UNSEEN.sub(_SEEN, text)
+    text = _OF_A_TRAINER.sub(lambda found: f"{_option(found[1])} {found[3]}", text)
+    text = _SWITCHED_ON.sub(lambda found: _option(found[1]), text)
     text = _NAMES.sub(lambda found: f"--{found[1]} {_words(found[2])}", text)
     text = _STRICT.sub(r"--exact-resume \1", text)
     return _WHICH.sub(lambda found: f"--resume {found[1] or found[2]}", text)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _words(names: str) -> str:

@@ -36,7 +36,7 @@ FACT = "ddp"
 _TWO = 2  # numbers have one sum, in whatever order
 _OTHER: Rule = ("equivalent", "sums over the ranks are rounded in another order")
 _TRIES = 4  # times that modules are looked for while there are none: twice a save
-_NO_GROUP = "the Checkpointer does not know the ranks: group=join()"
+_NO_GROUP = "the Checkpointer does not know the ranks: ranks=join()"
 _OLD = "the checkpoint does not hold how DistributedDataParallel has laid out its buckets"
 _STATE = "{} keeps a state of its own, which no checkpoint holds"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -24,7 +24,7 @@ from unbroken.checkpoint import (
 )
 from unbroken.checkpoint.resume.selection import DamagedCandidateError
 from unbroken.data.worker_signals import leave_signals_of
-from unbroken.errors import ConfigError
+from unbroken.errors import ConfigError, UnbrokenError, spelled
 
 # Which versions of transformers this adapter fits.
 
@@ -170,6 +170,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         requested = next((one for one in said if one is not None), self.args.resume_from_checkpoint)
         with (
             telling_of_an_early_stop(),
+            naming_what_exists_here(),
             TrainSession(
                 self, choices, _as_path(requested), lambda: self._subclass_facts
             ) as session,
@@ -422,6 +423,16 @@ def telling_of_an_early_stop() -> Iterator[None]:
     except TrainingStopped as stopped:
         if stopped.step is None:
             _log.warning(str(stopped))
+        raise
+
+
+@contextmanager
+def naming_what_exists_here() -> Iterator[None]:
+    """Let hints of errors name no setting that this Trainer does not take."""
+    try:
+        yield
+    except UnbrokenError as error:
+        error.respell(partial(spelled, place="host"))
         raise
 
 

@@ -129,7 +129,7 @@ def _of_other_ranks(names: Collection[str], saved: int, here: int) -> Iterator[D
 def _refuse_what_cannot_move(
     names: Collection[str], saved: int, here: int, *, may_choose: bool
 ) -> None:
-    for_all = "; or take rank 0's for all: per_rank=()" if may_choose else ""
+    for_all = "; or take rank 0's for all: ranks=RankPolicy(..., per_rank=())" if may_choose else ""
     for name in names:
         raise StateMismatchError(
             name,
