@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from unbroken.storage import MemoryStorage, Storage
-from unbroken.store.format.digest import digest_of
+from unbroken.store.format.canonical_json import digest_of
 
 _OPENING = b'{"digest":"'
 Change = Callable[[Any], Any]

@@ -100,7 +100,6 @@ def test_no_public_class_name_stands_twice():
 
 
 PARTS = {  # modules that serve one other module, each an idea of its own
-    "unbroken.capture.kinds.schedulers": "one kind of object that has a state",
     "unbroken.capture.partial_load": "leaving out what the user names",
     "unbroken.capture.tensor_distance": "how far apart two tensors are",
     "unbroken.check.diagnose": "why a step differs",

@@ -11,6 +11,9 @@ from capture.round_trip import loaded, stored, there_and_back
 from capture.tree_equality import account
 from capture.trees import DTYPES, TYPES, Color, Level, Point, from_bits, trees
 from unbroken.capture import encode, file_of, load_tensors, types_in
+from unbroken.capture.codec.scalars import SCALARS
+from unbroken.capture.codec.values import CODECS
+from unbroken.store.format.typed_json import TAGS
 
 
 @settings(max_examples=300)
@@ -171,3 +174,7 @@ def test_types_in_finds_the_classes_that_a_tree_needs():
     tree = {"a": [Point(Color.RED, {Level.LOW: 1})]}
     assert types_in(tree) == {Point, Color, Level}
     assert there_and_back(tree, types_in(tree)) == tree
+
+
+def test_each_tag_of_the_format_is_written_and_read_by_one_table():
+    assert {*CODECS, *SCALARS, "same"} - {"list"} == TAGS.keys()

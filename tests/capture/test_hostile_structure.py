@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from capture.round_trip import loaded, stored
 from capture.trees import TYPES, trees
 from unbroken.capture import decode, structure_from_bytes
-from unbroken.capture.codec.typed_json import TAG
 from unbroken.errors import CorruptCheckpointError, UnbrokenError
+from unbroken.store.format.typed_json import TAG
 
 READER = stored({"x": torch.zeros(4), "empty": torch.zeros(0, dtype=torch.complex128)})
 HUGE = 2**61

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from unbroken.capture import capture, encode
-from unbroken.capture.codec.encode_cache import TensorMemo
+from unbroken.capture.codec.leaves import TensorMemo
 from unbroken.errors import CaptureError
 
 

@@ -14,7 +14,7 @@ import pytest
 from unbroken.changes.rules import CODE_RULES
 from unbroken.checkpoint import code_differences, code_facts
 from unbroken.fingerprint.environment import code_facts_of, is_dirty, read_commit
-from unbroken.store.format.digest import digest_of
+from unbroken.store.format.canonical_json import digest_of
 
 ONE, TWO = "1" * 40, "2" * 40
 SCRIPT = "import json; from unbroken.checkpoint import code_facts; print(json.dumps(code_facts()))"

@@ -17,7 +17,7 @@ from cli.sample_run import in_a_process, make_run
 from unbroken.cli.ls import rows_of
 from unbroken.cli.run_paths import open_run_path
 from unbroken.cli.tables import make_table
-from unbroken.store.format.digest import digest_of
+from unbroken.store.format.canonical_json import digest_of
 
 GOLDEN = Path(__file__).parent / "golden"
 

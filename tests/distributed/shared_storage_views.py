@@ -21,7 +21,7 @@ from unbroken.capture import capture, encode
 from unbroken.checkpoint import RankPolicy
 from unbroken.distributed import join
 from unbroken.errors import DataError, UnbrokenError
-from unbroken.store.format.digest import Digester
+from unbroken.store.format.canonical_json import Digester
 from unbroken.training import NoDisplay, Trainer, TrainerConfig
 from unbroken.training.rng import seed_ambient
 

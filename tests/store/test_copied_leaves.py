@@ -9,7 +9,7 @@ import pytest
 from store.small_runs import PlainLeaf, noise
 from unbroken.storage import MemoryStorage
 from unbroken.store.checkpoint.writer import plan_files, write_plan
-from unbroken.store.format.digest import digest_of
+from unbroken.store.format.canonical_json import digest_of
 from unbroken.store.format.safetensors_file import Copied
 
 SIZES = (5000, 4096, 1, 0, 70_000)

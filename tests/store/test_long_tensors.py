@@ -9,7 +9,7 @@ from unbroken.errors import CorruptCheckpointError
 from unbroken.storage import CompressedStorage, LocalStorage, MemoryStorage
 from unbroken.store import CheckpointReader, CheckpointWriter
 from unbroken.store.export import export_weights
-from unbroken.store.format.digest import digest_of
+from unbroken.store.format.canonical_json import digest_of
 
 MIB = 1 << 20
 NBYTES = 5 * MIB + 3  # more than two pieces of the writer, and of the reader

@@ -1,17 +1,15 @@
 """Live objects <-> state tree <-> typed JSON and leaves. No pickle, no loss of a bit."""
 
-from unbroken.capture.codec.decode import decode as decode
-from unbroken.capture.codec.encode import Encoded as Encoded
-from unbroken.capture.codec.encode import encode as encode
-from unbroken.capture.codec.encode import (
-    refuse_what_cannot_be_stored as refuse_what_cannot_be_stored,
-)
 from unbroken.capture.codec.leaves import FileOf as FileOf
 from unbroken.capture.codec.leaves import TensorLeaf as TensorLeaf
 from unbroken.capture.codec.leaves import file_layout as file_layout
 from unbroken.capture.codec.leaves import file_of as file_of
-from unbroken.capture.codec.typed_json import structure_from_bytes as structure_from_bytes
-from unbroken.capture.codec.typed_json import structure_to_bytes as structure_to_bytes
+from unbroken.capture.codec.values import Encoded as Encoded
+from unbroken.capture.codec.values import decode as decode
+from unbroken.capture.codec.values import encode as encode
+from unbroken.capture.codec.values import (
+    refuse_what_cannot_be_stored as refuse_what_cannot_be_stored,
+)
 from unbroken.capture.dtypes import byte_view as byte_view
 from unbroken.capture.dtypes import raw as raw
 from unbroken.capture.growth import PREPARE as PREPARE
@@ -19,9 +17,11 @@ from unbroken.capture.growth import Growth as Growth
 from unbroken.capture.growth import structure_digest as structure_digest
 from unbroken.capture.kinds.modules import capture_gradients as capture_gradients
 from unbroken.capture.kinds.modules import check_gradients as check_gradients
+from unbroken.capture.kinds.modules import files_of_processor as files_of_processor
 from unbroken.capture.kinds.modules import named_buffers as named_buffers
 from unbroken.capture.kinds.modules import named_modules as named_modules
 from unbroken.capture.kinds.modules import named_parameters as named_parameters
+from unbroken.capture.kinds.modules import pretrained_files as pretrained_files
 from unbroken.capture.kinds.modules import restore_gradients as restore_gradients
 from unbroken.capture.kinds.modules import unwrapped as unwrapped
 from unbroken.capture.kinds.optimizers import ParameterNames as ParameterNames
@@ -41,11 +41,6 @@ from unbroken.capture.objects import restore as restore
 from unbroken.capture.objects import restore_unregistered as restore_unregistered
 from unbroken.capture.partial_load import Skip as Skip
 from unbroken.capture.partial_load import keep_skipped as keep_skipped
-from unbroken.capture.pretrained_files import files_of_processor as files_of_processor
-from unbroken.capture.pretrained_files import pretrained_files as pretrained_files
-from unbroken.capture.sharded import class_of as class_of
-from unbroken.capture.sharded import how_cut as how_cut
-from unbroken.capture.sharded import is_sharded as is_sharded
 from unbroken.capture.state_tree import Captured as Captured
 from unbroken.capture.state_tree import types_in as types_in
 from unbroken.capture.stored_tensor import LeafSource as LeafSource
@@ -54,8 +49,13 @@ from unbroken.capture.stored_tensor import load_tensors as load_tensors
 from unbroken.capture.tensor_distance import Distance as Distance
 from unbroken.capture.tensor_distance import distance as distance
 from unbroken.capture.tensor_distance import stored_distance as stored_distance
+from unbroken.capture.tensor_subclasses import class_of as class_of
 from unbroken.capture.tensor_subclasses import classes_at_hand as classes_at_hand
 from unbroken.capture.tensor_subclasses import comes_apart as comes_apart
+from unbroken.capture.tensor_subclasses import how_cut as how_cut
+from unbroken.capture.tensor_subclasses import is_sharded as is_sharded
+from unbroken.store.format.typed_json import structure_from_bytes as structure_from_bytes
+from unbroken.store.format.typed_json import structure_to_bytes as structure_to_bytes
 
 __all__ = [
     "PREPARE",

@@ -26,10 +26,9 @@ from unbroken.capture.kinds.modules import (
     unwrapped,
 )
 from unbroken.capture.kinds.optimizers import ParameterNames
-from unbroken.capture.sharded import is_sharded
 from unbroken.capture.state_tree import Captured
 from unbroken.capture.stored_tensor import StoredTensor, load_tensors
-from unbroken.capture.tensor_subclasses import comes_apart
+from unbroken.capture.tensor_subclasses import comes_apart, is_sharded
 
 PREPARE = "prepare_to_load"
 """The method by which a module of the user's own brings itself to a stored structure."""

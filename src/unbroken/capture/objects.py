@@ -16,12 +16,18 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from unbroken.capture.codec.leaves import FileOf, file_layout, own_file
-from unbroken.capture.kinds import modules, optimizers, random_state, schedulers
-from unbroken.capture.kinds.mismatch import Mismatch, raise_all
+from unbroken.capture.kinds import modules, optimizers, random_state
 from unbroken.capture.kinds.optimizers import ParameterNames
-from unbroken.capture.sharded import refuse_sharded, settle
-from unbroken.capture.state_tree import Captured, State, children
+from unbroken.capture.state_tree import (
+    Captured,
+    Mismatch,
+    State,
+    children,
+    raise_all,
+    refuse_sharded,
+)
 from unbroken.capture.stored_tensor import Filling, StoredSubclass, StoredTensor, home, load_tensors
+from unbroken.capture.tensor_subclasses import settle
 from unbroken.errors import CaptureError, StateMismatchError, UnbrokenError
 from unbroken.stored_names import stored_class_name
 
@@ -127,16 +133,16 @@ KINDS = (
     Kind(
         "scheduler",
         LRScheduler,
-        schedulers.capture_scheduler,
-        schedulers.check_scheduler,
-        schedulers.restore_scheduler,
+        optimizers.capture_scheduler,
+        optimizers.check_scheduler,
+        optimizers.restore_scheduler,
     ),
     Kind(
         "grad_scaler",
         GradScaler,
-        schedulers.capture_scaler,
-        schedulers.check_scaler,
-        schedulers.restore_scaler,
+        optimizers.capture_scaler,
+        optimizers.check_scaler,
+        optimizers.restore_scaler,
     ),
     Kind("tensor", torch.Tensor, _capture_tensor, _check_tensor, _restore_tensor),
     Kind(

@@ -8,9 +8,8 @@ from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
 
-from unbroken.capture.codec.decode import decode
-from unbroken.capture.codec.encode import encode
 from unbroken.capture.codec.leaves import TensorLeaf
+from unbroken.capture.codec.values import decode, encode
 from unbroken.capture.objects import capture
 from unbroken.capture.state_tree import Captured, types_in
 from unbroken.errors import ConfigError, StateMismatchError

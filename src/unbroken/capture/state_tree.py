@@ -1,14 +1,20 @@
-"""The state tree: nested Python values whose leaves are tensors, arrays and scalars."""
+"""The state tree: nested Python values whose leaves are tensors, arrays and scalars.
+
+Also what the functions of a kind take and give: `Captured`, `State`, `Mismatch`.
+"""
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
-from unbroken.capture.tensor_subclasses import comes_apart, parts_of
+from unbroken.capture.tensor_subclasses import comes_apart, is_sharded, parts_of
+from unbroken.errors import CaptureError, StateMismatchError
+
+_SHOWN = 5  # mismatches in one error
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,47 @@ State = tuple[Any, dict[str, Any]]
 """What the functions that capture return: an object's state, and its facts."""
 
 
+@dataclass(frozen=True)
+class Mismatch:
+    """One reason why a checkpoint does not fit.
+
+    Attributes:
+        where: Path of the object or tensor.
+        what: What is wrong there.
+        expected: What the checkpoint holds.
+        found: What is here now.
+    """
+
+    where: str
+    what: str
+    expected: object = None
+    found: object = None
+
+    def __str__(self) -> str:
+        """Return *where: what: expected X, found Y*."""
+        return str(
+            StateMismatchError(self.where, self.what, expected=self.expected, found=self.found)
+        )
+
+
+def raise_all(mismatches: Iterable[Mismatch], hint: str | None = None) -> None:
+    """Raise one error that lists the first mismatches and counts the rest; none: return."""
+    found = list(mismatches)
+    if not found:
+        return
+    if len(found) == 1:
+        only = found[0]
+        raise StateMismatchError(
+            only.where, only.what, expected=only.expected, found=only.found, hint=hint
+        )
+    lines = [f"\n  {mismatch}" for mismatch in found[:_SHOWN]]
+    if len(found) > _SHOWN:
+        lines.append(f"\n  and {len(found) - _SHOWN} more")
+    raise StateMismatchError(
+        "checkpoint", f"does not fit, in {len(found)} places:{''.join(lines)}", hint=hint
+    )
+
+
 def is_namedtuple(value: object) -> bool:
     """Tell whether `value` is exactly a named tuple: no subclass that could hold more."""
     kind = type(value)
@@ -52,6 +99,25 @@ def children(value: object) -> Iterator[object]:
         yield from value.values()
     elif isinstance(value, (list, tuple, deque, set, frozenset)):
         yield from value
+
+
+def refuse_sharded(value: Any, path: str) -> None:
+    """Raise if a sharded tensor stands in a state that is given back as a whole."""
+    seen: set[int] = set()
+    todo = [value]
+    while todo:
+        one = todo.pop()
+        if is_sharded(one):
+            hint = "give the module or optimizer itself: their sharded tensors are filled in place"
+            raise CaptureError(
+                path,
+                "holds a sharded tensor",
+                found=f"a DTensor of shape {list(one.shape)}",
+                hint=hint,
+            )
+        if id(one) not in seen:
+            seen.add(id(one))
+            todo.extend(children(one))
 
 
 def types_in(tree: object) -> frozenset[type]:
@@ -118,3 +184,13 @@ class TreeMap:
 
     def _pairs(self, tree: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
         return [(key, self(value)) for key, value in tree.items()]
+
+
+def is_named(value: Any) -> bool:
+    """Return whether a decoded value is a dict with names as keys."""
+    return isinstance(value, dict) and all(isinstance(name, str) for name in value)
+
+
+def is_names(value: Any) -> bool:
+    """Return whether a decoded value is a list of names."""
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)

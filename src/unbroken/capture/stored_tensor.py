@@ -8,17 +8,41 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from unbroken.capture.codec.leaves import stored_as
-from unbroken.capture.codec.memory_layout import TensorLayout
-from unbroken.capture.dtypes import byte_view, carrier, dtype_name, raw
-from unbroken.capture.sharded import Chunks, empty_like, is_sharded, part_of
+from unbroken.capture.codec.leaves import TensorLayout, stored_as
+from unbroken.capture.codec.scalars import decode_device
+from unbroken.capture.dtypes import (
+    DTYPES,
+    QUANTIZED,
+    byte_view,
+    carrier,
+    contiguous_stride,
+    dtype_name,
+    raw,
+)
 from unbroken.capture.state_tree import TreeMap
-from unbroken.capture.tensor_subclasses import parts_of
+from unbroken.capture.tensor_subclasses import (
+    Chunks,
+    empty_like,
+    is_sharded,
+    part_of,
+    parts_of,
+)
 from unbroken.errors import CorruptCheckpointError, StateMismatchError
 from unbroken.store import Box
+from unbroken.store.format.typed_json import (
+    Json,
+    get,
+    get_flag,
+    get_int,
+    get_numbers,
+    get_shape,
+    malformed,
+)
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+
+_ROLES = ("tensor", "parameter", "buffer", "non-persistent buffer")
 
 
 class StoredLeaf(Protocol):
@@ -421,6 +445,83 @@ def home(stored: StoredTensor | StoredSubclass) -> torch.device:
     return device if here else torch.device(device.type, torch.accelerator.current_device_index())
 
 
+def is_stored_tensor(value: object) -> bool:
+    """Return whether a decoded value is a tensor, loaded or not."""
+    return isinstance(value, StoredTensor | StoredSubclass | torch.Tensor)
+
+
 def describe(tensor: torch.Tensor) -> str:
     """Return dtype and shape, such as "float32[3, 4]"."""
     return f"{dtype_name(tensor.dtype)}{list(tensor.shape)}"
+
+
+# From the node of a tensor in the structure; nothing in it is trusted.
+
+
+def read_tensor(node: Json, path: str, leaf: str, source: LeafSource) -> StoredTensor:
+    """Return the tensor that a node describes, checked against the manifest."""
+    view = _read_layout(node, path)
+    base = _read_layout(get(node, "base", dict, path), path) if "base" in node else view
+    offset = get_int(node, "offset", path, default=0)
+    role = node.get("role", "tensor")
+    requires_grad, conj, neg = (get_flag(node, k, path) for k in ("requires_grad", "conj", "neg"))
+    device = str(decode_device({"device": "cpu", **node}, "device", path))
+    outside = offset < 0 or offset + view.extent > base.extent or offset % view.dtype.itemsize
+    if outside or not base.is_dense or role not in _ROLES:
+        raise malformed(path, "a tensor that does not fit its memory")
+    number = view.dtype.is_floating_point or view.dtype.is_complex
+    if (requires_grad and not number) or (conj and not view.dtype.is_complex):
+        raise malformed(path, "flags that do not fit the dtype", dtype_name(view.dtype))
+    stored = StoredTensor(leaf, base, view, offset, device, role, requires_grad, conj, neg, source)
+    stored.check_region()
+    return stored
+
+
+def read_subclass(
+    node: Json, path: str, parts: Mapping[str, Any], context: Any, kind: type | None
+) -> StoredSubclass:
+    """Return the tensor subclass that a node describes.
+
+    Args:
+        node: The node.
+        path: Its path.
+        parts: The inner tensors, decoded.
+        context: What else it is made with, decoded.
+        kind: The class here that has the stored name; None: there is none.
+    """
+    role, dtype = node.get("role", "tensor"), DTYPES.get(get(node, "dtype", str, path))
+    shape, stride = get_numbers(node, "shape", path), get_numbers(node, "stride", path)
+    if role not in _ROLES or dtype is None or len(shape) != len(stride):
+        raise malformed(path, "not a tensor of any class")
+    device = str(decode_device({"device": "cpu", **node}, "device", path))
+    about = (dtype, shape, stride, device, role, get_flag(node, "requires_grad", path))
+    return StoredSubclass(path, get(node, "type", str, path), kind, parts, context, *about)
+
+
+def _read_layout(node: Json, path: str) -> TensorLayout:
+    name = get(node, "dtype", str, path)
+    dtype = DTYPES.get(name)
+    if dtype is None or dtype in QUANTIZED:
+        raise malformed(path, "a dtype that this torch does not know", name)
+    shape = get_shape(node, path, dtype.itemsize)
+    stride = get_numbers(node, "stride", path) if "stride" in node else contiguous_stride(shape)
+    if len(stride) != len(shape) or any(step >= 2**62 for step in stride):
+        raise malformed(path, "strides that do not fit the shape", stride)
+    return TensorLayout(dtype, shape, stride)
+
+
+def build_quantized(node: Json, values: Any, scale: Any, zero: Any, path: str) -> torch.Tensor:
+    """Return the quantized tensor of these integers, scales and zero points."""
+    dtype = DTYPES.get(get(node, "dtype", str, path))
+    integers = None if dtype is None else QUANTIZED.get(dtype)
+    if integers is None or not isinstance(values, torch.Tensor) or values.dtype != integers:
+        raise malformed(path, "not the integers of a quantized tensor")
+    if "axis" not in node:
+        if type(scale) is not float or type(zero) is not int:
+            raise malformed(path, "not the scale of a quantized tensor")
+        return torch._make_per_tensor_quantized_tensor(values, scale, zero)  # noqa: SLF001
+    axis = get_int(node, "axis", path)
+    count = (values.shape[axis],) if 0 <= axis < values.dim() else None
+    if any(not isinstance(part, torch.Tensor) or part.shape != count for part in (scale, zero)):
+        raise malformed(path, "not the scales of a quantized tensor")
+    return torch._make_per_channel_quantized_tensor(values, scale, zero, axis)  # noqa: SLF001

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from unbroken.store import Json
-from unbroken.store.format.digest import digest_of
+from unbroken.store.format.canonical_json import digest_of
 
 # Which code a run was started from: the script, and the commit of its repository.
 

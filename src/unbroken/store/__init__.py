@@ -19,12 +19,12 @@ from unbroken.store.diff import tensor_types as tensor_types
 from unbroken.store.export import Exported as Exported
 from unbroken.store.export import export_weights as export_weights
 from unbroken.store.format.canonical_json import Json as Json
-from unbroken.store.format.entries import Box as Box
-from unbroken.store.format.entries import Shard as Shard
-from unbroken.store.format.entries import TensorEntry as TensorEntry
+from unbroken.store.format.manifest import Box as Box
 from unbroken.store.format.manifest import FileEntry as FileEntry
 from unbroken.store.format.manifest import Manifest as Manifest
 from unbroken.store.format.manifest import Region as Region
+from unbroken.store.format.manifest import Shard as Shard
+from unbroken.store.format.manifest import TensorEntry as TensorEntry
 from unbroken.store.format.safetensors_file import Leaf as Leaf
 from unbroken.store.run.branches import branch as branch
 from unbroken.store.run.branches import check_branch_name as check_branch_name

@@ -8,39 +8,28 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeGuard
 
 from unbroken.errors import CorruptCheckpointError
 from unbroken.store.checkpoint.reader import CheckpointReader
 from unbroken.store.format.canonical_json import Json, MalformedError, from_strict
-from unbroken.store.format.entries import TensorEntry
-from unbroken.store.format.manifest import Manifest
+from unbroken.store.format.manifest import Manifest, TensorEntry
+from unbroken.store.format.typed_json import TAG, TAGS, InnerValue, Tag, elements_of
 
-# JSON as a tree of named values, so that two of them can be compared path by path.
-#
-# Facts of a manifest are plain JSON. `state.json` is typed JSON: an object with the key "$" is one
-# value of another type, as `unbroken.capture` writes it. Both become the same kind of tree here,
-# without torch; a value of a type that this module does not know is compared as a whole.
+# JSON as a tree of values with paths. Facts of a manifest are plain JSON, `state.json` is typed
+# JSON; both become the same kind of tree. What `TAGS` does not take apart is compared as a whole.
 
-
-TAG = "$"
-VALUE = "value"
+VALUE, MAPPING, LIST = "value", "mapping", "list"
 
 _MAX_DEPTH = 70  # a state tree has at most 66 levels, facts have at most 64
-_ELEMENTS = {"tuple", "namedtuple", "deque", "torch.Size"}
-_PAIRS = {"dict", "OrderedDict", "Counter", "defaultdict"}
-_IN_LEAVES = {"tensor", "numpy.ndarray", "bytes", "bytearray"}
-_WITH_NODES = {"quantized": ("integers", "scale", "zero_point")}
-_TENSORS = {"tensor", "quantized", "subclass"}
-_COUNTED = {*_PAIRS, *_TENSORS, "deque", "set", "bytearray", "numpy.ndarray"}
-
-HAS_ORDER = frozenset({"mapping", *_PAIRS})
-"""Kinds of which the order of the keys is part of the value."""
-
-HAS_LENGTH = frozenset({"list", *_ELEMENTS})
-"""Kinds whose parts are counted, not named: of another length, they are another value."""
+_KINDS: Mapping[str, Tag] = {
+    **TAGS,
+    VALUE: Tag(),
+    MAPPING: Tag(is_counted=True, has_order=True),
+    LIST: Tag(is_counted=True, has_length=True),
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +56,11 @@ class Node:
     @property
     def leaf(self) -> str | None:
         """The path of the leaf that has its bytes: of a tensor, an array, a long byte string."""
-        return str(self.parts["field leaf"].raw) if self.kind in _IN_LEAVES else None
+        return str(self.parts["field leaf"].raw) if _KINDS[self.kind].is_leaf else None
+
+    def below(self, path: str) -> str:
+        """Return its own path, from that of its group."""
+        return (path + self.end).removeprefix(".")
 
     def ends(self) -> Iterator[Node]:
         """Yield what is no group: the plain values, and what has its bytes in a leaf."""
@@ -78,29 +71,14 @@ class Node:
                 yield from part.ends()
 
 
-def plain_tree(value: Json, end: str = "", depth: int = 0) -> Node:
-    """Return plain JSON as a tree.
-
-    Args:
-        value: The JSON value.
-        end: What it adds to the path of its group.
-        depth: How many groups it stands in.
-
-    Raises:
-        MalformedError: It is nested absurdly deep.
+def plain_tree(value: Json) -> Node:
+    """Return plain JSON as a tree; raises `MalformedError` where it is nested absurdly deep.
 
     Example:
         >>> plain_tree({"model": {"n_layer": 2}}).parts["model"].parts["n_layer"]
         Node(kind='value', raw=2, parts={}, end='.n_layer')
     """
-    _check_depth(depth)
-    if isinstance(value, Mapping):
-        fields = {key: plain_tree(item, f".{key}", depth + 1) for key, item in value.items()}
-        return Node("mapping", value, fields, end)
-    if isinstance(value, list | tuple):
-        items = {str(i): plain_tree(item, f".{i}", depth + 1) for i, item in enumerate(value)}
-        return Node("list", value, items, end)
-    return Node(VALUE, value, end=end)
+    return _Tree(is_typed=False).node(value, "", "")
 
 
 def state_tree(structure: Json) -> Node:
@@ -108,9 +86,6 @@ def state_tree(structure: Json) -> Node:
 
     A reference to an object that occurred before is the path of that object, not its number:
     a value that was put in before both does not change it.
-
-    Args:
-        structure: What `state.json` holds.
 
     Raises:
         MalformedError: It is nested absurdly deep.
@@ -120,109 +95,70 @@ def state_tree(structure: Json) -> Node:
         >>> tree.parts["betas"].kind, [node.raw for node in tree.ends()]
         ('tuple', [0.9, 0.95])
     """
-    return _Walk().node(structure, "", "")
+    return _Tree(is_typed=True).node(structure, "", "")
 
 
-class _Walk:
-    """Goes through typed JSON in the order of its encoder, and counts what may occur twice."""
+class _Tree:
+    """Goes through JSON in the order of its encoder, and counts what may occur twice."""
 
-    def __init__(self) -> None:
-        self._seen: list[str] = []
+    def __init__(self, *, is_typed: bool) -> None:
+        self._is_typed = is_typed
+        self._paths: list[str] = []  # of what was counted, by its number
         self._times: Counter[str] = Counter()
-        self._depth = 0
 
-    def node(self, raw: Json, path: str, end: str) -> Node:
-        """Return one node of any kind."""
-        _check_depth(self._depth)
+    def node(self, raw: Json, path: str, end: str, depth: int = 0) -> Node:
+        """Return a value of any kind."""
+        if depth > _MAX_DEPTH:
+            raise MalformedError(f"is nested deeper than {_MAX_DEPTH} levels")
         path = (path + end).removeprefix(".")
-        self._depth += 1
-        kind, parts = self._parsed(raw, path)
-        self._depth -= 1
-        if kind == "same" and isinstance(raw, Mapping):
+        tag = raw.get(TAG) if self._is_typed and isinstance(raw, Mapping) else None
+        if tag == "same" and isinstance(raw, Mapping):
             return Node(VALUE, {**raw, "as": self._path_of(raw.get("as"))}, end=end)
-        return Node(kind, raw, parts, end)
-
-    def _parsed(self, raw: Json, path: str) -> tuple[str, dict[str, Node]]:
-        tag = raw.get(TAG) if isinstance(raw, Mapping) else None
-        if tag is not None and not isinstance(tag, str):
-            return VALUE, {}
-        if tag in _COUNTED or (isinstance(raw, Mapping | list) and tag is None):
+        kind = _kind_of_value(raw, tag)
+        if _KINDS[kind].is_counted:
             self._times[path] += 1  # {1: [], "1": []} has one path for two lists
-            self._seen.append(f"{path}~{self._times[path]}" if self._times[path] > 1 else path)
-        if isinstance(raw, list):
-            return "list", self._elements(raw, path)
-        if not isinstance(raw, Mapping):
-            return VALUE, {}
-        if tag is not None:
-            return self._typed(raw, tag, path)
-        return "mapping", {key: self.node(item, path, f".{key}") for key, item in raw.items()}
-
-    def _typed(self, raw: Mapping[str, Json], tag: str, path: str) -> tuple[str, dict[str, Node]]:
-        items, facts = raw.get("items"), raw.get("facts")
-        if tag == "same":
-            return tag, {}
-        if tag == "object" and isinstance(facts, Mapping):
-            inner = {f"fact {key}": self.node(one, path, f":{key}") for key, one in facts.items()}
-            if "state" in raw:
-                inner["state"] = self.node(raw["state"], path, "")
-            return tag, {**_described(raw, "facts", "state"), **inner}
-        tensors = raw.get("parts")
-        if tag == "subclass" and isinstance(tensors, Mapping):
-            pairs = tensors.items()
-            inner = {f"part {name}": self.node(one, path, f".{name}") for name, one in pairs}
-            inner["context"] = self.node(raw.get("context"), path, ":context")
-            return tag, {**_described(raw, "parts", "context"), **inner}
-        if tag in _IN_LEAVES and isinstance(raw.get("leaf"), str):
-            return tag, _described(raw)
-        if tag in _WITH_NODES:
-            names = [name for name in _WITH_NODES[tag] if name in raw]
-            inner = {name: self.node(raw[name], path, f".{name}") for name in names}
-            return tag, {**_described(raw, *names), **inner}
-        if tag in _ELEMENTS and isinstance(items, list):
-            return tag, {**_described(raw, "items"), **self._elements(items, path)}
-        if tag in _PAIRS and isinstance(items, list) and _are_pairs(items):
-            return tag, {**_described(raw, "items"), **self._pairs(items, path)}
-        return VALUE, {}
-
-    def _elements(self, items: Iterable[Json], path: str) -> dict[str, Node]:
-        return {str(i): self.node(item, path, f".{i}") for i, item in enumerate(items)}
-
-    def _pairs(self, items: Iterable[Sequence[Json]], path: str) -> dict[str, Node]:
-        return {
-            json.dumps(key): self.node(value, path, f".{_key_text(key)}") for key, value in items
-        }
+            self._paths.append(f"{path}~{self._times[path]}" if self._times[path] > 1 else path)
+        children = _children(raw, kind)
+        if children is None:
+            return Node(VALUE, raw, end=end)
+        parts = {one.key: self.node(one.node, path, one.end, depth + 1) for one in children}
+        return Node(kind, raw, {**_described(raw, kind), **parts}, end)
 
     def _path_of(self, number: Json) -> Json:
         if not isinstance(number, int) or isinstance(number, bool):
             return number
-        return self._seen[number] if 0 <= number < len(self._seen) else number
+        return self._paths[number] if 0 <= number < len(self._paths) else number
 
 
-def _check_depth(depth: int) -> None:
-    if depth > _MAX_DEPTH:
-        raise MalformedError(f"is nested deeper than {_MAX_DEPTH} levels")
+def _kind_of_value(raw: Json, tag: Json) -> str:
+    if isinstance(raw, list | tuple):
+        return LIST
+    if tag is None:
+        return MAPPING if isinstance(raw, Mapping) else VALUE
+    return tag if isinstance(tag, str) and tag in TAGS else VALUE
 
 
-def _described(raw: Mapping[str, Json], *without: str) -> dict[str, Node]:
+def _children(raw: Json, kind: str) -> list[InnerValue] | None:
+    """Return the values inside of one; None for one that is compared as a whole."""
+    if isinstance(raw, list | tuple):
+        return elements_of(raw)
+    if not isinstance(raw, Mapping):
+        return None
+    if kind == MAPPING:
+        return [InnerValue(key, f".{key}", item) for key, item in raw.items()]
+    if _KINDS[kind].is_leaf:
+        return [] if isinstance(raw.get("leaf"), str) else None
+    children = _KINDS[kind].children
+    return None if children is None else children(raw)
+
+
+def _described(raw: Json, kind: str) -> dict[str, Node]:
     """Return what a typed value is besides its elements: a class, a length, a dtype."""
-    return {
-        f"field {key}": Node(VALUE, value, end=f":{key}")
-        for key, value in raw.items()
-        if key != TAG and key not in without
-    }
-
-
-def _are_pairs(items: Sequence[Json]) -> bool:
-    """Tell whether these are keys with values, and no key occurs twice."""
-    pairs = [item for item in items if isinstance(item, list) and len(item) == 2]
-    return len({json.dumps(key) for key, _ in pairs}) == len(items)
-
-
-def _key_text(key: Json) -> str:
-    """Return a key as the paths of leaves spell it."""
-    if isinstance(key, str):
-        return key
-    return f"<{key.get(TAG)}>" if isinstance(key, Mapping) else repr(key)
+    if kind not in TAGS or not isinstance(raw, Mapping):
+        return {}
+    without = (TAG, *TAGS[kind].nested)
+    fields = {key: value for key, value in raw.items() if key not in without}
+    return {f"field {key}": Node(VALUE, value, end=f":{key}") for key, value in fields.items()}
 
 
 # Comparing two trees of values, path by path.
@@ -237,10 +173,6 @@ class ValueDifference:
         kind: "changed"; "only in a"; "only in b"; "order": the same keys in another order.
         a: The value of the first side; None where it has none.
         b: The value of the second side; None where it has none.
-
-    Example:
-        >>> ValueDifference("config.seed", "changed", 1, 2).kind
-        'changed'
     """
 
     path: str
@@ -251,17 +183,13 @@ class ValueDifference:
 
 @dataclass(frozen=True)
 class ValueGroup:
-    """Values of one kind, compared.
+    """Values of one kind, compared: "config", "environment", "state", "files", ...
 
     Attributes:
-        name: "config", "environment", "state", "files", ...
+        name: The kind.
         count: How many values there are in it, on the side that has more.
         differences: Those that differ.
         trees: Both sides whole, where they are JSON.
-
-    Example:
-        >>> ValueGroup("config", 52, ()).count
-        52
     """
 
     name: str
@@ -308,7 +236,7 @@ def diff_trees(
 
 def _same(a: Node, b: Node, path: str) -> Iterator[tuple[str, Json]]:
     """Yield the values that are the same at the same path; those with leaves are tensors."""
-    path = (path + a.end).removeprefix(".")
+    path = a.below(path)
     if a.leaf is not None or a.kind != b.kind:
         return
     if a.kind == VALUE and json.dumps(a.raw) == json.dumps(b.raw):
@@ -319,21 +247,16 @@ def _same(a: Node, b: Node, path: str) -> Iterator[tuple[str, Json]]:
 
 @dataclass(frozen=True)
 class _Comparison:
-    """How two trees are compared.
-
-    Attributes:
-        exact: Whether types, the sign of zero and the order of keys are part of a value.
-        reported: Leaves that one side lacks, or has in another type: told by the manifests.
-    """
+    """Compares two trees, as `diff_trees` says."""
 
     exact: bool
     reported: frozenset[str]
 
     def differences(self, a: Node, b: Node, path: str) -> Iterator[ValueDifference]:
         """Yield what differs between two nodes at the same path."""
-        path = (path + a.end).removeprefix(".")
+        path, kind = a.below(path), _KINDS[a.kind]
         as_a_whole = a.kind != b.kind or a.kind == VALUE
-        if as_a_whole or (a.kind in HAS_LENGTH and len(a.parts) != len(b.parts)):
+        if as_a_whole or (kind.has_length and len(a.parts) != len(b.parts)):
             if not self._is_same(a.raw, b.raw):
                 yield ValueDifference(path, "changed", a.raw, b.raw)
         elif a.leaf is None or a.leaf not in self.reported:
@@ -344,20 +267,17 @@ class _Comparison:
             if key in b.parts:
                 yield from self.differences(one, b.parts[key], path)
             elif not self._is_reported(one):
-                yield ValueDifference(
-                    (path + one.end).removeprefix("."), "only in a", one.raw, None
-                )
+                yield ValueDifference(one.below(path), "only in a", one.raw, None)
         for key, other in b.parts.items():
             if key not in a.parts and not self._is_reported(other):
-                end = (path + other.end).removeprefix(".")
-                yield ValueDifference(end, "only in b", None, other.raw)
+                yield ValueDifference(other.below(path), "only in b", None, other.raw)
         keys, others = [*a.parts], [*b.parts]
         is_moved = keys != others and sorted(keys) == sorted(others)
-        if self.exact and a.kind in HAS_ORDER and is_moved:
+        if self.exact and _KINDS[a.kind].has_order and is_moved:
             yield ValueDifference(path, "order", keys, others)
 
     def _is_reported(self, node: Node) -> bool:
-        """Tell whether there is nothing in it but leaves that the manifests tell of."""
+        """Return whether there is nothing in it but leaves that the manifests report."""
         ends = [end.leaf for end in node.ends()]
         return bool(ends) and all(leaf in self.reported for leaf in ends)
 

@@ -20,7 +20,7 @@ from unbroken.errors import CaptureError, CheckpointNotFoundError, ConfigError, 
 from unbroken.store.checkpoint.reader import CheckpointReader
 from unbroken.store.diff import Node, state_tree
 from unbroken.store.format.canonical_json import Json, from_strict
-from unbroken.store.format.entries import TensorEntry
+from unbroken.store.format.manifest import TensorEntry
 from unbroken.store.format.safetensors_file import header_of, in_file_order
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -36,7 +36,7 @@ from unbroken.adapters.transformers.position import (
     StoredPosition,
 )
 from unbroken.errors import CheckpointNotFoundError, CorruptCheckpointError, StateMismatchError
-from unbroken.store.format.digest import digest_of
+from unbroken.store.format.canonical_json import digest_of
 
 # The folder of a checkpoint that the host's own Trainer wrote: what is in it, and whether whole.
 #

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from unbroken.capture.codec.typed_json import (
+from unbroken.capture.dtypes import DTYPES, dtype_name
+from unbroken.errors import CaptureError
+from unbroken.store.format.typed_json import (
     EXACT_INT,
     TAG,
     Json,
@@ -20,8 +22,6 @@ from unbroken.capture.codec.typed_json import (
     hex_int,
     malformed,
 )
-from unbroken.capture.dtypes import DTYPES, dtype_name
-from unbroken.errors import CaptureError
 
 # NumPy arrays and scalars: their dtypes as JSON, their bytes as leaves.
 
@@ -122,11 +122,11 @@ def encode_int(value: int) -> Json:
     return int(value) if abs(value) < EXACT_INT else {TAG: "int", "hex": hex(value)}
 
 
-def _encode_float(value: float) -> Json:
+def _encode_float(value: float, _path: str) -> Json:
     return value if math.isfinite(value) else {TAG: "float", "bits": struct.pack(">d", value).hex()}
 
 
-def _encode_complex(value: complex) -> Json:
+def _encode_complex(value: complex, _path: str) -> Json:
     return {TAG: "complex", "bits": struct.pack(">dd", value.real, value.imag).hex()}
 
 
@@ -136,24 +136,8 @@ def _encode_str(value: str) -> Json:
     return {TAG: "str", "hex": value.encode("utf-8", "surrogatepass").hex()}
 
 
-def _encode_name(tag: str) -> Callable[[Any], Json]:
-    return lambda value: {TAG: tag, "name": str(value)}
-
-
-ENCODE: Mapping[type, Callable[[Any], Json]] = {
-    type(None): lambda value: value,
-    bool: lambda value: value,
-    int: encode_int,
-    float: _encode_float,
-    complex: _encode_complex,
-    str: _encode_str,
-    torch.dtype: lambda value: {TAG: "torch.dtype", "name": dtype_name(value)},
-    torch.device: _encode_name("torch.device"),
-    torch.layout: _encode_name("torch.layout"),
-    torch.memory_format: _encode_name("torch.memory_format"),
-    torch.Size: lambda value: {TAG: "torch.Size", "items": [*value]},
-}
-"""By exact type: how a scalar is written."""
+def _encode_name(tag: str) -> Callable[[Any, str], Json]:
+    return lambda value, _: {TAG: tag, "name": str(value)}
 
 
 def encode_dtype(dtype: np.dtype[Any], path: str) -> Json:
@@ -165,12 +149,7 @@ def encode_dtype(dtype: np.dtype[Any], path: str) -> Json:
         raise CaptureError(path, "cannot be stored", found=found, hint=str(error)) from error
 
 
-def encode_numpy(value: np.generic, path: str) -> Json:
-    """Return a NumPy scalar as JSON; text keeps its trailing NULs."""
-    if isinstance(value, np.str_):
-        return {TAG: "numpy.str_", "value": _encode_str(str(value))}
-    if isinstance(value, np.bytes_):
-        return {TAG: "numpy.bytes_", "hex": bytes(value).hex()}
+def _encode_numpy(value: np.generic, path: str) -> Json:
     description = encode_dtype(value.dtype, path)
     return {TAG: "numpy.scalar", "dtype": description, "hex": value.tobytes().hex()}
 
@@ -231,19 +210,64 @@ def _decode_numpy(node: Json, path: str) -> Any:
     return np.ndarray((), dtype, buffer=raw)[()]
 
 
-DECODE: Mapping[str, Callable[[Json, str], Any]] = {
-    "int": hex_int,
-    "float": lambda node, path: _decode_doubles(node, path, 1)[0],
-    "complex": lambda node, path: complex(*_decode_doubles(node, path, 2)),
-    "str": _decode_str,
-    "torch.dtype": _decode_named(DTYPES),
-    "torch.layout": _decode_named(_LAYOUTS),
-    "torch.memory_format": _decode_named(_MEMORY_FORMATS),
-    "torch.device": lambda node, path: decode_device(node, "name", path),
-    "torch.Size": lambda node, path: torch.Size(get_numbers(node, "items", path)),
-    "numpy.dtype": decode_dtype,
-    "numpy.scalar": _decode_numpy,
-    "numpy.str_": _decode_numpy_str,
-    "numpy.bytes_": lambda node, path: np.bytes_(get_bytes(node, "hex", path)),
+class Scalar(NamedTuple):
+    """How one kind of scalar is written and read."""
+
+    types: tuple[type, ...]
+    encode: Callable[[Any, str], Json]
+    decode: Callable[[Json, str], Any]
+
+
+SCALARS: Mapping[str, Scalar] = {
+    "int": Scalar((int,), lambda value, _: encode_int(value), hex_int),
+    "float": Scalar((float,), _encode_float, lambda node, path: _decode_doubles(node, path, 1)[0]),
+    "complex": Scalar(
+        (complex,), _encode_complex, lambda node, path: complex(*_decode_doubles(node, path, 2))
+    ),
+    "str": Scalar((str,), lambda value, _: _encode_str(value), _decode_str),
+    "torch.dtype": Scalar(
+        (torch.dtype,),
+        lambda value, _: {TAG: "torch.dtype", "name": dtype_name(value)},
+        _decode_named(DTYPES),
+    ),
+    "torch.layout": Scalar((torch.layout,), _encode_name("torch.layout"), _decode_named(_LAYOUTS)),
+    "torch.memory_format": Scalar(
+        (torch.memory_format,),
+        _encode_name("torch.memory_format"),
+        _decode_named(_MEMORY_FORMATS),
+    ),
+    "torch.device": Scalar(
+        (torch.device,),
+        _encode_name("torch.device"),
+        lambda node, path: decode_device(node, "name", path),
+    ),
+    "torch.Size": Scalar(
+        (torch.Size,),
+        lambda value, _: {TAG: "torch.Size", "items": [*value]},
+        lambda node, path: torch.Size(get_numbers(node, "items", path)),
+    ),
+    "numpy.dtype": Scalar(
+        (),
+        lambda value, path: {TAG: "numpy.dtype", "dtype": encode_dtype(value, path)},
+        decode_dtype,
+    ),
+    "numpy.scalar": Scalar((), _encode_numpy, _decode_numpy),
+    "numpy.str_": Scalar(
+        (np.str_,),
+        lambda value, _: {TAG: "numpy.str_", "value": _encode_str(str(value))},
+        _decode_numpy_str,
+    ),
+    "numpy.bytes_": Scalar(
+        (np.bytes_,),
+        lambda value, _: {TAG: "numpy.bytes_", "hex": bytes(value).hex()},
+        lambda node, path: np.bytes_(get_bytes(node, "hex", path)),
+    ),
 }
-"""By tag: how a scalar is read."""
+"""By tag: how a scalar is written and read; those that JSON has are written without one."""
+
+ENCODE: Mapping[type, Callable[[Any, str], Json]] = {
+    type(None): lambda value, _: value,
+    bool: lambda value, _: value,
+    **{kind: scalar.encode for scalar in SCALARS.values() for kind in scalar.types},
+}
+"""By exact type: how a scalar is written."""

@@ -1,9 +1,15 @@
-"""Modules: every parameter and buffer by the name it has in the bare model, modes, extra state."""
+"""Modules: every parameter and buffer by the name it has in the bare model, modes, extra state.
+
+Also the files beside the weights that `from_pretrained` needs.
+"""
 
 from __future__ import annotations
 
+import copy
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,12 +17,17 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from unbroken.capture.codec.memory_layout import TensorLayout, TensorRef, resolve_aliases
-from unbroken.capture.codec.tensors import physical
-from unbroken.capture.dtypes import same_layout
-from unbroken.capture.kinds.mismatch import Mismatch, raise_all
-from unbroken.capture.sharded import class_of, is_sharded, refuse_sharded
-from unbroken.capture.state_tree import Captured, State
+from unbroken.capture.codec.leaves import TensorLayout, TensorRef, physical, resolve_aliases
+from unbroken.capture.dtypes import dtype_name, same_layout
+from unbroken.capture.state_tree import (
+    Captured,
+    Mismatch,
+    State,
+    is_named,
+    is_names,
+    raise_all,
+    refuse_sharded,
+)
 from unbroken.capture.stored_tensor import (
     Filling,
     StoredSubclass,
@@ -24,8 +35,9 @@ from unbroken.capture.stored_tensor import (
     describe,
     load_tensors,
 )
-from unbroken.capture.tensor_subclasses import comes_apart, parts_of
-from unbroken.errors import CaptureError
+from unbroken.capture.tensor_subclasses import class_of, comes_apart, is_sharded, parts_of
+from unbroken.errors import CaptureError, ConfigError
+from unbroken.store.format.names import is_file_name
 from unbroken.stored_names import stored_class_name
 
 _WRAPPERS = {
@@ -122,6 +134,16 @@ def capture_module(module: nn.Module, path: str, _names: object) -> State:
         **({"lazy": lazy} if lazy else {}),
     }
     return state, facts
+
+
+def is_module_state(state: Any, facts: Mapping[str, Any]) -> bool:
+    """Return whether a decoded state is what `capture_module` gives."""
+    parts = (state, facts.get("buffers", {}), facts.get("extra_state", {}))
+    return (
+        all(map(is_named, parts))
+        and all(hasattr(tensor, "shape") for part in parts[:2] for tensor in part.values())
+        and is_names(facts.get("eval", []))
+    )
 
 
 def _lazy_in(tensors: Mapping[str, torch.Tensor]) -> list[str]:
@@ -417,3 +439,96 @@ def _new(stored: Gradient, parameter: torch.Tensor) -> torch.Tensor:
     if isinstance(stored, StoredTensor):
         return stored.load_like(parameter)
     return stored.detach().to(parameter.device, copy=True)
+
+
+# The files beside the weights that `from_pretrained` needs: of a model, and of its tokenizer.
+
+
+def pretrained_files(model: object) -> dict[str, bytes]:
+    """Return config.json and generation_config.json of a Hugging Face model; else nothing.
+
+    A model is one if it has a `config` with `to_json_string()`; transformers is not imported, and
+    the live configuration is not changed.
+
+    Args:
+        model: Any object; wrappers such as DDP are looked through.
+
+    Returns:
+        By file name, the bytes.
+
+    Raises:
+        CaptureError: The configuration holds what cannot be written.
+
+    Example:
+        >>> pretrained_files(nn.Linear(2, 1))
+        {}
+    """
+    if not isinstance(model, nn.Module):
+        return {}
+    model = unwrapped(model)
+    try:
+        config = getattr(model, "config", None)
+    except Exception:  # a property of the user's, and so of no Hugging Face model
+        return {}
+    if not callable(getattr(type(config), "to_json_string", None)):
+        return {}
+    try:
+        return _files(model, config)
+    except Exception as error:
+        raise CaptureError(
+            "model.config",
+            "cannot be written for from_pretrained",
+            found=f"{type(error).__name__}: {error}",
+            hint="a configuration holds plain values: numbers, texts, lists and dicts of them",
+        ) from error
+
+
+def files_of_processor(processor: object) -> dict[str, bytes]:
+    """Return the files that a tokenizer, or another processor of Hugging Face, saves itself in.
+
+    Args:
+        processor: Anything with `save_pretrained(folder)`.
+
+    Returns:
+        By file name, the bytes; without folders in the folder.
+
+    Raises:
+        ConfigError: It has no such method.
+
+    Example:
+        >>> files_of_processor("gpt2")
+        Traceback (most recent call last):
+            ...
+        unbroken.errors.ConfigError: processing_class: expected save_pretrained(folder), found str
+    """
+    save = getattr(processor, "save_pretrained", None)
+    if not callable(save):
+        expected, found = "save_pretrained(folder)", type(processor).__name__
+        raise ConfigError("processing_class", expected=expected, found=found)
+    with tempfile.TemporaryDirectory() as folder:
+        save(folder)
+        return {
+            path.name: path.read_bytes()
+            for path in sorted(Path(folder).iterdir())
+            if path.is_file() and is_file_name(path.name)
+        }
+
+
+def _files(model: nn.Module, config: Any) -> dict[str, bytes]:
+    files = {"config.json": _config(model, config)}
+    generation = getattr(model, "generation_config", None)
+    can_generate = getattr(model, "can_generate", None)
+    if callable(can_generate) and can_generate() and generation is not None:
+        files["generation_config.json"] = generation.to_json_string().encode()
+    return files
+
+
+def _config(model: nn.Module, config: Any) -> bytes:
+    """Return the configuration as `save_pretrained` writes it, with the class and the dtype."""
+    config = copy.deepcopy(config)
+    config.architectures = [class_of(model).__name__]
+    dtype = getattr(model, "dtype", None)
+    if dtype is not None:
+        config.dtype = dtype_name(dtype)
+    text: str = config.to_json_string()
+    return text.encode()

@@ -1,4 +1,4 @@
-"""Optimizers: state and groups by the names of parameters, in exactly the dtypes that they have.
+"""Optimizers by the names of parameters, in exactly the dtypes that they have; and schedulers.
 
 `torch.optim.Optimizer.load_state_dict` is not used to bring state back: it files state by
 position, so that parameters in another order get the moments of others, casts fp32 moments of bf16
@@ -13,12 +13,20 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from unbroken.capture.kinds.mismatch import Mismatch
 from unbroken.capture.kinds.modules import named_parameters
-from unbroken.capture.sharded import is_sharded, same_cut
-from unbroken.capture.state_tree import Captured, State, TreeMap, children
+from unbroken.capture.state_tree import (
+    Captured,
+    Mismatch,
+    State,
+    TreeMap,
+    children,
+    is_named,
+    is_names,
+)
 from unbroken.capture.stored_tensor import (
     Blocks,
     Filling,
@@ -26,8 +34,10 @@ from unbroken.capture.stored_tensor import (
     StoredTensor,
     describe,
     home,
+    is_stored_tensor,
     load_tensors,
 )
+from unbroken.capture.tensor_subclasses import is_sharded, same_cut
 from unbroken.errors import CaptureError
 
 # State of an optimizer that can be overwritten where it is: filling it takes no new memory.
@@ -299,6 +309,18 @@ def _name_here(name: str, names: ParameterNames) -> str:
     return name if parameter is None else names.of(parameter) or name
 
 
+def is_optimizer_state(state: Any, facts: Mapping[str, Any]) -> bool:
+    """Return whether a decoded state is what `capture_optimizer` gives."""
+    groups = state.get("param_groups") if isinstance(state, dict) else None
+    more = (facts.get(name, {}) for name in ("devices", "shared", "more"))
+    return (
+        isinstance(groups, list)
+        and all(is_named(group) and is_names(group.get("params")) for group in groups)
+        and is_named(state.get("state"))
+        and all(isinstance(one, dict) for one in more)
+    )
+
+
 def restore_optimizer(
     optimizer: Optimizer, stored: Captured, names: ParameterNames, later: Filling
 ) -> None:
@@ -418,3 +440,76 @@ class _StateLoader:
             return value
         device = self._parameter.device if self._step_on_device else torch.device("cpu")
         return value.load(device, self._blocks, self._later)
+
+
+# Learning-rate schedulers and the loss scaler of mixed precision.
+
+
+def capture_scheduler(scheduler: LRScheduler, _path: str, _names: object) -> State:
+    """Return a scheduler's state and the learning rates that it has set."""
+    facts = {"lr": [group["lr"] for group in _groups(scheduler)]}
+    return scheduler.state_dict(), facts
+
+
+def _groups(scheduler: LRScheduler) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = scheduler.optimizer.param_groups
+    return groups
+
+
+def check_scheduler(
+    scheduler: LRScheduler, stored: Captured, path: str, _names: object
+) -> Iterator[Mismatch]:
+    """Yield all that keeps the stored state from fitting the scheduler."""
+    here, there = len(_groups(scheduler)), len(stored.facts["lr"])
+    if here != there:
+        yield Mismatch(path, "schedules another number of parameter groups", there, here)
+
+
+def is_scheduler_state(state: Any, facts: Mapping[str, Any]) -> bool:
+    """Return whether a decoded state is what `capture_scheduler` gives."""
+    rates = facts.get("lr")
+    return is_named(state) and isinstance(rates, list) and all(map(_is_number, rates))
+
+
+def _is_number(value: Any) -> bool:
+    is_stored = is_stored_tensor(value) and tuple(value.shape) in ((), (1,))
+    return is_stored or (type(value) in (int, float) and abs(value) < 2**63) or value != value
+
+
+def restore_scheduler(scheduler: LRScheduler, stored: Captured, *_: object) -> None:
+    """Bring back a scheduler and its learning rates, which its state alone does not set."""
+    scheduler.load_state_dict(load_tensors(stored.state))
+    for group, lr in zip(_groups(scheduler), load_tensors(stored.facts["lr"]), strict=True):
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def capture_scaler(scaler: GradScaler, _path: str, _names: object) -> State:
+    """Return a loss scaler's state; empty if it is switched off."""
+    return scaler.state_dict(), {}
+
+
+def check_scaler(
+    scaler: GradScaler, stored: Captured, path: str, _names: object
+) -> Iterator[Mismatch]:
+    """Yield a mismatch if the scaler is on in one place and off in the other."""
+    was, is_now = (("on" if on else "off") for on in (bool(stored.state), scaler.is_enabled()))
+    if was != is_now:
+        yield Mismatch(path, "loss scaling is switched otherwise", was, is_now)
+
+
+def restore_scaler(scaler: GradScaler, stored: Captured, *_: object) -> None:
+    """Bring back scale and growth counter, whether the scaler has been used already or not."""
+    scaler.load_state_dict(load_tensors(stored.state))
+
+
+_SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
+
+
+def is_scaler_state(state: Any, _facts: Mapping[str, Any]) -> bool:
+    """Return whether a decoded state is what `capture_scaler` gives."""
+    return is_named(state) and (
+        not state or (_SCALER.issubset(state) and all(map(_is_number, state.values())))
+    )

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from unbroken.capture.kinds.mismatch import Mismatch
-from unbroken.capture.state_tree import Captured, State
-from unbroken.capture.stored_tensor import load_tensors
+from unbroken.capture.state_tree import Captured, Mismatch, State, is_named
+from unbroken.capture.stored_tensor import is_stored_tensor, load_tensors
 from unbroken.errors import CaptureError, CorruptCheckpointError, StateMismatchError
 
 
@@ -32,6 +31,12 @@ def check_torch(
     elif is_now == "cpu":
         with _states_of(path):
             restore_torch(torch.Generator(), stored)
+
+
+def is_torch_state(state: Any, _facts: Mapping[str, Any]) -> bool:
+    """Return whether a decoded state is what `capture_torch` gives."""
+    is_of_a_device = is_named(state) and isinstance(state.get("device"), str)
+    return is_of_a_device and is_stored_tensor(state.get("state"))
 
 
 def restore_torch(generator: torch.Generator, stored: Captured, *_: object) -> None:
@@ -54,6 +59,12 @@ def capture_numpy(generator: np.random.Generator, _path: str, _names: object) ->
 def _seed_sequence(bits: np.random.BitGenerator) -> Any:
     sequence = bits.seed_seq
     return sequence.state if type(sequence) is np.random.SeedSequence else None
+
+
+def is_numpy_state(state: Any, _facts: Mapping[str, Any]) -> bool:
+    """Return whether a decoded state is what `capture_numpy` gives."""
+    sequence = state.get("seed_sequence") if isinstance(state, dict) else ...
+    return is_named(state) and is_named(state.get("bits")) and is_named(sequence or {})
 
 
 def restore_numpy(generator: np.random.Generator, stored: Captured, *_: object) -> None:

@@ -28,8 +28,8 @@ from unbroken.store import (
     split_verification,
     this_machine,
 )
-from unbroken.store.format.digest import digest_of
-from unbroken.store.format.entries import Box
+from unbroken.store.format.canonical_json import digest_of
+from unbroken.store.format.manifest import Box
 from unbroken.store.run.identity import RunIdentity
 
 # A checkpoint that rank 0 alone can see, passed on to all ranks tensor by tensor.

@@ -28,7 +28,7 @@ from unbroken.capture import (
     raw,
     structure_to_bytes,
 )
-from unbroken.capture.codec.encode_cache import TensorMemo
+from unbroken.capture.codec.leaves import TensorMemo
 from unbroken.checkpoint.coverage.attributes import NAME
 from unbroken.distributed import Group, divide, name_ranks
 from unbroken.errors import ConfigError, RankError

@@ -23,7 +23,7 @@ from unbroken.checkpoint.save.rank_shares import gathered, rows_of_sample, sampl
 from unbroken.distributed.dtensors import local_part
 from unbroken.storage.direct_io import aligned_buffer
 from unbroken.store import places_in_files
-from unbroken.store.format.digest import Digester, digest_of
+from unbroken.store.format.canonical_json import Digester, digest_of
 from unbroken.store.format.safetensors_file import Copied
 
 # Copies from CUDA devices into pinned memory, which run while the devices compute.

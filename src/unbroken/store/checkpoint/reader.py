@@ -18,9 +18,16 @@ from unbroken.errors import (
     StateMismatchError,
 )
 from unbroken.storage import ReadHandle, Stat, Storage
-from unbroken.store.format.digest import Digester
-from unbroken.store.format.entries import Box, ByteRun, TensorEntry, byte_runs
-from unbroken.store.format.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest
+from unbroken.store.format.canonical_json import Digester
+from unbroken.store.format.manifest import (
+    MAX_MANIFEST_BYTES,
+    Box,
+    ByteRun,
+    FileEntry,
+    Manifest,
+    TensorEntry,
+    byte_runs,
+)
 from unbroken.store.format.names import MANIFEST_NAME, PINNED_NAME, rank_of
 from unbroken.store.format.safetensors_file import DTYPE_BITS, bytes_of
 

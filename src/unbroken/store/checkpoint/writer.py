@@ -20,8 +20,14 @@ from unbroken.store.checkpoint.commit import (
     remove_staging,
 )
 from unbroken.store.checkpoint.reader import MAX_WHOLE_BYTES, CheckpointReader
-from unbroken.store.format.canonical_json import Json, MalformedError, from_strict, to_canonical
-from unbroken.store.format.digest import Digester, digest_of
+from unbroken.store.format.canonical_json import (
+    Digester,
+    Json,
+    MalformedError,
+    digest_of,
+    from_strict,
+    to_canonical,
+)
 from unbroken.store.format.manifest import (
     FileEntry,
     Manifest,

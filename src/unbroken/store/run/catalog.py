@@ -14,8 +14,7 @@ from unbroken.errors import (
 from unbroken.storage import Storage
 from unbroken.store.checkpoint.commit import ensure_folder, free_name, move_durably, settle_replaced
 from unbroken.store.checkpoint.reader import CheckpointReader
-from unbroken.store.format.canonical_json import Fields, Json, MalformedError
-from unbroken.store.format.digest import is_digest
+from unbroken.store.format.canonical_json import Fields, Json, MalformedError, is_digest
 from unbroken.store.format.manifest import Manifest
 from unbroken.store.format.names import (
     MANIFEST_NAME,

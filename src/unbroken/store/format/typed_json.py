@@ -1,10 +1,16 @@
-"""The structure of a state tree as JSON text, and strictly back."""
+"""Typed JSON, as `state.json` holds it: its text, its tags, and strict access to its fields.
+
+A JSON object with the key "$" is one value of another type than JSON has; its tag names the type.
+`TAGS` says of each what lies in it. `unbroken.capture` writes such values and reads them back;
+what only compares them needs no torch.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 from unbroken.errors import CorruptCheckpointError
 
@@ -19,6 +25,119 @@ MAX_DEPTH = 64
 
 EXACT_INT = 2**53
 """Below this size every reader of JSON keeps an integer exactly."""
+
+
+# The kinds of values, and what lies in each.
+
+
+class InnerValue(NamedTuple):
+    """A value inside another: its key there, and what it adds to the path: ".lr", ":class"."""
+
+    key: str
+    end: str
+    node: Json
+
+
+class Tag(NamedTuple):
+    """A kind of value.
+
+    Attributes:
+        is_counted: Whether it may occur twice: the second one is {"$": "same", "as": number}.
+        nested: The fields that hold values of their own; the others describe the value.
+        children: Gives these values in the order in which they are written; None where the fields
+            do not hold what they should.
+        is_leaf: Whether its bytes can lie in a leaf, which its field "leaf" names.
+        has_order: Whether the order of its keys is part of the value.
+        has_length: Whether its parts are counted, not named.
+    """
+
+    is_counted: bool = False
+    nested: Sequence[str] = ()
+    children: Callable[[Mapping[str, Json]], list[InnerValue] | None] | None = None
+    is_leaf: bool = False
+    has_order: bool = False
+    has_length: bool = False
+
+
+def _elements(node: Mapping[str, Json]) -> list[InnerValue] | None:
+    items = node.get("items")
+    return elements_of(items) if isinstance(items, list) else None
+
+
+def elements_of(items: Iterable[Json]) -> list[InnerValue]:
+    """Return the elements of a list, by number."""
+    return [InnerValue(str(number), f".{number}", item) for number, item in enumerate(items)]
+
+
+def _pairs(node: Mapping[str, Json]) -> list[InnerValue] | None:
+    """Return the values of a dict by their keys, of which none may occur twice."""
+    items = node.get("items")
+    if not isinstance(items, list):
+        return None
+    pairs = [item for item in items if isinstance(item, list) and len(item) == 2]
+    found = [InnerValue(json.dumps(key), f".{_key_text(key)}", value) for key, value in pairs]
+    return found if len({child.key for child in found}) == len(items) else None
+
+
+def _key_text(key: Json) -> str:
+    """Return a key as the paths of leaves spell it."""
+    if isinstance(key, str):
+        return key
+    return f"<{key.get(TAG)}>" if isinstance(key, Mapping) else repr(key)
+
+
+def _object(node: Mapping[str, Json]) -> list[InnerValue] | None:
+    facts = node.get("facts")
+    if not isinstance(facts, Mapping):
+        return None
+    found = [InnerValue(f"fact {key}", f":{key}", fact) for key, fact in facts.items()]
+    return [*found, InnerValue("state", "", node["state"])] if "state" in node else found
+
+
+def _subclass(node: Mapping[str, Json]) -> list[InnerValue] | None:
+    parts = node.get("parts")
+    if not isinstance(parts, Mapping):
+        return None
+    found = [InnerValue(f"part {name}", f".{name}", part) for name, part in parts.items()]
+    return [*found, InnerValue("context", ":context", node.get("context"))]
+
+
+_QUANTIZED = ("integers", "scale", "zero_point")
+
+
+def _quantized(node: Mapping[str, Json]) -> list[InnerValue]:
+    return [InnerValue(name, f".{name}", node[name]) for name in _QUANTIZED if name in node]
+
+
+_DICT = Tag(is_counted=True, nested=("items",), children=_pairs, has_order=True)
+_SEQUENCE = Tag(nested=("items",), children=_elements, has_length=True)
+_WHOLE = Tag()
+
+TAGS: Mapping[str, Tag] = {
+    "tuple": _SEQUENCE,
+    "namedtuple": _SEQUENCE,
+    "torch.Size": _SEQUENCE,
+    "deque": _SEQUENCE._replace(is_counted=True),
+    "dict": _DICT,
+    "OrderedDict": _DICT,
+    "Counter": _DICT,
+    "defaultdict": _DICT,
+    "object": Tag(nested=("facts", "state"), children=_object),
+    "tensor": Tag(is_counted=True, is_leaf=True),
+    "numpy.ndarray": Tag(is_counted=True, is_leaf=True),
+    "quantized": Tag(is_counted=True, nested=_QUANTIZED, children=_quantized),
+    "subclass": Tag(is_counted=True, nested=("parts", "context"), children=_subclass),
+    "bytes": Tag(is_leaf=True),
+    "bytearray": Tag(is_counted=True, is_leaf=True),
+    "set": Tag(is_counted=True),
+    **dict.fromkeys(("frozenset", "enum", "same", "int", "float", "complex", "str"), _WHOLE),
+    **dict.fromkeys(("torch.dtype", "torch.device", "torch.layout", "torch.memory_format"), _WHOLE),
+    **dict.fromkeys(("numpy.dtype", "numpy.scalar", "numpy.str_", "numpy.bytes_"), _WHOLE),
+}
+"""Every tag of the format; a value of another one is malformed."""
+
+
+# The text of a structure, and strictly back.
 
 
 def structure_to_bytes(structure: Json) -> bytes:
