@@ -60,24 +60,24 @@ NAMED = re.compile(r"(?<![\w.-])([a-z_]+)=(?=[\w\"'\[(])")
 CALL = re.compile(rf"\b({'|'.join(CALLED)})\(([^()]*(?:\(\))?)\)")
 OPTION = re.compile(r"--([a-z][a-z-]+)")
 SHOWN_IN = {
-    "adapters": ("host",),
-    "training/gradient_sums": ("trainer",),
-    "training": ("trainer", "command"),
-    "language_model": ("command",),
-    "cli/doctor": (),  # speaks of any program
+    "adapters/": ("host",),
+    "training/": ("trainer", "command"),
+    "language_model/": ("command",),
+    "cli/doctor/": (),  # speaks of any program
     "cli/plan.py": (),
-    "cli": ("command",),
+    "cli/": ("command",),
     "checkpoint/arguments.py": ("trainer or loop",),
-    "checkpoint/coverage/unregistered.py": ("loop",),
-    "checkpoint/ddp_buckets.py": ("loop",),
-    "checkpoint/resume/rank_state.py": ("loop",),  # asks whether the caller can say it
+    "/unregistered.py": ("loop",),
     "": ("loop", "trainer", "host", "command"),
 }
 """Where the texts of a part of the source can be seen."""
 
 ONLY_IN = {
     "if the ranks should not be alike: ": ("loop",),  # asks whether the caller can say it
+    "; or take rank 0's for all: ": ("loop",),  # likewise
+    "the Checkpointer does not know the ranks": ("loop",),
     "put the run directory where all ranks see it; read_from=": ("loop", "trainer", "command"),
+    "give the module itself; TrainerConfig": ("trainer",),
 }
 """Where some of them can be seen that stand beside others: by how they begin."""
 
@@ -106,7 +106,7 @@ def whole(text: ast.JoinedStr) -> str:
 
 
 def shown_in(path: str, text: str) -> tuple[str, ...]:
-    places = next(places for part, places in SHOWN_IN.items() if path.startswith(part))
+    places = next(places for part, places in SHOWN_IN.items() if part in path)
     return next((some for start, some in ONLY_IN.items() if text.startswith(start)), places)
 
 
