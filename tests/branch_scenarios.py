@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from scenarios import KillInStep, Samples, leave_out, make_model, noisy_collate, run_fresh
+from fresh import run_fresh
+from scenarios import KillInStep, Samples, leave_out, make_model, noisy_collate
 from unbroken.testing import KillingStorage
 from unbroken.training import NoDisplay, Trainer, TrainerConfig
 

@@ -1,8 +1,4 @@
-"""Small runs with everything that can break a resume, trained in fresh processes.
-
-A process of `multiprocessing`'s fork server has imported torch and nothing more has happened in
-it: as fresh as a new interpreter for all that training can see, at a hundredth of the cost.
-"""
+"""Small runs with everything that can break a resume, trained in fresh processes."""
 
 from __future__ import annotations
 
@@ -19,17 +15,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from fresh import run_fresh
 from sabotage_runs import leave_out
 from unbroken.storage import CompressedStorage, storage_at
 from unbroken.store import CheckpointReader
 from unbroken.testing import KillingStorage
 from unbroken.training import Callback, NoDisplay, Trainer, TrainerConfig
-
-_FRESH = multiprocessing.get_context("forkserver")
-# This module is found there only with PYTHONPATH=tests; else each process loads it, in 7 ms.
-_FRESH.set_forkserver_preload(
-    ["torch._dynamo", "unbroken.training", "unbroken.testing.failing_storage", "scenarios"]
-)
 
 SAMPLES, BATCH, EPOCHS = 40, 8, 3
 STEPS_PER_EPOCH = SAMPLES // BATCH
@@ -227,14 +218,6 @@ def train(
     if left_out is not None:
         leave_out(trainer, left_out)
     trainer.train()
-
-
-def run_fresh(function, *arguments) -> int:
-    """Run a function in a fresh process; return its exit code (-9: killed)."""
-    process = _FRESH.Process(target=function, args=arguments)
-    process.start()
-    process.join()
-    return process.exitcode
 
 
 def outcome(folder: Path, step: int = STEPS) -> dict:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from clocks import Jumping
-from scenarios import run_fresh
+from fresh import run_fresh
 from small_trainers import bits, small_trainer, steps_in
 from unbroken.checkpoint import Checkpointer, SaveCost, SavePolicy
 from unbroken.checkpoint import Clock as Clocks

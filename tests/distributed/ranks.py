@@ -16,10 +16,7 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-_FRESH = multiprocessing.get_context("forkserver")
-_FRESH.set_forkserver_preload(
-    ["torch._dynamo", "torch.distributed", "unbroken.training", "unbroken.testing.failing_storage"]
-)
+from fresh import fresh_process
 
 # A TCPStore looks up the name of each address that connects, 127.0.0.1 too; where the name server
 # loses a packet, that takes 5 s, and the store answers nobody meanwhile. See resolv.conf(5).
@@ -44,11 +41,12 @@ def run_ranks(
     """
     with _store(store_on_rank_0) as port:
         processes = [
-            _FRESH.Process(
-                target=_be_a_rank,
-                args=(_environment(rank, world_size, port, store_on_rank_0, restart), function)
-                + (() if of_rank is None else (of_rank[rank],))
-                + arguments,
+            fresh_process(
+                _be_a_rank,
+                _environment(rank, world_size, port, store_on_rank_0, restart),
+                function,
+                *(() if of_rank is None else (of_rank[rank],)),
+                *arguments,
             )
             for rank in range(world_size)
         ]

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from distributed.ranks import run_ranks
+from fresh import run_fresh
 from quiet.programs import PRELUDE
-from scenarios import run_fresh
 from unbroken.errors import UnbrokenError
 
 Way = Callable[[str, str, int], list[int]]

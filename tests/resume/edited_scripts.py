@@ -8,7 +8,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from scenarios import run_fresh
+from fresh import run_fresh
 from unbroken.errors import UnbrokenError
 
 SCRIPTS = Path(__file__).parent / "scripts"

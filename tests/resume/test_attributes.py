@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import attribute_runs
-from scenarios import run_fresh
+from fresh import run_fresh
 from small_trainers import PAIRS
 from unbroken.checkpoint import Checkpointer
 from unbroken.cli.show import print_run

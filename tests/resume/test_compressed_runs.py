@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from scenarios import CUTS, ArmedCompressedStorage, Scenario, outcome, run_fresh, train
+from fresh import run_fresh
+from scenarios import CUTS, ArmedCompressedStorage, Scenario, outcome, train
 from small_trainers import bits, small_trainer
 from unbroken import Checkpointer, ConfigError, KeepPolicy
 from unbroken.cli.main import main

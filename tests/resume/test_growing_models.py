@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.ao.quantization import HistogramObserver, PerChannelMinMaxObserver
 
-from scenarios import run_fresh
+from fresh import run_fresh
 from small_trainers import small_trainer
 from unbroken import Checkpointer
 from unbroken.errors import StateMismatchError

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from scenarios import outcome, run_fresh
+from fresh import run_fresh
+from scenarios import outcome
 from unbroken.language_model import TokenDataset, builtin_text
 from unbroken.training import Callback, NoDisplay, Trainer, TrainerConfig
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler, WeightedRandomSampler
 
-from scenarios import outcome, run_fresh
+from fresh import run_fresh
+from scenarios import outcome
 from small_trainers import PAIRS, bits, small_trainer, steps_in
 from unbroken.errors import DataError
 from unbroken.training import Callback

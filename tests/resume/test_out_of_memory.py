@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from scenarios import metrics, run_fresh
+from fresh import run_fresh
+from scenarios import metrics
 from small_trainers import PAIRS, bits, small_trainer
 from unbroken.errors import ConfigError, OutOfMemoryError
 from unbroken.training import Callback

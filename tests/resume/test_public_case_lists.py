@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from scenarios import metrics, outcome, run_fresh
+from fresh import run_fresh
+from scenarios import metrics, outcome
 from unbroken.checkpoint import Checkpointer, Clock, SavePolicy
 from unbroken.storage import MemoryStorage
 from unbroken.store import KeepEvery, KeepPolicy

@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import nn
 
-from scenarios import outcome, run_fresh
+from fresh import run_fresh
+from scenarios import outcome
 from small_trainers import bits, small_trainer
 from unbroken.errors import CheckpointError, DifferenceError, LockHeldError, StateMismatchError
 from unbroken.storage import LocalStorage

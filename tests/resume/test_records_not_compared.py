@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from scenarios import run_fresh
+from fresh import run_fresh
 from small_trainers import small_trainer
 from unbroken.errors import UnbrokenError
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from scenarios import run_fresh
+from fresh import run_fresh
 from unbroken.cli.main import main
 from unbroken.errors import UnbrokenError
 from unbroken.storage import storage_at

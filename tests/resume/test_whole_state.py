@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from scenarios import outcome, run_fresh
+from fresh import run_fresh
+from scenarios import outcome
 from small_trainers import PAIRS, bits, small_model, small_trainer, steps_in
 from unbroken.errors import CaptureError, DifferenceError, SaveError
 from unbroken.storage import LocalStorage
