@@ -19,11 +19,11 @@ from distributed.training import Samples
 from unbroken import Checkpointer
 from unbroken.capture import capture, encode
 from unbroken.checkpoint import RankPolicy
+from unbroken.data.keyed_rng import seed_ambient
 from unbroken.distributed import join
 from unbroken.errors import DataError, UnbrokenError
 from unbroken.store.format.canonical_json import Digester
 from unbroken.training import NoDisplay, Trainer, TrainerConfig
-from unbroken.training.rng import seed_ambient
 
 RUN = "/proc/self/cwd/run"
 STEPS = 6

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from unbroken.data import derive_key
+from unbroken.data.keyed_rng import Randomness
 from unbroken.stored_names import stored_class_name, stored_name
-from unbroken.training.rng import Randomness
 from unbroken.training.run_state import RunState
 
 RunningTrainer = Any

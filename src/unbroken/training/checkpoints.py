@@ -58,9 +58,8 @@ from unbroken.training.display import Display
 from unbroken.training.micro_batches import Window
 from unbroken.training.optim import factor_of
 from unbroken.training.per_rank_loaders import exchange_loader_states, gives_own_batches
-from unbroken.training.rng import deterministic_kernels
 from unbroken.training.run_state import Pace, Progress, RunState, count_steps
-from unbroken.training.setup import Parts
+from unbroken.training.setup import Parts, deterministic_kernels
 
 # What of a Trainer's run the next start compares, and how named changes of it take effect.
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from unbroken.data import BatchSource, MapSource, batch_source, derive_key
+from unbroken.data.keyed_rng import Randomness, seed_ambient
 from unbroken.distributed import Group, join
 from unbroken.errors import ConfigError
 from unbroken.storage import Storage
@@ -24,7 +27,6 @@ from unbroken.training.display import Display, NoDisplay
 from unbroken.training.micro_batches import LossFn, Precision
 from unbroken.training.model_init import DeferredModel, MakeModel
 from unbroken.training.optim import make_optimizer, make_scheduler, refuse_closures
-from unbroken.training.rng import Randomness, seed_ambient
 from unbroken.training.run_state import RunState, count_steps
 
 
@@ -316,3 +318,41 @@ def prepared_for_forward(model: nn.Module, config: TrainerConfig) -> nn.Module:
             )
         enable()
     return torch.compile(model) if config.torch_compile else model  # type: ignore[return-value]
+
+
+# Deterministic kernels for the length of a run, the user's settings put back after it.
+
+
+@contextmanager
+def deterministic_kernels(enabled: bool, device: torch.device) -> Iterator[None]:
+    """Use only kernels that give the same bits each time; put the settings back on leaving.
+
+    Args:
+        enabled: False leaves everything as it is.
+        device: On "cuda" the cuBLAS workspace is fixed too, unless the environment already
+            says how (https://docs.nvidia.com/cuda/cublas/#results-reproducibility).
+
+    Example:
+        >>> with deterministic_kernels(True, torch.device("cpu")):
+        ...     torch.are_deterministic_algorithms_enabled()
+        True
+    """
+    if not enabled:
+        yield
+        return
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    algorithms = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    # Filling only hides reads of uninitialised memory; it costs time and no result depends on it.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(algorithms, warn_only=warn_only)
+        torch.backends.cudnn.benchmark = benchmark
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]

@@ -13,7 +13,7 @@ from torch import nn
 from unbroken.cli.doctor.finding import Finding
 from unbroken.errors import UnbrokenError
 from unbroken.store.format.canonical_json import Digester
-from unbroken.training.rng import deterministic_kernels
+from unbroken.training.setup import deterministic_kernels
 
 _STEPS, _BATCH, _LENGTH, _WORDS, _WIDTH = 3, 64, 64, 64, 32
 _IN_A_PROCESS = "from unbroken.cli.doctor.experiment import train; print(train('{device}'))"
