@@ -41,10 +41,16 @@ from unbroken.training.config import TrainerConfig
 from unbroken.training.display import Display
 from unbroken.training.evaluation import Evaluation
 from unbroken.training.micro_batches import LossFn, Window
-from unbroken.training.model_init import MakeModel
 from unbroken.training.per_rank_loaders import check_first_step_dealing
 from unbroken.training.run_state import Pace, Progress, Statistics, TrainResult
-from unbroken.training.setup import Given, build_parts, deterministic_kernels, joined, pick_display
+from unbroken.training.setup import (
+    Given,
+    MakeModel,
+    build_parts,
+    deterministic_kernels,
+    joined,
+    pick_display,
+)
 from unbroken.training.step import OomRetry, StepRunner, keep_freed_memory
 
 T = TypeVar("T")
