@@ -13,7 +13,7 @@ from distributed.ranks import run_ranks
 from scenarios import metrics, outcome
 from unbroken.data import BatchShape, CountedSource, Position
 from unbroken.distributed import StoreGroup
-from unbroken.training.per_rank_loaders import exchange_loader_states
+from unbroken.training.checkpoints import exchange_loader_states
 
 FAILED = 3
 

@@ -33,6 +33,7 @@ from unbroken.training.callback import Callback, Hooks, named
 from unbroken.training.checkpoints import (
     RunCheckpoints,
     TrainerFacts,
+    check_first_step_dealing,
     make_checkpointer,
     objects_to_save,
     run_fingerprint,
@@ -41,7 +42,6 @@ from unbroken.training.config import TrainerConfig
 from unbroken.training.display import Display
 from unbroken.training.evaluation import Evaluation
 from unbroken.training.micro_batches import LossFn, Window
-from unbroken.training.per_rank_loaders import check_first_step_dealing
 from unbroken.training.run_state import Pace, Progress, Statistics, TrainResult
 from unbroken.training.setup import (
     Given,
