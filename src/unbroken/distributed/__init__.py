@@ -8,10 +8,10 @@ from unbroken.distributed.collectives import Tree as Tree
 from unbroken.distributed.dtensors import divide as divide
 from unbroken.distributed.group import Group as Group
 from unbroken.distributed.group import SingleProcess as SingleProcess
+from unbroken.distributed.group import join as join
 from unbroken.distributed.store_group import StoreGroup as StoreGroup
 from unbroken.distributed.store_group import disagreement as disagreement
 from unbroken.distributed.store_group import name_ranks as name_ranks
-from unbroken.distributed.torchrun import join as join
 
 __all__ = [
     "ByteStream",
