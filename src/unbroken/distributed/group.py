@@ -1,4 +1,4 @@
-"""The ranks of a run: they exchange values, agree on them, and fail together; how a process joins."""
+"""The ranks of a run: how a process finds the others, exchanges values, and fails with them."""
 
 from __future__ import annotations
 
