@@ -8,7 +8,7 @@ from torch import nn, optim
 
 from capture.round_trip import carry, saved
 from capture.tree_equality import account
-from unbroken.capture import ParameterNames, capture, restore
+from unbroken.capture import Growth, ParameterNames, capture, restore
 from unbroken.capture.kinds.optimizers import restore_optimizer
 from unbroken.capture.stored_tensor import Filling
 from unbroken.errors import CaptureError, StateMismatchError
@@ -234,6 +234,15 @@ def test_a_learning_rate_that_is_a_tensor_is_filled_in_place():
     assert rate == 0.125
 
 
+def test_a_learning_rate_that_is_a_tensor_keeps_its_own_type():
+    source, target = trained(OPTIMIZERS["AdamW tensor lr"]), trained(OPTIMIZERS["AdamW tensor lr"])
+    rate = torch.tensor(0.1, dtype=torch.float64)
+    source["optimizer"].param_groups[0]["lr"] = rate
+    carry(source, target)
+    found = target["optimizer"].param_groups[0]["lr"]
+    assert (found.dtype, found.item()) == (torch.float64, rate.item())
+
+
 def test_options_that_only_this_version_knows_keep_their_value():
     source, target = trained(optim.AdamW), trained(optim.AdamW, seed=1)
     target["optimizer"].param_groups[0]["novel"] = "default"
@@ -260,6 +269,8 @@ def test_step_counters_are_on_the_device_where_torch_has_them_there(option):
     later.finish()
     found = {own["step"].device.type for own in target.state.values()}
     assert found == {"cpu" if option is None else "meta"}
+    moments = {own["exp_avg"].device.type for own in target.state.values()}
+    assert moments == {"meta"}  # the home of its parameter
 
 
 def test_the_state_of_another_optimizer_is_refused_by_name():
@@ -359,3 +370,41 @@ def test_what_an_optimizer_shares_and_adds_comes_back():
     carry(source, target)
     assert target["optimizer"].outer == 5
     assert target["optimizer"].state["total"].tolist() == [1, 1]
+
+
+def grouped(*groups):
+    net = model(0)
+    parameters = list(net.parameters())
+    optimizer = optim.AdamW([{"params": [parameters[n] for n in group]} for group in groups])
+    step(net, optimizer)
+    return {"model": net, "optimizer": optimizer}
+
+
+AS_MANY = {"of the same sizes": ([1], [0, 2]), "of other sizes": ([0, 1], [2])}
+
+
+@pytest.mark.parametrize("groups", AS_MANY.values(), ids=AS_MANY)
+def test_another_grouping_into_as_many_groups_is_refused(groups):
+    carry(grouped([0], [1, 2]), grouped([1, 2], [0]))  # their order is none of it
+    with pytest.raises(StateMismatchError, match=r"grouped otherwise: expected \[1, 2\]"):
+        carry(grouped([0], [1, 2]), grouped(*groups))
+
+
+@pytest.mark.parametrize("groups", AS_MANY.values(), ids=AS_MANY)
+def test_groups_that_training_made_anew_come_back_where_all_was_built_alike(groups):
+    source, target = grouped([0], [1, 2]), grouped([0], [1, 2])
+    parameters = list(source["model"].parameters())
+    for group, indices in zip(source["optimizer"].param_groups, groups, strict=True):
+        group["params"] = [parameters[n] for n in indices]
+    tree = saved(source)
+    growth = Growth(target, lambda path: path == "optimizer")
+    growth.grow(tree)
+    restore(target, tree)
+    growth.keep()
+    assert names_and_moments(*target.values()) == names_and_moments(*source.values())
+
+
+def names_and_moments(net, optimizer):
+    names = {parameter: name for name, parameter in net.named_parameters()}
+    groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+    return groups, {names[p]: account(own) for p, own in optimizer.state.items()}

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler, WeightedRando
 
 from data.data_sets import bytes_of, read, source_of
 from unbroken.data import batch_source
-from unbroken.data.sources.batch_digests import BatchDigest
+from unbroken.data.sources.batch_digests import BatchDigest, Passed, drawn_from
 from unbroken.errors import DataError
 
 N = 20  # five batches of four
@@ -382,3 +382,21 @@ def test_a_batch_with_nothing_to_compare_has_no_digest():
     assert digest(object()) is None
     assert digest([]) is None
     assert digest(torch.ones(0, 3)) != digest(torch.ones(3, 0))
+
+
+def passed(seed: int, trail=None) -> Passed:
+    """Read two batches, between which the generator moves."""
+    rng = random.Random(seed)
+    found = Passed("stream", {"rng": rng}, trail)
+    for batch in ([1.0], [2.0]):
+        found.add(batch)
+        rng.random()
+    return found
+
+
+def test_an_order_is_held_against_what_it_was_drawn_from_when_its_first_batch_came():
+    trail = passed(1).trail(2)
+    assert trail["drawn_from"] == drawn_from({"rng": random.Random(1)})
+    assert passed(1, trail).trail(2) == trail
+    with pytest.raises(DataError, match="drawn from another state of rng"):
+        passed(2, trail)

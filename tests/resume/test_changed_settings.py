@@ -265,3 +265,18 @@ def test_all_settings_are_changed_in_turn():
     of_the_start |= {"read_from", "ddp_timeout"}
     names = {name for _, name, _ in EACH_SETTING}
     assert names == set(TrainerConfig().to_dict()) - of_the_start
+
+
+def test_a_schedule_of_another_class_begins_at_the_step_of_the_run(tmp_path):
+    parts = {"trainer": {"eval_dataset": PAIRS}, "eval_steps": 1, "max_steps": 8}
+    run, anew = tmp_path / "run", tmp_path / "anew"
+    plateau = small_trainer(
+        run, **{**parts, "max_steps": 4}, lr_scheduler_type="reduce_lr_on_plateau"
+    )
+    plateau.train()
+    small_trainer(run, **parts, allow=["lr_scheduler_type", "scheduler"]).train()
+    small_trainer(anew, **parts).train()
+    rates = [[line.get("learning_rate") for line in metrics(one)] for one in (run, anew)]
+    assert [one for one in rates[0] if one is not None][4:] == [
+        one for one in rates[1] if one is not None
+    ][4:]

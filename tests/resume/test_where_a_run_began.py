@@ -286,3 +286,15 @@ def test_a_run_goes_on_with_what_is_left_of_its_metrics(how, finished, other):
         6,
     ]
     assert report_of(other, "auto").notes == ()
+
+
+def test_of_older_and_later_copies_only_those_of_another_future_go(other, tmp_path):
+    folder = tmp_path / "new"
+    train(folder, "auto", max_steps=3, save_steps=3, save_at_start=False)
+    for step in (0, 2, 4, 6):
+        shutil.copytree(other / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+    report = report_of(folder, folder / "checkpoint-4", max_steps=5, save_steps=9)
+    assert report.step == 4
+    gone = sorted(was for was, _ in report.set_aside)
+    assert gone == ["checkpoint-3", "checkpoint-6"]  # its own, and a later one
+    assert {0, 2, 4} <= set(steps_in(folder))
