@@ -30,15 +30,15 @@ from unbroken.store.run.branches import branch as branch
 from unbroken.store.run.branches import check_branch_name as check_branch_name
 from unbroken.store.run.branches import has_branch as has_branch
 from unbroken.store.run.catalog import Catalog as Catalog
+from unbroken.store.run.catalog import KeepEvery as KeepEvery
+from unbroken.store.run.catalog import KeepPolicy as KeepPolicy
 from unbroken.store.run.catalog import Lineage as Lineage
+from unbroken.store.run.catalog import Pruned as Pruned
 from unbroken.store.run.catalog import Rejection as Rejection
+from unbroken.store.run.catalog import prune as prune
 from unbroken.store.run.directory import RunDirectory as RunDirectory
 from unbroken.store.run.directory import this_machine as this_machine
 from unbroken.store.run.journal import Journal as Journal
-from unbroken.store.run.retention import KeepEvery as KeepEvery
-from unbroken.store.run.retention import KeepPolicy as KeepPolicy
-from unbroken.store.run.retention import Pruned as Pruned
-from unbroken.store.run.retention import prune as prune
 
 __all__ = [
     "Box",

@@ -30,7 +30,7 @@ from unbroken.store import (
 )
 from unbroken.store.format.canonical_json import digest_of
 from unbroken.store.format.manifest import Box
-from unbroken.store.run.identity import RunIdentity
+from unbroken.store.run.directory import RunIdentity
 
 # A checkpoint that rank 0 alone can see, passed on to all ranks tensor by tensor.
 

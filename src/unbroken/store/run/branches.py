@@ -36,13 +36,11 @@ from unbroken.store.format.names import (
 from unbroken.store.run.catalog import Lineage
 from unbroken.store.run.directory import (
     RunDirectory,
+    RunIdentity,
     as_directory_error,
     describe_owner,
-    now_as_text,
-)
-from unbroken.store.run.identity import (
-    RunIdentity,
     has_identity,
+    now_as_text,
     random_id,
     read_identity,
     write_identity,
