@@ -132,7 +132,6 @@ PARTS = {  # modules that serve one other module, each an idea of its own
     "unbroken.adapters.transformers.export": "a checkpoint as the host writes one",
     "unbroken.adapters.transformers.session": "one call of train",
     "unbroken.checkpoint.coverage.attribute_values": "what an attribute holds",
-    "unbroken.checkpoint.resume.rank_state": "what each rank has of its own",
     "unbroken.checkpoint.resume.resume": "checks, then the load",
     "unbroken.checkpoint.run_access": "one rank owns the run directory, the others look",
     "unbroken.checkpoint.save.rehearsal": "whether a save would work",

@@ -24,7 +24,7 @@ from small_trainers import PAIRS, bits, small_model, small_trainer
 from unbroken import Callback, Checkpointer, ResumePolicy, StateMismatchError
 from unbroken.checkpoint import ddp_buckets
 from unbroken.checkpoint.coverage import attributes, unregistered
-from unbroken.checkpoint.resume import agreement
+from unbroken.checkpoint.resume import per_rank
 from unbroken.checkpoint.save import rank_shares
 from unbroken.checkpoint.save.unfinished_gradients import GRADIENTS
 from unbroken.data import MapSource, batch_source
@@ -94,7 +94,7 @@ def test_the_names_of_places_on_the_disk_are_frozen():
         name: value for name, value in vars(names).items() if name.isupper() and name[0] != "_"
     }
     kept("places", sorted(str(value) for value in files.values() if isinstance(value, str)))
-    of_parts = (agreement.FACT, ddp_buckets.FACT, unregistered.FACT, attributes.NAME, GRADIENTS)
+    of_parts = (per_rank.FACT, ddp_buckets.FACT, unregistered.FACT, attributes.NAME, GRADIENTS)
     of_ranks = (rank_shares.own_key(1), rank_shares.own_state_file(1), names.checkpoint_name(8))
     kept("parts of a checkpoint", sorted((*of_parts, *of_ranks)))
 

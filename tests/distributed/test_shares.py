@@ -16,7 +16,7 @@ from torch.distributed import HashStore
 
 from unbroken.capture import capture, capture_rng, decode, file_of, restore_rng
 from unbroken.capture import structure_from_bytes as structure_of
-from unbroken.checkpoint.resume.rank_state import reseed_rank, state_of_rank
+from unbroken.checkpoint.resume.per_rank import reseed_rank, state_of_rank
 from unbroken.checkpoint.save import rank_shares
 from unbroken.checkpoint.save.layout import Layout
 from unbroken.checkpoint.save.rank_shares import (

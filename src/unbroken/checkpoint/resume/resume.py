@@ -28,9 +28,14 @@ from unbroken.checkpoint.coverage.attributes import NAME, Attributes
 from unbroken.checkpoint.coverage.schedules import FoundSchedules
 from unbroken.checkpoint.coverage.unregistered import of_checkpoint
 from unbroken.checkpoint.ddp_buckets import DdpBuckets
-from unbroken.checkpoint.resume.agreement import facts_of_rank, from_rank_0
+from unbroken.checkpoint.resume.per_rank import (
+    facts_of_rank,
+    from_rank_0,
+    reseed_rank,
+    state_of_rank,
+    with_own_modes,
+)
 from unbroken.checkpoint.resume.prefetch import ReadAhead
-from unbroken.checkpoint.resume.rank_state import reseed_rank, state_of_rank, with_own_modes
 from unbroken.checkpoint.resume.readers import Readers, ReadFrom, Source
 from unbroken.checkpoint.resume.selection import (
     Candidate,
