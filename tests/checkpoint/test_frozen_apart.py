@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import nn
 
 from unbroken import Checkpointer
-from unbroken.checkpoint.save.layout import FROZEN, INDEX, TRAINED
+from unbroken.checkpoint.save.session import FROZEN, INDEX, TRAINED
 
 transformers = pytest.importorskip("transformers")
 

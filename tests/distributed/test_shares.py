@@ -18,7 +18,6 @@ from unbroken.capture import capture, capture_rng, decode, file_of, restore_rng
 from unbroken.capture import structure_from_bytes as structure_of
 from unbroken.checkpoint.resume.per_rank import reseed_rank, state_of_rank
 from unbroken.checkpoint.save import rank_shares
-from unbroken.checkpoint.save.layout import Layout
 from unbroken.checkpoint.save.rank_shares import (
     STATE_FILE,
     CapturedState,
@@ -26,7 +25,7 @@ from unbroken.checkpoint.save.rank_shares import (
     plan_share,
     sample_of,
 )
-from unbroken.checkpoint.save.session import SaveLineage, SaveRequest, SaveSession
+from unbroken.checkpoint.save.session import Layout, SaveLineage, SaveRequest, SaveSession
 from unbroken.distributed import StoreGroup
 from unbroken.errors import RankError
 from unbroken.storage import MemoryStorage

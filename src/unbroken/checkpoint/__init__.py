@@ -36,7 +36,7 @@ from unbroken.checkpoint.resume.selection import ResumeFrom as ResumeFrom
 from unbroken.checkpoint.resume.selection import Selection as Selection
 from unbroken.checkpoint.save.async_saver import SaveCost as SaveCost
 from unbroken.checkpoint.save.async_saver import SaveMode as SaveMode
-from unbroken.checkpoint.save.layout import Layout as Layout
+from unbroken.checkpoint.save.session import Layout as Layout
 from unbroken.fingerprint.environment import code_facts as code_facts
 from unbroken.fingerprint.environment import environment_facts as environment_facts
 

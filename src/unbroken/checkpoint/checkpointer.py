@@ -50,7 +50,6 @@ from unbroken.checkpoint.resume.selection import (
 )
 from unbroken.checkpoint.run_access import RunAccess, reader_of
 from unbroken.checkpoint.save.async_saver import AsyncSaver, SaveCost
-from unbroken.checkpoint.save.layout import Layout
 from unbroken.checkpoint.save.rank_shares import (
     MODES,
     CapturedState,
@@ -59,8 +58,13 @@ from unbroken.checkpoint.save.rank_shares import (
     modes_apart,
     rng_digest,
 )
-from unbroken.checkpoint.save.rehearsal import Rehearsal
-from unbroken.checkpoint.save.session import SaveLineage, SaveRequest, SaveSession
+from unbroken.checkpoint.save.session import (
+    Layout,
+    Rehearsal,
+    SaveLineage,
+    SaveRequest,
+    SaveSession,
+)
 from unbroken.checkpoint.save.unfinished_gradients import GRADIENTS, UnfinishedGradients
 from unbroken.distributed import Group
 from unbroken.errors import ConfigError, RankError, SaveError, UnbrokenError, spelled

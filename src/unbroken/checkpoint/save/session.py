@@ -1,15 +1,33 @@
-"""One save: every rank stores its share, all agree, one rank commits."""
+"""One save: how its folder looks; stored by every rank, agreed on, committed by one; rehearsed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
 
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from unbroken.capture import (
+    FileOf,
+    capture,
+    files_for,
+    is_sharded,
+    named_buffers,
+    named_parameters,
+    pretrained_files,
+    refuse_what_cannot_be_stored,
+    unwrapped,
+)
 from unbroken.checkpoint.resume.selection import Origin
-from unbroken.checkpoint.save.layout import Layout
 from unbroken.checkpoint.save.rank_shares import CapturedState, RankShare, SharePlan, plan_share
+from unbroken.checkpoint.save.staging import flattened
 from unbroken.distributed import Group, name_ranks
 from unbroken.errors import ConfigError, RankError, SaveError, StateMismatchError
 from unbroken.store import (
@@ -23,6 +41,106 @@ from unbroken.store import (
 )
 from unbroken.store.format.names import checkpoint_name
 from unbroken.store.run.directory import now_as_text
+
+# How the folder looks: what stands where, and which files it has besides. Weights that are not
+# trained have a file of their own, which later checkpoints link.
+
+
+_USUAL = "model.safetensors"
+FROZEN, TRAINED = "model-frozen.safetensors", "model-trained.safetensors"
+INDEX = "model.safetensors.index.json"
+_WORTH_A_FILE = 1 << 20  # bytes
+
+
+def frozen_apart(model: nn.Module, usual: FileOf) -> tuple[FileOf, bytes] | None:
+    """Return the rule that keeps a model's frozen parameters apart, and the index of its files.
+
+    The index is what `from_pretrained` looks for where a model is in several files.
+
+    Args:
+        model: The module; wrappers are looked through.
+        usual: The rule for all else.
+
+    Returns:
+        None where little is frozen, or all, or where several ranks hold the model together.
+    """
+    model = unwrapped(model)
+    trained = [parameter.requires_grad for parameter in model.parameters()]
+    if all(trained) or any(map(is_sharded, model.parameters())):
+        return None
+    stored = dict(_stored(model))
+    frozen = {
+        name
+        for name, tensor in stored.items()
+        if isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+    }
+    nbytes = sum(stored[name].nbytes for name in frozen)
+    if nbytes < _WORTH_A_FILE or not any(trained):
+        return None
+
+    def file_of(path: str) -> tuple[str, str]:
+        file, name = usual(path)
+        if file != _USUAL:
+            return file, name
+        return (FROZEN if name in frozen else TRAINED), name
+
+    return file_of, _index(stored, {name: file_of(f"model.{name}")[0] for name in stored})
+
+
+def _stored(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of the model's file, those that share memory under the first name."""
+    seen: set[tuple[int, int]] = set()
+    for name, tensor in (*named_parameters(model), *named_buffers(model, persistent=True)):
+        memory = (tensor.data_ptr() or id(tensor), tensor.nbytes)
+        if memory not in seen:
+            seen.add(memory)
+            yield name, tensor
+
+
+def _index(stored: Mapping[str, torch.Tensor], files: Mapping[str, str]) -> bytes:
+    total = sum(tensor.nbytes for tensor in stored.values())
+    index = {"metadata": {"total_size": total}, "weight_map": files}
+    return json.dumps(index, indent=2, sort_keys=True).encode()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the folder of a checkpoint looks.
+
+    Attributes:
+        file_of: Gives each leaf its file and its name there.
+        constant: Files of tensors that seldom change: one that is the same as in the checkpoint
+            before is linked, not written again.
+        files: More files, by name, for other programs; no resume reads them.
+    """
+
+    file_of: FileOf
+    constant: frozenset[str] = frozenset()
+    files: Callable[[], Mapping[str, bytes]] = dict
+
+    @classmethod
+    def of(cls, objects: Mapping[str, object]) -> Layout:
+        """Return the usual layout: a file for each object, and what `from_pretrained` needs.
+
+        What a model does not train has a file of its own, once it is worth one: it is written
+        once, and linked in each later checkpoint as long as it is the same.
+        """
+        model, usual = objects.get("model"), files_for(objects)
+        if not isinstance(model, nn.Module):
+            return cls(usual)
+        apart = frozen_apart(model, usual)
+        if apart is None:
+            return cls(usual, files=lambda: pretrained_files(model))
+        place, index = apart
+        files = {INDEX: index}
+        return cls(place, frozenset({FROZEN}), lambda: {**pretrained_files(model), **files})
+
+    def with_files(self, more: Callable[[], Mapping[str, bytes]]) -> Layout:
+        """Return the same layout with more files for other programs."""
+        return replace(self, files=lambda: {**self.files(), **more()})
+
+
+# The save.
 
 
 class SaveLineage:
@@ -299,3 +417,108 @@ class SaveSession:
         best = request.facts.get("best_step")
         run.prune(request.keep, best_steps=(best,) if isinstance(best, int) else ())
         self._writer = None
+
+
+# Whether a save would work is known before the first step, or right after it: not at the first
+# save. The state of an optimizer comes with its first step, and that of loaders and callbacks with
+# the first batch. So what a save would meet is looked at twice: at the start, and after one step.
+
+
+class Rehearsal:
+    """Looks once at all that a save would store; nothing is copied, and nothing is written.
+
+    Args:
+        objects: What is saved, by name.
+    """
+
+    def __init__(self, objects: Mapping[str, object]) -> None:
+        self._objects = objects
+        self._hooks: dict[Optimizer, tuple[RemovableHandle, RemovableHandle]] = {}
+        self._open: Counter[Optimizer] = Counter()
+        self._begun_at: int | None = None
+
+    def at_the_start(self, group: Group) -> None:
+        """Look at modules, optimizers and the like; objects of other kinds are not asked yet.
+
+        Raises:
+            CaptureError: Something in them cannot be stored.
+        """
+        group.run_on_all("capture the state", lambda: self._look(asks=False))
+
+    def begin(self, step: int) -> None:
+        """Let each optimizer be looked at after its first step, whoever calls that."""
+        self.end()
+        self._begun_at = step
+        for one in map(_stepping, flattened(self._objects)):
+            if isinstance(one, Optimizer) and one not in self._hooks:
+                begins = one.register_step_pre_hook(self._step_begins)
+                self._hooks[one] = begins, one.register_step_post_hook(self._step_is_over)
+
+    def after_a_step(
+        self,
+        step: int,
+        group: Group,
+        values: Callable[[], Any],
+        layout: Callable[[Mapping[str, object]], Layout],
+    ) -> None:
+        """Look at everything, unless that was done; called between two steps.
+
+        Args:
+            step: Completed steps.
+            group: The ranks, each of which calls this.
+            values: Returns what would be saved with the objects.
+            layout: How the folder would look.
+
+        Raises:
+            CaptureError: Something cannot be stored.
+            RankError: That happened on another rank.
+        """
+        if not self._waits(step):
+            return
+        self.end()
+
+        def look() -> None:
+            self._look(values())
+            described = layout(self._objects)
+            if group.rank == 0:
+                described.files()
+
+        group.run_on_all("capture the state", look)
+
+    def has_saved(self, step: int) -> None:
+        """Look no more after the save of this step, if it is one after the start."""
+        if self._waits(step):
+            self.end()
+
+    def _waits(self, step: int) -> bool:
+        return self._begun_at is not None and step > self._begun_at
+
+    def end(self) -> None:
+        """Look no more: the run is over."""
+        self._begun_at = None
+        for one in list(self._hooks):
+            self._let_go(one)
+
+    def _look(self, values: Any = None, *, asks: bool = True) -> None:
+        tree = capture(self._objects, asks=asks)
+        refuse_what_cannot_be_stored({**tree, "values": values})
+
+    def _step_begins(self, optimizer: Optimizer, *_: Any) -> None:
+        self._open[optimizer] += 1  # torch calls hooks again for a step that calls super().step
+
+    def _step_is_over(self, optimizer: Optimizer, *_: Any) -> None:
+        self._open[optimizer] -= 1
+        if self._open[optimizer] <= 0 and not torch.compiler.is_compiling():
+            self._let_go(optimizer)
+            self._look(asks=False)
+
+    def _let_go(self, optimizer: Optimizer) -> None:
+        for hook in self._hooks.pop(optimizer, ()):
+            hook.remove()
+        self._open.pop(optimizer, None)
+
+
+def _stepping(value: object) -> object:
+    """Return the optimizer in a wrapper that has no hooks of its own, as accelerate's has none."""
+    is_face = isinstance(value, Optimizer) and not hasattr(value, "_optimizer_step_pre_hooks")
+    return getattr(value, "optimizer", value) if is_face else value
