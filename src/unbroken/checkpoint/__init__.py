@@ -29,11 +29,11 @@ from unbroken.checkpoint.checkpointer import Checkpointer as Checkpointer
 from unbroken.checkpoint.preemption import EXIT_STOPPED as EXIT_STOPPED
 from unbroken.checkpoint.preemption import Preemption as Preemption
 from unbroken.checkpoint.preemption import TrainingStopped as TrainingStopped
-from unbroken.checkpoint.resume.prefetch import ReadAhead as ReadAhead
-from unbroken.checkpoint.resume.prefetch import read_ahead as read_ahead
+from unbroken.checkpoint.resume.readers import ReadAhead as ReadAhead
 from unbroken.checkpoint.resume.readers import ReadFrom as ReadFrom
 from unbroken.checkpoint.resume.selection import ResumeFrom as ResumeFrom
 from unbroken.checkpoint.resume.selection import Selection as Selection
+from unbroken.checkpoint.resume.selection import read_ahead as read_ahead
 from unbroken.checkpoint.save.async_saver import SaveCost as SaveCost
 from unbroken.checkpoint.save.async_saver import SaveMode as SaveMode
 from unbroken.checkpoint.save.session import Layout as Layout

@@ -38,7 +38,7 @@ from unbroken.checkpoint.coverage.unregistered import FACT as NOT_GIVEN
 from unbroken.checkpoint.coverage.unregistered import NotGiven
 from unbroken.checkpoint.ddp_buckets import DdpBuckets
 from unbroken.checkpoint.resume.per_rank import FACT, Other, agree_on_versions, others_of_ranks
-from unbroken.checkpoint.resume.prefetch import ReadAhead
+from unbroken.checkpoint.resume.readers import ReadAhead
 from unbroken.checkpoint.resume.resume import Resumption
 from unbroken.checkpoint.resume.selection import (
     Candidate,

@@ -35,8 +35,7 @@ from unbroken.checkpoint.resume.per_rank import (
     state_of_rank,
     with_own_modes,
 )
-from unbroken.checkpoint.resume.prefetch import ReadAhead
-from unbroken.checkpoint.resume.readers import Readers, ReadFrom, Source
+from unbroken.checkpoint.resume.readers import ReadAhead, Readers, ReadFrom, Source
 from unbroken.checkpoint.resume.selection import (
     Candidate,
     DamagedCandidateError,

@@ -8,20 +8,22 @@ next candidate.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from unbroken.changes.differences import brief
-from unbroken.checkpoint.resume.readers import ReadFrom, Source, readers_for
+from unbroken.checkpoint.resume.readers import ReadAhead, ReadFrom, Source, readers_for
 from unbroken.distributed import Group
 from unbroken.errors import (
     CheckpointError,
     CheckpointNotFoundError,
     ConfigError,
     CorruptCheckpointError,
+    UnbrokenError,
 )
 from unbroken.storage import Storage, storage_at
 from unbroken.store import (
@@ -393,6 +395,26 @@ def may_resume(storage: Storage | None, selection: Selection) -> bool:
     if selection.kind in ("never", "path"):
         return selection.kind == "path"
     return storage is not None and bool(Catalog(storage).folders())
+
+
+def read_ahead(
+    storage: Storage, selection: Selection, objects: Collection[str]
+) -> ReadAhead | None:
+    """Begin to read what a resume will choose; None if there is nothing, or it cannot be known.
+
+    Whatever keeps the checkpoint from being opened is told by the resume.
+
+    Args:
+        storage: The run directory; another process may hold it, and is not disturbed.
+        selection: What the resume will be asked for.
+        objects: Names of the objects whose tensors are read.
+    """
+    with suppress(UnbrokenError, OSError):
+        candidates = Candidates(Catalog(storage), storage)
+        for candidate in candidates.of(candidates.resolved(selection)):
+            if isinstance(candidate, CheckpointReader):
+                return ReadAhead(candidate, objects)
+    return None
 
 
 # Going through them, all ranks alike, until one is good.
