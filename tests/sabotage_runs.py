@@ -67,8 +67,8 @@ def leave_out(trainer: Trainer, part: str) -> None:
 def _after_resume(trainer: Trainer, forget: Callable[[], object]) -> None:
     load = trainer.checkpointer.resume
 
-    def resume(which: object) -> ResumeReport:
-        report = load(which)
+    def resume(which: object, **more: object) -> ResumeReport:
+        report = load(which, **more)
         forget()
         return report
 
@@ -92,7 +92,7 @@ def _progress(trainer: Trainer) -> None:
 
 
 def _end_of_the_metrics(trainer: Trainer) -> None:
-    resume.Resumption._cut_metrics = lambda *_, **__: ()
+    resume._Beginning._cut_metrics = lambda *_, **__: ()
 
 
 def _random_generators(trainer: Trainer) -> None:

@@ -60,7 +60,7 @@ PARAMETERS = {
     unbroken.Trainer.stop: "self reason",
     unbroken.Checkpointer: "directory branch save_steps save keep resume ranks "
     "settings types clock tell objects",
-    unbroken.Checkpointer.resume: "self which",
+    unbroken.Checkpointer.resume: "self which ahead",
     unbroken.Checkpointer.adopt: "self step values facts came",
     unbroken.Checkpointer.load: "self step names",
     unbroken.Checkpointer.save: "self step values facts",

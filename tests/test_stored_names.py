@@ -24,9 +24,9 @@ from small_trainers import PAIRS, bits, small_model, small_trainer
 from unbroken import Callback, Checkpointer, ResumePolicy, StateMismatchError
 from unbroken.checkpoint import ddp_buckets
 from unbroken.checkpoint.coverage import attributes, unregistered
+from unbroken.checkpoint.coverage.loop_watch import GRADIENTS
 from unbroken.checkpoint.resume import per_rank
 from unbroken.checkpoint.save import rank_shares
-from unbroken.checkpoint.save.unfinished_gradients import GRADIENTS
 from unbroken.data import MapSource, batch_source
 from unbroken.fingerprint import own_attributes, qualified_name, scheduler_facts
 from unbroken.language_model.settings import DataSettings

@@ -12,7 +12,7 @@ from torch import nn
 from capture.round_trip import there_and_back
 from unbroken.checkpoint import Checkpointer
 from unbroken.checkpoint.coverage.attributes import Attributes
-from unbroken.checkpoint.save.unfinished_gradients import UnfinishedGradients
+from unbroken.checkpoint.coverage.loop_watch import UnfinishedGradients
 from unbroken.data import batch_source
 from unbroken.store import KeepPolicy
 

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from distributed.ddp_loops import WithStatistics
-from unbroken.checkpoint import Checkpointer, RankPolicy
+from unbroken.checkpoint import Checkpointer, RankPolicy, RunFacts
 from unbroken.distributed import Group, join
 from unbroken.errors import RankError
 
@@ -186,9 +186,8 @@ def seed_all(seed: int) -> None:
 
 def saved(folder: str, loop: Loop, group: Group, case: Case) -> str:
     objects, told = {"model": loop.model, "optimizer": loop.optimizer, **loop.more}, []
-    more = {"tell": told.append, **objects}
+    more = {"tell": told.append, "settings": RunFacts(is_complete=case.of_a_trainer), **objects}
     with Checkpointer(folder, ranks=RankPolicy(group, **case.options), **more) as checkpointer:
-        checkpointer.gives_all = case.of_a_trainer
         try:
             checkpointer.resume()
             checkpointer.save(1)

@@ -274,7 +274,7 @@ def test_a_data_set_with_a_generator_of_its_own_is_not_covered_or_refused(tmp_pa
 
     lines, strict = [], {"exact_resume": "require"}
     trainer = start(tmp_path, max_steps=2)
-    trainer.checkpointer.note = lines.append
+    trainer.checkpointer._tell_user = lines.append
     trainer.train()
     assert [line for line in lines if "a generator of its own" in line] == [
         f"data.repeatable: not covered: {OWN_GENERATOR}"

@@ -100,8 +100,8 @@ def train(folder: str, harm: str | None = None, *, kill: bool = False) -> None:
     trainer = small_trainer(folder, model=made, trainer=callbacks)
     trainer.checkpointer.objects["callbacks"] = {}
     if harm is not None:
-        assert trainer.checkpointer.ahead.wait()
-        trainer.checkpointer.ahead._rooms[harm][5] ^= 1
+        assert trainer._parts.construction.ahead.wait()
+        trainer._parts.construction.ahead._rooms[harm][5] ^= 1
     trainer.train()
 
 
@@ -145,7 +145,7 @@ def test_all_is_read_before_the_model_is_made(run):
     storage = CountingStorage(run)
     make = Maker(storage)
     trainer = small_trainer(run, model=make, trainer={"storage": storage})
-    nbytes = sum(room.nbytes for room in trainer.checkpointer.ahead._rooms.values())
+    nbytes = sum(room.nbytes for room in trainer._parts.construction.ahead._rooms.values())
     assert make.read == nbytes > 0
 
 
@@ -163,8 +163,8 @@ def test_what_was_read_ahead_is_what_the_objects_get(tmp_path, compressed):
     settings = {"save_compressed": compressed}
     small_trainer(tmp_path, model=net(), **settings).train()
     trainer = small_trainer(tmp_path, model=made, **settings)
-    assert trainer.checkpointer.ahead.wait()
-    rooms = {room.data_ptr() for room in trainer.checkpointer.ahead._rooms.values()}
+    assert trainer._parts.construction.ahead.wait()
+    rooms = {room.data_ptr() for room in trainer._parts.construction.ahead._rooms.values()}
     trainer.load_checkpoint()
     assert {parameter.data_ptr() for parameter in trainer.model.parameters()} < rooms
     assert bits(trainer.model) == bits(resumed_model(tmp_path, trainer))
@@ -226,14 +226,14 @@ def test_a_lock_that_another_holds_is_respected(run):
 def test_what_is_not_resumed_after_all_is_dropped(run):
     trainer = small_trainer(run, model=made)
     trainer.load_checkpoint(2)
-    assert not trainer.checkpointer.ahead._rooms
+    assert not trainer._parts.construction.ahead._rooms
     assert not readers()
     assert bits(trainer.model) == bits(resumed_model(run, trainer, 2))
 
 
 def test_a_file_that_changed_meanwhile_is_read_again(run):
     trainer = small_trainer(run, model=made)
-    assert trainer.checkpointer.ahead.wait()
+    assert trainer._parts.construction.ahead.wait()
     file = run / "checkpoint-6" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
     assert trainer.load_checkpoint().step == 4
@@ -279,8 +279,8 @@ def child_that_reads(memory) -> int:
 def test_children_have_the_memory_that_a_tensor_has_got_and_no_other(tmp_path):
     small_trainer(tmp_path, model=partial(net, 800)).train()
     trainer = small_trainer(tmp_path, model=partial(made, 800))
-    assert trainer.checkpointer.ahead.wait()
-    room = trainer.checkpointer.ahead._rooms["model.1.weight"].numpy()
+    assert trainer._parts.construction.ahead.wait()
+    room = trainer._parts.construction.ahead._rooms["model.1.weight"].numpy()
     assert child_that_reads(room) == -signal.SIGSEGV
     trainer.load_checkpoint()
     assert child_that_reads(room) == 0
@@ -291,8 +291,8 @@ def test_children_have_the_memory_that_a_tensor_has_got_and_no_other(tmp_path):
 def test_children_have_the_memory_that_was_not_taken(tmp_path):
     small_trainer(tmp_path, model=partial(net, 800)).train()
     trainer = small_trainer(tmp_path, model=partial(made, 800))
-    assert trainer.checkpointer.ahead.wait()
-    room = trainer.checkpointer.ahead._rooms["model.1.weight"].numpy()
+    assert trainer._parts.construction.ahead.wait()
+    room = trainer._parts.construction.ahead._rooms["model.1.weight"].numpy()
     trainer.load_checkpoint(2)
     assert child_that_reads(room) == 0
 

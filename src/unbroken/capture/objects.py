@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -214,12 +214,15 @@ def capture(objects: Mapping[str, object], *, asks: bool = True) -> dict[str, An
     return {name: _capture(value, name, names, asks=asks) for name, value in objects.items()}
 
 
-def check(objects: Mapping[str, object], tree: Mapping[str, Any]) -> None:
+def check(
+    objects: Mapping[str, object], tree: Mapping[str, Any], *, of: Collection[str] | None = None
+) -> None:
     """Raise unless `restore` could bring the whole state back; nothing is changed.
 
     Args:
         objects: The live objects by name.
         tree: What `capture` returned, decoded with `lazy=True`.
+        of: Names of the objects that are looked at; None: all.
 
     Raises:
         StateMismatchError: Something is missing, unexpected, or of another class, shape, dtype,
@@ -232,6 +235,9 @@ def check(objects: Mapping[str, object], tree: Mapping[str, Any]) -> None:
         'or name what is not to be loaded: skip=["name of an object", "pattern.of.parameters.*"]; '
         "a module that grows in training can have a method prepare_to_load(self, stored)"
     )
+    if of is not None:
+        objects = {name: value for name, value in objects.items() if name in of}
+        tree = {name: value for name, value in tree.items() if name in of}
     raise_all(_check_all(objects, tree, "", names), hint)
 
 

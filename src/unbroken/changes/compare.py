@@ -232,9 +232,6 @@ class Comparison:
         made_by_settings: Names of objects whose hyperparameters are settings, and so are
             compared with these.
         check_values: Raises where the values of a checkpoint are none of such a run.
-
-    Attributes:
-        one_data_set: Whether all ranks are given the same data, and share them out; may be set.
     """
 
     def __init__(
@@ -250,7 +247,6 @@ class Comparison:
     ) -> None:
         self._made_by_settings = set(made_by_settings)
         self._check_values = check_values
-        self.one_data_set = False
         self._objects = objects
         self._settings = _plain_settings(settings or {})
         self._more = more

@@ -50,14 +50,17 @@ class RankPolicy:
             run directory; it also stores all, so that no tensor may be sharded.
         per_rank: Objects saved separately by every rank ("rng" and "values" among them). All other
             objects must be identical on all ranks. None: whatever differs when it is saved.
+        may_differ: Objects that every rank saves separately where they differ, besides those that
+            `per_rank` names. On more ranks, new ones begin with rank 0's.
     """
 
     group: Group | None = None
     read_from: ReadFrom = "all"
     per_rank: Collection[str] | None = None
+    may_differ: Collection[str] = ()
 
     def __post_init__(self) -> None:
-        check_kinds(group=self.group, per_rank=self.per_rank)
+        check_kinds(group=self.group, per_rank=self.per_rank, may_differ=self.may_differ)
         if self.read_from not in get_args(ReadFrom):
             expected = one_of(get_args(ReadFrom))
             raise ConfigError("read_from", expected=expected, found=repr(self.read_from))
@@ -85,6 +88,13 @@ class RunFacts:
         made_by_settings: Names of objects whose hyperparameters are compared by this already.
         check_values: Called with the values of a checkpoint, before anything is loaded: raises
             CorruptCheckpointError where they are none that the run can have saved.
+        other_objects: Returns objects that training uses besides the registered ones, by name:
+            callbacks, a trainer. What training makes of their attributes is saved and restored.
+            What is of data stands under "data" and "eval_data".
+        one_data_set: Whether all ranks are given the same data, and share them out.
+        reads_ahead: Whether batches are read before they are used.
+        is_complete: Whether the objects and these facts are all that training depends on. Then
+            nothing else is looked for, and the caller tells what a resume finds.
     """
 
     settings: Mapping[str, Any] | None = None
@@ -92,10 +102,14 @@ class RunFacts:
     filter: DifferenceFilter | None = None
     made_by_settings: Collection[str] = ()
     check_values: Callable[[Any], None] | None = None
+    other_objects: Callable[[], Mapping[str, object]] = dict
+    one_data_set: bool = False
+    reads_ahead: bool = False
+    is_complete: bool = False
 
     def __post_init__(self) -> None:
         check_kinds(settings=self.settings, more=self.more, filter=self.filter)
-        check_kinds(made_by_settings=self.made_by_settings)
+        check_kinds(made_by_settings=self.made_by_settings, other_objects=self.other_objects)
 
     @classmethod
     def of(cls, facts: RunFacts | Mapping[str, Any] | None) -> RunFacts:
@@ -132,7 +146,7 @@ def save_policy_of(save: SavePolicy | None, save_steps: SaveSteps) -> SavePolicy
             raise ConfigError("save_steps", "is given twice", found=found)
         policy = replace(policy, steps=save_steps)
     check_kinds(save_minutes=policy.minutes, max_lost_minutes=policy.max_lost_minutes)
-    check_kinds(mtbf_hours=policy.mtbf_hours)
+    check_kinds(mtbf_hours=policy.mtbf_hours, layout=policy.layout)
     return policy
 
 
@@ -237,12 +251,16 @@ def _are_callbacks(value: object) -> bool:
 _PARTS = (SavePolicy, KeepPolicy, ResumePolicy, RankPolicy, RunFacts, Clock, FunctionType, type)
 _FUNCTION = ("a function", callable, None)
 _MINUTES = ("a number", _is_number, None)
-_NEEDED = ("directory", "callbacks", "types", "made_by_settings", "clock", "wall_clock")
+_NEEDED = (
+    *("directory", "callbacks", "types", "clock", "wall_clock"),
+    *("made_by_settings", "may_differ", "other_objects", "layout"),
+)
 _KINDS: Mapping[str, tuple[str, Callable[[Any], bool], str | None]] = {
     "directory": ("a path", _is_directory, "the run directory comes first, without a name"),
     "branch": ("a name", lambda value: isinstance(value, str), None),
     **dict.fromkeys(("save_minutes", "max_lost_minutes", "mtbf_hours"), _MINUTES),
     **dict.fromkeys(("clock", "wall_clock", "more", "filter", "tell"), _FUNCTION),
+    **dict.fromkeys(("other_objects", "layout"), _FUNCTION),
     "types": ("classes", _are_types, "types=[Name], the classes themselves"),
     "settings": (
         "a dict",
@@ -251,7 +269,7 @@ _KINDS: Mapping[str, tuple[str, Callable[[Any], bool], str | None]] = {
     ),
     "state": ("a dict", lambda value: isinstance(value, Mapping), 'state={"name": object}'),
     "callbacks": ("callbacks", _are_callbacks, "callbacks=[MyCallback()]"),
-    "made_by_settings": ("names of objects", _are_texts, None),
+    **dict.fromkeys(("made_by_settings", "may_differ"), ("names of objects", _are_texts, None)),
     "per_rank": (
         "names of objects",
         _are_texts,

@@ -10,6 +10,7 @@ from statistics import median_low
 from typing import Literal
 
 from unbroken.checkpoint.save.async_saver import SaveCost, SaveMode
+from unbroken.checkpoint.save.session import Layout
 from unbroken.distributed import Group
 from unbroken.errors import ConfigError
 from unbroken.goodput import FailureRate, Observed, SaveInterval, UsualCost
@@ -99,7 +100,7 @@ _REMEMBERED = 7  # saves: few enough to follow a disk that becomes slower
 
 @dataclass(frozen=True)
 class SavePolicy:
-    """When a run is saved, and how a save gets hold of the state.
+    """When a run is saved, how a save gets hold of the state, and how its folder looks.
 
     Args:
         steps: Every so many steps; "auto": as often as loses least time, by what saves cost and how
@@ -117,6 +118,7 @@ class SavePolicy:
             after the first save is found by their turn, which comes within 64 saves; on devices,
             where samples alone are taken, it may be missed. Both modes need one more copy of what
             a rank stores.
+        layout: Returns for the objects how the folder of a checkpoint looks.
 
     Example:
         >>> SavePolicy(steps=500, mode="async").minutes
@@ -127,6 +129,7 @@ class SavePolicy:
     max_lost_minutes: float | None = None
     mtbf_hours: float | None = None
     mode: SaveMode = "blocking"
+    layout: Callable[[Mapping[str, object]], Layout] = Layout.of
 
 
 class SaveTimer:

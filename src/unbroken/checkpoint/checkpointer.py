@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from inspect import signature
 from types import TracebackType
 from typing import Any, Self
-
-import torch
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.hooks import RemovableHandle
 
 from unbroken.capture import capture, capture_rng
 from unbroken.changes.apply import named_objects
@@ -33,13 +28,17 @@ from unbroken.checkpoint.arguments import (
 )
 from unbroken.checkpoint.cadence import SavePolicy, SaveSteps, SaveTimer
 from unbroken.checkpoint.coverage.attributes import NAME, Attributes, is_bare
-from unbroken.checkpoint.coverage.schedules import FoundSchedules
-from unbroken.checkpoint.coverage.unregistered import FACT as NOT_GIVEN
-from unbroken.checkpoint.coverage.unregistered import NotGiven
+from unbroken.checkpoint.coverage.loop_watch import GRADIENTS, LoopWatch
+from unbroken.checkpoint.coverage.unregistered import missing_facts
 from unbroken.checkpoint.ddp_buckets import DdpBuckets
 from unbroken.checkpoint.resume.per_rank import FACT, Other, agree_on_versions, others_of_ranks
 from unbroken.checkpoint.resume.readers import ReadAhead
-from unbroken.checkpoint.resume.resume import Resumption
+from unbroken.checkpoint.resume.resume import (
+    ResumeRequest,
+    load_only,
+    refuse_beginning,
+    resume_run,
+)
 from unbroken.checkpoint.resume.selection import (
     Candidate,
     ForeignFormat,
@@ -59,13 +58,11 @@ from unbroken.checkpoint.save.rank_shares import (
     rng_digest,
 )
 from unbroken.checkpoint.save.session import (
-    Layout,
     Rehearsal,
     SaveLineage,
     SaveRequest,
     SaveSession,
 )
-from unbroken.checkpoint.save.unfinished_gradients import GRADIENTS, UnfinishedGradients
 from unbroken.distributed import Group
 from unbroken.errors import ConfigError, RankError, SaveError, UnbrokenError, spelled
 from unbroken.fingerprint import object_facts
@@ -116,18 +113,9 @@ class Checkpointer:
         resumed_facts: The facts of that checkpoint.
         best_step: The step of the best checkpoint so far, which is never removed.
         attributes: What training makes of attributes of the user's own objects, those that are
-            registered and others that may be named there: they are saved and restored.
+            registered and those that `RunFacts` names: they are saved and restored.
         comparison: What this start is, for checkpoints to be compared with.
         buckets: How `DistributedDataParallel` adds gradients.
-        layout: Returns for the objects how the folder of a checkpoint looks; may be set.
-        among_others: Whether a run may begin in a directory that holds other things, which stay;
-            to be set before the first use.
-        ahead: What is being read of the checkpoint that `resume` is going to choose; may be set.
-        note: As `tell`; may be set.
-        apart: Names of objects of which each rank stores its own where they differ, though
-            `per_rank` does not name them; to be set before the first use.
-        gives_all: Whether the objects are all that training depends on, so that nothing else is
-            looked for, and the caller tells what a resume finds; to be set before the first use.
 
     Example:
         >>> import tempfile, torch
@@ -160,15 +148,18 @@ class Checkpointer:
     ) -> None:
         check_keywords(save, keep, resume, clock)
         check_kinds(directory=directory, branch=branch, types=types, tell=tell)
-        check_objects(objects, _KEYWORDS)
-        if taken := [name for name in _RESERVED if name in objects]:
-            raise ConfigError(f"Checkpointer({taken[0]}=...)", "this name is taken: choose another")
+        _check_names(objects)
         save = save_policy_of(save, save_steps)
         self._clock = Clock() if clock is None else clock
-        self._ranks, facts = RankPolicy.of(ranks), RunFacts.of(settings)
+        self._ranks, self._run_facts = RankPolicy.of(ranks), RunFacts.of(settings)
         bare = {name: objects.pop(name) for name in [*objects] if is_bare(objects[name])}
         self.objects: dict[str, object] = objects
-        self.attributes = Attributes(objects, bare)
+        self.attributes = Attributes(
+            objects,
+            bare,
+            self._run_facts.other_objects,
+            reads_ahead=self._run_facts.reads_ahead,
+        )
         self.keep = KeepPolicy() if keep is None else keep
         self.best_step: int | None = None
         self.values: Any = None
@@ -177,23 +168,19 @@ class Checkpointer:
         unseen = self._ranks.read_from == "rank0"
         wall = self._clock.wall
         self._place = RunAccess(self.group, directory, branch, clock=wall, unseen=unseen)
-        self.layout: Callable[[Mapping[str, object]], Layout] = Layout.of
-        self.among_others = False
-        self.ahead: ReadAhead | None = None
-        self.note: Callable[[str], None] | None = tell
-        self.apart: Collection[str] = ()
-        self.gives_all = False
-        self._types = tuple(types)
+        self._layout, self._tell_user, self._types = save.layout, tell, tuple(types)
+        self._among_others = False  # whether the run directory may hold what is of no run
         self._known: set[str] = set()  # paths of what is not covered, and was told
         self._others: dict[str, list[Other]] | None = None  # what other ranks are
-        self._look_around(facts, resume)
+        self._look_around(resume)
         self._lineage = SaveLineage()
         self._saver = AsyncSaver(save.mode, self.group, self.objects)
         self._plan = SharePlan()
         self._timer = SaveTimer(save, group=self.group, clock=self._clock.monotonic)
 
-    def _look_around(self, facts: RunFacts, policy: ResumePolicy | None) -> None:
+    def _look_around(self, policy: ResumePolicy | None) -> None:
         """Make what compares this start with others, and finds what was not given to be saved."""
+        facts = self._run_facts
         self.buckets = DdpBuckets(self.objects, self.group, self._tell_of)
         self.comparison = Comparison(
             self.objects,
@@ -204,21 +191,33 @@ class Checkpointer:
             made_by_settings=facts.made_by_settings,
             check_values=facts.check_values,
         )
-        self._found = FoundSchedules(self.objects)
-        self._not_given = NotGiven(self.objects, self.attributes.covers)
-        self._unfinished = UnfinishedGradients(self.objects)
+        self._loop: LoopWatch | None = None
+        if not facts.is_complete:
+            self._loop = LoopWatch(self.objects, self.attributes.covers, self._tell)
         self._rehearsal = Rehearsal(self.objects)
-        self._step_hook: RemovableHandle | None = None
 
     def _more_facts(self, more: Callable[[], Mapping[str, Any]] | None) -> Mapping[str, Any]:
         bare = self.attributes.bare.items()
         own = {"state": {name: object_facts(one) for name, one in bare}} if bare else {}
         return {**own, **({} if more is None else more())}
 
+    def register(self, **objects: object) -> None:
+        """Add objects to save, or put others in the place of those of the same names.
+
+        Call it before the first `resume` or `save` that is to know them.
+
+        Raises:
+            ConfigError: One of them cannot be saved, or a name is taken.
+        """
+        _check_names(objects)
+        bare = {name: one for name, one in objects.items() if is_bare(one)}
+        self.attributes.bare.update(bare)
+        self.objects.update({name: one for name, one in objects.items() if name not in bare})
+
     @property
     def run(self) -> RunDirectory:
         """The run directory, opened and locked by the first use."""
-        return self._place.run(among_others=self.among_others)
+        return self._place.run(among_others=self._among_others)
 
     def choose(
         self,
@@ -231,17 +230,24 @@ class Checkpointer:
 
         Args:
             which: As `resume` takes it, and raising as that does.
-            foreign: Another format whose checkpoints are taken too; the caller loads those.
+            foreign: Another format whose checkpoints are taken too; the caller loads those. The
+                run may then begin in a directory that holds other things, which stay.
             examine: Called on each rank with each candidate; damage found there passes it over.
         """
         with self._spelled():
             self.wait()
+            self._among_others = self._among_others or foreign is not None
             return self._selector(foreign, examine).first(Selection.parse(which))
 
     def _selector(self, *more: Any, run: RunDirectory | None = None) -> Selector:
         return Selector(self.run if run is None else run, self.group, self._ranks.read_from, *more)
 
-    def resume(self, which: ResumeFrom | Selection | Candidate = "auto") -> ResumeReport:
+    def resume(
+        self,
+        which: ResumeFrom | Selection | Candidate = "auto",
+        *,
+        ahead: ReadAhead | None = None,
+    ) -> ResumeReport:
         """Put a saved state into the objects, or leave them as they are for a fresh start.
 
         Checkpoints of a later step than the one resumed are set aside by name: they can never
@@ -252,6 +258,7 @@ class Checkpointer:
                 True, "must", "latest" or "last": the newest intact one, or an error; False or
                 "never": a fresh start; "best"; a step number; the path of a checkpoint folder;
                 or what `choose` has returned.
+            ahead: What `read_ahead` has begun to read of that checkpoint.
 
         Returns:
             What was found and done.
@@ -268,15 +275,19 @@ class Checkpointer:
             DamagedCandidateError: If what `choose` returned is damaged; the error has the next one.
         """
         with self._spelled():
-            report = self._resumed(which)
-        for line in () if self.gives_all else report.lines():
+            report = self._resumed(which, ahead)
+        for line in () if self._run_facts.is_complete else report.lines():
             self._tell(line)
         return report
 
-    def _resumed(self, which: ResumeFrom | Selection | Candidate) -> ResumeReport:
+    def _resumed(
+        self, which: ResumeFrom | Selection | Candidate, ahead: ReadAhead | None
+    ) -> ResumeReport:
         self.wait()
-        self._found.forget()
-        lines = self._look()
+        lines: list[str] = []
+        if self._loop is not None:
+            self._loop.schedules.forget()
+            lines = self._loop.lines()
         if not self._lineage.is_torn:  # else an attempt before has noted what was here
             self.attributes.note()
         with self.attributes.initial_values():
@@ -284,39 +295,37 @@ class Checkpointer:
         agree_on_versions(self.group)
         self._others = self._facts_of_others()
         self._rehearsal.at_the_start(self.group)
-        candidate = which if isinstance(which, Candidate) else self._chosen_here(which)
-        more: dict[str, Any] = {"notes": (*self._place.notes, *lines), "ahead": self.ahead}
-        more |= {"found": self._found, "attributes": self.attributes}
-        more["unfinished"] = None if self.gives_all else self._unfinished
-        resumption = self._resumption(self.objects, candidate.selector, **more)
-        try:
-            resumed = resumption.start(candidate, passes_over=candidate is not which)
-        finally:
-            self._lineage.is_torn = resumption.is_torn
+        request = self._resume_request(ahead)
+        is_given = isinstance(which, Candidate)
+        candidate = which if isinstance(which, Candidate) else self._chosen_here(which, request)
+        request = replace(request, notes=(*self._place.notes, *lines))
+        resumed = resume_run(candidate, self.objects, request, passes_over=not is_given)
         report, self.resumed_facts = resumed.report, resumed.facts
         self.values, self.best_step = resumed.values, resumed.best_step
         self._lineage.resumed(reader_of(self.run, report), resumed.origin, resumed.skipped)
         self.buckets.bring_back(resumed.facts)
         self._timer.begin(report.step, self.run.history.records(past_damage=True))
         self._place.has_started = True
-        self._found.has_resumed()
+        if self._loop is not None:
+            self._loop.schedules.has_resumed()
         self._known = {one.path for one in report.differences}
         if self.comparison.is_strict:
             self.group.run_on_all("look for what is not covered", self._tell_uncovered)
         self._rehearsal.begin(report.step)
         return report
 
-    def _chosen_here(self, which: ResumeFrom | Selection) -> Candidate:
+    def _chosen_here(self, which: ResumeFrom | Selection, request: ResumeRequest) -> Candidate:
         """Return the first candidate in this run; one that begins as a branch is made."""
         selection = Selection.parse(which)
         if selection.path is not None and self._place.holds(selection.path):
-            self.among_others = True  # a checkpoint that was copied there under another name
-        selection = self._place.begin_branch(selection, self._refuse_beginning)
-        return self._selector().first(selection)
+            self._among_others = True  # a checkpoint that was copied there under another name
 
-    def _refuse_beginning(self, left: RunDirectory, step: int) -> None:
-        more, selector = {"ahead": self.ahead, "found": self._found}, self._selector(run=left)
-        self._resumption(self.objects, selector, **more).refuse_beginning(selector.at_step(step))
+        def refuse(left: RunDirectory, step: int) -> None:
+            selector = self._selector(run=left)
+            refuse_beginning(selector.at_step(step), selector, self.objects, request)
+
+        selection = self._place.begin_branch(selection, refuse)
+        return self._selector().first(selection)
 
     def adopt(
         self, step: int, values: Any = None, *, facts: Mapping[str, Any], came: str | Origin
@@ -356,20 +365,20 @@ class Checkpointer:
         """
         self.wait()
         objects, selector = {name: self.objects[name] for name in names}, self._selector()
-        self._resumption(objects, selector).load_only(selector.at_step(step))
+        load_only(selector.at_step(step), selector, objects, self._resume_request())
 
-    def _resumption(
-        self, objects: Mapping[str, object], selector: Selector, **more: Any
-    ) -> Resumption:
-        more |= {
-            "read_from": self._ranks.read_from,
-            "per_rank": self._ranks.per_rank,
-            "group": self.group,
-        }
-        more |= {"apart": self.apart, "may_choose": not self.gives_all}
-        more |= {"readers": selector.readers, "clock": self._clock.wall}
-        more |= {"buckets": self.buckets, "is_torn": self._lineage.is_torn}
-        return Resumption(selector.run, objects, self._types, self.comparison, **more)
+    def _resume_request(self, ahead: ReadAhead | None = None) -> ResumeRequest:
+        return ResumeRequest(
+            comparison=self.comparison,
+            ranks=self._ranks,
+            types=self._types,
+            loop=self._loop,
+            attributes=self.attributes,
+            buckets=self.buckets,
+            lineage=self._lineage,
+            clock=self._clock.wall,
+            ahead=ahead,
+        )
 
     def save_if_due(self, step: int, values: Any = None) -> str | None:
         """Save if the cadence says so; return the folder of the checkpoint, or None."""
@@ -408,10 +417,10 @@ class Checkpointer:
         with self._spelled():
             self._saver.finish_previous()  # what that failed at is raised here
             run = self.run
-            for line in self._look():
-                self._tell(line)
+            if self._loop is not None:
+                self._loop.look()
             state, missing = self._captured(values)
-            request = self._request(step, run, missing, facts or {})
+            request = self._save_request(step, run, missing, facts or {})
             self._saver.submit(SaveSession(run, request, state, self._plan, self._lineage))
             self._rehearsal.has_saved(step)
             self._lineage.has_begun = True
@@ -429,45 +438,26 @@ class Checkpointer:
         tree |= {"values": values, "rng": capture_rng()}
         differing, once = self._differing(tree, own)
         self._tell_of(once)
-        buffers, by_hand = self.buckets.buffers_of_rank_0(), not self.gives_all
+        buffers, by_hand = self.buckets.buffers_of_rank_0(), not self._run_facts.is_complete
         return CapturedState(tree, own, differing, buffers, by_hand), (*missing, *once)
 
-    def _request(
+    def _save_request(
         self,
         step: int,
         run: RunDirectory,
         missing: tuple[Difference, ...],
         facts: Mapping[str, Any],
     ) -> SaveRequest:
-        not_given = {NOT_GIVEN: self._not_given.facts(missing)} if missing else {}
-        layout, facts = self.layout(self.objects), {**self._facts(run), **not_given, **facts}
+        not_given = missing_facts(missing) if missing else {}
+        layout, facts = self._layout(self.objects), {**self._facts(run), **not_given, **facts}
         history_fields = self._timer.history_fields(self._saver.cost)
         return SaveRequest(step, layout, facts, self.keep, history_fields, self._clock.wall)
 
-    def _look(self) -> list[str]:
-        """Look for what steers the objects and was not given; from now on, at each first step."""
-        if self.gives_all or self._found.looked_just_now():
-            return []
-        if self._step_hook is None:
-            hook = partial(_before_step, weakref.WeakMethod(self._before_step))
-            self._step_hook = register_optimizer_step_pre_hook(hook)
-            self._not_given.begin()
-        return self._found.look()
-
-    def _before_step(self, optimizer: Optimizer) -> None:
-        if not self._found.is_checked:
-            with self._spelled():
-                lines = self._found.before_step(optimizer)
-            for line in lines:
-                self._tell(line)
-        self._not_given.before_step(optimizer)
-        self._unfinished.before_step(optimizer)
-
     def _gradients(self) -> dict[str, Any]:
         """Return the gradients that wait for a step; on all ranks where one has any."""
-        if self.gives_all:
+        if self._loop is None:
             return {}
-        found = self._unfinished.capture()
+        found = self._loop.gradients.capture()
         return {GRADIENTS: found} if self.group.any(found is not None) else {}
 
     @contextmanager
@@ -476,7 +466,7 @@ class Checkpointer:
         try:
             yield
         except UnbrokenError as error:
-            if not self.gives_all:
+            if self._loop is not None:
                 error.respell(partial(spelled, place="loop"))
             raise
 
@@ -486,18 +476,17 @@ class Checkpointer:
         """Return what differs between ranks: what each stores, and what is stored once for all."""
         if own is None or own or self.group.world_size == 1:
             return (), ()
-        names = self.apart if self.gives_all else tree.keys() - {"rng", "values", NAME, MODES}
-        found = differing(self.group, tree, sorted(names), self._plan.saves)
-        if self.gives_all and self._ranks.read_from != "rank0":
-            return found, ()
-        once = (Difference(one, None, None, _ONCE, "not covered") for one in sorted(found))
-        return (), tuple(once)
+        is_complete, ranks = self._run_facts.is_complete, self._ranks
+        every = tree.keys() - {"rng", "values", NAME, MODES}
+        names = sorted(ranks.may_differ if is_complete else every)
+        found = differing(self.group, tree, names, self._plan.saves)
+        separate = found.intersection(() if ranks.read_from == "rank0" else ranks.may_differ)
+        once = sorted(found - separate)
+        return separate, tuple(Difference(one, None, None, _ONCE, "not covered") for one in once)
 
     def _look_back(self, values: Any) -> tuple[Difference, ...]:
         """Tell of what the training until now had and a save has not; return it."""
-        if self._step_hook is not None:
-            self._not_given.require_used()
-        found = () if self._step_hook is None else self._not_given.found(values)
+        found = () if self._loop is None else self._loop.look_back(values)
         self._tell_of((*self._uncovered(), *found))
         return found
 
@@ -516,8 +505,8 @@ class Checkpointer:
             self._tell(str(one))
 
     def _tell(self, line: str) -> None:
-        if self.note is not None and self.group.rank == 0:
-            self.note(line)
+        if self._tell_user is not None and self.group.rank == 0:
+            self._tell_user(line)
 
     def _moved(self, tree: Mapping[str, Any]) -> dict[str, Any]:
         """Return what training has made of attributes; nothing if no rank has any."""
@@ -538,7 +527,7 @@ class Checkpointer:
             CaptureError: Something cannot be stored; the message names its path and type.
             RankError: That happened on another rank.
         """
-        self._rehearsal.after_a_step(step, self.group, values, self.layout)
+        self._rehearsal.after_a_step(step, self.group, values, self._layout)
 
     def wait(self) -> None:
         """Wait until every checkpoint that was saved is durable.
@@ -576,12 +565,13 @@ class Checkpointer:
             self.group,
             self.comparison.facts if self.group.world_size > 1 else {},
             per_rank=self._ranks.per_rank or (),
-            one_data_set=self.comparison.one_data_set,
+            one_data_set=self._run_facts.one_data_set,
         )
 
     def _facts(self, run: RunDirectory) -> dict[str, Any]:
         if self._others is None:
             self._others = self._facts_of_others()
+        schedules = None if self._loop is None else self._loop.schedules
         return {
             "metrics_bytes": run.metrics.nbytes,
             "best_step": self.best_step,
@@ -589,7 +579,7 @@ class Checkpointer:
             **self.comparison.facts,
             "covers": self._covers(),
             **self.buckets.facts(),
-            **({"found": self._found.facts()} if self._found.found else {}),
+            **({"found": schedules.facts()} if schedules is not None and schedules.found else {}),
             **({FACT: self._others} if self._others else {}),
             **({"not_judged": self.attributes.unknown} if self.attributes.unknown else {}),
         }
@@ -597,8 +587,8 @@ class Checkpointer:
     def _covers(self) -> dict[str, Json]:
         """Return the objects that a checkpoint holds, each with its class."""
         kinds = {path: stored_class_name(type(one)) for path, one in named_objects(self.objects)}
-        found = {name: f"{kinds[name]}, found" for name in self._found.found if name in kinds}
-        return {**kinds, **found}
+        found = () if self._loop is None else self._loop.schedules.found
+        return {**kinds, **{name: f"{kinds[name]}, found" for name in found if name in kinds}}
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl: there exactly once, however often the run is killed.
@@ -635,14 +625,9 @@ class Checkpointer:
             self._saver.close(hurried=error is not None)
         finally:
             if self._saver.is_idle:  # else a later call ends it
-                self._look_no_longer()
+                if self._loop is not None:
+                    self._loop.end()
                 self._place.close(error)
-
-    def _look_no_longer(self) -> None:
-        hook, self._step_hook = self._step_hook, None
-        if hook is not None:
-            hook.remove()
-            self._not_given.end()
 
     def __enter__(self) -> Self:
         return self
@@ -661,12 +646,11 @@ class Checkpointer:
             error.add_note(f"and a save failed: {failure}")
 
 
-def _before_step(
-    call: weakref.WeakMethod[Callable[[Optimizer], None]], optimizer: Optimizer, *_: object
-) -> None:
-    """Call back before a step, if the one who asked for that is still there."""
-    if not torch.compiler.is_compiling() and (found := call()) is not None:
-        found(optimizer)
+def _check_names(objects: Mapping[str, object]) -> None:
+    """Raise where something given by name is no object to save, or has a name that is taken."""
+    check_objects(objects, _KEYWORDS)
+    if taken := [name for name in _RESERVED if name in objects]:
+        raise ConfigError(f"Checkpointer({taken[0]}=...)", "this name is taken: choose another")
 
 
 _KEYWORDS = [

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from unbroken.capture import decode, encode, files_of_processor, types_in
+from unbroken.capture import decode, encode, types_in
 from unbroken.changes.apply import apply_settings
 from unbroken.changes.rules import LENGTH, LENGTH_SETTINGS
 from unbroken.checkpoint import (
@@ -21,6 +22,7 @@ from unbroken.checkpoint import (
     Clock,
     Difference,
     InitialHyperparameters,
+    Layout,
     RankPolicy,
     ResumeFrom,
     ResumePolicy,
@@ -350,12 +352,18 @@ class TrainerFacts:
         types: Classes of namedtuples and enums inside saved state.
         fingerprint: Returns the facts of data, loss and callbacks.
         followers: Returns what else may remember something of the run.
+        one_data_set: Whether all ranks are given the same data, and share them out.
+        of_users: Names of objects of the user's own, which may differ between ranks.
+        processor_files: The files of a tokenizer, which each checkpoint holds too.
     """
 
     settings: Mapping[str, Mapping[str, Any]] | None
     types: Sequence[type]
     fingerprint: Callable[[], Mapping[str, Any]]
     followers: Callable[[], dict[str, object]]
+    one_data_set: bool
+    of_users: Collection[str]
+    processor_files: Mapping[str, bytes]
 
 
 def make_checkpointer(
@@ -372,7 +380,7 @@ def make_checkpointer(
     """Return what saves and resumes a run; `note` is called with each line to show."""
     config = state.config
     by_config = {"optimizer": parts.config_made_optimizer, "scheduler": parts.config_made_schedule}
-    checkpointer = Checkpointer(
+    return Checkpointer(
         run_directory(config, storage, parts.group),
         branch=config.branch,
         save_steps=config.save_steps,
@@ -381,6 +389,7 @@ def make_checkpointer(
             max_lost_minutes=config.max_lost_minutes,
             mtbf_hours=config.mtbf_hours,
             mode=config.save_mode,
+            layout=partial(_layout, facts.processor_files),
         ),
         keep=_keep_policy(config),
         types=facts.types,
@@ -391,18 +400,22 @@ def make_checkpointer(
             filter=_examination(parts, state),
             made_by_settings=[name for name, is_made in by_config.items() if is_made],
             check_values=_check_values,
+            other_objects=facts.followers,
+            one_data_set=facts.one_data_set,
+            reads_ahead=config.dataloader_num_workers > 0,
+            is_complete=True,
         ),
         resume=_resume_policy(config),
-        # All is derived, so that the ranks have the same.
-        ranks=RankPolicy(parts.group, config.read_from, per_rank=()),
+        # All is derived, so that the ranks have the same; but for what is the user's own.
+        ranks=RankPolicy(parts.group, config.read_from, per_rank=(), may_differ=facts.of_users),
         tell=note,
         **objects,
     )
-    checkpointer.attributes.more = facts.followers
-    checkpointer.attributes.reads_ahead = config.dataloader_num_workers > 0
-    checkpointer.ahead = parts.construction.ahead
-    checkpointer.gives_all = True
-    return checkpointer
+
+
+def _layout(files: Mapping[str, bytes], objects: Mapping[str, object]) -> Layout:
+    usual = Layout.of(objects)
+    return usual.with_files(lambda: files) if files else usual
 
 
 def _check_values(values: Any) -> None:
@@ -449,35 +462,6 @@ def _keep_policy(config: TrainerConfig) -> KeepPolicy:
 # Saving, resuming, and what is done with finished saves.
 
 
-class ProcessorFiles:
-    """The files of a tokenizer, beside the weights of each checkpoint and in the run directory.
-
-    Args:
-        checkpointer: What saves the run.
-        processor: The tokenizer, or anything with `save_pretrained(folder)`; None: there is none.
-
-    Raises:
-        ConfigError: It has no such method.
-    """
-
-    def __init__(self, checkpointer: Checkpointer, processor: object) -> None:
-        self._checkpointer = checkpointer
-        self._files = {} if processor is None else files_of_processor(processor)
-        if self._files:
-            usual = checkpointer.layout
-            checkpointer.layout = lambda of: usual(of).with_files(lambda: self._files)
-
-    def put_into_the_run(self) -> None:
-        """Have them stand in the run directory; done by rank 0, once the start is accepted.
-
-        Raises:
-            RunDirectoryError: It cannot be written.
-        """
-        if self._checkpointer.group.rank == 0:
-            for name, data in self._files.items():
-                self._checkpointer.run.put_file(name, data)
-
-
 class RunCheckpoints:
     """Saves a run, says which saves are durable, and brings the run back.
 
@@ -488,7 +472,7 @@ class RunCheckpoints:
         call: Called with "on_save" for each checkpoint that is durable.
         display: Shows notes.
         pace: Counts how long saves take.
-        processor: The tokenizer, whose files are saved too, or None.
+        processor_files: The files of a tokenizer, which the run directory holds, too.
 
     Attributes:
         display: As given; may be exchanged.
@@ -504,7 +488,7 @@ class RunCheckpoints:
         call: CallHook,
         display: Display,
         pace: Pace,
-        processor: object,
+        processor_files: Mapping[str, bytes],
     ) -> None:
         self._checkpointer = checkpointer
         self._parts = parts
@@ -512,7 +496,7 @@ class RunCheckpoints:
         self._call = call
         self.display = display
         self._pace = pace
-        self._processor_files = ProcessorFiles(checkpointer, processor)
+        self._processor_files = processor_files
         self._saved: Progress | None = None
         self._best_is_loaded = self.is_loaded = False
 
@@ -624,14 +608,21 @@ class RunCheckpoints:
         with ExitStack() as stack:
             stack.callback(construction.initialise)  # unless a checkpoint brings weights
             stack.enter_context(self._deterministic())
-            report = state.resume_report = self._checkpointer.resume(which)
-            self._processor_files.put_into_the_run()
+            report = self._checkpointer.resume(which, ahead=construction.ahead)
+            state.resume_report = report
+            self._put_processor_files()
             if report.resumed:
                 construction.has_weights()
         if report.resumed:
             self._bring_state_back(report)
         self.is_loaded = True
         return report
+
+    def _put_processor_files(self) -> None:
+        """Have the files of the tokenizer stand in the run directory, now that it is accepted."""
+        if self._parts.group.rank == 0:
+            for name, data in self._processor_files.items():
+                self._checkpointer.run.put_file(name, data)
 
     def _deterministic(self) -> Any:
         return deterministic_kernels(self._state.config.full_determinism, self._parts.device)

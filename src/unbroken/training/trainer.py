@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from unbroken.capture import Stateful
+from unbroken.capture import Stateful, files_of_processor
 from unbroken.checkpoint import (
     Cadence,
     Checkpointer,
@@ -179,10 +179,8 @@ class Trainer:
         logging = Cadence(self.config.logging_steps, self.config.logging_minutes)
         self._log_timer = Timer(logging, clock)
         self._evaluation = Evaluation(parts, run_state, clock)
-        fingerprint = partial(self._fingerprint, train_dataset)
-        facts = TrainerFacts(settings, types, fingerprint, self._followers)
+        facts = self._facts(settings, types, train_dataset, state or {}, processing_class)
         self.checkpointer = self._make_checkpointer(state or {}, facts, storage, display.note)
-        self.checkpointer.comparison.one_data_set = hasattr(train_dataset, "__getitem__")
         self._run_checkpoints = RunCheckpoints(
             self.checkpointer,
             parts,
@@ -190,7 +188,7 @@ class Trainer:
             call=self.call,
             display=display,
             pace=self.pace,
-            processor=processing_class,
+            processor_files=facts.processor_files,
         )
 
     @property
@@ -398,6 +396,24 @@ class Trainer:
         if self.config.evaluates and self.eval_dataset is None and evaluate == "Trainer.evaluate":
             raise ConfigError("eval_dataset", "is needed for eval_steps or eval_minutes")
 
+    def _facts(
+        self,
+        settings: Mapping[str, Mapping[str, Any]] | None,
+        types: Sequence[type],
+        dataset: Any,
+        state: Mapping[str, object],
+        processor: Any,
+    ) -> TrainerFacts:
+        return TrainerFacts(
+            settings,
+            types,
+            fingerprint=partial(self._fingerprint, dataset),
+            followers=self._followers,
+            one_data_set=hasattr(dataset, "__getitem__"),
+            of_users=("callbacks", "scheduler", "trainer", *state),
+            processor_files={} if processor is None else files_of_processor(processor),
+        )
+
     def _make_checkpointer(
         self,
         more: Mapping[str, object],
@@ -407,7 +423,7 @@ class Trainer:
     ) -> Checkpointer:
         stateful = self if isinstance(self, Stateful) else None
         own = (self._parts, self._run_state, self.window, self.callbacks)
-        checkpointer = make_checkpointer(
+        return make_checkpointer(
             self._parts,
             self._run_state,
             objects_to_save(*own, stateful_trainer=stateful, more=more),
@@ -417,8 +433,6 @@ class Trainer:
             clock=self._clock,
             wall_clock=self._wall_clock,
         )
-        checkpointer.apart = ("callbacks", "scheduler", "trainer", *more)  # the user's own
-        return checkpointer
 
     def _followers(self) -> dict[str, object]:
         """Return what else may remember something of a run, besides what is registered."""

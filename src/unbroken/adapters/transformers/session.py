@@ -142,6 +142,7 @@ class TrainSession:
         choices: What its caller said about resuming.
         requested: What to resume.
         subclass_facts: Returns what a user's subclass of the trainer does in a step.
+        tell: Called with what a start or a save has to say.
 
     Attributes:
         checkpointer: Saves and resumes.
@@ -159,6 +160,7 @@ class TrainSession:
         choices: UserChoices,
         requested: Any,
         subclass_facts: Callable[[], dict[str, Any]],
+        tell: Callable[[str], None],
     ) -> None:
         self.trainer, self.choices = trainer, choices
         self._subclass_facts = subclass_facts
@@ -193,16 +195,15 @@ class TrainSession:
                 filter=lambda facts, found: self._settings.differences(facts, found),
                 made_by_settings=choices.made_by_arguments,
                 check_values=_check_values,
+                other_objects=self._other_objects,
+                one_data_set=True,
+                reads_ahead=True,
+                is_complete=True,
             ),
             ranks=self.group,
-            save=SavePolicy(mode=choices.save_mode),
+            save=SavePolicy(mode=choices.save_mode, layout=CheckpointFiles(trainer).layout),
+            tell=tell,
         )
-        self.checkpointer.comparison.one_data_set = True
-        self.checkpointer.layout = CheckpointFiles(trainer).layout
-        self.checkpointer.among_others = True
-        self.checkpointer.gives_all = True
-        attributes = self.checkpointer.attributes
-        attributes.more, attributes.reads_ahead = self._other_objects, True
 
     def _current_batching(self, length: int | None, batch_size: int | None = None) -> Batching:
         args = self.trainer.args
@@ -244,7 +245,7 @@ class TrainSession:
         selection = Selection.parse(self._requested)
         if selection.path is None or selection.path.exists():
             return selection
-        inside = Path(self.checkpointer.run.storage.describe()) / selection.path
+        inside = Path(self.trainer.args.output_dir).absolute() / selection.path
         return replace(selection, path=inside) if inside.exists() else selection
 
     def _read_position(self, candidate: Candidate) -> None:
@@ -385,7 +386,7 @@ class TrainSession:
     def resume(self) -> None:
         """Bring back all objects, now that the host has built them."""
         self.trainer.current_flos = 0  # of steps since the last save, if an exception ended those
-        self.checkpointer.objects.update(self._objects())
+        self.checkpointer.register(**self._objects())
         scheduler: Any = self.checkpointer.objects["scheduler"]
         wrapped = getattr(scheduler, "optimizer", None)
         if wrapped is not None:

@@ -172,11 +172,14 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             telling_of_an_early_stop(),
             naming_what_exists_here(),
             TrainSession(
-                self, choices, _as_path(requested), lambda: self._subclass_facts
+                self,
+                choices,
+                _as_path(requested),
+                lambda: self._subclass_facts,
+                tell=_log.warning,
             ) as session,
         ):
             self._session = session
-            session.checkpointer.note = _log.warning
             self.add_callback(session.position_callback)
             skips, self.args.ignore_data_skip = self.args.ignore_data_skip, False  # known by now
             try:

@@ -107,20 +107,24 @@ class Attributes:
     Args:
         objects: The registered objects, by name.
         bare: Registered objects whose state is their attributes, by name.
+        more: Returns more objects, by name: callbacks, a trainer. What is of data stands under
+            "data" and "eval_data".
+        reads_ahead: Whether batches are read before they are used.
 
     Attributes:
-        more: Returns more objects, by name: callbacks, a trainer; may be set. What is of data
-            stands under "data" and "eval_data".
-        reads_ahead: Whether batches are read before they are used; may be set.
         unknown: Of the last save, what could not be judged, and why.
     """
 
     def __init__(
-        self, objects: Mapping[str, object], bare: Mapping[str, object] | None = None
+        self,
+        objects: Mapping[str, object],
+        bare: dict[str, object] | None = None,
+        more: Callable[[], Mapping[str, object]] = dict,
+        *,
+        reads_ahead: bool = False,
     ) -> None:
         self.bare = {} if bare is None else bare
-        self.more: Callable[[], Mapping[str, object]] = dict
-        self.reads_ahead = False
+        self._more, self._reads_ahead = more, reads_ahead
         self.unknown: dict[str, str] = {}
         self._objects = objects
         self._built: dict[str, Look] = {}
@@ -247,7 +251,7 @@ class Attributes:
         if name in adds and look.kind == "plain":
             self.unknown[path] = "a list of what was read, it seems"
             return True
-        if name in sets and self.reads_ahead and look.kind in ("plain", "tensors"):
+        if name in sets and self._reads_ahead and look.kind in ("plain", "tensors"):
             found.lost[path] = "reading changes it, and batches are read before they are used"
             return True
         return False
@@ -439,7 +443,7 @@ class Attributes:
 
     def _owners(self) -> Iterator[Owner]:
         seen: set[int] = set()
-        roots = [*named_objects(self._objects), *self.bare.items(), *self.more().items()]
+        roots = [*named_objects(self._objects), *self.bare.items(), *self._more().items()]
         for path, root in roots:
             for prefix, one in _parts_of(path, root):
                 yield from self._in(Owner(prefix, one), seen, 0)

@@ -30,6 +30,7 @@ from unbroken.data import BatchSource, KeyedDataset, LoaderSource
 from unbroken.data.sources.iterable import reason_against_its_state
 from unbroken.errors import DataError
 from unbroken.fingerprint import is_user_module
+from unbroken.store import Json
 
 # Which loaders a hand-written loop trains on: seen by what happens between their batches.
 #
@@ -173,7 +174,7 @@ def _heard(plain: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 FACT = "not_given"
-"""Where the facts of a checkpoint hold what `NotGiven.facts` returns."""
+"""Where the facts of a checkpoint hold what its training had and it has not."""
 
 _FRAMES, _STEPS = 8, 3  # a scaler is looked for around the first steps
 _SAMPLE = 8
@@ -288,10 +289,6 @@ class NotGiven:
 
     def _is_read_beside(self, dataset: Any, given: set[int]) -> bool:
         return id(dataset) not in given or (self._handed_out() == 0 and self._has_sources())
-
-    def facts(self, found: Iterable[Difference]) -> list[dict[str, str]]:
-        """Return what the next start is to be told of this one."""
-        return [{"path": one.path, "effect": one.effect} for one in found]
 
     def require_used(self) -> None:
         """Raise where batches of a registered source were trained on, and not marked as used.
@@ -419,6 +416,12 @@ _OF_LOADER = (
     "data = batch_source({}, seed=..., global_batch_size=...), Checkpointer(..., data=data), and "
     "train on the batches of data.iterate()"
 )
+
+
+def missing_facts(missing: Iterable[Difference]) -> dict[str, Json]:
+    """Return what a checkpoint says of all that it does not hold; see `of_checkpoint`."""
+    found: list[Json] = [{"path": one.path, "effect": one.effect} for one in missing]
+    return {FACT: found} if found else {}
 
 
 def of_checkpoint(facts: Mapping[str, Any]) -> tuple[Difference, ...]:

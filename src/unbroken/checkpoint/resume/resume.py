@@ -1,9 +1,9 @@
-"""Resuming: choose a checkpoint, put it into the objects, and clear the way for what follows."""
+"""Resuming: a checkpoint is checked against this start, put into the objects, and gone on from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,8 +24,10 @@ from unbroken.capture import (
 )
 from unbroken.changes.compare import Comparison
 from unbroken.changes.differences import Difference, ResumeReport, by_severity
+from unbroken.checkpoint.arguments import RankPolicy
 from unbroken.checkpoint.coverage.attributes import NAME, Attributes
-from unbroken.checkpoint.coverage.schedules import FoundSchedules
+from unbroken.checkpoint.coverage.loop_watch import GRADIENTS, LoopWatch
+from unbroken.checkpoint.coverage.unregistered import FACT as NOT_GIVEN
 from unbroken.checkpoint.coverage.unregistered import of_checkpoint
 from unbroken.checkpoint.ddp_buckets import DdpBuckets
 from unbroken.checkpoint.resume.per_rank import (
@@ -35,35 +37,150 @@ from unbroken.checkpoint.resume.per_rank import (
     state_of_rank,
     with_own_modes,
 )
-from unbroken.checkpoint.resume.readers import ReadAhead, Readers, ReadFrom, Source
+from unbroken.checkpoint.resume.readers import ReadAhead, Source
 from unbroken.checkpoint.resume.selection import (
     Candidate,
     DamagedCandidateError,
     Origin,
     Selection,
+    Selector,
     origin_in,
 )
 from unbroken.checkpoint.save.rank_shares import MODES, STATE_FILE
-from unbroken.checkpoint.save.session import refuse_torn
+from unbroken.checkpoint.save.session import SaveLineage, refuse_torn
 from unbroken.checkpoint.save.staging import flattened
-from unbroken.checkpoint.save.unfinished_gradients import GRADIENTS, UnfinishedGradients
-from unbroken.distributed import Group
 from unbroken.errors import CheckpointError, CorruptCheckpointError
-from unbroken.store import CheckpointReader, Json, Rejection, RunDirectory
-from unbroken.store.run.catalog import belongs_to
+from unbroken.store import CheckpointReader, Json
 from unbroken.store.run.directory import as_directory_error, now_as_text
 
 
 @dataclass(frozen=True)
-class _Examined:
-    """A checkpoint of which all was checked but the bytes of what is filled in place."""
+class ResumeRequest:
+    """What this start is, and what it brings back.
 
-    reader: Source
-    objects: Mapping[str, object]
-    tree: Mapping[str, Any]
-    rng: Mapping[str, Any]
-    values: Any
-    gradients: Mapping[str, Any]
+    Attributes:
+        comparison: The facts of this start, and the policy on differences.
+        ranks: Which ranks read the checkpoint, and what each rank has of its own.
+        types: Classes of namedtuples and enums inside the state.
+        loop: What is looked for in a hand-written loop; None: the caller has given all.
+        attributes: What training makes of attributes of the user's own objects.
+        buckets: How `DistributedDataParallel` adds gradients.
+        lineage: Learns whether the objects hold parts of a checkpoint, and no whole one.
+        clock: Seconds since 1970.
+        ahead: What was read of the checkpoint before.
+        notes: What else the report says.
+    """
+
+    comparison: Comparison
+    ranks: RankPolicy
+    types: tuple[type, ...]
+    loop: LoopWatch | None
+    attributes: Attributes
+    buckets: DdpBuckets
+    lineage: SaveLineage
+    clock: Callable[[], float]
+    ahead: ReadAhead | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What a resume has brought back besides the objects.
+
+    Attributes:
+        report: What was found and done.
+        values: The plain values of the checkpoint, or None.
+        best_step: The best step that it knew, or None.
+        facts: What else it was made with.
+        origin: Facts of the checkpoint of another run in which this run began.
+        skipped: Patterns of what this run did not load when it began.
+    """
+
+    report: ResumeReport
+    values: Any = None
+    best_step: int | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    origin: Origin = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
+
+
+def resume_run(
+    candidate: Candidate,
+    objects: Mapping[str, object],
+    request: ResumeRequest,
+    *,
+    passes_over: bool = True,
+) -> Resumed:
+    """Go on from a candidate, or make ready for a fresh start; all ranks call this.
+
+    Nothing is changed before every check has passed on every rank. Only the bytes of tensors are
+    verified while they are loaded.
+
+    Args:
+        candidate: The checkpoint; without one: a fresh start.
+        objects: The live objects, by name.
+        request: What they are held against, and how they are loaded.
+        passes_over: Whether the next candidate takes the place of one that is damaged; else a
+            `DamagedCandidateError` has it.
+    """
+    selector = candidate.selector
+    while candidate.source is not None:
+        attempt = _Attempt(candidate.source, selector, objects, request)
+        damage = attempt.load()
+        if damage is None:
+            begun = _Beginning(selector, request, attempt.differences, attempt.same)
+            report = begun.report(candidate)
+            origin = candidate.origin or origin_in(candidate.source.manifest.facts)
+            return attempt.resumed(report, origin)
+        older = candidate.after(damage)
+        if not passes_over:
+            raise DamagedCandidateError(damage, older)
+        candidate = older
+    refuse_torn(selector.run, is_torn=request.lineage.is_torn)
+    return Resumed(_Beginning(selector, request).report(candidate))
+
+
+def refuse_beginning(
+    source: Source, selector: Selector, objects: Mapping[str, object], request: ResumeRequest
+) -> None:
+    """Raise if a branch that begins in a checkpoint would not be gone on with."""
+    attempt = _Attempt(source, selector, objects, request, is_beginning=True)
+    try:
+        damage = selector.readers.load(attempt.examine)
+    finally:
+        attempt.growth.take_back()
+    if damage is not None:
+        raise damage
+
+
+def load_only(
+    source: Source, selector: Selector, objects: Mapping[str, object], request: ResumeRequest
+) -> None:
+    """Fill these objects alone from a checkpoint."""
+    growth = Growth(objects, _was_built_alike(source, request.comparison))
+    own: dict[str, Any] = {}
+
+    def look() -> None:
+        tree, _, _ = _read_state(source, selector, objects, request)
+        own.update({name: tree[name] for name in objects})
+        growth.grow(own)  # they may have grown since
+        check(objects, own)
+
+    try:
+        damage = selector.readers.load(look)
+        damage = damage or selector.readers.load(lambda: fill(objects, own))
+        if damage is not None:
+            raise damage
+        growth.keep()
+    finally:
+        growth.take_back()
+
+
+# What a checkpoint holds for this rank.
+
+
+_NO_OBJECTS = ("rng", "values", NAME, GRADIENTS, MODES)
+"""What of the state is of no registered object."""
 
 
 @dataclass(frozen=True)
@@ -82,389 +199,301 @@ class _Classes:
         yield from {*types_in(capture(self.objects)), *classes_at_hand(flattened(self.objects))}
 
 
-@dataclass(frozen=True)
-class Resumed:
-    """What a resume has brought back besides the objects.
-
-    Attributes:
-        report: What was found and done.
-        values: The plain values of the checkpoint, or None.
-        best_step: The best step that it knew, or None.
-        facts: What else it was made with.
-        origin: Facts of the checkpoint of another run in which this run began.
-        skipped: Patterns of what this run did not load when it began.
-    """
-
-    report: ResumeReport
-    values: Any
-    best_step: int | None
-    facts: Mapping[str, Any]
-    origin: Origin
-    skipped: tuple[str, ...]
-
-
-_BESIDE = ("rng", "values", NAME, GRADIENTS, MODES)
-"""What of the state is of no registered object."""
+def _read_state(
+    source: Source, selector: Selector, objects: Mapping[str, object], request: ResumeRequest
+) -> tuple[dict[str, Any], bool, tuple[Difference, ...]]:
+    """Return the state by name; whether to reseed this rank; what of other ranks is lost."""
+    decoded = partial(_decoded, source, objects, request)
+    tree = decoded(STATE_FILE)
+    if not {"rng", "values"} <= tree.keys():
+        expected, found = "rng and values among them", sorted(map(str, tree))
+        raise CorruptCheckpointError(source.folder, STATE_FILE, expected=expected, found=found)
+    ranks = request.ranks
+    own, reseeds_rank, lost = state_of_rank(
+        {name: value for name, value in tree.items() if name in _NO_OBJECTS or name in objects},
+        source.manifest,
+        selector.group,
+        ranks.per_rank,
+        decoded,
+        alike=ranks.read_from == "rank0",
+        apart=ranks.may_differ,
+        may_choose=request.loop is not None,
+    )
+    return with_own_modes({**tree, **own}), reseeds_rank, lost
 
 
-class Resumption:
-    """One attempt to bring a run's objects back; used once by `Checkpointer.resume`.
+def _decoded(
+    source: Source, objects: Mapping[str, object], request: ResumeRequest, name: str
+) -> dict[str, Any]:
+    structure = structure_from_bytes(source.read_file(name), name)
+    leaves = source if request.ahead is None else request.ahead.of(source)
+    tree = decode(structure, leaves, types=_Classes(request.types, objects), lazy=True)
+    if not isinstance(tree, dict):
+        found = type(tree).__name__
+        raise CorruptCheckpointError(source.folder, name, expected="objects by name", found=found)
+    return tree
 
-    Args:
-        run: The open run directory.
-        objects: The live objects, by name.
-        types: Classes of namedtuples and enums inside the state.
-        comparison: What this start is; None: whatever the checkpoint was made with is fine.
-        found: Schedules among the objects that were not given.
-        unfinished: Gets the gradients of an unfinished step back.
-        notes: What else the report says.
-        group: The ranks that resume together: rank 0 chooses, all load, all must succeed.
-        read_from: Which of them read the checkpoint.
-        per_rank: Names of what each rank gets back its own of; None: of all that was stored so.
-        apart: More such names, of which further ranks get rank 0's.
-        may_choose: Whether the caller can say `per_rank`.
-        ahead: What was read of the checkpoint before.
-        buckets: How `DistributedDataParallel` adds gradients; None: it is not compared.
-        attributes: What training makes of attributes of the user's own objects.
-        is_torn: Whether an attempt before has left the objects with parts of a checkpoint.
-        readers: How the ranks open and load a checkpoint.
-        clock: Seconds since 1970.
 
-    Attributes:
-        is_torn: Whether the objects hold parts of a checkpoint, and no whole one.
-    """
+def _was_built_alike(source: Source, comparison: Comparison) -> Callable[[str], bool]:
+    """Return what tells whether an object was built as the one was that made the checkpoint."""
 
-    def __init__(
-        self,
-        run: RunDirectory,
-        objects: Mapping[str, object],
-        types: tuple[type, ...],
-        comparison: Comparison | None = None,
-        *,
-        found: FoundSchedules | None = None,
-        unfinished: UnfinishedGradients | None = None,
-        notes: tuple[str, ...] = (),
-        group: Group,
-        readers: Readers,
-        read_from: ReadFrom = "all",
-        per_rank: Collection[str] | None = None,
-        apart: Collection[str] = (),
-        may_choose: bool = True,
-        ahead: ReadAhead | None = None,
-        attributes: Attributes | None = None,
-        buckets: DdpBuckets | None = None,
-        is_torn: bool = False,
-        clock: Callable[[], float],
-    ) -> None:
-        self._values: Any = None
-        self.is_torn = is_torn
-        self._examined: _Examined | None = None
-        self._best_step: int | None = None
-        self._run = run
-        self._group = group
-        self._ahead = ahead
-        self._attributes = attributes
-        self._buckets = buckets
-        self._readers = readers
-        self._per_rank = per_rank
-        self._apart, self._may_choose = apart, may_choose
-        self._of_other_ranks: tuple[Difference, ...] = ()
-        self._read_from = read_from
-        self._clock = clock
-        self._reseeds_rank = False
-        self._is_beginning = False
-        self._notes = notes
-        self._objects = objects
-        self._types = types
-        self._facts: Mapping[str, Any] = {}
-        self._origin: Origin = {}
-        self._skipped: tuple[str, ...] = ()
-        self._comparison = comparison
-        self._found = found
-        self._given_since: list[str] = []
-        self._growth = Growth(objects)
-        self._unfinished = unfinished
-        self._differences: tuple[Difference, ...] = ()
-        self._agreed: tuple[Difference, ...] = ()
-        self._same: tuple[Difference, ...] = ()
-
-    def start(self, candidate: Candidate, *, passes_over: bool) -> Resumed:
-        """Go on from a candidate, or make ready for a fresh start.
-
-        Args:
-            candidate: The checkpoint; none: a fresh start.
-            passes_over: Whether the next one takes the place of one that is damaged; else that is
-                told by a `DamagedCandidateError`.
-        """
-        while candidate.source is not None:
-            try:
-                damage = self._readers.load(partial(self._examine, candidate.source))
-                if damage is None:  # on every rank: only now does one of them change something
-                    damage = self._readers.load(self._fill)
-            finally:
-                self._growth.take_back()  # what has got its shape from here, and nothing more
-            if damage is None:
-                self._origin = candidate.origin or origin_in(candidate.source.manifest.facts)
-                break
-            older = candidate.after(damage)
-            if not passes_over:
-                raise DamagedCandidateError(damage, older)
-            candidate = older
-        else:
-            refuse_torn(self._run, is_torn=self.is_torn)
-        report = self._begun_together(candidate.selection, candidate.source, candidate.rejected)
-        return Resumed(
-            report, self._values, self._best_step, self._facts, self._origin, self._skipped
-        )
-
-    def _begun_together(
-        self, selection: Selection, reader: Source | None, rejected: tuple[Rejection, ...]
-    ) -> ResumeReport:
-        """Let rank 0 clear the way; every rank has its own differences."""
-        group = self._group
-        self._agreed = from_rank_0(group, self._differences)
-
-        def begin() -> ResumeReport | None:
-            with as_directory_error(self._run.storage):
-                return self._clear_the_way(selection, reader, rejected)
-
-        report = group.run_on_all("begin", begin if group.rank == 0 else lambda: None)
-        if report is not None:
-            return report
-        checkpoint = None if reader is None else reader.storage.describe(reader.folder)
-        step = 0 if reader is None else reader.step
-        return ResumeReport(
-            step, checkpoint, rejected, differences=self._differences, same=self._same
-        )
-
-    def refuse_beginning(self, source: Source) -> None:
-        """Raise if a branch that begins in a checkpoint would not be gone on with."""
-        self._is_beginning = True
-        try:
-            damage = self._readers.load(partial(self._examine, source))
-        finally:
-            self._growth.take_back()
-        if damage is not None:
-            raise damage
-
-    def load_only(self, source: Source) -> None:
-        """Fill these objects alone from a checkpoint."""
-        own: dict[str, Any] = {}
-
-        def look() -> None:
-            tree = self._tree(source)
-            own.update({name: tree[name] for name in self._objects})
-            self._growth = Growth(self._objects, partial(self._is_as_built, source))
-            self._growth.grow(own)  # they may have grown since
-            check(self._objects, own)
-
-        try:
-            damage = self._readers.load(look)
-            damage = damage or self._readers.load(lambda: fill(self._objects, own))
-            if damage is not None:
-                raise damage
-            self._growth.keep()
-        finally:
-            self._growth.take_back()
-
-    def _examine(self, reader: Source) -> None:
-        """Read and check all that can be, and change nothing."""
-        self._check_journals()
-        tree = self._tree(reader)
-        moved = tree.pop(NAME, None)
-        rng, values = load_tensors(tree.pop("rng"), "cpu"), load_tensors(tree.pop("values"))
-        if self._comparison is not None:
-            self._comparison.check_values(values)
-        waiting = tree.pop(GRADIENTS, None)
-        tree, objects, differences = self._fitting(reader, tree)
-        self._growth = Growth(objects, partial(self._is_as_built, reader))
-        check_rng(rng, allow_missing_devices=self._comparison is not None)
-        differences = (*differences, *_of_devices(rng), *self._of_other_ranks)
-        tree = self._compared(reader, tree, differences, moved)
-        check(objects, tree)
-        gradients = {} if self._unfinished is None else self._unfinished.check(waiting)
-        rng = of_devices_here(rng)
-        if self._is_own(reader):
-            _metrics_bytes(reader)
-        self._examined = _Examined(reader, objects, tree, rng, values, gradients)
-
-    def _check_journals(self) -> None:
-        if self._group.rank == 0 and not self._run.is_readonly:
-            self._run.metrics.check()
-            self._run.history.check()
-
-    def _fill(self) -> None:
-        """Fill the objects with what was examined; the random generators last."""
-        found = self._examined
-        if found is None:
-            raise RuntimeError("nothing was examined")
-        self.is_torn = True
-        fill(found.objects, found.tree)
-        self._growth.keep()
-        if self._attributes is not None:
-            self._attributes.restore()
-            self._attributes.take_effect(self._differences)
-        if self._unfinished is not None:
-            self._unfinished.restore(found.gradients)
-        if self._comparison is not None:
-            self._comparison.take_effect(self._differences)
-        restore_rng(found.rng)
-        if self._reseeds_rank:
-            reseed_rank(found.rng, self._group.rank)
-        found.reader.check_rest()
-        self.is_torn = False
-        self._values = found.values
-        self._remember(found.reader.manifest.facts)
-
-    def _fitting(
-        self, reader: Source, tree: dict[str, Any]
-    ) -> tuple[dict[str, Any], Mapping[str, object], tuple[Difference, ...]]:
-        """Return what is stored and here, now that schedules were found that were not given."""
-        if self._found is None:
-            return tree, self._objects, ()
-        facts = reader.manifest.facts
-        known = facts.get("found")
-        skipped = () if self._comparison is None else self._comparison.skipped
-        fit = self._found.fit(tree, known if isinstance(known, Mapping) else {}, skipped)
-        tree, objects, differences = fit
-        missing = of_checkpoint(facts)
-        self._given_since = [name for name in objects if missing and name not in tree]
-        objects = {name: one for name, one in objects.items() if name not in self._given_since}
-        return tree, objects, (*differences, *missing)
-
-    def _is_as_built(self, reader: Source, path: str) -> bool:
-        """Tell whether an object was built as the one was that made the checkpoint."""
-        built = reader.manifest.facts.get("built")
-        comparison = self._comparison
-        if comparison is None or not isinstance(built, dict):  # an older version did not note it
+    def is_as_built(path: str) -> bool:
+        built = source.manifest.facts.get("built")
+        if not isinstance(built, dict):  # an older version did not note it
             return False
         return bool(built.get(path) == comparison.facts["built"].get(path))
 
+    return is_as_built
+
+
+@dataclass(frozen=True)
+class _Examined:
+    """A checkpoint of which all was checked but the bytes of what is filled in place."""
+
+    objects: Mapping[str, object]
+    tree: Mapping[str, Any]
+    rng: Mapping[str, Any]
+    values: Any
+    gradients: Mapping[str, Any]
+    reseeds_rank: bool
+
+
+class _Attempt:
+    """One checkpoint that is tried: first examined on all ranks, then filled into the objects."""
+
+    def __init__(
+        self,
+        source: Source,
+        selector: Selector,
+        objects: Mapping[str, object],
+        request: ResumeRequest,
+        *,
+        is_beginning: bool = False,
+    ) -> None:
+        self.differences: tuple[Difference, ...] = ()
+        self.same: tuple[Difference, ...] = ()
+        self.growth = Growth(objects)
+        self._source, self._selector = source, selector
+        self._objects, self._request = objects, request
+        self._is_beginning = is_beginning
+        self._patterns: tuple[str, ...] = ()
+        self._given_since: set[str] = set()
+        self._examined: _Examined | None = None
+
+    def load(self) -> CorruptCheckpointError | None:
+        """Examine and fill; return the damage that was found, of which all ranks learn."""
+        readers = self._selector.readers
+        try:
+            damage = readers.load(self.examine)
+            # None on every rank: only now does one of them change something.
+            return readers.load(self._fill) if damage is None else damage
+        finally:
+            self.growth.take_back()  # what has got its shape from here, and nothing more
+
+    def resumed(self, report: ResumeReport, origin: Origin) -> Resumed:
+        """Return what this checkpoint has brought back."""
+        facts, values = self._source.manifest.facts, self._checked().values
+        before = facts.get("skip")
+        texts = [one for one in before if isinstance(one, str)] if isinstance(before, list) else []
+        skipped = tuple(dict.fromkeys([*texts, *self._patterns]))
+        best: Any = facts.get("best_step")
+        return Resumed(report, values, best, facts, origin, skipped)
+
+    def examine(self) -> None:
+        """Read and check all that can be, and change nothing."""
+        source, request, selector = self._source, self._request, self._selector
+        run = selector.run
+        if selector.group.rank == 0 and not run.is_readonly:
+            run.check_journals()
+        tree, reseeds_rank, lost = _read_state(source, selector, self._objects, request)
+        moved = tree.pop(NAME, None)
+        rng, values = load_tensors(tree.pop("rng"), "cpu"), load_tensors(tree.pop("values"))
+        request.comparison.check_values(values)
+        waiting = tree.pop(GRADIENTS, None)
+        tree, objects, differences = self._fitting(tree)
+        self.growth = Growth(objects, _was_built_alike(source, request.comparison))
+        check_rng(rng, allow_missing_devices=True)
+        differences = (*differences, *_of_devices(rng), *lost)
+        tree = self._compared(tree, objects, differences, moved)
+        gradients = {} if request.loop is None else request.loop.gradients.check(waiting)
+        rng = of_devices_here(rng)
+        if run.owns(source.storage, source.manifest):
+            _metrics_bytes(source)
+        self._examined = _Examined(objects, tree, rng, values, gradients, reseeds_rank)
+
+    def _fitting(
+        self, tree: dict[str, Any]
+    ) -> tuple[dict[str, Any], Mapping[str, object], tuple[Difference, ...]]:
+        """Return what is stored and here, now that schedules were found that were not given."""
+        loop, facts = self._request.loop, self._source.manifest.facts
+        missing = of_checkpoint(facts) if NOT_GIVEN in facts else ()
+        objects, differences = self._objects, tuple[Difference, ...]()
+        if loop is not None:
+            known = facts.get("found")
+            known = known if isinstance(known, Mapping) else {}
+            skipped = self._request.comparison.skipped
+            tree, objects, differences = loop.schedules.fit(tree, known, skipped)
+        self._given_since = {name for name in objects if missing and name not in tree}
+        objects = {n: one for n, one in objects.items() if n not in self._given_since}
+        return tree, objects, (*differences, *missing)
+
     def _compared(
-        self, reader: Source, tree: dict[str, Any], more: tuple[Difference, ...], moved: Any
+        self,
+        tree: dict[str, Any],
+        objects: Mapping[str, object],
+        more: tuple[Difference, ...],
+        moved: Any,
     ) -> dict[str, Any]:
         """Return what is to be loaded; raise if it does not fit or is not accepted."""
-        comparison, facts = self._comparison, reader.manifest.facts
-        if comparison is None:
-            self._growth.grow(tree)
-            return tree
-        place = self._group.rank, self._group.world_size
-        facts = facts_of_rank(facts, comparison.facts, *place)
-        sums = () if self._buckets is None else self._buckets.differences(facts)
-        rows = comparison.rows(facts, sums)
-        found = tuple(row for row in rows if row.verdict != "same")
-        count = len(found)
-        found = tuple(row for row in found if not self._is_of_what_was_given_since(row))
-        rows = rows[count:]
+        comparison, source = self._request.comparison, self._source
+        facts, found = self._differences(more, moved)
+        found = by_severity((*found, *comparison.came_or_went(tree)))
+        is_here = source.storage is self._selector.run.storage
+        own = is_here and source.manifest.run_id == self._selector.run.run_id  # not its parent's
+        self._patterns = comparison.patterns(facts, own=own and not self._is_beginning)
+        tree, skipped = comparison.partial(tree, self._patterns, found)
+        self.growth.grow(tree)
+        model = {"model"} & self._objects.keys()
+        check(self._objects, tree, of=model)  # names both shapes, whatever else differs
+        comparison.refuse(f"checkpoint of step {source.step}", found)
+        comparison.accept(found)
+        check(objects, tree, of={*objects, *tree} - model)
+        self.differences = (*skipped, *found)
+        return tree
+
+    def _differences(
+        self, more: tuple[Difference, ...], moved: Any
+    ) -> tuple[Mapping[str, Any], tuple[Difference, ...]]:
+        """Return the facts that this rank is compared with, and all that differs from them."""
+        request, group = self._request, self._selector.group
+        comparison, attributes = request.comparison, request.attributes
+        stored = self._source.manifest.facts
+        facts = facts_of_rank(stored, comparison.facts, group.rank, group.world_size)
+        rows = comparison.rows(facts, request.buckets.differences(facts))
+        self.same = tuple(row for row in rows if row.verdict == "same")
+        rows = tuple(row for row in rows if row.verdict != "same")
+        found = tuple(row for row in rows if not self._is_of_what_was_given_since(row))
         reported = {row.path for row in found}
         found = by_severity((*found, *(one for one in more if one.path not in reported)))
-        if self._attributes is not None:
-            moved_on = self._attributes.differences(moved, found)
-            found = by_severity((*found, *moved_on))
-        found = by_severity((*found, *comparison.came_or_went(tree)))
-        is_here = reader.storage is self._run.storage
-        own = is_here and reader.manifest.run_id == self._run.run_id  # not its parent's
-        own = own and not self._is_beginning
-        patterns = comparison.patterns(facts, own=own)
-        tree, skipped = comparison.partial(tree, patterns, found)
-        self._growth.grow(tree)
-        model = {name: self._objects[name] for name in ("model",) if name in self._objects}
-        check(model, {name: tree[name] for name in model if name in tree})  # names both shapes
-        comparison.refuse(f"checkpoint of step {reader.step}", found)
-        comparison.accept(found)
-        self._differences = (*skipped, *found)
-        self._same = rows
-        self._skipped = patterns
-        return tree
+        return facts, by_severity((*found, *attributes.differences(moved, found)))
 
     def _is_of_what_was_given_since(self, row: Difference) -> bool:
         """Return whether a row tells only that an object came, which is told otherwise."""
         is_of = (f".{name}." in f".{row.path}." for name in self._given_since)
         return row.stored is None and any(is_of)
 
-    def _tree(self, reader: Source) -> dict[str, Any]:
-        tree = self._decoded(reader, STATE_FILE)
-        if not {"rng", "values"} <= tree.keys():
-            expected, found = "rng and values among them", sorted(map(str, tree))
-            raise CorruptCheckpointError(reader.folder, STATE_FILE, expected=expected, found=found)
-        requested = {n: v for n, v in tree.items() if n in _BESIDE or n in self._objects}
-        own, self._reseeds_rank, self._of_other_ranks = state_of_rank(
-            requested,
-            reader.manifest,
-            self._group,
-            self._per_rank,
-            partial(self._decoded, reader),
-            alike=self._read_from == "rank0",
-            apart=self._apart,
-            may_choose=self._may_choose,
-        )
-        return with_own_modes({**tree, **own})
+    def _checked(self) -> _Examined:
+        if self._examined is None:
+            raise RuntimeError("nothing was examined")
+        return self._examined
 
-    def _decoded(self, reader: Source, name: str) -> dict[str, Any]:
-        structure = structure_from_bytes(reader.read_file(name), name)
-        source = reader if self._ahead is None else self._ahead.of(reader)
-        tree = decode(structure, source, types=_Classes(self._types, self._objects), lazy=True)
-        if not isinstance(tree, dict):
-            raise CorruptCheckpointError(
-                reader.folder, name, expected="objects by name", found=type(tree).__name__
-            )
-        return tree
+    def _fill(self) -> None:
+        """Fill the objects with what was examined; the random generators last."""
+        found, request = self._checked(), self._request
+        request.lineage.is_torn = True
+        fill(found.objects, found.tree)
+        self.growth.keep()
+        request.attributes.restore()
+        request.attributes.take_effect(self.differences)
+        if request.loop is not None:
+            request.loop.gradients.restore(found.gradients)
+        request.comparison.take_effect(self.differences)
+        restore_rng(found.rng)
+        if found.reseeds_rank:
+            reseed_rank(found.rng, self._selector.group.rank)
+        self._source.check_rest()
+        request.lineage.is_torn = False
 
-    def _remember(self, facts: Mapping[str, Any]) -> None:
-        self._facts = facts
-        self._best_step = facts.get("best_step")
-        before = facts.get("skip")
-        texts = [one for one in before if isinstance(one, str)] if isinstance(before, list) else []
-        self._skipped = tuple(dict.fromkeys([*texts, *self._skipped]))
+
+def _of_devices(rng: Mapping[str, Any]) -> tuple[Difference, ...]:
+    """Tell of random states that no device here can take."""
+    missing = missing_devices(rng)
+    if missing is None:
+        return ()
+    where, stored, now = missing
+    effect = "devices: what draws on them draws otherwise from here on"
+    return (Difference(where, stored, now, effect, "changed"),)
+
+
+# The run directory, cleared of what belongs to another future.
+
+
+class _Beginning:
+    """What a start makes of the run directory; rank 0 alone writes there."""
+
+    def __init__(
+        self,
+        selector: Selector,
+        request: ResumeRequest,
+        differences: tuple[Difference, ...] = (),
+        same: tuple[Difference, ...] = (),
+    ) -> None:
+        self._run, self._group = selector.run, selector.group
+        self._request = request
+        self._differences, self._same = differences, same
+
+    def report(self, candidate: Candidate) -> ResumeReport:
+        """Let rank 0 clear the way, and return what is told of the start; all ranks call this."""
+        group, source = self._group, candidate.source
+        agreed = from_rank_0(group, self._differences)
+
+        def begin() -> ResumeReport | None:
+            with as_directory_error(self._run.storage):
+                return self._clear_the_way(candidate, agreed)
+
+        report = group.run_on_all("begin", begin if group.rank == 0 else lambda: None)
+        if report is not None:
+            return report
+        checkpoint = None if source is None else source.storage.describe(source.folder)
+        step, differences = 0 if source is None else source.step, self._differences
+        rejected = candidate.rejected
+        return ResumeReport(step, checkpoint, rejected, differences=differences, same=self._same)
 
     def _clear_the_way(
-        self, selection: Selection, reader: Source | None, rejected: tuple[Rejection, ...]
+        self, candidate: Candidate, differences: tuple[Difference, ...]
     ) -> ResumeReport:
         """Set aside what belongs to another future, cut the metrics, and tell the history."""
-        self._check_journals()
-        own = reader is not None and self._is_own(reader)
-        step = 0 if reader is None else reader.step
+        run, source, selection = self._run, candidate.source, candidate.selection
+        if source is None:  # else the journals were checked with the checkpoint
+            run.check_journals()
+        own = source is not None and run.owns(source.storage, source.manifest)
+        step = 0 if source is None else source.step
         moved = tuple(
-            (folder, self._run.catalog.set_aside(later, f"a run from step {step} began"))
-            for later, folder in self._run.catalog.folders()
-            if self._goes(later, folder, reader, own=own)
+            (folder, run.catalog.set_aside(later, f"a run from step {step} began"))
+            for later, folder in run.catalog.folders()
+            if self._goes(later, folder, source, own=own)
         )
-        known = _metrics_bytes(reader) if reader is not None and own else 0
+        known = _metrics_bytes(source) if source is not None and own else 0
         follows = own and selection.kind in ("auto", "begun")
         notes = self._cut_metrics(known, step, keep_copy=not follows)
-        notes = (*_notes_on(selection, reader, self._run, own=own), *notes)
+        notes = (*self._notes_on(selection, source, own=own), *notes)
         report = ResumeReport(
             step=step,
-            checkpoint=None if reader is None else reader.storage.describe(reader.folder),
-            rejected=rejected,
+            checkpoint=None if source is None else source.storage.describe(source.folder),
+            rejected=candidate.rejected,
             set_aside=moved,
-            previous_owner=self._run.previous_owner,
-            differences=self._agreed,
+            previous_owner=run.previous_owner,
+            differences=differences,
             same=self._same,
-            notes=(*self._notes, *notes),
+            notes=(*self._request.notes, *notes),
         )
-        started = {"event": "started", "at": now_as_text(self._clock)}
-        self._run.history.append({**started, **report.to_json()})
+        started = {"event": "started", "at": now_as_text(self._request.clock)}
+        run.history.append({**started, **report.to_json()})
         return report
 
-    def _is_own(self, reader: Source) -> bool:
-        """Return whether the run wrote a checkpoint, or took it over as a branch."""
-        run, manifest = self._run, reader.manifest
-        return reader.storage is run.storage and belongs_to(manifest, run.run_id, run.parent)
-
-    def _goes(self, step: int, folder: str, reader: Source | None, *, own: bool) -> bool:
-        """Return whether a checkpoint is of another future than what comes after `reader`."""
-        if reader is None or reader.storage is not self._run.storage:
+    def _goes(self, step: int, folder: str, source: Source | None, *, own: bool) -> bool:
+        """Return whether a checkpoint is of another future than what comes after `source`."""
+        if source is None or source.storage is not self._run.storage:
             return True
         if own:
-            return step > reader.step
-        if folder == reader.folder:
+            return step > source.step
+        if folder == source.folder:
             return False
         try:  # this run begins in a checkpoint that was copied here; older copies stay beside it
             found = CheckpointReader(self._run.storage, folder)
         except CheckpointError:
             return True
-        return self._run.catalog.is_own(found) or step > reader.step
+        return self._run.catalog.is_own(found) or step > source.step
 
     def _cut_metrics(self, nbytes: int, step: int, *, keep_copy: bool) -> tuple[str, ...]:
         """Cut metrics.jsonl back to what it was at the checkpoint."""
@@ -483,6 +512,18 @@ class Resumption:
             return notes
         return (*notes, f"set aside: the old metrics.jsonl is now {copy}")
 
+    def _notes_on(
+        self, selection: Selection, source: Source | None, *, own: bool
+    ) -> tuple[str, ...]:
+        """Say where a run began, where that is not what the selection says by itself."""
+        if selection.kind == "begun":
+            goes_on = "it goes on from its own newest checkpoint"
+            where = f"this run began in {selection.path}"
+            return (f"{where}: {goes_on}; another directory begins anew",)
+        if source is None or own or source.storage is not self._run.storage:
+            return ()
+        return (f"{source.folder} is of run {source.manifest.run_id}: this run begins in it",)
+
 
 def _is_after(step: int, line: Mapping[str, Json]) -> bool:
     """Return whether a line of metrics is of a later step."""
@@ -490,32 +531,10 @@ def _is_after(step: int, line: Mapping[str, Json]) -> bool:
     return isinstance(found, int | float) and found > step
 
 
-def _of_devices(rng: Mapping[str, Any]) -> tuple[Difference, ...]:
-    """Tell of random states that no device here can take."""
-    missing = missing_devices(rng)
-    if missing is None:
-        return ()
-    where, stored, now = missing
-    effect = "devices: what draws on them draws otherwise from here on"
-    return (Difference(where, stored, now, effect, "changed"),)
-
-
-def _metrics_bytes(reader: Source) -> int:
+def _metrics_bytes(source: Source) -> int:
     """Return how long metrics.jsonl was when a checkpoint was saved."""
-    found = reader.manifest.facts.get("metrics_bytes")
+    found = source.manifest.facts.get("metrics_bytes")
     if type(found) is not int or found < 0:
-        where = f"{reader.folder}: manifest.json"
+        where = f"{source.folder}: manifest.json"
         raise CorruptCheckpointError(where, "facts.metrics_bytes", expected="bytes", found=found)
     return found
-
-
-def _notes_on(
-    selection: Selection, reader: Source | None, run: RunDirectory, *, own: bool
-) -> tuple[str, ...]:
-    """Say where a run began, where that is not what the selection says by itself."""
-    if selection.kind == "begun":
-        goes_on = "it goes on from its own newest checkpoint"
-        return (f"this run began in {selection.path}: {goes_on}; another directory begins anew",)
-    if reader is None or own or reader.storage is not run.storage:
-        return ()
-    return (f"{reader.folder} is of run {reader.manifest.run_id}: this run begins in it",)

@@ -474,6 +474,7 @@ class Selector:
 
     Attributes:
         run: As given.
+        group: As given.
         readers: How the ranks open and load a checkpoint.
     """
 
@@ -487,7 +488,7 @@ class Selector:
     ) -> None:
         self.readers = readers_for(run, group, read_from)
         self.run = run
-        self._group = group
+        self.group = group
         self._foreign = foreign
         self._examine = examine
         self._candidates = Candidates(run.catalog, run.storage, run.history, foreign)
@@ -503,7 +504,7 @@ class Selector:
             CorruptCheckpointError: The one that is named is damaged.
         """
         self._selection, self._rejected = self._resolved(selection), []
-        self._rest = iter(()) if self._group.rank else self._candidates.of(self._selection)
+        self._rest = iter(()) if self.group.rank else self._candidates.of(self._selection)
         return self._next()
 
     def after(self, candidate: Candidate, damage: CorruptCheckpointError) -> Candidate:
@@ -517,9 +518,9 @@ class Selector:
         Raises:
             CheckpointNotFoundError: There is none, or it cannot be seen from here.
         """
-        found = self._group.run_on_all(
+        found = self.group.run_on_all(
             "choose a checkpoint",
-            lambda: None if self._group.rank else self._candidates.at_step(step),
+            lambda: None if self.group.rank else self._candidates.at_step(step),
         )
         source = self.readers.open(found, whole=False)
         if source is None or isinstance(source, Rejection):
@@ -531,7 +532,7 @@ class Selector:
         """Return what a selection means for this run, as rank 0 sees it."""
         if selection.kind != "path":
             return selection
-        group, what = self._group, "what is to be resumed"
+        group, what = self.group, "what is to be resumed"
         own = group.run_on_all(
             what, lambda: None if group.rank else self._candidates.resolved(selection)
         )
@@ -562,7 +563,7 @@ class Selector:
     def _opened(self) -> Candidate | None:
         """Return the next one that can be opened; None: there is none."""
         while True:
-            found = self._group.run_on_all("choose a checkpoint", lambda: next(self._rest, None))
+            found = self.group.run_on_all("choose a checkpoint", lambda: next(self._rest, None))
             foreign = self._shared(found if isinstance(found, ForeignCheckpoint) else None)
             if foreign is not None:
                 return self._candidate(foreign=foreign)
@@ -582,10 +583,10 @@ class Selector:
 
     def _shared(self, found: ForeignCheckpoint | None) -> ForeignCheckpoint | None:
         """Return the foreign checkpoint that rank 0 has found, if it has."""
-        if self._foreign is None or self._group.world_size == 1:
+        if self._foreign is None or self.group.world_size == 1:
             return found
         own = None if found is None else [str(found.path.resolve()), found.step]
-        shared: Any = self._group.broadcast("a checkpoint of another format", own)
+        shared: Any = self.group.broadcast("a checkpoint of another format", own)
         return found or (None if shared is None else ForeignCheckpoint(Path(shared[0]), shared[1]))
 
     def _refuse_nothing_found(self) -> None:
@@ -594,7 +595,7 @@ class Selector:
             return
         where = self.run.storage.describe()
         if self._foreign is not None and self._rejected:
-            self._group.run_on_all("choose a checkpoint", self._refuse_foreign)
+            self.group.run_on_all("choose a checkpoint", self._refuse_foreign)
         if self._rejected:
             raise CheckpointNotFoundError(
                 where,
@@ -611,7 +612,7 @@ class Selector:
 
     def _refuse_foreign(self) -> None:
         """Raise, on rank 0, where one of those that cannot be used is of the other format."""
-        if self._group.rank or self._foreign is None:
+        if self.group.rank or self._foreign is None:
             return
         folders = (self.run.storage.describe(one.folder) for one in self._rejected)
         if any(self._foreign.is_one(Path(folder)) for folder in folders):

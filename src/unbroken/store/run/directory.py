@@ -31,6 +31,7 @@ from unbroken.store.format.canonical_json import (
     from_strict,
     to_canonical,
 )
+from unbroken.store.format.manifest import Manifest
 from unbroken.store.format.names import (
     BRANCHES,
     HISTORY_NAME,
@@ -44,7 +45,14 @@ from unbroken.store.format.names import (
     TRASH,
     step_of,
 )
-from unbroken.store.run.catalog import Catalog, KeepPolicy, Lineage, Pruned, prune
+from unbroken.store.run.catalog import (
+    Catalog,
+    KeepPolicy,
+    Lineage,
+    Pruned,
+    belongs_to,
+    prune,
+)
 from unbroken.store.run.journal import Journal
 
 # Which run a directory belongs to.
@@ -319,6 +327,19 @@ class RunDirectory(Closing):
     def is_readonly(self) -> bool:
         """Whether this process is not the owner: it was opened to look, or is closed."""
         return self._lock is None
+
+    def owns(self, storage: Storage, manifest: Manifest) -> bool:
+        """Return whether the run wrote a checkpoint, or took it over as a branch."""
+        return storage is self.storage and belongs_to(manifest, self.run_id, self.parent)
+
+    def check_journals(self) -> None:
+        """Raise if no record could be appended to one of the journals; nothing is changed.
+
+        Raises:
+            RunDirectoryError: It cannot be written, or something else stands in its place.
+        """
+        self.metrics.check()
+        self.history.check()
 
     def require_ownership(self) -> None:
         """Raise unless this very process still is the owner, as it must be where it commits.

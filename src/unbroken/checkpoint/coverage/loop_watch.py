@@ -1,14 +1,21 @@
-"""Gradients that a hand-written loop has gathered when it saves, for a step still to come."""
+"""Watching a hand-written loop: what steers it and was not given, and gradients that wait.
+
+A Trainer gives all that it depends on, and needs none of this.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 from weakref import ref
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from unbroken.capture import (
     Captured,
@@ -18,7 +25,95 @@ from unbroken.capture import (
     restore_gradients,
 )
 from unbroken.changes.apply import all_objects
-from unbroken.errors import CorruptCheckpointError
+from unbroken.changes.differences import Difference
+from unbroken.checkpoint.coverage.schedules import FoundSchedules
+from unbroken.checkpoint.coverage.unregistered import NotGiven
+from unbroken.errors import CorruptCheckpointError, UnbrokenError, spelled
+
+
+class LoopWatch:
+    """Finds what steers the objects of a hand-written loop, or trains them, and was not given.
+
+    From the first look on it is there at each step of any optimizer.
+
+    Args:
+        objects: The registered objects, by name; schedules that are found are added.
+        covers: Returns whether an object is saved though it is not one of these.
+        tell: Called with each line about what is found between two looks.
+
+    Attributes:
+        schedules: Those that were found on the optimizers.
+        gradients: Those that wait for a step.
+    """
+
+    def __init__(
+        self,
+        objects: dict[str, object],
+        covers: Callable[[object], bool],
+        tell: Callable[[str], None],
+    ) -> None:
+        self.schedules = FoundSchedules(objects)
+        self.gradients = UnfinishedGradients(objects)
+        self._not_given = NotGiven(objects, covers)
+        self._tell = tell
+        self._step_hook: RemovableHandle | None = None
+
+    def look(self) -> None:
+        """Look for schedules, and tell of each; from now on, at each first step of a start."""
+        for line in self.lines():
+            self._tell(line)
+
+    def lines(self) -> list[str]:
+        """Do what `look` does, and return the lines."""
+        if self.schedules.looked_just_now():
+            return []
+        if self._step_hook is None:
+            hook = partial(_before_step, weakref.WeakMethod(self._before_step))
+            self._step_hook = register_optimizer_step_pre_hook(hook)
+            self._not_given.begin()
+        return self.schedules.look()
+
+    def look_back(self, values: Any) -> tuple[Difference, ...]:
+        """Return what the training until now had, and a save with these values has not.
+
+        Raises:
+            DataError: Batches were trained on, and none was marked as used.
+        """
+        if self._step_hook is None:
+            return ()
+        self._not_given.require_used()
+        return self._not_given.found(values)
+
+    def end(self) -> None:
+        """Look no longer."""
+        hook, self._step_hook = self._step_hook, None
+        if hook is not None:
+            hook.remove()
+            self._not_given.end()
+
+    def _before_step(self, optimizer: Optimizer) -> None:
+        if not self.schedules.is_checked:
+            try:
+                lines = self.schedules.before_step(optimizer)
+            except UnbrokenError as error:
+                error.respell(partial(spelled, place="loop"))
+                raise
+            for line in lines:
+                self._tell(line)
+        self._not_given.before_step(optimizer)
+        self.gradients.before_step(optimizer)
+
+
+def _before_step(
+    call: weakref.WeakMethod[Callable[[Optimizer], None]], optimizer: Optimizer, *_: object
+) -> None:
+    """Call back before a step, if the one who asked for that is still there."""
+    if not torch.compiler.is_compiling() and (found := call()) is not None:
+        found(optimizer)
+
+
+# Gradients that the loop has gathered when it saves, for a step still to come.
+
 
 GRADIENTS = "unfinished_gradients"
 """Where they stand in a state tree: no registered object has this name."""
