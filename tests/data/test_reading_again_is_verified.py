@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler, WeightedRando
 
 from data.data_sets import bytes_of, read, source_of
 from unbroken.data import batch_source
-from unbroken.data.sources.batch_digests import BatchDigest, Passed, drawn_from
+from unbroken.data.sources.batch_digests import BatchDigest, EpochDigests, drawn_from
 from unbroken.errors import DataError
 
 N = 20  # five batches of four
@@ -384,10 +384,10 @@ def test_a_batch_with_nothing_to_compare_has_no_digest():
     assert digest(torch.ones(0, 3)) != digest(torch.ones(3, 0))
 
 
-def passed(seed: int, trail=None) -> Passed:
+def passed(seed: int, trail=None) -> EpochDigests:
     """Read two batches, between which the generator moves."""
     rng = random.Random(seed)
-    found = Passed("stream", {"rng": rng}, trail)
+    found = EpochDigests("stream", {"rng": rng}, trail)
     for batch in ([1.0], [2.0]):
         found.add(batch)
         rng.random()

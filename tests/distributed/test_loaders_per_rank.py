@@ -99,7 +99,7 @@ def test_ranks_that_share_a_part_of_the_data_store_one_place():
         exchange_loader_states(source, members[rank])
         again = CountedSource([[1, 2], [3, 4]], seed=0, shape=shape)
         again.load_state_dict(source.state_dict())
-        return [len(source.places), again.position.taken]
+        return [len(source.rank_states), again.position.taken]
 
     store = HashStore()
     members = [StoreGroup(store, rank=rank, world_size=4) for rank in range(4)]

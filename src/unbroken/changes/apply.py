@@ -266,8 +266,8 @@ def apply_settings(
         built.set_options(optimizer, [one for name in changed for one in options.get(name, ())])
     is_remade = not changed.keys().isdisjoint({*of_schedule, "optim"})
     is_remade = is_remade or any(map(is_another_schedule, changed.values()))
-    begins_anew = "scheduler" in changed and changed["scheduler"].effect == NOT_LOADED
-    if not is_remade or begins_anew or not isinstance(scheduler, LRScheduler):
+    is_reset = "scheduler" in changed and changed["scheduler"].effect == NOT_LOADED
+    if not is_remade or is_reset or not isinstance(scheduler, LRScheduler):
         return
     if isinstance(scheduler, LambdaLR) and scheduler.last_epoch == 0:
         scheduler.last_epoch = step  # it took the place of another

@@ -410,7 +410,7 @@ class Comparison:
             for path, part in self._policy.parts.items()
             if path in paths and part not in patterns and not self._has_class(tree, part)
         ]
-        changed, named = self.came_or_went(tree), Skip(patterns)
+        changed, named = self.added_or_removed(tree), Skip(patterns)
         goes += [d.path for d in changed if not (named.whole("callbacks") or named.whole(d.path))]
         untrained = untrained_names(found)
         skip = Skip((*patterns, *goes), untrained)
@@ -423,16 +423,16 @@ class Comparison:
             for path in by_skip
         )
 
-    def came_or_went(self, tree: Mapping[str, Any]) -> tuple[Difference, ...]:
+    def added_or_removed(self, tree: Mapping[str, Any]) -> tuple[Difference, ...]:
         """Return the callbacks with a state that only one side has."""
         here, there = self._objects.get("callbacks"), tree.get("callbacks")
         if not isinstance(here, dict) or not isinstance(there, dict):
             return ()
-        came = [(name, *_CAME) for name in here if name not in there]
-        went = [(name, *_WENT) for name in there if name not in here]
+        added = [(name, *_ADDED) for name in here if name not in there]
+        removed = [(name, *_REMOVED) for name in there if name not in here]
         return tuple(
             Difference(f"callbacks.{name}", stored, now, effect, "changed")
-            for name, stored, now, effect in (*came, *went)
+            for name, stored, now, effect in (*added, *removed)
         )
 
     def _has_class(self, tree: Mapping[str, Any], part: str) -> bool:
@@ -494,8 +494,8 @@ def _structures(objects: Mapping[str, object]) -> dict[str, Any]:
     }
 
 
-_CAME = ("no such callback", "as built here", "it came, and begins anew")
-_WENT = ("with a state", "no such callback", "it went, and its state with it")
+_ADDED = ("no such callback", "as built here", "it came, and begins anew")
+_REMOVED = ("with a state", "no such callback", "it went, and its state with it")
 _NAMING: Mapping[str, Rule] = {
     "data.cache": ("harmless", "where things are; the training is the same")
 }

@@ -60,10 +60,10 @@ class Difference:
         stored, now = self.stored, self.now
         if isinstance(stored, list) and isinstance(now, list):
             removed = [item for item in stored if item not in now]
-            came = [item for item in now if item not in stored]
-            if removed or came:
-                return brief(removed or "none of these"), brief(came or "none of these")
-        return _apart(str(stored), str(now))
+            added = [item for item in now if item not in stored]
+            if removed or added:
+                return brief(removed or "none of these"), brief(added or "none of these")
+        return _where_they_differ(str(stored), str(now))
 
 
 Rule = tuple[Verdict, str]
@@ -206,7 +206,7 @@ def _way_out(refused: list[Difference], unnamed: list[Difference], strict: bool)
     )
 
 
-def _apart(stored: str, now: str) -> tuple[str, str]:
+def _where_they_differ(stored: str, now: str) -> tuple[str, str]:
     """Return two texts in short; of long ones the place where they part."""
     if len(stored) <= _LIMIT and len(now) <= _LIMIT:
         return stored, now

@@ -295,7 +295,7 @@ def fingerprint_differences(
     compared = compare(before, read, rule_of, differs=_differs)
     found = [_with_records(difference, after) for difference in compared]
     if same_software:
-        found += _came_or_went(before, after)
+        found += _added_or_removed(before, after)
     own = [_unrepeatable(path) for path in after if _is_unrepeatable(path, before, after)]
     return (*_without_repeats(found, before, after), *own, *unread)
 
@@ -357,7 +357,7 @@ def may_go_on(stored: Mapping[str, Any], callbacks: Mapping[str, Any]) -> bool:
     return any(now[name] != one for name, one in ended.items())
 
 
-def _came_or_went(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Difference]:
+def _added_or_removed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Difference]:
     """Return what only one side has, where that says something of its own."""
     groups = {path.partition(".")[0] for path in before} & {
         path.partition(".")[0] for path in after

@@ -11,7 +11,7 @@ from unbroken.data.order import MicroBatchSampler as MicroBatchSampler
 from unbroken.data.order import Permutation as Permutation
 from unbroken.data.order import SampleKey as SampleKey
 from unbroken.data.sources.batch_digests import BatchDigest as BatchDigest
-from unbroken.data.sources.batch_digests import Passed as Passed
+from unbroken.data.sources.batch_digests import EpochDigests as EpochDigests
 from unbroken.data.sources.batch_digests import drawn_from as drawn_from
 from unbroken.data.sources.factory import batch_source as batch_source
 from unbroken.data.sources.iterable import Grouping as Grouping
@@ -31,6 +31,7 @@ __all__ = [
     "BatchShape",
     "BatchSource",
     "CountedSource",
+    "EpochDigests",
     "GlobalOrder",
     "Grouping",
     "KeyedDataset",
@@ -40,7 +41,6 @@ __all__ = [
     "MapSource",
     "MicroBatch",
     "MicroBatchSampler",
-    "Passed",
     "Permutation",
     "Position",
     "SampleKey",

@@ -191,7 +191,7 @@ class GlobalOrder:
         return position // self.epoch_size
 
     def offset(self, position: int) -> int:
-        """Return the place of a global position within its epoch, from 0."""
+        """Return where in its epoch a global position lies, from 0."""
         return position % self.epoch_size
 
     def samples(self, start: int, stop: int) -> NDArray[np.int64]:
@@ -218,7 +218,7 @@ class GlobalOrder:
         return indices
 
     def keys(self, start: int, stop: int) -> list[SampleKey]:
-        """Return the samples at the global positions [start, stop), each with its place."""
+        """Return the samples at the global positions [start, stop), each with its position."""
         return [
             SampleKey(index, self.epoch(position), position)
             for position, index in enumerate(self.samples(start, stop).tolist(), start)
@@ -368,7 +368,7 @@ class MicroBatchSampler:
         self.shape.micro_batches_left(start - steps_from)
         self._steps_from = steps_from
 
-    def places(self) -> Iterator[int]:
+    def first_positions(self) -> Iterator[int]:
         """Yield the position of the first sample of each micro-batch of this rank."""
         shape, begin = self.shape, self.start
         left = shape.micro_batches_left(self.start - self._steps_from)
@@ -380,5 +380,5 @@ class MicroBatchSampler:
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         size = self.shape.micro_batch_size
-        for first in self.places():
+        for first in self.first_positions():
             yield self.order.keys(first, first + size)

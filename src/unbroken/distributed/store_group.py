@@ -157,14 +157,14 @@ class StoreExchange:
         number = self._next_round()
         left = [f"left/{rank}" for rank in range(self._world_size)]
 
-        def say_goodbye() -> None:
+        def announce_leaving() -> None:
             self._post(number, message)
             self._set(left[self._rank], b"")
             if wait_for_others:
                 self._store.wait(left, timedelta(seconds=_GOODBYE))
 
         with contextlib.suppress(NoAnswerError, StoreLostError):
-            self._in_time(say_goodbye, 0.0 if self._store_is_silent else _GOODBYE)
+            self._in_time(announce_leaving, 0.0 if self._store_is_silent else _GOODBYE)
         self._jobs.put(None)
 
     def _next_round(self) -> int:

@@ -288,7 +288,7 @@ def _lines(
     A record that raises counts by its exception if others can be read. Where none can, or what is
     missing is only missing in this process (a connection, memory, the device), a line says so.
     """
-    passing = (OSError, MemoryError, *((RuntimeError,) if on_device else ()))
+    transient = (OSError, MemoryError, *((RuntimeError,) if on_device else ()))
     deadline, held, can_be_read = clock() + _SECONDS, [], False
     first: list[Any] = []  # the first record, read twice
     moved: list[dict[str, str]] = []
@@ -299,7 +299,7 @@ def _lines(
             digest = record if isinstance(record, Failed) else try_call(record_digest, record)
             if isinstance(digest, Failed):
                 reason = _reason(digest.error, on_device=on_device)
-                if isinstance(digest.error, passing):
+                if isinstance(digest.error, transient):
                     break
                 digest = record_digest(qualified_name(digest.error))
             else:
@@ -371,7 +371,7 @@ def _is_plain(record: Any, depth: int = 0) -> bool:
 
 
 _TRANSFORMS = ("transform", "target_transform", "transforms")
-_TOLD_ONCE = frozenset({"tokenizer", "data_source", "dataset", "sampler", *_TRANSFORMS})
+_FACTS_ELSEWHERE = frozenset({"tokenizer", "data_source", "dataset", "sampler", *_TRANSFORMS})
 _OF_THIS_RANK = frozenset({"num_replicas", "rank", "epoch", "num_samples", "total_size"})
 
 
@@ -502,7 +502,7 @@ def _settings(sampler: Any) -> dict[str, Plain]:
     own = attributes_of(sampler)
     if "num_replicas" in own:
         own = {name: value for name, value in own.items() if name not in _OF_THIS_RANK}
-    return facts_of_items({n: v for n, v in own.items() if n not in _TOLD_ONCE})
+    return facts_of_items({n: v for n, v in own.items() if n not in _FACTS_ELSEWHERE})
 
 
 def _code(data: Any, collate_fn: Callable[..., Any] | None) -> dict[str, Plain]:
@@ -518,7 +518,7 @@ def _code(data: Any, collate_fn: Callable[..., Any] | None) -> dict[str, Plain]:
         if callable(transform):
             facts[name] = callable_facts(transform)
     if collate_fn is not None:
-        facts["collate_fn"] = callable_facts(collate_fn, without=_TOLD_ONCE)
+        facts["collate_fn"] = callable_facts(collate_fn, without=_FACTS_ELSEWHERE)
     for holder in (data, collate_fn):
         tokenizer = safe_getattr(holder, "tokenizer")
         digest = None if tokenizer is None else try_call(tokenizer_digest, tokenizer)
@@ -548,6 +548,6 @@ def _values(data: Any) -> dict[str, Plain]:
     found: dict[str, Plain] = {}
     for name, value in attributes_of(data).items():
         counts = isinstance(value, bool | int | float) or callable(value)
-        if counts and name not in _TOLD_ONCE and (facts := facts_of(value)) is not ...:
+        if counts and name not in _FACTS_ELSEWHERE and (facts := facts_of(value)) is not ...:
             found[name] = facts
     return dict(sorted(found.items()))

@@ -84,7 +84,7 @@ def array_digest(array: torch.Tensor | np.ndarray) -> str:
     name = f"{array.dtype}{[*array.shape]}"
     if size > _WHOLE and getattr(array, "layout", torch.strided) is torch.strided:
         flat: Any = array.reshape(-1)
-        at = [*_some_places(len(flat))]
+        at = [*_sampled_indices(len(flat))]
         array = flat[torch.tensor(at)] if isinstance(array, torch.Tensor) else flat[at]
     return f"{name}: {record_digest(array)}"
 
@@ -94,13 +94,13 @@ def some_of(parts: Iterable[Any], length: int) -> list[Any]:
     if length <= _SAMPLE:
         return list(parts)
     if isinstance(parts, list | tuple):
-        return [parts[place] for place in _some_places(length)]
+        return [parts[index] for index in _sampled_indices(length)]
     return list(itertools.islice(parts, _SAMPLE))
 
 
-def _some_places(length: int) -> list[int]:
-    places = Permutation(length, _KEY)(np.arange(min(length, _SAMPLE), dtype=np.uint64))
-    return [int(place) for place in places]
+def _sampled_indices(length: int) -> list[int]:
+    indices = Permutation(length, _KEY)(np.arange(min(length, _SAMPLE), dtype=np.uint64))
+    return [int(index) for index in indices]
 
 
 def _update(digest: Any, value: object, path: frozenset[int]) -> None:
@@ -278,7 +278,7 @@ OWN_TO_A_START = frozenset({
 
 _DAY = 86400.0
 _LONG = 64
-_PASSING = re.compile(
+_VOLATILE = re.compile(
     r"\d{4}-\d\d-\d\d|20\d{6}[-_T]?\d{4}|[0-9a-f]{16}|[0-9a-f]{8}-[0-9a-f]{4}-"
     r"|^(cpu|cuda|mps|xpu)(:\d+)?$| at 0x",
     re.IGNORECASE,
@@ -287,7 +287,7 @@ _PASSING = re.compile(
 
 def is_volatile_text(text: str) -> bool:
     """Return whether a text looks like a path, a date, a random name or a device."""
-    return len(text) > _LONG or os.sep in text or _PASSING.search(text) is not None
+    return len(text) > _LONG or os.sep in text or _VOLATILE.search(text) is not None
 
 
 def is_volatile_number(number: float) -> bool:

@@ -84,9 +84,9 @@ def exchange_loader_states(source: BatchSource | None, group: Group) -> None:
     loader = cast("LoaderSource", source)
     own = loader.rank_state()
     states: Any = group.gather("the places of the loaders", [loader.shape.rank, _as_text(own)])
-    places = dict(reversed(states))  # the lowest rank speaks for its part
+    by_part = dict(reversed(states))  # the lowest rank speaks for its part
     types = types_in(own)
-    loader.places = [_from_text(places[part], types) for part in sorted(places)]
+    loader.rank_states = [_from_text(by_part[part], types) for part in sorted(by_part)]
 
 
 class _Leaves:
@@ -245,17 +245,17 @@ def _callback_facts(callback: Callback) -> dict[str, Any]:
 
 def _of_own_objects(objects: Mapping[str, object]) -> dict[str, Any]:
     """Return the facts of the user's own classes in the state of the run, such as an average."""
-    compared_apart = (nn.Module, Optimizer, LRScheduler)
+    compared_elsewhere = (nn.Module, Optimizer, LRScheduler)
     return {
         name: object_facts(one)
         for name, one in objects.items()
-        if is_user_code(type(one)) and not isinstance(one, compared_apart)
+        if is_user_code(type(one)) and not isinstance(one, compared_elsewhere)
     }
 
 
 def _of_subclass(trainer_of_user: object, scheduler: LRScheduler) -> dict[str, Any]:
     """Return what a user's subclass trains by; evaluations count where they steer the rate."""
-    left_out = _BESIDE_TRAINING if _steers(scheduler) else _BESIDE_TRAINING | {"evaluate"}
+    left_out = _NOT_IN_A_STEP if _steers(scheduler) else _NOT_IN_A_STEP | {"evaluate"}
     return subclass_facts(trainer_of_user, leave_out=left_out)
 
 
@@ -263,7 +263,7 @@ def _steers(scheduler: LRScheduler) -> bool:
     return isinstance(scheduler, ReduceLROnPlateau)
 
 
-_BESIDE_TRAINING = frozenset(
+_NOT_IN_A_STEP = frozenset(
     ("__init__", "record", "save_checkpoint", "load_checkpoint", "state_dict", "load_state_dict")
 )
 """Methods that a subclass may have in its own way, and the weights do not follow."""

@@ -86,7 +86,7 @@ class DataParallelLayout:
         return cls(group, group.rank, ranks, tuple(range(ranks)))
 
     @property
-    def speakers(self) -> list[int]:
+    def leaders(self) -> list[int]:
         """The rank that speaks for each part."""
         return [self.takes.index(part) for part in range(self.parts)]
 
@@ -107,7 +107,7 @@ class DataParallelLayout:
     def gather(self, what: str, value: Any) -> list[Any]:
         """Return the value of each part, in the order of the parts, on all ranks."""
         values = self.group.gather(what, value)
-        return [values[speaker] for speaker in self.speakers]
+        return [values[leader] for leader in self.leaders]
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Return the sums over the parts, as float64, added in the order of the parts."""
@@ -468,10 +468,10 @@ class LaneReducer:
     def _absent_on_all(self) -> set[int]:
         """Return the ids of the parameters that had no gradient in any lane of any rank."""
         had = {one for bucket in self._buckets for one in bucket.with_gradient}
-        own = [place for place, p in enumerate(self._names) if p.requires_grad and id(p) not in had]
+        own = [index for index, p in enumerate(self._names) if p.requires_grad and id(p) not in had]
         ranks: Any = self._group.gather("parameters without a gradient", own)
         parameters = list(self._names)
-        return {id(parameters[place]) for place in set(ranks[0]).intersection(*ranks[1:])}
+        return {id(parameters[index]) for index in set(ranks[0]).intersection(*ranks[1:])}
 
     def _twice(self, parameter: Tensor) -> ConfigError:
         name = next(name for p, name in self._names.items() if p is parameter)

@@ -187,7 +187,7 @@ class OomRetry:
             if not is_out_of_memory(error):
                 raise
             if start is None or not self._can_be_halved(start):
-                raise self._as_ours(error) from error
+                raise self._out_of_memory(error) from error
         # After the error is gone, and with it what it held:
         start.restore(parts, state, self._window)
         give_back_freed_memory(parts.device)
@@ -217,7 +217,7 @@ class OomRetry:
             and start.progress.pending == 0
         )
 
-    def _as_ours(self, error: BaseException) -> OutOfMemoryError:
+    def _out_of_memory(self, error: BaseException) -> OutOfMemoryError:
         config, is_auto = self._state.config, self._parts.may_halve
         size = config.per_forward
         auto = "" if is_auto else ' or "auto"'

@@ -33,7 +33,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from unbroken.adapters.transformers.position import DataPosition
 from unbroken.capture import capture_rng, restore_rng
 from unbroken.checkpoint import Difference
-from unbroken.data import KeyedDataset, KeyedRandom, Passed, SampleKey, derive_key
+from unbroken.data import EpochDigests, KeyedDataset, KeyedRandom, SampleKey, derive_key
 from unbroken.data.sources.iterable import reason_to_replay
 from unbroken.data.worker_signals import leaving_signals
 from unbroken.errors import ConfigError
@@ -56,7 +56,7 @@ class Beginning:
         order: What the order of the epoch was drawn from, as `IndexBatches.drawn_from` had it.
         data: The state of an iterable data set there, as `KeyedIterable.state_after` had it.
         seeds: As `IndexBatches.seeds` had them.
-        trail: What the batches that are over are held against, as `Passed` has it.
+        trail: What the batches that are over are held against, as `EpochDigests` has it.
     """
 
     epoch: int
@@ -125,20 +125,20 @@ class IndexBatches(BatchSampler):
         rank: int = 0,
         world_size: int = 1,
         data: Any = None,
-        tells_epochs: bool = True,
+        sets_epochs: bool = True,
     ) -> None:
         self.inner = inner
         self.drawn_from: dict[str, Any] = {}
         self.beginning: Beginning | None = None
         self._samples, self._rank, self._world_size = samples, rank, world_size
-        self._data, self._tells_epochs = data, tells_epochs
+        self._data, self._sets_epochs = data, sets_epochs
         self._epoch = 0
-        self._passed: tuple[int, Passed] | None = None
+        self._digests: tuple[int, EpochDigests] | None = None
 
     def trail(self, epoch: int, batches: int) -> dict[str, Any]:
         """Return what the order of an epoch up to a place is to be held against."""
-        known = self._passed is not None and self._passed[0] == epoch
-        return self._passed[1].trail(batches) if self._passed and known else {}
+        known = self._digests is not None and self._digests[0] == epoch
+        return self._digests[1].trail(batches) if self._digests and known else {}
 
     @property
     def sampler(self) -> Any:  # type: ignore[override]
@@ -191,7 +191,7 @@ class IndexBatches(BatchSampler):
     def set_epoch(self, epoch: int) -> None:
         """Tell all parts that draw the order which epoch it is."""
         self._epoch = epoch
-        parts = _parts(self.inner) if self._tells_epochs else []
+        parts = _parts(self.inner) if self._sets_epochs else []
         for part in (*parts, self._data):
             if callable(getattr(part, "set_epoch", None)):
                 part.set_epoch(epoch)
@@ -206,26 +206,26 @@ class IndexBatches(BatchSampler):
         yield from repeat([], begin.batches)
         size = (self.batch_size or 1) * self._world_size
         first = self._epoch * self._samples + (begin.samples or begin.batches * size)
-        passed = self._begin_pass(begin)
-        for number, indices in enumerate(self._lists(begin, passed)):
+        digests = self._begin_digests(begin)
+        for number, indices in enumerate(self._lists(begin, digests)):
             place = first + number * size + self._rank * (self.batch_size or 1)
             yield [SampleKey(index, self._epoch, place + k) for k, index in enumerate(indices)]
 
-    def _begin_pass(self, begin: Beginning) -> Passed | None:
+    def _begin_digests(self, begin: Beginning) -> EpochDigests | None:
         """Return what keeps digests of the order, where all of it is seen from its beginning."""
         if begin.samples is not None:
-            self._passed = None
+            self._digests = None
             return None
         holders = {"batch_sampler": self.inner}
         trail = begin.trail if begin.trail.get("batches") == begin.batches else {}
-        passed = Passed("train_dataset", holders, trail)
-        self._passed = (self._epoch, passed)
-        return passed
+        digests = EpochDigests("train_dataset", holders, trail)
+        self._digests = (self._epoch, digests)
+        return digests
 
-    def _lists(self, begin: Beginning, passed: Passed | None) -> Iterator[list[int]]:
+    def _lists(self, begin: Beginning, digests: EpochDigests | None) -> Iterator[list[int]]:
         if begin.samples is not None:
             return iter(_rest(self.inner, begin.samples))
-        return islice(_counted(iter(self.inner), passed), begin.batches, None)
+        return islice(_counted(iter(self.inner), digests), begin.batches, None)
 
     def _generators(self) -> dict[str, Any]:
         own = {str(i): generator.get_state() for i, generator in enumerate(self._own_generators())}
@@ -256,10 +256,10 @@ def is_drawn_from(order: Mapping[str, Any]) -> bool:
     return "ambient" in order
 
 
-def _counted(lists: Iterator[list[int]], passed: Passed | None) -> Iterator[list[int]]:
+def _counted(lists: Iterator[list[int]], digests: EpochDigests | None) -> Iterator[list[int]]:
     for indices in lists:
-        if passed is not None:
-            passed.add(str(indices))
+        if digests is not None:
+            digests.add(str(indices))
         yield indices
 
 
@@ -357,7 +357,7 @@ class KeyedIterable(IterableDataset[Any]):
         self._state: Any = None
         self._seed, self._batch_size, self._drop_last = seed, batch_size, drop_last
         self._collate = collate_fn
-        self._passed: tuple[int, Passed] | None = None
+        self._digests: tuple[int, EpochDigests] | None = None
         self._trail: Mapping[str, Any] = {}
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call] # workers that live on
         self._over = (-1, 0)
@@ -384,9 +384,9 @@ class KeyedIterable(IterableDataset[Any]):
         whole = self._trail if not hasattr(self.dataset, "__len__") or done == len(self) else {}
         for before in range(epoch):
             is_last = before == epoch - 1 and self._over in ((epoch, 0), (before, done))
-            passed = Passed(_LOADER, {"dataset": self.dataset}, whole if is_last else {})
+            digests = EpochDigests(_LOADER, {"dataset": self.dataset}, whole if is_last else {})
             for batch in self._read(before):
-                passed.add(batch)
+                digests.add(batch)
 
     def _read(self, epoch: int) -> Iterator[Any]:
         """Yield the batches of a whole epoch, keyed as they are in it."""
@@ -403,8 +403,8 @@ class KeyedIterable(IterableDataset[Any]):
 
     def trail(self, epoch: int, batches: int) -> dict[str, Any]:
         """Return what the batches of an epoch up to a place are to be held against."""
-        known = self._passed is not None and self._passed[0] == epoch
-        return self._passed[1].trail(batches) if self._passed and known else {}
+        known = self._digests is not None and self._digests[0] == epoch
+        return self._digests[1].trail(batches) if self._digests and known else {}
 
     def state_after(self, epoch: int, batches: int) -> Any:
         """Return the data set's state after so many batches; None: it must be read again."""
@@ -413,9 +413,9 @@ class KeyedIterable(IterableDataset[Any]):
     def set_epoch(self, epoch: int) -> None:
         """Begin the next pass as this one."""
         self._epoch.fill_(epoch)
-        self._tell_epoch(epoch)
+        self._set_epoch_of_dataset(epoch)
 
-    def _tell_epoch(self, epoch: int) -> None:
+    def _set_epoch_of_dataset(self, epoch: int) -> None:
         if callable(getattr(self.dataset, "set_epoch", None)):
             self.dataset.set_epoch(epoch)
 
@@ -431,28 +431,28 @@ class KeyedIterable(IterableDataset[Any]):
         epoch, worker = int(self._epoch), get_worker_info()
         mine, of_all = (0, 1) if worker is None else (worker.id, worker.num_workers)
         if worker is not None:
-            self._tell_epoch(epoch)
+            self._set_epoch_of_dataset(epoch)
         over = self._over[1] if self._over[0] == epoch and not self._fills else 0
         if self._reads_epochs_before and not self._follows_epochs():
             self._read_epochs_before(epoch)
         self._reads_epochs_before = False
         first = over if self._state is not None and self._states.maxlen else 0
-        self._passed = None
+        self._digests = None
         if first:
             self.dataset.load_state_dict(copy.deepcopy(self._state))
         with KeyedRandom() as rng:
             rng.seed(derive_key(self._seed, "pass", epoch, mine))
             samples = iter(self.dataset)
         yield from repeat(None, first)
-        passed = self._begin_pass(epoch) if worker is None and not first else None
+        digests = self._begin_digests(epoch) if worker is None and not first else None
         for number in count(first):
             with KeyedRandom() as rng:
                 rng.seed(derive_key(self._seed, "batch of a pass", epoch, mine, number))
                 batch = list(islice(samples, self._batch_size))
                 if not batch or (self._drop_last and len(batch) < self._batch_size):
                     return
-                if passed is not None:
-                    passed.add(batch)
+                if digests is not None:
+                    digests.add(batch)
                 # Workers take turns; one that has ended makes the others come earlier, not later.
                 is_over = number * of_all + mine < over
                 data = None if is_over else self._collate(batch)
@@ -460,13 +460,13 @@ class KeyedIterable(IterableDataset[Any]):
                 self._states.append((epoch, number + 1, copy.deepcopy(self.dataset.state_dict())))
             yield data
 
-    def _begin_pass(self, epoch: int) -> Passed:
+    def _begin_digests(self, epoch: int) -> EpochDigests:
         """Return what keeps digests of a pass that this process reads from its beginning."""
         trail = self._trail if self._over == (epoch, self._trail.get("batches")) else {}
         where = _LOADER if self._is_foreign else "train_dataset"
-        passed = Passed(where, {"dataset": self.dataset}, trail)
-        self._passed = (epoch, passed)
-        return passed
+        digests = EpochDigests(where, {"dataset": self.dataset}, trail)
+        self._digests = (epoch, digests)
+        return digests
 
 
 _OPTIONS = (
@@ -523,7 +523,7 @@ def keyed_loader(base: Any, *, seed: int, rank: int, world_size: int, ahead: int
         inner, samples = base.batch_sampler, len(base.dataset)
         data = base.dataset if is_prepared else None
         options["batch_sampler"] = IndexBatches(
-            inner, samples, rank=rank, world_size=world_size, data=data, tells_epochs=is_prepared
+            inner, samples, rank=rank, world_size=world_size, data=data, sets_epochs=is_prepared
         )
     state = getattr(base, "state", None)
     return DataLoaderShard(

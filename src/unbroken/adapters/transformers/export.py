@@ -91,16 +91,16 @@ def _own_tree(reader: CheckpointReader, rank: int) -> Mapping[str, Any]:
 
 def _by_position(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return an optimizer's state as PyTorch files it: by the places of parameters in groups."""
-    places: dict[str, int] = {}
+    numbers: dict[str, int] = {}
     for group in state["param_groups"]:
         for name in group["params"]:
-            places.setdefault(name, len(places))
+            numbers.setdefault(name, len(numbers))
     groups = [
-        {**group, "params": [places[name] for name in group["params"]]}
+        {**group, "params": [numbers[name] for name in group["params"]]}
         for group in state["param_groups"]
     ]
     return {
-        "state": {places[name]: moments for name, moments in state["state"].items()},
+        "state": {numbers[name]: moments for name, moments in state["state"].items()},
         "param_groups": groups,
     }
 

@@ -166,8 +166,10 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             return super().train(None, trial, ignore_keys_for_eval)
         choices = self.resume_choices
         refuse_what_cannot_resume(self, choices.allow)
-        said = (resume_from_checkpoint, choices.resume_from_checkpoint)
-        requested = next((one for one in said if one is not None), self.args.resume_from_checkpoint)
+        given = (resume_from_checkpoint, choices.resume_from_checkpoint)
+        requested = next(
+            (one for one in given if one is not None), self.args.resume_from_checkpoint
+        )
         with (
             telling_of_an_early_stop(),
             naming_what_exists_here(),
@@ -257,7 +259,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         session.resume()
         self.resume_report = session.report
         if self.is_world_process_zero():
-            _tell(self.resume_report)
+            _log_report(self.resume_report)
             step = self.state.global_step
             if self.resume_report.resumed and (session.is_stopped or step >= max_steps):
                 by = "" if step >= max_steps else " (a callback ended the run)"
@@ -439,6 +441,6 @@ def naming_what_exists_here() -> Iterator[None]:
         raise
 
 
-def _tell(report: ResumeReport) -> None:
+def _log_report(report: ResumeReport) -> None:
     for line in report.lines():
         _log.warning(line)

@@ -347,7 +347,7 @@ class _Attempt:
         """Return what is to be loaded; raise if it does not fit or is not accepted."""
         comparison, source = self._request.comparison, self._source
         facts, found = self._differences(more, moved)
-        found = by_severity((*found, *comparison.came_or_went(tree)))
+        found = by_severity((*found, *comparison.added_or_removed(tree)))
         is_here = source.storage is self._selector.run.storage
         own = is_here and source.manifest.run_id == self._selector.run.run_id  # not its parent's
         self._patterns = comparison.patterns(facts, own=own and not self._is_beginning)

@@ -160,19 +160,19 @@ def _some_of(shape: Sequence[int]) -> list[slice]:
     return found[::-1]
 
 
-class Passed:
+class EpochDigests:
     """Digests of one epoch's batches, which a later start compares with what it reads again.
 
     Args:
         where: What gives the batches, for errors.
         holders: The objects that draw them, by name.
-        trail: What `trail` returned at the place where a resumed run begins; {}: nothing.
+        trail: What `trail` returned at the position where a resumed run begins; {}: nothing.
 
     Example:
-        >>> first = Passed("stream", {})
+        >>> first = EpochDigests("stream", {})
         >>> first.add([1, 2]), first.add([3])
         (None, None)
-        >>> again = Passed("stream", {}, first.trail(2))
+        >>> again = EpochDigests("stream", {}, first.trail(2))
         >>> again.add([1, 2]), again.add([3])
         (None, None)
     """
@@ -283,7 +283,7 @@ def _held_by(part: Any) -> Iterable[tuple[str, Any]]:
     if type(part) in (list, tuple, dict) and len(part) > _FEW:
         return []
     if type(part) in (list, tuple):
-        return [(str(place), one) for place, one in enumerate(part)]
+        return [(str(index), one) for index, one in enumerate(part)]
     if isinstance(part, dict):
         return [(str(key), one) for key, one in part.items()]
     if isinstance(part, Mapping):  # an open archive, say, which reads what it is asked for

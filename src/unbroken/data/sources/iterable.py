@@ -66,7 +66,7 @@ class ForeignLoader:
 
     def begin(self, epoch: int, rng: KeyedRandom, state: Any = None) -> Iterator[Any]:
         """Return an iterator over one epoch; with the loader's own state, over the rest of it."""
-        _forget_passes(self.loader, epoch)
+        _reset_epochs(self.loader, epoch)
         for part in _parts(self.loader):
             if has(part, "set_epoch") and callable(part.set_epoch):
                 part.set_epoch(epoch)
@@ -131,7 +131,7 @@ def _parts(loader: Any) -> list[Any]:
     return list(found.values())
 
 
-def _forget_passes(loader: Any, epoch: int) -> None:
+def _reset_epochs(loader: Any, epoch: int) -> None:
     """Make a loader forget the epochs it gave before.
 
     Accelerate's count their passes, and shuffle by the count; torchdata's may hold an iterator
@@ -199,7 +199,7 @@ class Grouping:
 
 @dataclass
 class Reader:
-    """A place in the endless chain of epochs of a loader.
+    """A position in the endless chain of epochs of a loader.
 
     Attributes:
         loader: What is read.

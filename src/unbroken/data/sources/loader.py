@@ -20,8 +20,8 @@ from unbroken.data.sources.iterable import END, ForeignLoader, Grouping, Reader
 from unbroken.data.sources.protocol import (
     OF_THE_DATA,
     MicroBatch,
-    OnePass,
     Position,
+    RunningIterator,
     require_counts,
     require_same_facts,
 )
@@ -44,7 +44,7 @@ class _Left:
     """An epoch that was left in the middle, and the position there."""
 
     reader: Reader | None = None
-    place: Position | None = None
+    position: Position | None = None
 
     def end(self) -> None:
         """Let its workers end."""
@@ -66,7 +66,7 @@ class LoaderSource:
         may_change: Facts (see `state_dict`) that need not be those of a loaded state.
 
     Attributes:
-        places: `rank_state` of every rank, by rank, where each has a loader of its own; to be set
+        rank_states: `rank_state` of every rank, by rank, where each has a loader of its own; to be set
             before each `state_dict`.
         first_items: What the first micro-batch of all ranks was made of, since `iterate`.
     """
@@ -87,8 +87,8 @@ class LoaderSource:
         self.position = Position()
         self._loader = ForeignLoader(loader, seed)
         self._grouping = Grouping() if grouping is None else grouping
-        self._running = OnePass()
-        self.places: list[dict[str, Any]] = []
+        self._running = RunningIterator()
+        self.rank_states: list[dict[str, Any]] = []
         self.first_items: list[Any] = []
         self._before: dict[str, Any] = {}
         self._weights: Mapping[str, str] = {}
@@ -147,9 +147,11 @@ class LoaderSource:
         self._left = _Left()
         self._running.close()
         left, self._left = self._left, None
-        if left.place is not start:
+        if left.position is not start:
             left.end()
-        return self._running.begin(self._read(start, left.reader if left.place is start else None))
+        return self._running.begin(
+            self._read(start, left.reader if left.position is start else None)
+        )
 
     def used(self, micro: MicroBatch) -> None:
         """Record that a micro-batch was used."""
@@ -160,35 +162,35 @@ class LoaderSource:
         return self.shape.accumulation - self.position.pending
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place after the last batch used, and what it depends on.
+        """Return the position after the last batch used, and what it depends on.
 
-        Where each rank has a loader and `places` is set, it is the state of all ranks; else
+        Where each rank has a loader and `rank_states` is set, it is the state of all ranks; else
         only that of this rank.
         """
-        return {"ranks": self.places} if self.places else self.rank_state()
+        return {"ranks": self.rank_states} if self.rank_states else self.rank_state()
 
     def rank_state(self) -> dict[str, Any]:
-        """Return the place of this rank's loader, and what it depends on."""
-        place = self.position
+        """Return the position of this rank's loader, and what it depends on."""
+        position = self.position
         return {
             **self._facts(),
-            "samples": place.samples,
-            "epoch": place.epoch,
-            "taken": place.taken,
-            "pending": place.pending,
-            "loader_state": place.loader_state,
-            "trail": {**place.trail, **self._what_draws_next(place)},
+            "samples": position.samples,
+            "epoch": position.epoch,
+            "taken": position.taken,
+            "pending": position.pending,
+            "loader_state": position.loader_state,
+            "trail": {**position.trail, **self._what_draws_next(position)},
         }
 
-    def _what_draws_next(self, place: Position) -> dict[str, Any]:
+    def _what_draws_next(self, position: Position) -> dict[str, Any]:
         """Return the weights that the next epoch is drawn from, or was if it began."""
         reader = self._reader
-        if reader is None or reader.epoch == place.epoch:
+        if reader is None or reader.epoch == position.epoch:
             return {"weights": weights_of(self._loader.loader)}
         return {"next": {"epoch": reader.epoch, "drawn_from": dict(reader.drawn_from)}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a saved place.
+        """Go to a saved position.
 
         Raises:
             DataError: It was saved with another loader, seed or cut of the global batch, or by
@@ -204,7 +206,7 @@ class LoaderSource:
         self.position = Position(**{name: state[name] for name in names}, trail=trail)
 
     def accept_other_data(self) -> None:
-        """Load a place though the data may give other batches up to it than were used."""
+        """Load a position though the data may give other batches up to it than were used."""
         self._may_change |= OF_THE_DATA
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -235,22 +237,22 @@ class LoaderSource:
         """Stop reading; the position stays."""
         self._running.close()
 
-    def _read(self, place: Position, reader: Reader | None) -> Generator[MicroBatch, None, None]:
+    def _read(self, position: Position, reader: Reader | None) -> Generator[MicroBatch, None, None]:
         if reader is None:
             with KeyedRandom() as rng:
-                reader = self._resume(place, rng)
-            reader.expected = place.trail.get("next") or {}
+                reader = self._resume(position, rng)
+            reader.expected = position.trail.get("next") or {}
             self._refuse_other_weights()
         self._reader = reader
         try:
             while True:
                 with KeyedRandom() as rng:  # closed before each yield: the trainer draws too
-                    self._before = self._beginning(reader, place)
-                    micro = self._next(reader, place, rng)
-                place = micro.after
+                    self._before = self._beginning(reader, position)
+                    micro = self._next(reader, position, rng)
+                position = micro.after
                 yield micro
         finally:
-            left = _Left(reader, place)
+            left = _Left(reader, position)
             if self._left is None:
                 left.end()
             else:
@@ -270,45 +272,45 @@ class LoaderSource:
                     hint=f"Save it with the run, by a name of its own. {OR_ALLOW}",
                 )
 
-    def _next(self, reader: Reader, place: Position, rng: KeyedRandom) -> MicroBatch:
+    def _next(self, reader: Reader, position: Position, rng: KeyedRandom) -> MicroBatch:
         if self._grouping.samples:
-            return self._next_of_samples(reader, place, rng)
+            return self._next_of_samples(reader, position, rng)
         (data,), epoch = reader.take(1, self._grouping, rng)
         self.first_items = self.first_items or [data]
         samples = _samples_in(data, self.shape.micro_batch_size)
-        first = place.samples + self.shape.rank * samples
-        return MicroBatch(data, samples, epoch, first, self._after(reader, place, samples))
+        first = position.samples + self.shape.rank * samples
+        return MicroBatch(data, samples, epoch, first, self._after(reader, position, samples))
 
-    def _next_of_samples(self, reader: Reader, place: Position, rng: KeyedRandom) -> MicroBatch:
+    def _next_of_samples(self, reader: Reader, position: Position, rng: KeyedRandom) -> MicroBatch:
         """Deal a step in equal, contiguous parts; every rank reads all of it, and keeps its own."""
         shape = self.shape
         size, own = shape.micro_batch_size, shape.accumulation
-        if place.pending == 0:
-            self._pass_over(reader, shape.rank * own, rng)
+        if position.pending == 0:
+            self._skip_of_others(reader, shape.rank * own, rng)
         items, epoch = reader.take(size, self._grouping, rng)
         self.first_items = self.first_items or items
-        begin = place.samples - place.pending * shape.stride
-        first = begin + (shape.rank * own + place.pending) * size
+        begin = position.samples - position.pending * shape.stride
+        first = begin + (shape.rank * own + position.pending) * size
         rng.seed(derive_key(self._loader.seed, "collate", first))
         data = self._grouping.collate(items)
         if self._collates:
             self._batch = [size, _digest_of(data)]
-        if place.pending == own - 1:
-            self._pass_over(reader, (shape.world_size - 1 - shape.rank) * own, rng)
-        return MicroBatch(data, size, epoch, first, self._after(reader, place, size))
+        if position.pending == own - 1:
+            self._skip_of_others(reader, (shape.world_size - 1 - shape.rank) * own, rng)
+        return MicroBatch(data, size, epoch, first, self._after(reader, position, size))
 
-    def _pass_over(self, reader: Reader, micro_batches: int, rng: KeyedRandom) -> None:
+    def _skip_of_others(self, reader: Reader, micro_batches: int, rng: KeyedRandom) -> None:
         """Read what other ranks take."""
         for _ in range(micro_batches):
             items, _ = reader.take(self.shape.micro_batch_size, self._grouping, rng)
             self.first_items = self.first_items or items
 
-    def _after(self, reader: Reader, place: Position, samples: int) -> Position:
+    def _after(self, reader: Reader, position: Position, samples: int) -> Position:
         return Position(
-            samples=place.samples + samples * self.shape.world_size,
+            samples=position.samples + samples * self.shape.world_size,
             epoch=reader.epoch,
             taken=reader.taken,
-            pending=(place.pending + 1) % self.shape.accumulation,
+            pending=(position.pending + 1) % self.shape.accumulation,
             loader_state=self._loader_state(),
             trail=self._trail(reader),
         )
@@ -322,16 +324,17 @@ class LoaderSource:
         own = self._grouping.collate is not default_collate
         return own and self._grouping.samples and self.shape.world_size == 1
 
-    def _collate_again(self, place: Position, items: list[Any], rng: KeyedRandom) -> None:
+    def _collate_again(self, position: Position, items: list[Any], rng: KeyedRandom) -> None:
         """Raise if the collator makes another batch of the last samples than it did."""
-        size, before = self.shape.micro_batch_size, place.trail.get("before") or {}
-        is_same = (place.trail.get("batch") or [None])[0] == size
-        if not self._collates or not is_same or before.get("epoch") != place.epoch:
+        size, before = self.shape.micro_batch_size, position.trail.get("before") or {}
+        is_same = (position.trail.get("batch") or [None])[0] == size
+        if not self._collates or not is_same or before.get("epoch") != position.epoch:
             return
-        rng.seed(derive_key(self._loader.seed, "collate", place.samples - size))
-        digest, found = place.trail["batch"][1], _digest_of(self._grouping.collate(items))
+        rng.seed(derive_key(self._loader.seed, "collate", position.samples - size))
+        digest, found = position.trail["batch"][1], _digest_of(self._grouping.collate(items))
         if digest != found:
-            what = f"the collator's batch of items up to {place.taken - 1} of epoch {place.epoch}"
+            last, epoch = position.taken - 1, position.epoch
+            what = f"the collator's batch of items up to {last} of epoch {epoch}"
             self._refuse_another(what, digest, found)
 
     def _facts(self) -> dict[str, Any]:
@@ -348,16 +351,16 @@ class LoaderSource:
             facts["world_size"] = self.shape.world_size
         return facts
 
-    def _resume(self, place: Position, rng: KeyedRandom) -> Reader:
-        """Read on at a place."""
+    def _resume(self, position: Position, rng: KeyedRandom) -> Reader:
+        """Read on at a position."""
         raise NotImplementedError
 
     def _loader_state(self) -> Any:
-        """What must be stored to come back to the place where the loader stands now."""
+        """What must be stored to come back to the position where the loader stands now."""
         raise NotImplementedError
 
-    def _beginning(self, reader: Reader, place: Position) -> dict[str, Any]:
-        """What is to be known of the place before a micro-batch."""
+    def _beginning(self, reader: Reader, position: Position) -> dict[str, Any]:
+        """What is to be known of the position before a micro-batch."""
         raise NotImplementedError
 
     def _refuse_another(self, what: str, expected: object, found: object, *hint: str) -> None:
@@ -375,18 +378,18 @@ class StatefulSource(LoaderSource):
 
     kind: ClassVar[str] = "stateful"
 
-    def _resume(self, place: Position, rng: KeyedRandom) -> Reader:
-        before = place.trail.get("before") or {}
-        if place.trail.get("digest") is None or not before:
-            return self._at(place.epoch, place.taken, place.loader_state, rng)
+    def _resume(self, position: Position, rng: KeyedRandom) -> Reader:
+        before = position.trail.get("before") or {}
+        if position.trail.get("digest") is None or not before:
+            return self._at(position.epoch, position.taken, position.loader_state, rng)
         reader = self._at(**before, rng=rng)
         size = self.shape.micro_batch_size if self._grouping.samples else 1
         items, _ = reader.take(size, self._grouping, rng)
         found = (reader.epoch, reader.taken, reader.seen.text())
-        if found != (place.epoch, place.taken, place.trail["digest"]):
-            batch = f"item {place.taken - 1} of epoch {place.epoch}, from its own state"
-            self._refuse_another(batch, place.trail["digest"], found[2], _OWN_STATE)
-        self._collate_again(place, items, rng)
+        if found != (position.epoch, position.taken, position.trail["digest"]):
+            batch = f"item {position.taken - 1} of epoch {position.epoch}, from its own state"
+            self._refuse_another(batch, position.trail["digest"], found[2], _OWN_STATE)
+        self._collate_again(position, items, rng)
         return reader
 
     def _at(self, epoch: int, taken: int, loader_state: Any, rng: KeyedRandom) -> Reader:
@@ -395,15 +398,15 @@ class StatefulSource(LoaderSource):
     def _loader_state(self) -> Any:
         return self._loader.state()
 
-    def _beginning(self, reader: Reader, place: Position) -> dict[str, Any]:
+    def _beginning(self, reader: Reader, position: Position) -> dict[str, Any]:
         """One batch is read again from here, where it is this rank's alone."""
         reader.seen = BatchDigest()
         if self._grouping.samples and self.shape.world_size > 1:
             return {}
         return {
-            "epoch": place.epoch,
-            "taken": place.taken,
-            "loader_state": place.loader_state,
+            "epoch": position.epoch,
+            "taken": position.taken,
+            "loader_state": position.loader_state,
         }
 
 
@@ -451,17 +454,19 @@ class CountedSource(LoaderSource):
         self._reason = reason
         self._clock = clock
 
-    def _resume(self, place: Position, rng: KeyedRandom) -> Reader:
-        reader = Reader(self._loader, self._loader.begin(place.epoch, rng), place.epoch, taken=0)
-        if place.taken:
-            last = self._skip(reader, place.taken, place.trail, rng)
-            self._collate_again(place, last, rng)
+    def _resume(self, position: Position, rng: KeyedRandom) -> Reader:
+        reader = Reader(
+            self._loader, self._loader.begin(position.epoch, rng), position.epoch, taken=0
+        )
+        if position.taken:
+            last = self._skip(reader, position.taken, position.trail, rng)
+            self._collate_again(position, last, rng)
         return reader
 
     def _skip(
         self, reader: Reader, count: int, trail: Mapping[str, Any], rng: KeyedRandom
     ) -> list[Any]:
-        """Read up to a place again; return what a micro-batch is made of, as far as it is there."""
+        """Read up to a position again; return what a micro-batch is made of, as far as it is there."""
         last: deque[Any] = deque(maxlen=self.shape.micro_batch_size if self._collates else 0)
         name = type(self._loader.loader).__name__
         _log.warning(
@@ -502,12 +507,12 @@ class CountedSource(LoaderSource):
             name = changed[0]
             what = f"{epoch} was drawn from another state of {name}"
             self._refuse_another(what, drawn_from[name], now[name])
-        places = {count: trail.get("digest")}
+        expected = {count: trail.get("digest")}
         if before.get("epoch") == reader.epoch:
-            places[before["taken"]] = before["digest"]
-        digest, found = places.get(reader.taken), reader.seen.text()
+            expected[before["taken"]] = before["digest"]
+        digest, found = expected.get(reader.taken), reader.seen.text()
         if digest is not None and digest != found:
-            first = before["taken"] if reader.taken == count and len(places) > 1 else 0
+            first = before["taken"] if reader.taken == count and len(expected) > 1 else 0
             items = (
                 f"item {first}" if first == count - 1 else f"items {first} to {reader.taken - 1}"
             )
@@ -524,7 +529,7 @@ class CountedSource(LoaderSource):
     def _loader_state(self) -> None:
         return None
 
-    def _beginning(self, reader: Reader, place: Position) -> dict[str, Any]:
+    def _beginning(self, reader: Reader, position: Position) -> dict[str, Any]:
         return {"epoch": reader.epoch, "taken": reader.taken, "digest": reader.seen.text()}
 
     def _trail(self, reader: Reader) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from unbroken.data.order import BatchShape, GlobalOrder, MicroBatchSampler, Samp
 from unbroken.data.sources.protocol import (
     OF_THE_DATA,
     MicroBatch,
-    OnePass,
     Position,
+    RunningIterator,
     require_counts,
     require_same_facts,
 )
@@ -119,9 +119,9 @@ def is_deterministic(dataset: object) -> bool:
         >>> is_deterministic([1, 2, 3])
         True
     """
-    said = declared(dataset, "deterministic")
-    if said is not None:
-        return bool(said)
+    declared_value = declared(dataset, "deterministic")
+    if declared_value is not None:
+        return bool(declared_value)
     if type(dataset) is Subset:
         return is_deterministic(dataset.dataset)
     return type(dataset) in _WITHOUT_RANDOMNESS
@@ -212,7 +212,7 @@ class MapSource:
         self._batches = KeyedDataset(dataset, order.seed, collate_fn)
         self._fingerprint = declared(dataset, "fingerprint")
         self._loading = Loading() if loading is None else loading
-        self._running = OnePass()
+        self._running = RunningIterator()
         self.on_workers: Callable[[], object] = lambda: None
 
     @property
@@ -264,8 +264,8 @@ class MapSource:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of samples used, and what the order depends on."""
-        place = {"samples": self.position.samples, "steps_from": self._steps_from}
-        return {**self._facts(), **place}
+        position = {"samples": self.position.samples, "steps_from": self._steps_from}
+        return {**self._facts(), **position}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to a saved position; it may have been saved at another world size.
@@ -315,7 +315,7 @@ class MapSource:
         size, used = self.shape.micro_batch_size, sampler.start
         batches = iter(loader)
         try:
-            for first, data in zip(sampler.places(), batches, strict=False):
+            for first, data in zip(sampler.first_positions(), batches, strict=False):
                 used += self.shape.stride
                 yield MicroBatch(data, size, self.order.epoch(first), first, Position(used))
         finally:

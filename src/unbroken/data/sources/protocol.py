@@ -109,7 +109,7 @@ class BatchSource(Protocol):
         """Stop reading and shut the workers down; the position stays."""
 
 
-class OnePass:
+class RunningIterator:
     """The one pass over the data that is under way; beginning another closes it.
 
     Attributes:
