@@ -277,9 +277,9 @@ def drop_in(
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
-    is_stock = stock_first and END in os.environ
+    is_hf_checkpoint = stock_first and END in os.environ
     rows = torch.randint(0, 64, (40, 12), generator=torch.Generator().manual_seed(5))
-    trainer = (transformers.Trainer if is_stock else OurTrainer)(
+    trainer = (transformers.Trainer if is_hf_checkpoint else OurTrainer)(
         tiny_gpt2(lora=lora),
         transformers.TrainingArguments(**{**defaults, **settings}),
         train_dataset=[{"input_ids": row, "labels": row} for row in rows],

@@ -21,10 +21,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from unbroken.adapters.transformers.stock_checkpoint import (
-    facts_of_stock,
-    load_stock,
-    problem_of_stock,
+from unbroken.adapters.transformers.hf_checkpoint import (
+    facts_of_hf_checkpoint,
+    load_hf_checkpoint,
+    problem_of_hf_checkpoint,
     refuse_what_does_not_fit,
 )
 from unbroken.errors import StateMismatchError, UnbrokenError
@@ -81,13 +81,13 @@ def bits(held):
 
 def test_a_whole_one_has_no_problem_and_is_loaded(folder):
     held = objects()
-    assert problem_of_stock(folder) is None
+    assert problem_of_hf_checkpoint(folder) is None
     refuse_what_does_not_fit(folder, held)
-    load_stock(folder, held)
+    load_hf_checkpoint(folder, held)
     stored = load_file(folder / "model.safetensors")
     assert all(torch.equal(stored[n], value) for n, value in held["model"].state_dict().items())
     assert held["optimizer"].state_dict()["state"][0]["step"] == 2
-    assert facts_of_stock(folder)["max_steps"] == 20
+    assert facts_of_hf_checkpoint(folder)["max_steps"] == 20
 
 
 NAMES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
@@ -103,7 +103,7 @@ def test_a_flipped_bit_anywhere_is_damage_or_changes_nothing_that_is_read(name, 
         harmed = bytearray(data)
         harmed[place] ^= 1 << draw.randrange(8)
         (folder / name).write_bytes(harmed)
-        problem = problem_of_stock(folder)
+        problem = problem_of_hf_checkpoint(folder)
         assert problem is None or problem.startswith(name), problem
         if problem is None and name != "trainer_state.json":
             held = objects()
@@ -111,7 +111,7 @@ def test_a_flipped_bit_anywhere_is_damage_or_changes_nothing_that_is_read(name, 
                 refuse_what_does_not_fit(folder, held)
             except StateMismatchError:
                 continue
-            load_stock(folder, held)
+            load_hf_checkpoint(folder, held)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -119,14 +119,14 @@ def test_a_file_cut_short_is_damage(name, folder):
     data = (folder / name).read_bytes()
     for length in (0, 1, 7, 8, 9, len(data) // 2, len(data) - 1):
         (folder / name).write_bytes(data[:length])
-        assert problem_of_stock(folder).startswith(name)
+        assert problem_of_hf_checkpoint(folder).startswith(name)
 
 
 def test_a_length_of_exabytes_in_a_header_allocates_nothing(folder):
     data = (folder / "model.safetensors").read_bytes()
     for length in (2**63, 2**62, 2**40, len(data)):
         (folder / "model.safetensors").write_bytes(struct.pack("<Q", length) + data[8:])
-        assert problem_of_stock(folder) == "model.safetensors ends too early"
+        assert problem_of_hf_checkpoint(folder) == "model.safetensors ends too early"
 
 
 def rewritten(path, change, compression=zipfile.ZIP_STORED):
@@ -145,7 +145,9 @@ def test_a_record_that_inflates_to_gigabytes_is_not_inflated(folder):
         lambda name, data: whole if name.endswith("data/1") else data,
         zipfile.ZIP_DEFLATED,
     )
-    assert problem_of_stock(folder) == "optimizer.pt is compressed, as torch.save never does"
+    assert (
+        problem_of_hf_checkpoint(folder) == "optimizer.pt is compressed, as torch.save never does"
+    )
 
 
 def test_a_pickle_that_asks_for_four_gigabytes_does_not_get_them(folder):
@@ -153,7 +155,7 @@ def test_a_pickle_that_asks_for_four_gigabytes_does_not_get_them(folder):
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         shutil.copy(folder / name, folder / "kept")
         rewritten(folder / name, lambda entry, data: asks if entry.endswith("data.pkl") else data)
-        assert problem_of_stock(folder).startswith(f"{name} asks for memory of any size")
+        assert problem_of_hf_checkpoint(folder).startswith(f"{name} asks for memory of any size")
         (folder / "kept").rename(folder / name)
 
 
@@ -162,16 +164,16 @@ def test_a_pickle_that_names_code_runs_none(folder):
     rewritten(
         folder / "optimizer.pt", lambda name, data: runs if name.endswith("data.pkl") else data
     )
-    assert "reading it would run its code" in problem_of_stock(folder)
+    assert "reading it would run its code" in problem_of_hf_checkpoint(folder)
 
 
 def test_a_tensor_without_strides_claims_no_terabytes(folder):
     state = torch.load(folder / "optimizer.pt", weights_only=True)
     state["state"][0]["exp_avg"] = torch.zeros(1).expand(1 << 40)
     torch.save(state, folder / "optimizer.pt")
-    assert problem_of_stock(folder) == "optimizer.pt has a tensor larger than itself"
+    assert problem_of_hf_checkpoint(folder) == "optimizer.pt has a tensor larger than itself"
     torch.save({**state, "more": torch.empty(1 << 40, device="meta")}, folder / "optimizer.pt")
-    assert problem_of_stock(folder) == "optimizer.pt has a tensor larger than itself"
+    assert problem_of_hf_checkpoint(folder) == "optimizer.pt has a tensor larger than itself"
 
 
 @pytest.mark.parametrize(
@@ -179,7 +181,7 @@ def test_a_tensor_without_strides_claims_no_terabytes(folder):
 )
 def test_an_optimizer_of_another_form_is_damage(held, folder):
     torch.save(held, folder / "optimizer.pt")
-    assert problem_of_stock(folder).startswith("optimizer.pt is not of the form")
+    assert problem_of_hf_checkpoint(folder).startswith("optimizer.pt is not of the form")
 
 
 @pytest.mark.parametrize("key", ["python", "numpy", "cpu"])
@@ -187,16 +189,16 @@ def test_random_states_that_are_none_are_damage(key, folder):
     states = torch.load(folder / "rng_state.pth", weights_only=False)
     for value in (None, (), torch.zeros(3, dtype=torch.uint8)):
         torch.save({**states, key: value}, folder / "rng_state.pth")
-        assert problem_of_stock(folder).startswith("rng_state.pth")
+        assert problem_of_hf_checkpoint(folder).startswith("rng_state.pth")
     del states[key]
     torch.save(states, folder / "rng_state.pth")
-    assert problem_of_stock(folder).startswith("rng_state.pth is damaged")
+    assert problem_of_hf_checkpoint(folder).startswith("rng_state.pth is damaged")
 
 
 @pytest.mark.parametrize("text", ["[]", "1", "{}", '{"global_step": "8"}', "[" * 100_000, "\xff"])
 def test_a_state_of_another_form_is_damage(text, folder):
     (folder / "trainer_state.json").write_text(text, encoding="latin-1")
-    assert problem_of_stock(folder).startswith("trainer_state.json")
+    assert problem_of_hf_checkpoint(folder).startswith("trainer_state.json")
 
 
 def index(folder, weight_map):
@@ -207,7 +209,7 @@ def index(folder, weight_map):
 
 def test_an_index_of_files_in_the_folder_is_read(folder):
     index(folder, {"0.weight": "part.safetensors", "0.bias": "part.safetensors"})
-    assert problem_of_stock(folder) is None
+    assert problem_of_hf_checkpoint(folder) is None
     refuse_what_does_not_fit(folder, objects())
 
 
@@ -222,7 +224,7 @@ def test_an_index_leads_nowhere_else(way, folder, made, tmp_path):
     (folder / "link.safetensors").symlink_to(outside)
     kinds = {"number": 3, "list": ["part.safetensors"], "folder": "."}
     index(folder, {} if way == "none" else {"0.weight": {**names, **kinds}[way]})
-    assert problem_of_stock(folder).startswith("model.safetensors.index.json")
+    assert problem_of_hf_checkpoint(folder).startswith("model.safetensors.index.json")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -235,7 +237,7 @@ def test_what_is_no_regular_file_is_not_read(kind, name, folder):
         (folder / name).symlink_to("/dev/zero")
     else:
         (folder / name).mkdir()
-    assert problem_of_stock(folder).startswith(f"{name} is not a regular file")
+    assert problem_of_hf_checkpoint(folder).startswith(f"{name} is not a regular file")
 
 
 @pytest.mark.parametrize("core", ["core", "_core"])
@@ -247,8 +249,8 @@ def test_random_states_of_either_numpy_are_read(core, folder):
         return data.replace(now, other) if name.endswith("data.pkl") else data
 
     rewritten(folder / "rng_state.pth", renamed)
-    assert problem_of_stock(folder) is None
-    load_stock(folder, objects())
+    assert problem_of_hf_checkpoint(folder) is None
+    load_hf_checkpoint(folder, objects())
 
 
 # What does not fit is refused before anything is changed
@@ -290,7 +292,7 @@ def weights_unknown(folder):
 def test_what_does_not_fit_is_refused_and_changes_nothing(harm, folder):
     held = harm(folder)
     before = bits(held)
-    assert problem_of_stock(folder) is None
+    assert problem_of_hf_checkpoint(folder) is None
     with pytest.raises(StateMismatchError):
         refuse_what_does_not_fit(folder, held)
     assert all(map(torch.equal, bits(held), before))
@@ -328,11 +330,11 @@ def test_odd_content_in_a_whole_archive_is_an_error_of_ours_or_harmless(name, ma
         else:
             content = torch.load(made / name, weights_only=False)
             torch.save(with_junk(content, draw), folder / name)
-        if problem_of_stock(folder) is None:
+        if problem_of_hf_checkpoint(folder) is None:
             held = objects()
             try:
                 refuse_what_does_not_fit(folder, held)
-                load_stock(folder, held)
-                facts_of_stock(folder)
+                load_hf_checkpoint(folder, held)
+                facts_of_hf_checkpoint(folder)
             except UnbrokenError:
                 continue

@@ -55,10 +55,10 @@ def print_export_to_transformers(path: str, folder: str) -> int:
         CheckpointError: There is no checkpoint, or it is damaged.
         ConfigError: The folder is there, or the checkpoint is not of the Hugging Face Trainer.
     """
-    from unbroken.adapters.transformers.export import export_stock
+    from unbroken.adapters.transformers.export import export_hf_checkpoint
 
     reader = _open(path)
-    export_stock(reader, Path(folder))
+    export_hf_checkpoint(reader, Path(folder))
     make_console().print(f"{reader.storage.describe(reader.folder)} -> {folder}")
     return 0
 

@@ -610,7 +610,7 @@ def order_of(loader: Any) -> dict[str, Any]:
 
 
 def unknown_order(loader: Any, position: DataPosition) -> tuple[Difference, ...]:
-    """Tell of an order that a stock checkpoint does not hold, and nothing else tells.
+    """Tell of an order that a Hugging Face checkpoint does not hold, and nothing else tells.
 
     Args:
         loader: One of `keyed_loader`.

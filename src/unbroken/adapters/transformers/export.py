@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from unbroken.adapters.transformers.stock_checkpoint import OPTIMIZER, SCALER, SCHEDULER
+from unbroken.adapters.transformers.hf_checkpoint import OPTIMIZER, SCALER, SCHEDULER
 from unbroken.capture import decode, load_tensors, structure_from_bytes
 from unbroken.capture.kinds.random_state import python_getstate
 from unbroken.checkpoint.save.rank_shares import own_key, own_state_file
@@ -20,7 +20,7 @@ from unbroken.store import CheckpointReader, export_weights
 _OURS = ("state.", "optimizer.", "buffers.")
 
 
-def export_stock(reader: CheckpointReader, target: Path) -> None:
+def export_hf_checkpoint(reader: CheckpointReader, target: Path) -> None:
     """Write a checkpoint in the layout of the host's own Trainer: `resume_from_checkpoint=target`.
 
     Weights, configuration, tokenizer and trainer_state.json are copied; optimizer.pt,

@@ -47,6 +47,15 @@ from unbroken.adapters.transformers.evaluations import (
     begin_evaluation_facts,
     what_evaluations_decide,
 )
+from unbroken.adapters.transformers.hf_checkpoint import (
+    HfCheckpoints,
+    facts_of_hf_checkpoint,
+    load_hf_checkpoint,
+    missing_devices_of_hf_checkpoint,
+    position_of_hf_checkpoint,
+    read_state,
+    refuse_what_does_not_fit,
+)
 from unbroken.adapters.transformers.position import (
     Batching,
     DataPosition,
@@ -55,15 +64,6 @@ from unbroken.adapters.transformers.position import (
     PositionCallback,
     StoredPosition,
     plan_loop_start,
-)
-from unbroken.adapters.transformers.stock_checkpoint import (
-    HfCheckpoints,
-    facts_of_stock,
-    load_stock,
-    missing_devices_of_stock,
-    position_of_stock,
-    read_state,
-    refuse_what_does_not_fit,
 )
 from unbroken.capture import Stateful, capture_rng, how_cut, restore_rng, unwrapped
 from unbroken.checkpoint import (
@@ -344,7 +344,7 @@ class TrainSession:
         self.batching = replace(self.batching, length=_length(self._loader.dataset))
         self.position_callback.samples_per_batch = self.batching.batch * self.batching.world_size
         if self.folder is not None and self._stored is None:
-            self._stored = position_of_stock(
+            self._stored = position_of_hf_checkpoint(
                 self.folder, self._state, self.batching, counts, drop_last=args.dataloader_drop_last
             )
         if self._stored is None:
@@ -441,7 +441,7 @@ class TrainSession:
         order = {"before": capture_rng()}
         self._adopted = {"loss": no_losses(stored.step), "order": order, "seconds": 0.0}
         group.run_on_all("check the checkpoint", lambda: refuse_what_does_not_fit(folder, objects))
-        load_stock(folder, objects, rank=group.rank)
+        load_hf_checkpoint(folder, objects, rank=group.rank)
         self._apply(differences)
         came = origin_of(folder, HfCheckpoints())
         checkpointer.adopt(stored.step, self._adopted, facts=self._facts_to_save(), came=came)
@@ -451,7 +451,7 @@ class TrainSession:
         )
 
     def _differences_from_hf(self, folder: Path, stored: StoredPosition) -> tuple[Difference, ...]:
-        facts = facts_of_stock(folder)
+        facts = facts_of_hf_checkpoint(folder)
         found = unknown_order(self._loader, stored.position)
         if stored.batching is not None:
             facts["cut"] = to_stored(stored.batching)
@@ -462,7 +462,7 @@ class TrainSession:
                 found = (*found, Difference("world_size", was, now, effect, "equivalent"))
             else:
                 found = (*found, *self.checkpointer.buckets.differences({}))
-        missing = missing_devices_of_stock(folder, rank=self.group.rank)
+        missing = missing_devices_of_hf_checkpoint(folder, rank=self.group.rank)
         if missing is not None:
             effect = "devices: what draws on them draws otherwise from here on"
             found = (*found, Difference("rng.cuda", *missing, effect, "changed"))

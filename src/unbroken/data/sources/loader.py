@@ -66,7 +66,7 @@ class LoaderSource:
         may_change: Facts (see `state_dict`) that need not be those of a loaded state.
 
     Attributes:
-        rank_states: `rank_state` of every rank, by rank, where each has a loader of its own; to be set
+        rank_states: `rank_state` of every rank, where each has a loader of its own; to be set
             before each `state_dict`.
         first_items: What the first micro-batch of all ranks was made of, since `iterate`.
     """
@@ -466,7 +466,7 @@ class CountedSource(LoaderSource):
     def _skip(
         self, reader: Reader, count: int, trail: Mapping[str, Any], rng: KeyedRandom
     ) -> list[Any]:
-        """Read up to a position again; return what a micro-batch is made of, as far as it is there."""
+        """Read up to a position again; return what a micro-batch is made of, as far as it goes."""
         last: deque[Any] = deque(maxlen=self.shape.micro_batch_size if self._collates else 0)
         name = type(self._loader.loader).__name__
         _log.warning(

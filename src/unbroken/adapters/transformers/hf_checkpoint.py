@@ -73,11 +73,11 @@ _NOT_PLAIN: type[Exception] = torch.serialization.pickle.UnpicklingError  # type
 _ALLOCATES = {"builtins bytearray", "__builtin__ bytearray"}  # as long as a number in the file says
 
 
-def is_stock(folder: Path) -> bool:
+def is_hf_checkpoint(folder: Path) -> bool:
     """Return whether the host's own Trainer wrote this folder, or began to.
 
     Example:
-        >>> is_stock(Path("nowhere"))
+        >>> is_hf_checkpoint(Path("nowhere"))
         False
     """
     if not folder.is_dir() or (folder / "manifest.json").exists():
@@ -85,7 +85,7 @@ def is_stock(folder: Path) -> bool:
     return any((folder / name).exists() for name in _SIGNS) or bool(rng_files(folder))
 
 
-def problem_of_stock(folder: Path) -> str | None:
+def problem_of_hf_checkpoint(folder: Path) -> str | None:
     """Return why such a checkpoint cannot be continued, or None if nothing is wrong to see."""
     try:
         read_state(folder)
@@ -114,11 +114,11 @@ class HfCheckpoints:
 
     def is_one(self, folder: Path) -> bool:
         """Return whether the host's own Trainer wrote a folder, or began to."""
-        return is_stock(folder)
+        return is_hf_checkpoint(folder)
 
     def problem_of(self, folder: Path) -> str | None:
         """Return why its checkpoint cannot be continued; None: nothing is wrong to see."""
-        return problem_of_stock(folder)
+        return problem_of_hf_checkpoint(folder)
 
     def state_of(self, folder: Path) -> str | None:
         """Return what tells its checkpoint from all others, wherever it lies; None: nothing."""
@@ -200,7 +200,7 @@ def rng_files(folder: Path) -> list[Path]:
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Let whatever reading a file of a stock checkpoint raises mean that the file is damaged.
+    """Let whatever reading a file of a Hugging Face checkpoint raises mean that the file is damaged.
 
     Raises:
         CorruptCheckpointError: It is missing, no regular file, unreadable or damaged.
@@ -225,8 +225,8 @@ def reading(file: Path) -> Iterator[None]:
         raise CorruptCheckpointError(str(file), "is damaged", found=found) from error
 
 
-def read_stock(folder: Path, name: str, device: str = "cpu") -> Any:
-    """Return what a `torch.save` archive of a stock checkpoint holds.
+def read_archive(folder: Path, name: str, device: str = "cpu") -> Any:
+    """Return what a `torch.save` archive of a Hugging Face checkpoint holds.
 
     Args:
         folder: The checkpoint.
@@ -288,7 +288,7 @@ def _look_into(file: Path, is_right: Callable[[Any], bool]) -> Any:
     with reading(file):
         _check_regular(file)
         _check_archive(file)
-    held = read_stock(file.parent, file.name, "meta")
+    held = read_archive(file.parent, file.name, "meta")
     with reading(file):
         _check_tensors(file, held)
         if not is_right(held):
@@ -340,7 +340,7 @@ def _check_tensors(file: Path, held: Any) -> None:
 
 def _check_generators(file: Path) -> None:
     """Let generators that nobody else uses take the states, which shows whether they are some."""
-    states = read_stock(file.parent, file.name)
+    states = read_archive(file.parent, file.name)
     with reading(file):
         random.Random().setstate(states["python"])  # noqa: S311 (draws nothing)
         np.random.RandomState().set_state(states["numpy"])
@@ -391,11 +391,11 @@ def _is_number(value: Any) -> bool:
 
 
 def refuse_what_does_not_fit(folder: Path, objects: Mapping[str, Any]) -> None:
-    """Raise unless `load_stock` can put the whole checkpoint into the objects; none is changed.
+    """Raise unless `load_hf_checkpoint` can put the whole checkpoint into the objects; none is changed.
 
     Args:
-        folder: It was looked through by `problem_of_stock`.
-        objects: As `load_stock` takes them.
+        folder: It was looked through by `problem_of_hf_checkpoint`.
+        objects: As `load_hf_checkpoint` takes them.
 
     Raises:
         StateMismatchError: Weights or optimizer do not fit what is here.
@@ -405,7 +405,7 @@ def refuse_what_does_not_fit(folder: Path, objects: Mapping[str, Any]) -> None:
     _check_optimizer(folder, objects["optimizer"])
 
 
-def missing_devices_of_stock(folder: Path, *, rank: int = 0) -> tuple[int, int] | None:
+def missing_devices_of_hf_checkpoint(folder: Path, *, rank: int = 0) -> tuple[int, int] | None:
     """Return of how many CUDA devices there are random states, and how many are here, if fewer.
 
     On a machine that has none at all, the host leaves them alone without a word.
@@ -414,8 +414,8 @@ def missing_devices_of_stock(folder: Path, *, rank: int = 0) -> tuple[int, int] 
     return (found, here) if torch.cuda.is_available() and found > here else None
 
 
-def load_stock(folder: Path, objects: Mapping[str, Any], *, rank: int = 0) -> None:
-    """Put a stock checkpoint into live objects; the random generators last.
+def load_hf_checkpoint(folder: Path, objects: Mapping[str, Any], *, rank: int = 0) -> None:
+    """Put a Hugging Face checkpoint into live objects; the random generators last.
 
     Args:
         folder: `refuse_what_does_not_fit` has refused nothing of it.
@@ -425,12 +425,12 @@ def load_stock(folder: Path, objects: Mapping[str, Any], *, rank: int = 0) -> No
     Raises:
         CorruptCheckpointError: A file was damaged since; some objects were changed.
     """
-    schedule = read_stock(folder, SCHEDULER)
-    scaler = read_stock(folder, SCALER) if (folder / SCALER).exists() else None
+    schedule = read_archive(folder, SCHEDULER)
+    scaler = read_archive(folder, SCALER) if (folder / SCALER).exists() else None
     states = _rng_states(folder, rank)
     _load_weights(folder, objects["model"])
     with reading(folder / OPTIMIZER):
-        objects["optimizer"].load_state_dict(read_stock(folder, OPTIMIZER))
+        objects["optimizer"].load_state_dict(read_archive(folder, OPTIMIZER))
     with reading(folder / SCHEDULER), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of loading a schedule without its optimizer
         objects["scheduler"].load_state_dict(schedule)
@@ -444,7 +444,7 @@ def _load_weights(folder: Path, model: nn.Module) -> None:
     for file in weight_files(folder):
         with reading(file):
             is_plain = file.suffix == ".safetensors"
-            stored.update(load_file(file) if is_plain else read_stock(file.parent, file.name))
+            stored.update(load_file(file) if is_plain else read_archive(file.parent, file.name))
     if _is_adapter(folder):
         load_adapter(model, stored)
     else:
@@ -510,7 +510,7 @@ def _refuse(folder: Path, what: str, names: list[str]) -> None:
 
 
 def _check_optimizer(folder: Path, optimizer: Optimizer) -> None:
-    state = read_stock(folder, OPTIMIZER, "meta")
+    state = read_archive(folder, OPTIMIZER, "meta")
     here = [[tuple(p.shape) for p in group["params"]] for group in optimizer.param_groups]
     there = [list(group["params"]) for group in state["param_groups"]]
     _require(folder, "parameters", sum(map(len, there)), sum(map(len, here)))
@@ -530,7 +530,7 @@ def _require(folder: Path, what: str, stored: Any, here: Any) -> None:
 
 def _rng_states(folder: Path, rank: int) -> Mapping[str, Any]:
     files = rng_files(folder)
-    states: Mapping[str, Any] = read_stock(folder, files[min(rank, len(files) - 1)].name)
+    states: Mapping[str, Any] = read_archive(folder, files[min(rank, len(files) - 1)].name)
     return states
 
 
@@ -548,14 +548,14 @@ def _set_rng(states: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(_cuda_states(states)[:here])
 
 
-def facts_of_stock(folder: Path) -> dict[str, Any]:
-    """Return what a stock checkpoint tells of how it was trained, as far as it does.
+def facts_of_hf_checkpoint(folder: Path) -> dict[str, Any]:
+    """Return what a Hugging Face checkpoint tells of how it was trained, as far as it does.
 
     Returns:
         "arguments": those that its optimizer and schedule were made with; "max_steps".
     """
-    state, schedule = read_state(folder), read_stock(folder, SCHEDULER)
-    groups = read_stock(folder, OPTIMIZER, "meta")["param_groups"]
+    state, schedule = read_state(folder), read_archive(folder, SCHEDULER)
+    groups = read_archive(folder, OPTIMIZER, "meta")["param_groups"]
     arguments = {"per_device_train_batch_size": state.get("train_batch_size")}
     if schedule.get("base_lrs"):
         arguments["learning_rate"] = schedule["base_lrs"][0]
@@ -570,10 +570,10 @@ def facts_of_stock(folder: Path) -> dict[str, Any]:
 # Where in the data a checkpoint of the host's own Trainer is, from the little that it tells.
 
 
-def position_of_stock(
+def position_of_hf_checkpoint(
     folder: Path, state: Mapping[str, Any], now: Batching, counts: LoopCounts, *, drop_last: bool
 ) -> StoredPosition:
-    """Return the position of a stock checkpoint.
+    """Return the position of a Hugging Face checkpoint.
 
     Where epochs are batched as they were, that is what the host derives from the number of steps.
     Where they are batched otherwise, which the host does not notice, it follows from the fraction
