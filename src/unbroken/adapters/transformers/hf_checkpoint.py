@@ -200,7 +200,7 @@ def rng_files(folder: Path) -> list[Path]:
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Let whatever reading a file of a Hugging Face checkpoint raises mean that the file is damaged.
+    """Turn whatever reading one of its files raises into an error that says it is damaged.
 
     Raises:
         CorruptCheckpointError: It is missing, no regular file, unreadable or damaged.
@@ -391,7 +391,7 @@ def _is_number(value: Any) -> bool:
 
 
 def refuse_what_does_not_fit(folder: Path, objects: Mapping[str, Any]) -> None:
-    """Raise unless `load_hf_checkpoint` can put the whole checkpoint into the objects; none is changed.
+    """Raise unless `load_hf_checkpoint` can load the whole checkpoint; no object is changed.
 
     Args:
         folder: It was looked through by `problem_of_hf_checkpoint`.
