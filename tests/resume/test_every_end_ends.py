@@ -87,16 +87,17 @@ def test_a_signal_while_workers_evaluate_saves_too(way, end, tmp_path):
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("context", ["spawn", "forkserver"])
-@pytest.mark.parametrize("end", ["normal", "error", "SIGINT", "hangs SIGKILL"])
-def test_workers_that_are_spawned_end_too(end, context, tmp_path):
-    status, output = run(tmp_path, "loop loader", end, 2, context)
-    assert status == status_of("loop", end), output
+@pytest.mark.parametrize("end", ["normal", "error", "SIGTERM", "SIGINT", "hangs SIGKILL"])
+@pytest.mark.parametrize("way", ["loop loader", "loop with", "drop-in", "drop-in persistent"])
+def test_workers_that_are_spawned_end_too(way, end, context, tmp_path):
+    status, output = run(tmp_path, way, end, 2, context)
+    assert status == status_of(way, end), output
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("end", ["SIGTERM", "SIGUSR1", "SIGINT"])
 @pytest.mark.parametrize(
-    ("way", "context"), [("trainer", "spawn"), ("trainer", "forkserver"), ("drop-in", "spawn")]
+    ("way", "context"), [*product(("trainer", "drop-in"), ("spawn", "forkserver"))]
 )
 def test_a_signal_while_workers_start_in_the_middle_of_a_run_saves_too(way, context, end, tmp_path):
     status, output = run(tmp_path / "run", f"{way} starting", end, 2, context)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, NoReturn
 
 import transformers
 from transformers.utils import logging
@@ -23,7 +23,7 @@ from unbroken.checkpoint import (
     TrainingStopped,
 )
 from unbroken.checkpoint.resume.selection import DamagedCandidateError
-from unbroken.data.worker_signals import leave_signals_of
+from unbroken.data.worker_signals import is_end_of_a_worker, leave_signals_of
 from unbroken.errors import ConfigError, UnbrokenError, spelled
 
 # Which versions of transformers this adapter fits.
@@ -281,10 +281,31 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         """Fetch the batches of a step; fewer where the run went on inside of a window."""
         if self._session is not None:
             num_batches = self._session.first_batches(num_batches)
-        samples = super().get_batch_samples(epoch_iterator, num_batches, device)
+        try:
+            samples = super().get_batch_samples(epoch_iterator, num_batches, device)
+        except RuntimeError as error:
+            self._stop_without_workers(error)
+            raise
         if self._session is not None:
             self._session.preemption.training_begins()
         return samples
+
+    def _stop_without_workers(self, error: RuntimeError) -> None:
+        """Save and stop, if what asks for a stop has killed workers that were still starting."""
+        session = self._session
+        reason = None if session is None else session.preemption.reason()
+        if reason is not None and self.args.world_size == 1 and is_end_of_a_worker(error):
+            self._stop(reason)
+
+    def _stop(self, reason: str) -> NoReturn:
+        """Save, unless this step is saved, and raise what ends the process."""
+        session, step = self._session, self.state.global_step
+        if session is not None and session.saved_step != step:
+            session.save()
+        stopped = TrainingStopped(step, reason)
+        if self.is_world_process_zero():
+            _log.warning(str(stopped))
+        raise stopped
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
         if skip_scheduler and self._session is not None and self._session.report.resumed:
@@ -307,12 +328,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             self.control.should_save = True
         super()._maybe_log_save_evaluate(*arguments, **options)
         if reason is not None:
-            if session.saved_step != self.state.global_step:
-                session.save()
-            stopped = TrainingStopped(self.state.global_step, reason)
-            if self.is_world_process_zero():
-                _log.warning(str(stopped))
-            raise stopped
+            self._stop(reason)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self._session is None:
