@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -29,6 +31,42 @@ for variable in ("CI", "BUILD_NUMBER"):
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+GIB = 1 << 30
+IN_MEMORY, FREE = Path("/dev/shm"), 8 * GIB
+
+
+def has_room_in_memory() -> bool:
+    """Return whether the folders of the tests may lie in memory: half of the time is syncs, else.
+
+    A kill is no power cut, and what a killed process had written is there with or without a disk.
+    """
+    try:
+        found = os.statvfs(IN_MEMORY)
+        told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    except OSError:
+        return False
+    available = int(told["MemAvailable"].split()[0]) * 1024
+    return min(found.f_bavail * found.f_frsize, available) > FREE
+
+
+if has_room_in_memory():
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(IN_MEMORY))
+
+# What is about disks is tested on one, and what measures memory does not fill it.
+ON_DISK = {"benchmarks", "cli", "contracts", "crash", "store"}
+
+
+@pytest.fixture
+def tmp_path(request, tmp_path):
+    """An empty folder, in memory where that is ample; on the disk for the marker `disk`."""
+    folder = request.path.parent.name
+    if folder not in ON_DISK and request.node.get_closest_marker("disk") is None:
+        yield tmp_path
+        return
+    with TemporaryDirectory(prefix="unbroken-", ignore_cleanup_errors=True) as place:
+        yield Path(place)
+
 
 # Scripts of users that tests edit and start; they are no modules of tests.
 collect_ignore_glob = ["*/scripts/*"]

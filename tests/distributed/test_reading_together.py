@@ -174,6 +174,7 @@ def test_what_rank_0_cannot_load_is_an_error_on_all(settings, words, copy, tmp_p
     assert "rank 0" in other or words == "DifferenceError"  # which each rank sees for itself
 
 
+@pytest.mark.disk
 @pytest.mark.parametrize("holds_all", [False, True], ids=["streamed", "held whole"])
 def test_a_rank_needs_the_memory_of_one_tensor_besides_its_model(holds_all, tmp_path):
     places = [tmp_path / str(rank) for rank in (0, 1)]

@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from unbroken.checkpoint import Checkpointer, SavePolicy
 
+pytestmark = pytest.mark.disk  # of memory, the files would be a part
 MIB = 1 << 20
 TENSOR = 64 * MIB
 
@@ -26,7 +28,15 @@ class Large(nn.Module):
 
 
 def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Return the most memory that this process itself ever had.
+
+    `ru_maxrss` is at least what the process had that started this one.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def extra_memory(folder: str, action: str) -> int:
@@ -79,7 +89,7 @@ def test_saving_and_resuming_half_a_gigabyte_takes_at_most_64_mib_and_one_tensor
 @pytest.mark.parametrize("mode", ["async", "overlap"])
 def test_saving_beside_the_training_takes_one_copy_of_what_is_saved(mode, tmp_path):
     found, state = measured(tmp_path, mode), 3 * 64 * MIB
-    assert found < 1.5 * state  # a busy machine counts some 60 MB more; a second copy would be 2.0
+    assert found < state + 32 * MIB
     assert found > 0.9 * state  # it is a copy, and is seen
 
 

@@ -354,6 +354,7 @@ def in_a_process(folder, action: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.disk
 def test_reading_ahead_takes_no_second_copy_of_the_state(tmp_path):
     in_a_process(tmp_path, "train")
     state = 2 * PARTS * PART
