@@ -67,7 +67,7 @@ from unbroken.stored_names import stored_class_name
 def environment_differences(
     stored: Mapping[str, Any], now: Mapping[str, Any] | None = None
 ) -> tuple[Difference, ...]:
-    """Return what is not the same about the machine and the software, the gravest first.
+    """Return what is not the same about the machine and the software, the most severe first.
 
     Every difference that can change a bit is "equivalent", none is "changed": training goes on
     with the same data and settings, and rounds differently. "harmless" are only facts that no
@@ -452,7 +452,7 @@ def sources_in(objects: Mapping[str, object]) -> dict[str, Any]:
 
 
 def _is_read_here(source: Any) -> bool:
-    """Return whether the data are those of all ranks, or of the one that speaks for all."""
+    """Return whether the data are those of all ranks, or of their leader."""
     is_own = isinstance(source, LoaderSource) and not source.gives_samples
     return not is_own or source.shape.rank == 0
 

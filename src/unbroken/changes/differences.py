@@ -77,7 +77,7 @@ def compare(
     *,
     differs: Callable[[str, Any, Any], bool] = lambda _, before, after: before != after,
 ) -> tuple[Difference, ...]:
-    """Return every setting that has another value than it had, the gravest first.
+    """Return every setting that has another value than it had, the most severe first.
 
     A setting that only one side knows (it came or went with a version of unbroken) is no
     difference.
@@ -117,7 +117,7 @@ def unchanged(stored: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[Differ
 
 def by_severity(differences: Iterable[Difference]) -> tuple[Difference, ...]:
     """Return the differences in the order that matters; equal verdicts stay as they come."""
-    return tuple(sorted(differences, key=lambda difference: _GRAVITY.index(difference.verdict)))
+    return tuple(sorted(differences, key=lambda difference: _SEVERITIES.index(difference.verdict)))
 
 
 def overall(differences: Iterable[Difference]) -> Word:
@@ -138,7 +138,7 @@ def overall(differences: Iterable[Difference]) -> Word:
 
 
 _UNKNOWN: Rule = ("changed", "another training")
-_GRAVITY = ("refused", "changed", "not covered", "equivalent", "harmless", "same")
+_SEVERITIES = ("refused", "changed", "not covered", "equivalent", "harmless", "same")
 
 
 def refuse_unnamed(
@@ -261,7 +261,7 @@ class ResumeReport:
 
     @property
     def table(self) -> tuple[Difference, ...]:
-        """All that was compared: what differs, the gravest first, then what is the same."""
+        """All that was compared: what differs, the most severe first, then what is the same."""
         return (*self.differences, *self.same)
 
     @property

@@ -52,7 +52,7 @@ class Callback:
     def on_save(self, trainer: RunningTrainer, checkpoint: str) -> None:
         """Called after each commit of a checkpoint; what is changed here is in the next one.
 
-        Of one that was made beside the training (`save_mode`), at the next edge of a step.
+        After a background save (`save_mode`) it is called at the next step boundary.
         """
 
     def on_train_end(self, trainer: RunningTrainer) -> None:
@@ -116,12 +116,6 @@ CallHook = Callable[..., None]
 
 class Hooks:
     """Calls the callbacks of a run; what they draw depends on the place in the run alone.
-
-    Args:
-        trainer: What each hook gets as its first argument.
-        callbacks: In the order in which they are called.
-        state: How far the run is.
-        randomness: The global generators.
 
     Attributes:
         callbacks: As given; more may be added.

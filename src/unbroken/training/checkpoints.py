@@ -84,7 +84,7 @@ def exchange_loader_states(source: BatchSource | None, group: Group) -> None:
     loader = cast("LoaderSource", source)
     own = loader.rank_state()
     states: Any = group.gather("the places of the loaders", [loader.shape.rank, _as_text(own)])
-    by_part = dict(reversed(states))  # the lowest rank speaks for its part
+    by_part = dict(reversed(states))  # the lowest rank represents its part
     types = types_in(own)
     loader.rank_states = [_from_text(by_part[part], types) for part in sorted(by_part)]
 
@@ -464,15 +464,6 @@ def _keep_policy(config: TrainerConfig) -> KeepPolicy:
 
 class RunCheckpoints:
     """Saves a run, says which saves are durable, and brings the run back.
-
-    Args:
-        checkpointer: Writes and reads the checkpoints.
-        parts: What the run is made of.
-        state: Where the run is.
-        call: Called with "on_save" for each checkpoint that is durable.
-        display: Shows notes.
-        pace: Counts how long saves take.
-        processor_files: The files of a tokenizer, which the run directory holds, too.
 
     Attributes:
         display: As given; may be exchanged.

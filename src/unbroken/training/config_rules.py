@@ -54,17 +54,7 @@ def _samples_of_epoch(n: int, config: Mapping[str, Any]) -> int | None:
 
 
 class Examination:
-    """Adds to what differs in objects and data what differs in the configuration of a Trainer.
-
-    Args:
-        state: Has the configuration of this start.
-        model: What is trained.
-        source: The training batches.
-        group: The ranks.
-        config_made_optimizer: Whether the configuration made the optimizer.
-        config_made_schedule: Likewise.
-        evaluations_steer: Whether the learning rate follows the evaluations.
-    """
+    """Adds to what differs in objects and data what differs in the configuration of a Trainer."""
 
     def __init__(
         self,

@@ -39,7 +39,7 @@ class DataParallelLayout:
     """Which ranks take which part of a step's data.
 
     Ranks that hold one model together by tensor parallelism take the same part; for sums over
-    the data the first of them speaks for all.
+    the data the first of them is the leader.
 
     Attributes:
         group: The ranks.
@@ -87,7 +87,7 @@ class DataParallelLayout:
 
     @property
     def leaders(self) -> list[int]:
-        """The rank that speaks for each part."""
+        """The representative rank of each part."""
         return [self.takes.index(part) for part in range(self.parts)]
 
     @contextmanager
@@ -296,10 +296,6 @@ class Bucket:
 
     Of a parameter that ranks hold together it is the part of this rank.
 
-    Args:
-        parameters: In the order in which their gradients are expected.
-        padded: From a number of elements to the length of the flat tensor.
-
     Attributes:
         parameters: As given.
         tree: Adds the lanes of this rank.
@@ -376,12 +372,6 @@ class LaneReducer:
 
     A parameter without a gradient in a lane counts as zeros there; one that has none in any lane
     has none in the end.
-
-    Args:
-        model: Whose parameters hold the gradients.
-        lanes: How many lanes this rank has.
-        group: The ranks of the run.
-        sums: Adds over the ranks that share each step.
     """
 
     def __init__(self, model: nn.Module, lanes: int, group: Group, sums: RankSums) -> None:
@@ -535,10 +525,6 @@ class FsdpReducer:
     """Lets FSDP exchange gradients in the last backward pass of a step alone.
 
     The losses are already shares of the step's mean, so gradients are summed, not averaged.
-
-    Args:
-        model: With `fully_shard`; its divide factors are set to 1.
-        division: The ranks that share each step.
 
     Attributes:
         lanes: 1: FSDP adds gradients in its own order.

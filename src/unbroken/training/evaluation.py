@@ -29,10 +29,6 @@ class Evaluator:
 
     What is random in the data is the same in each evaluation; the ambient generators, and the
     mode of every submodule, are put back.
-
-    Args:
-        parts: The model, and how ranks share the evaluation.
-        config: `eval_batch_size`, `seed`.
     """
 
     def __init__(self, parts: Parts, config: TrainerConfig) -> None:
@@ -111,13 +107,7 @@ class Evaluator:
 
 
 class Evaluation:
-    """Evaluates a run when it is due, and judges what was found.
-
-    Args:
-        parts: The model, its schedule, and the ranks.
-        state: Has the settings, and the best metric so far.
-        clock: Monotonic seconds.
-    """
+    """Evaluates a run when it is due, and judges what was found."""
 
     def __init__(self, parts: Parts, state: RunState, clock: Callable[[], float]) -> None:
         self._parts = parts

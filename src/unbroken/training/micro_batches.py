@@ -62,10 +62,6 @@ def _clip_shards(parameters: list[Tensor], max_norm: float) -> Tensor | None:
 class Precision:
     """Runs forward passes, backward passes and optimizer steps in the configured precision.
 
-    Args:
-        config: `fp16`, `bf16`, `max_grad_norm`.
-        device: The device of the model.
-
     Attributes:
         scaler: The gradient scaler with `fp16`, else None; part of the state of the run.
     """
@@ -209,10 +205,6 @@ class Window:
 
     It is part of the state of a run, so that a save inside the window loses nothing; at a step
     edge it is empty.
-
-    Args:
-        model: Whose parameters hold the gradients.
-        division: How ranks share the step.
 
     Attributes:
         loss: The weighted mean loss of the micro-batches so far, or None before the first.

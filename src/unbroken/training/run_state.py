@@ -130,9 +130,6 @@ def epoch_at(progress: Progress, source: BatchSource) -> float:
 class Pace:
     """Remembers the slowest step and the slowest save of this process.
 
-    Args:
-        clock: Monotonic seconds.
-
     Example:
         >>> now = [0.0]
         >>> pace = Pace(lambda: now[0])
@@ -339,12 +336,7 @@ def batch_digest(data: Any) -> str:
 
 
 class DataDigest:
-    """Chains the digests of all micro-batches into the statistics, in the order of the stream.
-
-    Args:
-        statistics: Keep the chain, as a part of the run's state.
-        division: How ranks share each step.
-    """
+    """Chains the digests of all micro-batches into the statistics, in the order of the stream."""
 
     def __init__(self, statistics: Statistics, division: DataParallelLayout) -> None:
         self._statistics = statistics

@@ -147,15 +147,7 @@ def _follows_portions(callback: Callback) -> bool:
 
 
 class OomRetry:
-    """Halves the micro-batch when a step does not fit, if `micro_batch_size="auto"` asks for it.
-
-    Args:
-        parts: The model, its optimizer and its data.
-        state: Put back to the beginning of the step; its configuration has the size in use.
-        window: Emptied before the step is tried again.
-        hooks: Callbacks that follow micro-batches get back the state before the step.
-        announce: Called with an event for the history of the run, and a line to show.
-    """
+    """Halves the micro-batch when a step does not fit, if `micro_batch_size="auto"` asks for it."""
 
     def __init__(
         self,
@@ -235,13 +227,6 @@ class OomRetry:
 
 class StepRunner:
     """Takes optimizer steps; the randomness of each forward pass is derived, never restored.
-
-    Args:
-        parts: The model, its optimizer, and how ranks share it.
-        state: Moves on with each micro-batch and each step.
-        window: The micro-batches of the unfinished step.
-        call: Called with "on_micro_batch_end" after each backward pass.
-        retry: What a step that does not fit into memory does.
 
     Raises:
         ConfigError: If gradients of this model cannot be summed as the configuration says.

@@ -143,7 +143,7 @@ def argument_differences(
     same_size: bool = False,
     evaluations: Decides = "nothing",
 ) -> tuple[Difference, ...]:
-    """Return the arguments that are not what they were, the gravest first.
+    """Return the arguments that are not what they were, the most severe first.
 
     Args:
         stored: Those of the checkpoint, as `plain_arguments` gave them.
@@ -169,9 +169,6 @@ def argument_differences(
 @stored_name("unbroken.adapters.transformers.callbacks.CallbackState")
 class CallbackState:
     """The state of one callback: by `state_dict`, or by the host's `state()`.
-
-    Args:
-        callback: It has one of the two.
 
     Example:
         >>> from transformers import EarlyStoppingCallback

@@ -113,11 +113,7 @@ ARGUMENTS_NAME = "training_args.json"
 
 
 class CheckpointFiles:
-    """Says what a checkpoint's folder holds besides the state of the run.
-
-    Args:
-        host: The trainer of this start; its state is read at each save.
-    """
+    """Says what a checkpoint's folder holds besides the state of the run."""
 
     def __init__(self, host: transformers.Trainer) -> None:
         self._host = host

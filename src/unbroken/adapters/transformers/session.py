@@ -88,11 +88,7 @@ from unbroken.stored_names import to_stored
 
 
 class LossAccumulators:
-    """Reads and sets what the host's loop keeps in attributes of its own.
-
-    Args:
-        trainer: In training: before that, the host has none of it.
-    """
+    """Reads and sets what the host's loop keeps in attributes of its own."""
 
     def __init__(self, trainer: transformers.Trainer) -> None:
         self._trainer = trainer
@@ -569,7 +565,7 @@ class TrainSession:
         """Return why to stop now; None to go on, as at the end of the run."""
         state = self.trainer.state
         self.checkpointer.rehearse(state.global_step, self._values)
-        self.checkpointer.committed()  # raises what a save beside the training failed at
+        self.checkpointer.committed()  # raises the error of a background save
         if state.global_step >= state.max_steps or self.trainer.control.should_training_stop:
             return None
         return agreed_reason(self.group, self.preemption.reason())
