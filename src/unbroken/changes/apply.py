@@ -45,7 +45,7 @@ class InitialHyperparameters:
 
     @classmethod
     def of(cls, objects: Mapping[str, object]) -> InitialHyperparameters:
-        """Take note of all optimizers, schedules and modules among the objects."""
+        """Copy the hyperparameters of all optimizers, schedules and modules among the objects."""
         found = list(all_objects(objects))
         return cls(
             groups={id(o): _options(o) for o in found if isinstance(o, Optimizer)},
@@ -65,7 +65,7 @@ class InitialHyperparameters:
         )
 
     def note_schedule(self, scheduler: LRScheduler) -> None:
-        """Take note of a schedule that was built since, before a checkpoint is put into it."""
+        """Add a schedule that was built later, before a checkpoint is loaded into it."""
         self.schedules[id(scheduler)] = copy.deepcopy(scheduler.state_dict())
 
     def set_options(self, optimizer: Optimizer, names: Collection[str]) -> None:
@@ -248,7 +248,7 @@ def apply_settings(
     of_schedule: Collection[str],
     step: int,
 ) -> None:
-    """Set anew what changed settings make, over the state that was restored; moments are kept.
+    """Apply changed settings over the restored state; the optimizer's moments are kept.
 
     A schedule that `skip` names begins anew, as it was built, whatever else changed.
 

@@ -35,6 +35,8 @@ from unbroken.changes.rules import (
     CODE_RULES,
     ENVIRONMENT_RULES,
     GPU,
+    LENGTH,
+    LENGTH_SETTINGS,
     MACHINE,
     SCRIPT_RENAMED,
     fingerprint_differences,
@@ -185,6 +187,9 @@ DifferenceFilter = Callable[[Mapping[str, Any], tuple[Difference, ...]], tuple[D
 the same of what it compares itself."""
 
 
+_MADE_BY_SETTINGS = {"fp16": "scaler", "lr_scheduler_type": "scheduler", "optim": "optimizer"}
+
+
 @dataclass(frozen=True)
 class ResumePolicy:
     """Which differences a start accepts.
@@ -205,6 +210,27 @@ class ResumePolicy:
     skip: Sequence[str] = ()
     exact_resume: ExactResume = "prefer"
     parts: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of_trainer(
+        cls,
+        allow: Sequence[str],
+        skip: Sequence[str],
+        exact_resume: ExactResume,
+        *,
+        follows: Sequence[str] = (LENGTH,),
+    ) -> ResumePolicy:
+        """Return the policy of a trainer whose settings make its optimizer and schedule.
+
+        Args:
+            allow: Names of changes that are meant.
+            skip: What is not loaded.
+            exact_resume: "require" refuses what is only equivalent, and what `follows` names.
+            follows: Changes that need no name, as they follow from others that do.
+        """
+        implied = () if exact_resume == "require" else follows
+        lengths = LENGTH_SETTINGS if LENGTH in allow else ()
+        return cls((*allow, *implied, *lengths), skip, exact_resume, _MADE_BY_SETTINGS)
 
     @property
     def named(self) -> set[str]:
@@ -351,7 +377,7 @@ class Comparison:
         }
 
     def uncovered(self, more: tuple[Difference, ...] = ()) -> tuple[Difference, ...]:
-        """Return what this start knows that no checkpoint of it can hold, nor any start compare."""
+        """Return what training depends on and no checkpoint can hold or compare."""
         facts = self._without_made_by_settings(self.facts["fingerprint"])
         facts.pop("eval_data", None)  # `examine` tells whether anything depends on it
         return (*uncovered_facts(facts), *more, *_cut_off_code())
@@ -381,7 +407,7 @@ class Comparison:
         )
 
     def accept(self, differences: tuple[Difference, ...]) -> None:
-        """Let sources of batches give others than before, where that is named or known."""
+        """Allow other batches from the sources where a difference of the data was accepted."""
         named = [name for name in self._policy.allow if name.partition(".")[0] == "data"]
         other_data = ("changed", "not covered")
         found = [d for d in differences if d.path.startswith("data.") and d.verdict in other_data]
@@ -441,7 +467,7 @@ class Comparison:
         return part in tree and tree[part].class_name == stored_class_name(type(live))
 
     def take_effect(self, differences: tuple[Difference, ...]) -> None:
-        """Set anew, after a restore, what the accepted differences mean."""
+        """Apply the accepted differences after a restore."""
         take_effect(differences, self.built, self._objects)
 
 
@@ -477,7 +503,7 @@ def fingerprint_of(objects: Mapping[str, object]) -> dict[str, Plain]:
 
 
 def _cut_off_code() -> tuple[Difference, ...]:
-    """Tell of code that is too much to be followed to its end."""
+    """Report user code that has too many functions to be compared completely."""
     effect = f"it runs more than {MAX_REACHED} functions and classes of your own: the rest of them "
     effect += "is not compared"
     names = sorted(cut_off)

@@ -24,7 +24,7 @@ ExactResume = Literal["prefer", "require"]
 
 @dataclass(frozen=True)
 class Difference:
-    """One setting that is not what it was.
+    """One setting or fact that has changed.
 
     Attributes:
         path: Its name.

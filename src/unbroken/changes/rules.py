@@ -338,7 +338,7 @@ def uncovered_facts(now: Mapping[str, Any]) -> tuple[Difference, ...]:
 
 
 def may_go_on(stored: Mapping[str, Any], callbacks: Mapping[str, Any]) -> bool:
-    """Return whether a callback that could end a run is not what it was: then it goes on.
+    """Return whether a callback that could end the run has changed: then the run goes on.
 
     Args:
         stored: The facts of the checkpoint.
@@ -358,7 +358,7 @@ def may_go_on(stored: Mapping[str, Any], callbacks: Mapping[str, Any]) -> bool:
 
 
 def _added_or_removed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Difference]:
-    """Return what only one side has, where that says something of its own."""
+    """Return facts that only one side has, unless another difference covers them."""
     groups = {path.partition(".")[0] for path in before} & {
         path.partition(".")[0] for path in after
     }
@@ -370,7 +370,7 @@ def _added_or_removed(before: Mapping[str, Any], after: Mapping[str, Any]) -> li
 def _says_more(
     path: str, groups: set[str], before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> bool:
-    """Return whether no other difference tells of a fact that came or went."""
+    """Return whether no other difference covers a fact that was added or removed."""
     group, _, name = path.partition(".")
     if group not in groups and group != "loss":
         return False  # evaluation data, say: nothing is compared with nothing
@@ -382,7 +382,7 @@ def _says_more(
 
 
 def _one_sided(path: str, stored: Any, now: Any) -> Difference:
-    """A plain value that nothing names before does nothing: the code that names it is compared."""
+    """A plain value matters only to code that names it, and that code is compared."""
     verdict, effect = rule_of(path)
     value = now if stored is None else stored
     is_setting = path.startswith(("model.", "data.values.")) and not path.endswith(_OF_CODE)
@@ -403,7 +403,7 @@ def _is_unread(fact: Any) -> bool:
 
 
 def _not_compared(path: str, stored: Any, now: Any) -> Difference:
-    """Tell of facts that one side could not take: whatever changed there would not be seen."""
+    """Report facts that one side could not take: a change there would not be seen."""
     before, after = _in_short(stored), _in_short(now)
     return Difference(path, before, after, _WHY_UNREAD.get(path, "is not compared"), "equivalent")
 
@@ -472,7 +472,7 @@ def _differs(path: str, stored: Any, now: Any) -> bool:
 def _without_repeats(
     found: list[Difference], before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> list[Difference]:
-    """Leave out what only says again, less well, what another difference says."""
+    """Leave out differences that repeat another one with less detail."""
     paths = {difference.path for difference in found}
     paths -= _repeated_layers(found)
     unclear = {

@@ -100,7 +100,7 @@ class Tree:
         self._branches.append((height, tensor))
 
     def total(self) -> Tensor:
-        """Return the sum of all, and begin anew; what has no neighbour is added last."""
+        """Return the sum of all and reset; a tensor without a neighbour is added last."""
         total = self._branches.pop()[1]
         while self._branches:
             total = self._branches.pop()[1].add_(total)
@@ -152,7 +152,7 @@ class RankSums:
         self._alone: list[Tensor] = []
 
     def padded(self, numel: int) -> int:
-        """Return how long a tensor of so many elements must be made to be summed."""
+        """Return the padded length of a tensor with `numel` elements."""
         return -(-numel // self._size) * self._size
 
     def begin(self, tensor: Tensor) -> None:

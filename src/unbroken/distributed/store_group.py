@@ -80,7 +80,7 @@ class ProcessWatch:
         return other
 
     def close(self) -> None:
-        """Watch nobody any longer."""
+        """Stop watching."""
         for end in self._ends.values():
             os.close(end)
         self._ends.clear()

@@ -52,7 +52,7 @@ _NOT_THE_USERS = ("unbroken.", "torch.distributed.")  # how ranks share a model 
 
 
 def hooks_on(thing: object, names: Iterable[str]) -> dict[str, list[Any]]:
-    """Return the hooks on a thing by the name of their kind, but for those of FSDP2 and of ours.
+    """Return the hooks on an object by kind, without those of FSDP2 and of unbroken.
 
     Example:
         >>> import torch

@@ -16,7 +16,6 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from unbroken.capture import decode, encode, types_in
 from unbroken.changes.apply import apply_settings
-from unbroken.changes.rules import LENGTH, LENGTH_SETTINGS
 from unbroken.checkpoint import (
     Checkpointer,
     Clock,
@@ -272,7 +271,7 @@ _NOT_IN_A_STEP = frozenset(
 def take_effect(
     parts: Parts, state: RunState, built: InitialHyperparameters, changed: Mapping[str, Difference]
 ) -> None:
-    """Set anew what the settings make; where objects are the user's own they make nothing."""
+    """Apply changed settings to the optimizer and schedule that the configuration made."""
     apply_settings(
         changed.values(),
         built,
@@ -405,7 +404,7 @@ def make_checkpointer(
             reads_ahead=config.dataloader_num_workers > 0,
             is_complete=True,
         ),
-        resume=_resume_policy(config),
+        resume=ResumePolicy.of_trainer(config.allow, config.skip, config.exact_resume),
         # All is derived, so that the ranks have the same; but for what is the user's own.
         ranks=RankPolicy(parts.group, config.read_from, per_rank=(), may_differ=facts.of_users),
         tell=note,
@@ -440,14 +439,6 @@ def _examination(parts: Parts, state: RunState) -> Examination:
         config_made_schedule=parts.config_made_schedule,
         evaluations_steer=isinstance(parts.scheduler, ReduceLROnPlateau),
     )
-
-
-def _resume_policy(config: TrainerConfig) -> ResumePolicy:
-    """Return which differences a run accepts: those it names, and what follows from them."""
-    follows = () if config.exact_resume == "require" else (LENGTH,)
-    follows = (*follows, *(LENGTH_SETTINGS if LENGTH in config.allow else ()))
-    parts = {"fp16": "scaler", "lr_scheduler_type": "scheduler", "optim": "optimizer"}
-    return ResumePolicy((*config.allow, *follows), config.skip, config.exact_resume, parts)
 
 
 def _keep_policy(config: TrainerConfig) -> KeepPolicy:
@@ -571,7 +562,7 @@ class RunCheckpoints:
 
     @contextmanager
     def noting_an_early_stop(self) -> Iterator[None]:
-        """Say it where a signal ends a start before its first step."""
+        """Show a note where a signal ends a start before its first step."""
         try:
             yield
         except TrainingStopped as end:
@@ -580,7 +571,7 @@ class RunCheckpoints:
             raise
 
     def training_begins(self) -> None:
-        """Take note that from here on memory holds no whole checkpoint."""
+        """Note that the objects no longer hold the state of one checkpoint."""
         self.is_loaded = self._best_is_loaded = False
 
     def load_best(self) -> None:
@@ -619,7 +610,7 @@ class RunCheckpoints:
         return deterministic_kernels(self._state.config.full_determinism, self._parts.device)
 
     def _bring_state_back(self, report: ResumeReport) -> None:
-        """Bring the state, and what is derived from the configuration, to where the run is."""
+        """Restore the run state, and recompute what the configuration derives from it."""
         parts, state, values = self._parts, self._state, self._checkpointer.values
         changed = {difference.path: difference for difference in report.differences}
         state.progress = Progress.of(values.get("progress"))
@@ -636,6 +627,6 @@ class RunCheckpoints:
         take_effect(parts, state, self._checkpointer.comparison.built, changed)
 
     def _callbacks_end_otherwise(self) -> bool:
-        """Return whether what may have ended the run is not what it was."""
+        """Return whether a callback that may have ended the run has changed."""
         now = self._checkpointer.comparison.facts["fingerprint"]["callbacks"]
         return may_go_on(self._checkpointer.resumed_facts, now)

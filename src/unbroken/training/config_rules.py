@@ -123,7 +123,7 @@ class Examination:
         return rules
 
     def _is_idle(self, difference: Difference, *, chooses: bool) -> bool:
-        """Return whether nobody can answer for what nothing depends on."""
+        """Return whether evaluation data are uncovered that nothing in the run depends on."""
         evaluates = difference.path.startswith("eval_data.")
         counts = self._evaluations_steer or chooses
         return evaluates and difference.verdict == "not covered" and not counts

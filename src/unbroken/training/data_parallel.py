@@ -134,7 +134,7 @@ class DataParallelLayout:
         self.group.agree(what, digest.hexdigest())
 
     def agree_on_buffers(self, model: nn.Module) -> None:
-        """Raise where forward passes changed a buffer otherwise on some rank: one is saved.
+        """Raise where forward passes made a buffer different on some rank: only one is saved.
 
         Raises:
             RankError: Naming the buffer, and the ranks on which it is another one.

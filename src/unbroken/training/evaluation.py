@@ -68,7 +68,7 @@ class Evaluator:
         return sum(loss * weight for loss, weight in losses) / count
 
     def _own(self, dataset: Any) -> Iterator[tuple[Any, bool]]:
-        """Yield this rank's batches, every n-th of n ranks, and whether its loss counts.
+        """Yield every n-th batch (n ranks), and whether its loss counts.
 
         FSDP gathers weights in each forward pass, so that all ranks need as many: where there
         is no batch left for this one, it runs another's once more, which does not count.
@@ -117,7 +117,7 @@ class Evaluation:
         self._timer = Timer(cadence, clock)
 
     def mean_loss(self, dataset: Any) -> float:
-        """Return the mean loss of the model over all labels; it gets its first weights if need be.
+        """Return the mean loss over all labels; a deferred model is initialised first.
 
         Raises:
             ConfigError: If there is no data set.
@@ -149,7 +149,7 @@ class Evaluation:
         return metrics
 
     def judge(self, metrics: Mapping[str, float]) -> bool:
-        """Return whether metrics are the best so far; a schedule that follows one of them does."""
+        """Return whether metrics are the best so far; step a schedule that follows one of them."""
         config, scheduler = self._state.config, self._parts.scheduler
         is_best = self._state.statistics.consider(metrics, self._state.progress.step, config)
         if isinstance(scheduler, ReduceLROnPlateau):

@@ -201,7 +201,7 @@ def _loss_in(outputs: Any) -> Any:
 
 @stored_name("unbroken.training.window.Window")
 class Window:
-    """What an unfinished optimizer step has gathered: gradients, loss, and the labels in all.
+    """What an unfinished optimizer step has gathered: gradients, loss, number of labels.
 
     It is part of the state of a run, so that a save inside the window loses nothing; at a step
     edge it is empty.

@@ -243,7 +243,7 @@ class Statistics:
             ).hexdigest()
 
     def log(self, progress: Progress) -> dict[str, Any]:
-        """Return the mean loss, gradient norm and speed since the last call, and start anew."""
+        """Return the mean loss, gradient norm and speed since the last call, and reset them."""
         tokens = progress.tokens
         seconds = self.seconds - self.logged_seconds
         record: dict[str, Any] = {
@@ -281,7 +281,7 @@ class Statistics:
         return True
 
     def forget_best(self) -> None:
-        """Begin anew to look for the best: the metric is another one."""
+        """Forget the best metric: it was of another kind."""
         self.best_metric, self.best_step, self.evaluations_without_gain = None, None, 0
 
     def _gain(self, value: float, greater_is_better: bool) -> float | None:

@@ -454,7 +454,7 @@ def make_source(
     on_skip: Callable[[int, int, float], None],
     division: DataParallelLayout,
 ) -> BatchSource:
-    """Return the source of training batches; `on_skip` is told what skipping costs."""
+    """Return the source of training batches; `on_skip` is called with the progress of skipping."""
     return batch_source(
         dataset,
         seed=config.seed if config.data_seed is None else config.data_seed,

@@ -254,7 +254,7 @@ class Trainer:
 
     @contextmanager
     def _session(self) -> Iterator[Preemption]:
-        """Hold what a run needs while it trains; on leaving all is as it was before."""
+        """Open what a run needs while it trains, and close or restore it on leaving."""
         with ExitStack() as stack:
             stack.push(self.checkpointer)
             stack.callback(self.display.close)
@@ -435,7 +435,7 @@ class Trainer:
         )
 
     def _followers(self) -> dict[str, object]:
-        """Return what else may remember something of a run, besides what is registered."""
+        """Return unregistered objects that may keep state of the run."""
         callbacks = {f"callbacks.{name}": one for name, one in named(self.callbacks).items()}
         return {"trainer": self, "loss": self._parts.loss_fn, **callbacks}
 

@@ -25,7 +25,6 @@ from unbroken.changes.rules import (
     CADENCE,
     FORWARD,
     LENGTH,
-    LENGTH_SETTINGS,
     LOADING,
     OPTIMIZER,
     RANDOM,
@@ -181,7 +180,7 @@ class CallbackState:
         self.callback = callback
 
     def state_dict(self) -> Any:
-        """Return what training has made of it; not what it was built with."""
+        """Return the state that training made, without the arguments it was built with."""
         if _has_state_dict(self.callback):
             return self.callback.state_dict()
         return copy.deepcopy(self.callback.state().get("attributes", {}))
@@ -268,12 +267,8 @@ class UserChoices:
             is_named: Whether the caller named one checkpoint: who does that and gives other
                 hyperparameters means them.
         """
-        is_strict = self.exact_resume == "require"
-        meant = MEANT if is_named and self.exact_resume == "prefer" else ()
-        follows = () if is_strict else (LENGTH, "ignore_data_skip")
-        follows = (*follows, *(LENGTH_SETTINGS if LENGTH in self.allow else ()))
-        parts = {"fp16": "scaler", "lr_scheduler_type": "scheduler", "optim": "optimizer"}
-        return ResumePolicy((*self.allow, *meant, *follows), self.skip, self.exact_resume, parts)
+        follows = (*(MEANT if is_named else ()), LENGTH, "ignore_data_skip")
+        return ResumePolicy.of_trainer(self.allow, self.skip, self.exact_resume, follows=follows)
 
     @property
     def made_by_arguments(self) -> list[str]:

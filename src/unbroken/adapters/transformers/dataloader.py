@@ -366,7 +366,7 @@ class KeyedIterable(IterableDataset[Any]):
     def begin(
         self, epoch: int, batches: int, state: Any = None, trail: Mapping[str, Any] | None = None
     ) -> None:
-        """Take note that a resumed run skips so many batches of an epoch.
+        """Skip the first batches of an epoch, as a resumed run has used them.
 
         Args:
             epoch: The epoch.
@@ -407,7 +407,7 @@ class KeyedIterable(IterableDataset[Any]):
         return self._digests[1].trail(batches) if self._digests and known else {}
 
     def state_after(self, epoch: int, batches: int) -> Any:
-        """Return the data set's state after so many batches; None: it must be read again."""
+        """Return the data set's state after `batches`; None: it must be read again."""
         return next((s for e, n, s in self._states if (e, n) == (epoch, batches)), None)
 
     def set_epoch(self, epoch: int) -> None:
@@ -598,7 +598,7 @@ def data_state(loader: Any, epoch: int, batches: int) -> Any:
 
 
 def trail_of(loader: Any, epoch: int, batches: int) -> dict[str, Any]:
-    """Return what the batches up to a place are to be held against; {}: nobody knows."""
+    """Return the digests that the batches up to a position must match; {}: not known."""
     holder = loader.dataset if isinstance(loader.dataset, KeyedIterable) else loader.batch_sampler
     found: dict[str, Any] = holder.trail(epoch, batches)
     return found
@@ -627,7 +627,7 @@ def unknown_order(loader: Any, position: DataPosition) -> tuple[Difference, ...]
 
 
 def batches_left(loader: Any, samples: int) -> int | None:
-    """Return how many batches are left of an epoch after so many samples; None: nobody knows."""
+    """Return how many batches of an epoch are left after `samples`; None: not known."""
     if isinstance(loader.dataset, KeyedIterable):
         return None
     return loader.batch_sampler.left_after(samples)  # type: ignore[no-any-return]

@@ -42,7 +42,7 @@ RULES: Mapping[Decides, Mapping[str, Rule]] = {
 
 
 def what_evaluations_decide(host: Any) -> Decides:
-    """Return what of a run follows from its evaluations."""
+    """Return what the evaluations of a run decide."""
     schedule = getattr(host.lr_scheduler, "scheduler", host.lr_scheduler)  # of the user's own
     is_named = host.args.lr_scheduler_type == "reduce_lr_on_plateau"
     if is_named or isinstance(schedule, ReduceLROnPlateau):

@@ -121,7 +121,7 @@ class HfCheckpoints:
         return problem_of_hf_checkpoint(folder)
 
     def state_of(self, folder: Path) -> str | None:
-        """Return what tells its checkpoint from all others, wherever it lies; None: nothing."""
+        """Return an identity of its checkpoint that does not depend on its path; None: none."""
         try:
             state = folder / STATE  # a named pipe would be waited for
             return f"stock {digest_of(state.read_bytes())}" if state.is_file() else None
@@ -339,7 +339,7 @@ def _check_tensors(file: Path, held: Any) -> None:
 
 
 def _check_generators(file: Path) -> None:
-    """Let generators that nobody else uses take the states, which shows whether they are some."""
+    """Load the states into generators of our own, which shows whether they are valid."""
     states = read_archive(file.parent, file.name)
     with reading(file):
         random.Random().setstate(states["python"])  # noqa: S311 (draws nothing)

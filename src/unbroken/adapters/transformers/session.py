@@ -104,7 +104,7 @@ class LossAccumulators:
         }
 
     def bring_back(self, values: Mapping[str, Any]) -> None:
-        """Set it to what it was: the next line of the log, and train_loss, are the run's."""
+        """Restore it, so that the next log line and train_loss are those of the whole run."""
         trainer = self._trainer
         trainer._tr_loss.fill_(values["since_log"])  # noqa: SLF001
         trainer._total_loss_scalar = values["logged"]  # noqa: SLF001
@@ -334,7 +334,7 @@ class TrainSession:
         return self._loader
 
     def settled(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Return the host's numbers as they follow from the position where the run is."""
+        """Return the host's loop counts, adjusted to the position of the run."""
         counts = LoopCounts(*values)
         args = self.trainer.args
         self.batching = replace(self.batching, length=_length(self._loader.dataset))
@@ -414,7 +414,7 @@ class TrainSession:
         self._settings.apply(differences, self.checkpointer.objects, built)
 
     def _import_hf_checkpoint(self, folder: Path, stored: StoredPosition) -> ResumeReport:
-        """Load a checkpoint of the host's own Trainer and save it as one of ours.
+        """Load a checkpoint of transformers' own Trainer and save it as one of unbroken.
 
         Args:
             folder: The checkpoint.
@@ -478,7 +478,7 @@ class TrainSession:
         }
 
     def _other_objects(self) -> dict[str, object]:
-        """Return what else may remember something of a run, besides what is registered."""
+        """Return unregistered objects that may keep state of the run."""
         trainer = self.trainer
         callbacks = named(trainer.callback_handler.callbacks).items()
         return {
@@ -490,7 +490,7 @@ class TrainSession:
         }
 
     def epoch_begins(self, epoch: int) -> None:
-        """Make ready for an epoch; before the first one of a resumed run, bring back the rest."""
+        """Prepare an epoch; before the first one of a resumed run, restore the rest."""
         if self._is_back or self._loop_start is None:
             self.position_callback.position = DataPosition(epoch)
             self.bring_back()
@@ -523,7 +523,7 @@ class TrainSession:
         return trails[self.group.rank] if len(trails) == self.group.world_size else {}
 
     def _workers_begin(self) -> None:
-        """Take note of the data set that processes which read get a copy of."""
+        """Note the state of the data set of which worker processes get a copy."""
         args = self.trainer.args
         lasting = args.dataloader_persistent_workers and self._has_workers
         if args.dataloader_num_workers and not lasting:
@@ -531,7 +531,7 @@ class TrainSession:
             self.checkpointer.attributes.workers_begin()
 
     def bring_back(self) -> None:
-        """Bring back, once, what the host sets to nothing when it begins to train."""
+        """Restore, once, what the host resets when it begins to train."""
         if self._is_back:
             return
         self._is_back = True

@@ -438,7 +438,7 @@ def _as_path(requested: Any) -> Any:
 
 @contextmanager
 def telling_of_an_early_stop() -> Iterator[None]:
-    """Say it where a signal ends a start before its first step."""
+    """Log a warning where a signal ends a start before its first step."""
     try:
         yield
     except TrainingStopped as stopped:

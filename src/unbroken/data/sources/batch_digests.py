@@ -202,7 +202,7 @@ class EpochDigests:
             self._refuse(f"batches 0 to {self._count - 1} of the epoch", digest, found)
 
     def trail(self, batches: int) -> dict[str, Any]:
-        """Return what to store for the position after so many batches; {}: nothing is known."""
+        """Return what to store for the position after `batches`; {}: it is not known."""
         if not self._count - len(self._digests) < batches <= self._count:
             return {}
         digest = self._digests[batches - self._count - 1]

@@ -27,7 +27,7 @@ from unbroken.data.worker_signals import leave_signals_of
 from unbroken.errors import DataError
 from unbroken.introspection import answers_anything, has, is_of
 
-END = object()  # what `ForeignLoader.next` gives at the end of an epoch
+END = object()  # returned by `ForeignLoader.next` at the end of an epoch
 
 
 class ForeignLoader:
