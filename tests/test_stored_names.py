@@ -26,7 +26,6 @@ from unbroken.checkpoint import ddp_buckets
 from unbroken.checkpoint.coverage import attributes, unregistered
 from unbroken.checkpoint.coverage.loop_watch import GRADIENTS
 from unbroken.checkpoint.resume import per_rank
-from unbroken.checkpoint.save import rank_shares
 from unbroken.data import MapSource, batch_source
 from unbroken.fingerprint import own_attributes, qualified_name, scheduler_facts
 from unbroken.language_model.settings import DataSettings
@@ -95,7 +94,7 @@ def test_the_names_of_places_on_the_disk_are_frozen():
     }
     kept("places", sorted(str(value) for value in files.values() if isinstance(value, str)))
     of_parts = (per_rank.FACT, ddp_buckets.FACT, unregistered.FACT, attributes.NAME, GRADIENTS)
-    of_ranks = (rank_shares.own_key(1), rank_shares.own_state_file(1), names.checkpoint_name(8))
+    of_ranks = (names.own_key(1), names.own_state_file(1), names.checkpoint_name(8))
     kept("parts of a checkpoint", sorted((*of_parts, *of_ranks)))
 
 

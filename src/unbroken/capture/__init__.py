@@ -31,12 +31,14 @@ from unbroken.capture.kinds.random_state import missing_devices as missing_devic
 from unbroken.capture.kinds.random_state import of_devices_here as of_devices_here
 from unbroken.capture.kinds.random_state import restore_rng as restore_rng
 from unbroken.capture.objects import Stateful as Stateful
+from unbroken.capture.objects import all_objects as all_objects
 from unbroken.capture.objects import capture as capture
 from unbroken.capture.objects import capture_unregistered as capture_unregistered
 from unbroken.capture.objects import check as check
 from unbroken.capture.objects import files_for as files_for
 from unbroken.capture.objects import fill as fill
 from unbroken.capture.objects import kind_of as kind_of
+from unbroken.capture.objects import named_objects as named_objects
 from unbroken.capture.objects import restore as restore
 from unbroken.capture.objects import restore_unregistered as restore_unregistered
 from unbroken.capture.partial_load import Skip as Skip
@@ -70,6 +72,7 @@ __all__ = [
     "Stateful",
     "StoredTensor",
     "TensorLeaf",
+    "all_objects",
     "byte_view",
     "capture",
     "capture_gradients",
@@ -97,6 +100,7 @@ __all__ = [
     "missing_devices",
     "named_buffers",
     "named_modules",
+    "named_objects",
     "named_parameters",
     "of_devices_here",
     "pretrained_files",

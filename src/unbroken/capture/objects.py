@@ -396,6 +396,21 @@ def _items(value: Any) -> list[tuple[Any, Any]]:
     return list(value.items() if isinstance(value, Mapping) else enumerate(value))
 
 
+def all_objects(objects: Any) -> Iterator[object]:
+    """Yield registered objects one by one, those in lists and dicts too."""
+    return (value for _, value in named_objects(objects))
+
+
+def named_objects(objects: Any, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield registered objects with their paths: "critic", or "optimizers.0" in a list."""
+    items = objects.items() if isinstance(objects, Mapping) else enumerate(objects)
+    for name, value in items:
+        if isinstance(value, list | tuple | dict):
+            yield from named_objects(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 def _is_group(value: object) -> bool:
     return type(value) in (list, tuple, dict)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from unbroken.capture import named_parameters
+from unbroken.capture import all_objects, named_objects, named_parameters
 from unbroken.changes.differences import Difference
 from unbroken.changes.rules import is_another_schedule
 
@@ -128,21 +128,6 @@ class InitialHyperparameters:
             parameter.requires_grad_(is_trained)
             if not is_trained:
                 parameter.grad = None
-
-
-def all_objects(objects: Any) -> Iterator[object]:
-    """Yield registered objects one by one, those in lists and dicts too."""
-    return (value for _, value in named_objects(objects))
-
-
-def named_objects(objects: Any, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yield registered objects with their paths: "critic", or "optimizers.0" in a list."""
-    items = objects.items() if isinstance(objects, Mapping) else enumerate(objects)
-    for name, value in items:
-        if isinstance(value, list | tuple | dict):
-            yield from named_objects(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _steps_of(state: Mapping[str, Any]) -> int:

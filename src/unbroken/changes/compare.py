@@ -13,11 +13,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from unbroken.capture import ParameterNames, Skip, how_cut, keep_skipped, structure_digest
+from unbroken.capture import (
+    ParameterNames,
+    Skip,
+    how_cut,
+    keep_skipped,
+    named_objects,
+    structure_digest,
+)
 from unbroken.changes.apply import (
     NOT_LOADED,
     InitialHyperparameters,
-    named_objects,
     take_effect,
     untrained_names,
 )
@@ -376,11 +382,12 @@ class Comparison:
             if name not in ("code", "version")
         }
 
-    def uncovered(self, more: tuple[Difference, ...] = ()) -> tuple[Difference, ...]:
-        """Return what training depends on and no checkpoint can hold or compare."""
+    @cached_property
+    def uncovered(self) -> tuple[Difference, ...]:
+        """What training depends on and no checkpoint can hold or compare."""
         facts = self._without_made_by_settings(self.facts["fingerprint"])
         facts.pop("eval_data", None)  # `examine` tells whether anything depends on it
-        return (*uncovered_facts(facts), *more, *_cut_off_code())
+        return (*uncovered_facts(facts), *_cut_off_code())
 
     def check_values(self, values: Any) -> None:
         """Raise where the values of a checkpoint are none that such a run can have saved."""

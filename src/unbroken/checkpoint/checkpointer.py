@@ -11,8 +11,7 @@ from inspect import signature
 from types import TracebackType
 from typing import Any, Self
 
-from unbroken.capture import capture, capture_rng
-from unbroken.changes.apply import named_objects
+from unbroken.capture import capture, capture_rng, named_objects
 from unbroken.changes.compare import Comparison, ResumePolicy
 from unbroken.changes.differences import Difference, ResumeReport
 from unbroken.checkpoint.arguments import (
@@ -495,10 +494,12 @@ class Checkpointer:
         self._tell_of(self._uncovered())
 
     def _uncovered(self) -> tuple[Difference, ...]:
-        return self.comparison.uncovered(self.buckets.uncovered())
+        return (*self.comparison.uncovered, *self.buckets.uncovered())
 
     def _tell_of(self, found: tuple[Difference, ...]) -> None:
         new = tuple(one for one in found if one.path not in self._known)
+        if not new:
+            return
         self.comparison.refuse(self.run.storage.describe(), new)
         self._known |= {one.path for one in new}
         for one in new:

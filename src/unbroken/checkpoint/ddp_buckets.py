@@ -23,7 +23,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel as Ddp
 from torch.utils.hooks import RemovableHandle
 
-from unbroken.changes.apply import named_objects
+from unbroken.capture import named_objects
 from unbroken.changes.differences import Difference, Rule, compare
 from unbroken.distributed import Group
 

@@ -9,14 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from unbroken.changes.differences import ResumeReport
-from unbroken.checkpoint.resume.readers import UnseenStorage, open_as_another, place_of
+from unbroken.checkpoint.resume.readers import UnseenStorage
 from unbroken.checkpoint.resume.selection import Selection, best_step
 from unbroken.distributed import Group
-from unbroken.errors import CheckpointNotFoundError, ConfigError, SaveError
-from unbroken.storage import Storage
-from unbroken.store import CheckpointReader, Rejection, RunDirectory, branch, has_branch
+from unbroken.errors import CheckpointNotFoundError, ConfigError, RunDirectoryError, SaveError
+from unbroken.storage import FolderStorage, Storage
+from unbroken.store import (
+    CheckpointReader,
+    Json,
+    Lineage,
+    Rejection,
+    RunDirectory,
+    branch,
+    has_branch,
+)
 from unbroken.store.format.names import checkpoint_name, step_of
-from unbroken.store.run.directory import now_as_text
+from unbroken.store.run.directory import RunIdentity, now_as_text
 
 RefuseBeginning = Callable[[RunDirectory, int], None]
 """Raises if a branch that begins in the state of a step would be refused."""
@@ -100,9 +108,9 @@ class RunAccess:
         step = group.broadcast("where the branch begins", step)
         if step is None:
             return
-        place = group.broadcast("the run directory", None if left is None else place_of(left))
+        place = group.broadcast("the run directory", None if left is None else _place_of(left))
         unseen = self._unseen
-        seen = group.run_on_all(what, lambda: left or open_as_another(place, given, unseen=unseen))
+        seen = group.run_on_all(what, lambda: left or _open_as_another(place, given, unseen=unseen))
         refuse(seen, step)
 
     def close(self, error: BaseException | None) -> None:
@@ -123,9 +131,9 @@ class RunAccess:
         own = group.run_on_all(
             what, lambda: None if group.rank else self._open_as_owner(selection, among_others)
         )
-        place = group.broadcast("the run directory", None if own is None else place_of(own))
+        place = group.broadcast("the run directory", None if own is None else _place_of(own))
         given, unseen = self._directory, self._unseen
-        return group.run_on_all(what, lambda: own or open_as_another(place, given, unseen=unseen))
+        return group.run_on_all(what, lambda: own or _open_as_another(place, given, unseen=unseen))
 
     def _open_as_owner(self, selection: Selection | None, among_others: bool) -> RunDirectory:
         directory, clock = self._directory, self._clock
@@ -144,6 +152,45 @@ def reader_of(run: RunDirectory, report: ResumeReport) -> CheckpointReader | Non
     own = report.checkpoint == run.storage.describe(name)
     own = own and not isinstance(run.storage, UnseenStorage)
     return CheckpointReader(run.storage, name) if own else None
+
+
+# What other ranks see of it.
+
+
+def _place_of(directory: RunDirectory) -> Json:
+    """Return what the other ranks must know of the run directory."""
+    parent = None if directory.parent is None else directory.parent.to_json()
+    identity = {"id": directory.run_id, "created": directory.created, "parent": parent}
+    return {"place": directory.storage.describe(), **identity}
+
+
+def _open_as_another(said: Any, given: str | Storage, *, unseen: bool) -> RunDirectory:
+    """Return the run directory of rank 0 for another rank: to look at, or only by its name.
+
+    Args:
+        said: What rank 0 says of it; see `_place_of`.
+        given: The directory, or the parent of the branch, as this rank was given it.
+        unseen: Whether only rank 0 can see it.
+
+    Raises:
+        RunDirectoryError: It cannot be seen from here.
+    """
+    if unseen:
+        parent = None if said["parent"] is None else Lineage.from_json(said["parent"])
+        identity = RunIdentity(said["id"], said["created"], parent)
+        return RunDirectory(UnseenStorage(said["place"]), identity, None)
+    try:
+        return RunDirectory.open_readonly(_seen_from_here(said["place"], given))
+    except RunDirectoryError as error:
+        error.add_note('a folder that only rank 0 sees: read_from="rank0"')
+        raise
+
+
+def _seen_from_here(place: str, given: str | Storage) -> str | Storage:
+    """Return rank 0's place in the storage that this rank was given, if that leads there."""
+    if isinstance(given, str) or not f"{place}/".startswith(f"{given.describe()}/"):
+        return place
+    return FolderStorage(given, place[len(given.describe()) + 1 :])
 
 
 # Going on in a branch: find where it begins, make it or open it, and say so.

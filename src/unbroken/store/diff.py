@@ -16,6 +16,7 @@ from unbroken.errors import CorruptCheckpointError
 from unbroken.store.checkpoint.reader import CheckpointReader
 from unbroken.store.format.canonical_json import Json, MalformedError, from_strict
 from unbroken.store.format.manifest import Manifest, TensorEntry
+from unbroken.store.format.names import STATE_FILE
 from unbroken.store.format.typed_json import TAG, TAGS, InnerValue, Tag, elements_of
 
 # JSON as a tree of values with paths. Facts of a manifest are plain JSON, `state.json` is typed
@@ -290,7 +291,6 @@ def _is_number(value: Json) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-STATE_FILE = "state.json"
 NOT_COUNTED: Mapping[str, frozenset[str]] = {
     "config": frozenset({"config.output_dir"}),
     "other facts": frozenset({"metrics_bytes"}),

@@ -13,9 +13,9 @@ import torch
 from unbroken.adapters.transformers.hf_checkpoint import OPTIMIZER, SCALER, SCHEDULER
 from unbroken.capture import decode, load_tensors, structure_from_bytes
 from unbroken.capture.kinds.random_state import python_getstate
-from unbroken.checkpoint.save.rank_shares import own_key, own_state_file
 from unbroken.errors import ConfigError
 from unbroken.store import CheckpointReader, export_weights
+from unbroken.store.format.names import own_key, own_state_file
 
 _OURS = ("state.", "optimizer.", "buffers.")
 

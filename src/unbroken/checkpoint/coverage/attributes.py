@@ -32,11 +32,11 @@ from unbroken.capture import (
     kind_of,
     load_tensors,
     named_modules,
+    named_objects,
     restore_unregistered,
     unwrapped,
 )
 from unbroken.capture.state_tree import children
-from unbroken.changes.apply import named_objects
 from unbroken.changes.differences import Difference, brief
 from unbroken.changes.rules import rule_of
 from unbroken.checkpoint.coverage.attribute_values import (

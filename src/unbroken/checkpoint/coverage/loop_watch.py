@@ -20,11 +20,11 @@ from torch.utils.hooks import RemovableHandle
 from unbroken.capture import (
     Captured,
     ParameterNames,
+    all_objects,
     check_gradients,
     is_sharded,
     restore_gradients,
 )
-from unbroken.changes.apply import all_objects
 from unbroken.changes.differences import Difference
 from unbroken.checkpoint.coverage.schedules import FoundSchedules
 from unbroken.checkpoint.coverage.unregistered import NotGiven

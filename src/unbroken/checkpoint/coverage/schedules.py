@@ -16,8 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from unbroken.capture import Captured, capture, load_tensors, restore
-from unbroken.changes.apply import all_objects, named_objects
+from unbroken.capture import Captured, all_objects, capture, load_tensors, named_objects, restore
 from unbroken.changes.differences import Difference
 from unbroken.changes.rules import fingerprint_differences
 from unbroken.errors import StateMismatchError

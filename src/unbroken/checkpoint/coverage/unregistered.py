@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, dataloader
 
-from unbroken.changes.apply import all_objects, named_objects
+from unbroken.capture import all_objects, named_objects
 from unbroken.changes.differences import Difference
 from unbroken.checkpoint.coverage.schedules import attributes, steers, things_around
 from unbroken.data import BatchSource, KeyedDataset, LoaderSource

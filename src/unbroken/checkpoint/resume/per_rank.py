@@ -23,8 +23,6 @@ from unbroken.changes.differences import Difference, by_severity
 from unbroken.checkpoint.coverage.attributes import NAME
 from unbroken.checkpoint.save.rank_shares import (
     MODES,
-    own_key,
-    own_state_file,
     state_digest,
     with_modes,
 )
@@ -32,6 +30,7 @@ from unbroken.distributed import Group, disagreement, name_ranks
 from unbroken.errors import CorruptCheckpointError, RankError, StateMismatchError
 from unbroken.fingerprint.environment import environment_facts
 from unbroken.store import Manifest
+from unbroken.store.format.names import own_key, own_state_file
 
 # Facts.
 

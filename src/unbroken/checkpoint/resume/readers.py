@@ -22,14 +22,12 @@ from unbroken.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
     RankError,
-    RunDirectoryError,
     UnbrokenError,
 )
-from unbroken.storage import FolderStorage, MemoryStorage, Storage, storage_at
+from unbroken.storage import MemoryStorage, Storage, storage_at
 from unbroken.store import (
     CheckpointReader,
     Json,
-    Lineage,
     Manifest,
     Rejection,
     RunDirectory,
@@ -38,7 +36,6 @@ from unbroken.store import (
 )
 from unbroken.store.format.canonical_json import digest_of
 from unbroken.store.format.manifest import Box
-from unbroken.store.run.directory import RunIdentity
 
 # A checkpoint that rank 0 alone can see, passed on to all ranks tensor by tensor.
 
@@ -58,42 +55,6 @@ class UnseenStorage(MemoryStorage):
     def describe(self, path: str = "") -> str:
         """Return how the process that sees it calls a path."""
         return os.path.join(self._place, path) if path else self._place
-
-
-def place_of(run: RunDirectory) -> Json:
-    """Return what the other ranks must know of the run directory."""
-    parent = None if run.parent is None else run.parent.to_json()
-    identity = {"id": run.run_id, "created": run.created, "parent": parent}
-    return {"place": run.storage.describe(), **identity}
-
-
-def open_as_another(said: Any, given: str | Storage, *, unseen: bool) -> RunDirectory:
-    """Return the run directory of rank 0 for another rank: to look at, or only by its name.
-
-    Args:
-        said: What rank 0 says of it; see `place_of`.
-        given: The directory, or the parent of the branch, as this rank was given it.
-        unseen: Whether only rank 0 can see it.
-
-    Raises:
-        RunDirectoryError: It cannot be seen from here.
-    """
-    if unseen:
-        parent = None if said["parent"] is None else Lineage.from_json(said["parent"])
-        identity = RunIdentity(said["id"], said["created"], parent)
-        return RunDirectory(UnseenStorage(said["place"]), identity, None)
-    try:
-        return RunDirectory.open_readonly(_seen_from_here(said["place"], given))
-    except RunDirectoryError as error:
-        error.add_note('a folder that only rank 0 sees: read_from="rank0"')
-        raise
-
-
-def _seen_from_here(place: str, given: str | Storage) -> str | Storage:
-    """Return rank 0's place in the storage that this rank was given, if that leads there."""
-    if isinstance(given, str) or not f"{place}/".startswith(f"{given.describe()}/"):
-        return place
-    return FolderStorage(given, place[len(given.describe()) + 1 :])
 
 
 class RelayedCheckpoint(ABC):

@@ -9,6 +9,7 @@ from typing import Any
 
 from unbroken.capture import (
     Growth,
+    all_objects,
     capture,
     check,
     check_rng,
@@ -46,11 +47,11 @@ from unbroken.checkpoint.resume.selection import (
     Selector,
     origin_in,
 )
-from unbroken.checkpoint.save.rank_shares import MODES, STATE_FILE
+from unbroken.checkpoint.save.rank_shares import MODES
 from unbroken.checkpoint.save.session import SaveLineage, refuse_torn
-from unbroken.checkpoint.save.staging import flattened
 from unbroken.errors import CheckpointError, CorruptCheckpointError
 from unbroken.store import CheckpointReader, Json
+from unbroken.store.format.names import STATE_FILE
 from unbroken.store.run.directory import as_directory_error, now_as_text
 
 
@@ -196,7 +197,7 @@ class _Classes:
 
     def __iter__(self) -> Iterator[type]:
         yield from self.given
-        yield from {*types_in(capture(self.objects)), *classes_at_hand(flattened(self.objects))}
+        yield from {*types_in(capture(self.objects)), *classes_at_hand(all_objects(self.objects))}
 
 
 def _read_state(

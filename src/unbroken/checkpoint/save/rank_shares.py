@@ -32,6 +32,7 @@ from unbroken.capture.codec.leaves import TensorMemo
 from unbroken.checkpoint.coverage.attributes import NAME
 from unbroken.distributed import Group, divide, name_ranks
 from unbroken.errors import ConfigError, RankError
+from unbroken.store.format.names import STATE_FILE, file_of_rank, own_key, own_state_file
 
 # Whether what is stored once is the same on all ranks: the weights and moments of replicas.
 #
@@ -157,7 +158,6 @@ def _as_list(value: object) -> list[object]:
     return value if isinstance(value, list) else []
 
 
-STATE_FILE = "state.json"
 _LARGE = 32 << 20  # bytes
 MODES = "modes_of_modules"
 """Where a state tree says which modules of a rank evaluate, where ranks differ."""
@@ -224,16 +224,6 @@ class SharePlan:
             self._mine = divide(group, {leaf.path: _whole(leaf) for leaf in leaves})
             self._offered = offered
         return self._mine
-
-
-def own_state_file(rank: int) -> str:
-    """Return the file with what a rank other than 0 has of its own."""
-    return f"state.rank{rank}.json"
-
-
-def own_key(rank: int) -> str:
-    """Return the name under which that state stands: no object can have it."""
-    return f"rank-{rank}"
 
 
 def plan_share(
@@ -519,17 +509,6 @@ def _optimizers_in(value: Any, path: str) -> Iterator[str]:
         items = value.items() if isinstance(value, Mapping) else enumerate(value)
         for key, item in items:
             yield from _optimizers_in(item, f"{path}.{key}" if path else str(key))
-
-
-def file_of_rank(name: str, rank: int) -> str:
-    """Return the file of a rank where several share one.
-
-    Example:
-        >>> file_of_rank("model.safetensors", 2)
-        'model.rank2.safetensors'
-    """
-    stem, _, end = name.rpartition(".")
-    return f"{stem}.rank{rank}.{end}"
 
 
 def _in_file_of_rank(file_of: FileOf, rank: int) -> Callable[[str], tuple[str, str]]:

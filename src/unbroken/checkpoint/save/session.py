@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from unbroken.capture import (
     FileOf,
+    all_objects,
     capture,
     files_for,
     is_sharded,
@@ -27,7 +28,6 @@ from unbroken.capture import (
 )
 from unbroken.checkpoint.resume.selection import Origin
 from unbroken.checkpoint.save.rank_shares import CapturedState, RankShare, SharePlan, plan_share
-from unbroken.checkpoint.save.staging import flattened
 from unbroken.distributed import Group, name_ranks
 from unbroken.errors import ConfigError, RankError, SaveError, StateMismatchError
 from unbroken.store import (
@@ -449,7 +449,7 @@ class Rehearsal:
         """Let each optimizer be looked at after its first step, whoever calls that."""
         self.end()
         self._begun_at = step
-        for one in map(_stepping, flattened(self._objects)):
+        for one in map(_stepping, all_objects(self._objects)):
             if isinstance(one, Optimizer) and one not in self._hooks:
                 begins = one.register_step_pre_hook(self._step_begins)
                 self._hooks[one] = begins, one.register_step_post_hook(self._step_is_over)

@@ -392,7 +392,7 @@ def stable_tensors(
         unstable: The paths of leaves that something else does change.
     """
     stable: dict[tuple[int, int], list[torch.Tensor]] = {}
-    for value in flattened(objects):
+    for value in _flattened(objects):
         for tensor in _stable_in(value):
             if tensor.numel() > 1:
                 stable.setdefault(_place(tensor), []).append(tensor)
@@ -406,14 +406,14 @@ def _place(tensor: torch.Tensor) -> tuple[int, int]:
     return (tensor.data_ptr(), tensor.nbytes)
 
 
-def flattened(value: object) -> Iterator[object]:
+def _flattened(value: object) -> Iterator[object]:
     """Yield the objects in groups of objects."""
     if type(value) is dict:
         for one in value.values():
-            yield from flattened(one)
+            yield from _flattened(one)
     elif type(value) in (list, tuple):
         for one in value:  # type: ignore[attr-defined]
-            yield from flattened(one)
+            yield from _flattened(one)
     else:
         yield value
 

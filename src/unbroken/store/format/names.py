@@ -15,6 +15,7 @@ SET_ASIDE = "set-aside"
 BRANCHES = "branches"
 
 MANIFEST_NAME = "manifest.json"
+STATE_FILE = "state.json"
 PINNED_NAME = "pinned"
 
 MAX_STEP = 10**18 - 1
@@ -88,6 +89,27 @@ def rank_of(name: str) -> int | None:
         (2, None)
     """
     return _step_in(_OF_RANK, name)
+
+
+def file_of_rank(name: str, rank: int) -> str:
+    """Return the file of a rank where several share one.
+
+    Example:
+        >>> file_of_rank("model.safetensors", 2)
+        'model.rank2.safetensors'
+    """
+    stem, _, end = name.rpartition(".")
+    return f"{stem}.rank{rank}.{end}"
+
+
+def own_state_file(rank: int) -> str:
+    """Return the file with what a rank other than 0 has of its own."""
+    return file_of_rank(STATE_FILE, rank)
+
+
+def own_key(rank: int) -> str:
+    """Return the name under which that state stands: no object can have it."""
+    return f"rank-{rank}"
 
 
 def is_file_name(name: str) -> bool:
