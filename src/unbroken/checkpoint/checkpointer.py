@@ -46,7 +46,7 @@ from unbroken.checkpoint.resume.selection import (
     Selection,
     Selector,
 )
-from unbroken.checkpoint.run_access import RunAccess, reader_of
+from unbroken.checkpoint.run_access import RunAccess
 from unbroken.checkpoint.save.async_saver import AsyncSaver, SaveCost
 from unbroken.checkpoint.save.rank_shares import (
     MODES,
@@ -301,7 +301,7 @@ class Checkpointer:
         resumed = resume_run(candidate, self.objects, request, passes_over=not is_given)
         report, self.resumed_facts = resumed.report, resumed.facts
         self.values, self.best_step = resumed.values, resumed.best_step
-        self._lineage.resumed(reader_of(self.run, report), resumed.origin, resumed.skipped)
+        self._lineage.resumed(self._place.reader_of(report), resumed.origin, resumed.skipped)
         self.buckets.bring_back(resumed.facts)
         self._timer.begin(report.step, self.run.history.records(past_damage=True))
         self._place.has_started = True

@@ -113,6 +113,14 @@ class RunAccess:
         seen = group.run_on_all(what, lambda: left or _open_as_another(place, given, unseen=unseen))
         refuse(seen, step)
 
+    def reader_of(self, report: ResumeReport) -> CheckpointReader | None:
+        """Return the checkpoint that was resumed, every byte of which was read; None: elsewhere."""
+        run, name = self._run, checkpoint_name(report.step)
+        if run is None or isinstance(run.storage, UnseenStorage):
+            return None
+        own = report.checkpoint == run.storage.describe(name)
+        return CheckpointReader(run.storage, name) if own else None
+
     def close(self, error: BaseException | None) -> None:
         """Release the run directory, and tell the history if a start ends in an error."""
         run, self._run = self._run, None
@@ -144,14 +152,6 @@ class RunAccess:
         run, notes = _open_branch(directory, self._branch, selection, clock=clock)
         self.notes = (*notes, *run.notes)
         return run
-
-
-def reader_of(run: RunDirectory, report: ResumeReport) -> CheckpointReader | None:
-    """Return the checkpoint that was resumed, every byte of which was read; None: elsewhere."""
-    name = checkpoint_name(report.step)
-    own = report.checkpoint == run.storage.describe(name)
-    own = own and not isinstance(run.storage, UnseenStorage)
-    return CheckpointReader(run.storage, name) if own else None
 
 
 # What other ranks see of it.

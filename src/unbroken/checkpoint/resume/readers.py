@@ -247,13 +247,6 @@ class Readers(Protocol):
         """
 
 
-def readers_for(run: RunDirectory, group: Group, read_from: ReadFrom) -> Readers:
-    """Return how these ranks read the checkpoints of a run."""
-    if read_from == "rank0" and group.world_size > 1:
-        return FromRank0(run, group)
-    return EachForItself(run, group)
-
-
 class EachForItself:
     """Every rank reads all that it needs; the ranks of one machine divide the verification.
 

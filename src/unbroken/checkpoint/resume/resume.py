@@ -48,7 +48,7 @@ from unbroken.checkpoint.resume.selection import (
     origin_in,
 )
 from unbroken.checkpoint.save.rank_shares import MODES
-from unbroken.checkpoint.save.session import SaveLineage, refuse_torn
+from unbroken.checkpoint.save.session import SaveLineage
 from unbroken.errors import CheckpointError, CorruptCheckpointError
 from unbroken.store import CheckpointReader, Json
 from unbroken.store.format.names import STATE_FILE
@@ -137,7 +137,7 @@ def resume_run(
         if not passes_over:
             raise DamagedCandidateError(damage, older)
         candidate = older
-    refuse_torn(selector.run, is_torn=request.lineage.is_torn)
+    request.lineage.refuse_torn(selector.run)
     return Resumed(_Beginning(selector, request).report(candidate))
 
 

@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from unbroken.changes.differences import brief
-from unbroken.checkpoint.resume.readers import ReadAhead, ReadFrom, Source, readers_for
+from unbroken.checkpoint.resume.readers import (
+    EachForItself,
+    FromRank0,
+    ReadAhead,
+    Readers,
+    ReadFrom,
+    Source,
+)
 from unbroken.distributed import Group
 from unbroken.errors import (
     CheckpointError,
@@ -486,7 +493,8 @@ class Selector:
         foreign: ForeignFormat | None = None,
         examine: Callable[[Candidate], None] | None = None,
     ) -> None:
-        self.readers = readers_for(run, group, read_from)
+        one_for_all = read_from == "rank0" and group.world_size > 1
+        self.readers: Readers = (FromRank0 if one_for_all else EachForItself)(run, group)
         self.run = run
         self.group = group
         self._foreign = foreign

@@ -175,7 +175,7 @@ class SaveLineage:
             ConfigError: It has such checkpoints.
             StateMismatchError: What is to be saved is no whole state.
         """
-        refuse_torn(run, is_torn=self.is_torn)
+        self.refuse_torn(run)
         found = () if self.has_begun else run.catalog.folders()
         if found:
             raise ConfigError(
@@ -186,23 +186,22 @@ class SaveLineage:
             )
         self.has_begun = True
 
+    def refuse_torn(self, run: RunDirectory) -> None:
+        """Raise where checkpoints would be made of objects that hold parts of an old one.
+
+        Raises:
+            StateMismatchError: They hold such parts.
+        """
+        if self.is_torn:
+            raise StateMismatchError(
+                run.storage.describe(),
+                "the objects hold parts of a checkpoint that turned out to be damaged",
+                hint="build them anew, or start the process again",
+            )
+
     def facts(self) -> dict[str, Json]:
         """Return what the manifest of a checkpoint says of its lineage."""
         return {"origin": None, **self.origin, "skip": list(self.skipped)}
-
-
-def refuse_torn(run: RunDirectory, *, is_torn: bool) -> None:
-    """Raise where checkpoints would be made of objects that hold parts of an old one.
-
-    Raises:
-        StateMismatchError: They hold such parts.
-    """
-    if is_torn:
-        raise StateMismatchError(
-            run.storage.describe(),
-            "the objects hold parts of a checkpoint that turned out to be damaged",
-            hint="build them anew, or start the process again",
-        )
 
 
 class SaveAbandonedError(Exception):
