@@ -134,6 +134,7 @@ PARTS = {  # modules that serve one other module, each an idea of its own
     "unbroken.checkpoint.coverage.attribute_values": "what an attribute holds",
     "unbroken.checkpoint.resume.resume": "checks, then the load",
     "unbroken.checkpoint.run_access": "one rank owns the run directory, the others look",
+    "unbroken.checkpoint.save.staging": "a copy of the state, and whether it changed meanwhile",
     "unbroken.training.checkpoints": "what a Trainer saves and resumes",
     "unbroken.training.evaluation": "when, over which data, and what follows",
     "unbroken.training.trainer": "the loop",
