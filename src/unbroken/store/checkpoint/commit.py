@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from unbroken.errors import CheckpointError
-from unbroken.storage import Storage
+from unbroken.storage import Stat, Storage
 from unbroken.store.checkpoint.reader import CheckpointFolder, CheckpointReader
 from unbroken.store.format.manifest import Manifest
 from unbroken.store.format.names import (
@@ -193,21 +193,24 @@ def settle_replaced(storage: Storage) -> None:
 
     While "set-aside/checkpoint-10.replaced" has no successor it *is* checkpoint-10.
     """
-    for name in _names_in(storage, SET_ASIDE):
+    for name in names_in(storage, SET_ASIDE):
         step = step_of_replaced(name)
         if step is None:
             continue
         target, replaced = checkpoint_name(step), f"{SET_ASIDE}/{name}"
-        if _is_remains(storage, target) and not _is_remains(storage, replaced):
+        found = storage.stat(target)
+        if _is_remains(storage, target, found) and not _is_remains(
+            storage, replaced, storage.stat(replaced)
+        ):
             move_durably(storage, target, free_name(storage, SET_ASIDE, target))
-        if storage.stat(target) is not None:
+            found = None
+        if found is not None:
             target = free_name(storage, SET_ASIDE, target)
         move_durably(storage, replaced, target)
 
 
-def _is_remains(storage: Storage, folder: str) -> bool:
+def _is_remains(storage: Storage, folder: str, found: Stat | None) -> bool:
     """Return whether a folder has no manifest, as a checkpoint that was being taken away."""
-    found = storage.stat(folder)
     if found is None or not found.is_folder:
         return False
     return storage.stat(f"{folder}/{MANIFEST_NAME}") is None
@@ -224,13 +227,13 @@ def sweep(storage: Storage) -> list[str]:
     """
     settle_replaced(storage)
     for folder in ("", SET_ASIDE):
-        for name in _names_in(storage, folder):
+        for name in names_in(storage, folder):
             if is_copying(name):
                 with suppress(OSError):
                     remove_tree(storage, _joined(folder, name))
     left = []
     for folder, remove in ((STAGING, remove_staging), (TRASH, _unlink_listed)):
-        for name in _names_in(storage, folder):
+        for name in names_in(storage, folder):
             path = f"{folder}/{name}"
             if step_of_numbered(name) is not None:
                 with suppress(OSError):  # a file that is not ours keeps its folder
@@ -240,7 +243,7 @@ def sweep(storage: Storage) -> list[str]:
     return left
 
 
-def _names_in(storage: Storage, folder: str) -> list[str]:
+def names_in(storage: Storage, folder: str) -> list[str]:
     """Return the names in a folder; none where there is no such folder."""
     try:
         return storage.list(folder)
@@ -330,11 +333,8 @@ def _swing(storage: Storage, staging: str, target: str) -> None:
 
 def _same_state(storage: Storage, folder: str, manifest: Manifest) -> Manifest | None:
     """Return the manifest of an intact checkpoint in `folder` that holds the same state."""
-    if storage.stat(folder) is None:
-        return None
     try:
-        reader = CheckpointReader(storage, folder)
-        found = reader.manifest
+        found = CheckpointFolder(storage, folder).read_manifest()
         same = (found.state_digest, found.step, found.run_id, found.facts) == (
             manifest.state_digest,
             manifest.step,
@@ -342,7 +342,7 @@ def _same_state(storage: Storage, folder: str, manifest: Manifest) -> Manifest |
             manifest.facts,  # a resume goes by them: how long the metrics were, which was best
         )
         if same:
-            reader.check_rest()
+            CheckpointReader(storage, folder).check_rest()
     except CheckpointError:
         return None
     return found if same else None

@@ -58,12 +58,7 @@ class CheckpointFolder:
             CorruptCheckpointError: The manifest is missing, damaged or impossible.
             NewerFormatError: A newer version of unbroken wrote it.
         """
-        found = self.storage.stat(self.path)
-        if found is None:
-            raise CheckpointNotFoundError(self.where(""), "there is no such checkpoint")
-        if not found.is_folder:
-            raise self.corrupt("", "is not a folder; a symbolic link is not followed")
-        with self.open(MANIFEST_NAME) as handle:
+        with self._open_manifest() as handle:
             if handle.nbytes > MAX_MANIFEST_BYTES:
                 expected = f"at most {MAX_MANIFEST_BYTES} bytes"
                 raise self.corrupt(MANIFEST_NAME, "is too large", expected, handle.nbytes)
@@ -71,6 +66,20 @@ class CheckpointFolder:
             with self.reading(MANIFEST_NAME):
                 handle.read_into(0, memoryview(raw))
         return Manifest.from_bytes(bytes(raw), self.where(MANIFEST_NAME))
+
+    def _open_manifest(self) -> ReadHandle:
+        try:
+            return self.open(MANIFEST_NAME)
+        except CorruptCheckpointError:
+            found = self.storage.stat(self.path)
+            if found is None:
+                raise CheckpointNotFoundError(
+                    self.where(""), "there is no such checkpoint"
+                ) from None
+            if not found.is_folder:
+                what = "is not a folder; a symbolic link is not followed"
+                raise self.corrupt("", what) from None
+            raise
 
     def open(self, name: str) -> ReadHandle:
         """Open a file of the checkpoint; a missing or unreadable one is corruption."""

@@ -17,6 +17,7 @@ from unbroken.store.checkpoint.commit import (
     ensure_folder,
     free_name,
     move_durably,
+    names_in,
     remove_checkpoint,
     settle_replaced,
 )
@@ -172,11 +173,10 @@ class Catalog:
         one, the name under which it still counts.
         """
         found: dict[int, str] = {}
-        if self._storage.stat(SET_ASIDE) is not None:
-            for name in self._storage.list(SET_ASIDE):
-                step = step_of_replaced(name)
-                if step is not None:
-                    found[step] = f"{SET_ASIDE}/{name}"
+        for name in names_in(self._storage, SET_ASIDE):
+            step = step_of_replaced(name)
+            if step is not None:
+                found[step] = f"{SET_ASIDE}/{name}"
         for name in self._storage.list(""):
             step = step_of(name)
             if step is not None and (step not in found or self._has_manifest(name)):

@@ -107,11 +107,11 @@ def find_identity(storage: Storage) -> tuple[RunIdentity | None, str | None]:
             a newer version.
     """
     where = storage.describe(RUN_NAME)
-    if not has_identity(storage):
-        rebuilt = _from_checkpoints(storage)
-        return rebuilt, None if rebuilt is None else "is missing"
     try:
         return _parse(_read(storage), where), None
+    except (FileNotFoundError, NotADirectoryError):
+        rebuilt = _from_checkpoints(storage)
+        return rebuilt, None if rebuilt is None else "is missing"
     except MalformedError as error:
         rebuilt = _from_checkpoints(storage)
         if rebuilt is not None:
@@ -148,7 +148,11 @@ def _from_checkpoints(storage: Storage) -> RunIdentity | None:
 
     Checkpoints alone do not make one: somebody may have copied them here.
     """
-    if storage.stat(HISTORY_NAME) is None and storage.stat(METRICS_NAME) is None:
+    try:
+        names = storage.list("")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if HISTORY_NAME not in names and METRICS_NAME not in names:
         return None
     for _, folder in reversed(Catalog(storage).folders()):
         try:
@@ -438,8 +442,11 @@ def _content(storage: Storage, name: str) -> bytes | None:
 def _refuse_foreign(storage: Storage) -> None:
     """Refuse a directory with something in it that no run left there."""
     identity, _ = find_identity(storage)
-    if identity is not None:
-        return
+    if identity is None:
+        _refuse_others(storage)
+
+
+def _refuse_others(storage: Storage) -> None:
     others = [name for name in storage.list("") if name not in _OWN_BEGINNINGS | _TOLERATED]
     foreign = [name for name in others if not _is_copy(storage, name)]
     if foreign != others:  # beside copies, what else belongs to a run directory
@@ -490,9 +497,10 @@ def _identity_of(
         return identity, (warning,)
     if identity is None:
         if not among_others:
-            _refuse_foreign(storage)
+            _refuse_others(storage)
         write_identity(storage, RunIdentity(new_id(), now_as_text(clock)))
-    return read_identity(storage), ()
+        identity = read_identity(storage)
+    return identity, ()
 
 
 def describe_owner(clock: Callable[[], float]) -> str:

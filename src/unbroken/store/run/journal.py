@@ -161,9 +161,10 @@ class Journal:
 
     def _cut_torn_tail(self) -> int:
         """Cut off what is no whole record, and return where the next one starts."""
-        nbytes = self.nbytes
         found = self._storage.stat(self._path)
-        if found is not None and found.nbytes > nbytes:
+        length = 0 if found is None else found.nbytes
+        nbytes = self._last_end(length) if self._nbytes is None else self._nbytes
+        if length > nbytes:
             self._storage.truncate(self._path, nbytes)
         self._nbytes = nbytes
         return nbytes
