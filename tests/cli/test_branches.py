@@ -9,7 +9,7 @@ import pytest
 
 from cli.sample_run import BEGUN, make_run, save
 from cli.test_file_commands import check_golden
-from unbroken.cli.demo import comparison
+from unbroken.cli.demo import compare_runs
 from unbroken.language_model.settings import parse_settings
 from unbroken.store import RunDirectory, branch
 
@@ -131,7 +131,7 @@ def trained(here, unbroken):
 
 
 def is_same(one, other):
-    return all(part.is_same for part in comparison.compare(one, other, step=6))
+    return all(part.is_same for part in compare_runs(one, other, step=6))
 
 
 def test_train_branches_and_the_same_command_goes_on(unbroken, trained):

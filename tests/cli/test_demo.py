@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cli.sample_run import in_a_process
-from unbroken.cli.demo import tell
+from unbroken.cli.demo import run_demo
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +40,7 @@ def test_the_demo_shows_that_the_killed_run_is_the_same_run(tmp_path):
 
 
 def test_the_demo_fails_when_the_killed_run_is_another_one(tmp_path, capsys):
-    status = tell(
+    status = run_demo(
         keep=str(tmp_path), steps=12, kills=1, seed=1, killed_arguments=("--data-seed", "7")
     )
     assert status == 1

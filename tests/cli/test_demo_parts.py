@@ -11,13 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cli.sample_run import make_run
-from unbroken.cli.demo.comparison import compare
-from unbroken.cli.demo.demo import start_lines
-from unbroken.cli.demo.kills import (
+from unbroken.cli.demo import (
     Child,
     ChildFailedError,
     RunObserver,
     RunStart,
+    compare_runs,
     plan_kills,
     save_steps_for,
 )
@@ -45,12 +44,12 @@ def runs(tmp_path):
 
 
 def differing(runs, step=20):
-    return {finding.what for finding in compare(*runs, step=step) if not finding.is_same}
+    return {finding.what for finding in compare_runs(*runs, step=step) if not finding.is_same}
 
 
 def test_runs_that_differ_in_wall_time_alone_are_the_same(runs):
     assert differing(runs) == set()
-    assert all(finding.total > 0 for finding in compare(*runs, step=20))
+    assert all(finding.total > 0 for finding in compare_runs(*runs, step=20))
 
 
 def test_another_weight_is_found(tmp_path):
@@ -92,7 +91,7 @@ def test_a_damaged_checkpoint_is_not_compared(runs):
         file.seek(-1, os.SEEK_END)
         file.write(b"!")
     with pytest.raises(CorruptCheckpointError):
-        compare(*runs, step=20)
+        compare_runs(*runs, step=20)
 
 
 def change_metrics(run, change):
@@ -111,7 +110,7 @@ def test_a_start_tells_what_it_found_and_what_it_swept():
         "rejected": [{"checkpoint": "checkpoint-30", "reason": "state.json: is missing"}],
         "set_aside": [{"from": "checkpoint-30", "to": "set-aside/checkpoint-30.1"}],
     }
-    lines = start_lines(RunStart(record, staged=()), left=["checkpoint-40.1"])
+    lines = RunStart(record, staged=()).lines(left=["checkpoint-40.1"])
     assert [" ".join(line.split()) for line in lines] == [
         "start goes on from checkpoint-20",
         "swept the half-written .staging/checkpoint-40.1",
@@ -122,14 +121,14 @@ def test_a_start_tells_what_it_found_and_what_it_swept():
 
 def test_what_is_still_there_was_not_swept():
     record = {"checkpoint": None, "rejected": [], "set_aside": []}
-    lines = start_lines(RunStart(record, staged=("checkpoint-40.1",)), left=["checkpoint-40.1"])
+    lines = RunStart(record, staged=("checkpoint-40.1",)).lines(left=["checkpoint-40.1"])
     assert len(lines) == 1
 
 
 def test_a_child_that_fails_by_itself_shows_its_output(tmp_path):
     child = Child(["missing.yaml"], tmp_path, tmp_path / "log")
     with child, pytest.raises(ChildFailedError, match="ended with status 2") as failure:
-        child.wait()
+        child.finish()
     assert "missing.yaml: no such file" in failure.value.hint
 
 

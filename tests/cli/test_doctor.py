@@ -17,15 +17,16 @@ import torch
 from rich.console import Console
 
 from unbroken.checkpoint import environment_facts
-from unbroken.cli.doctor.checks import Machine, check_switches
-from unbroken.cli.doctor.experiment import (
+from unbroken.cli.doctor import Diagnosis, Machine, _print, check_switches
+from unbroken.cli.trials import (
+    Disk,
     Experiment,
+    check_disk,
+    mount_of,
     run_experiments,
     train,
     train_in_a_process,
 )
-from unbroken.cli.doctor.filesystem import Disk, check_disk, mount_of
-from unbroken.cli.doctor.report import Diagnosis, _print
 from unbroken.errors import UnbrokenError
 from unbroken.storage import LocalStorage
 
@@ -174,7 +175,7 @@ def test_a_training_that_fails_in_another_process_is_an_error():
     ],
 )
 def test_the_answers_are_what_the_experiments_show(here, afresh, expected):
-    answers = run_experiments(cores=2, thorough=True, train=here, train_afresh=afresh)
+    answers = run_experiments(cores=2, thorough=True, train=here, train_in_child=afresh)
     assert [answer.yes for answer in answers if answer.device == "cpu"] == expected
     assert torch.get_num_threads() == 2
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from cli.sample_run import RUN_ID, make_run
 from unbroken.checkpoint import Difference, ResumeReport
 from unbroken.errors import ConfigError, printable
-from unbroken.goodput.cadence import Observed, UsualCost
+from unbroken.goodput import Observed, UsualCost
 from unbroken.storage import LocalStorage
 from unbroken.store import CheckpointWriter
 from unbroken.training import Display

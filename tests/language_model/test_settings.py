@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from unbroken import errors
-from unbroken.language_model.model import make_model
 from unbroken.language_model.settings import DataSettings, parse_settings
+from unbroken.language_model.train import make_model
 from unbroken.training import TrainerConfig
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "cli.md"

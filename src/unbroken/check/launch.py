@@ -1,19 +1,23 @@
-"""Starting the script with the recorder in it, and seeing it end."""
+"""Starting a command with all its processes, with the recorder in it or not, and seeing it end."""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from unbroken.check.isolation import VARIABLE, Workspace
 from unbroken.check.recorder.protocol import RecordPlan
 from unbroken.check.recording import Recording, read_recordings
+from unbroken.check.verdict import Culprit, Verdict, unknown
 from unbroken.errors import ConfigError
 
 _ENTRY = Path(__file__).parent / "entry"
@@ -22,6 +26,100 @@ _GRACE_SECONDS = 5.0  # for the other ranks to come to the same step
 _END_SECONDS = 30.0  # for what was killed to be gone
 _POLL_SECONDS = 0.02
 _TAIL = 15
+
+
+class RunningCommand:
+    """A command in a process group of its own, which ends with all its workers.
+
+    As a context manager it leaves no process of the group behind, whatever happens.
+
+    Args:
+        words: The command.
+        folder: The directory in which it runs.
+        log: The file to which its output is appended.
+        variables: Environment variables besides those of this process.
+
+    Raises:
+        ConfigError: There is no such program.
+    """
+
+    def __init__(
+        self, words: Sequence[str], folder: Path, log: Path, variables: Mapping[str, str]
+    ) -> None:
+        self._log = log
+        self._began = time.monotonic()
+        with log.open("ab") as output:
+            try:
+                self._process = subprocess.Popen(  # noqa: S603  (the user's command, or our own)
+                    list(words),
+                    cwd=folder,
+                    env={**os.environ, **variables},
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise ConfigError(words[0], f"cannot be started: {error.strerror}") from error
+
+    @property
+    def pid(self) -> int:
+        """Its process id, which is also that of its group."""
+        return self._process.pid
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since it began."""
+        return time.monotonic() - self._began
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it has not come to its end."""
+        return self._process.poll() is None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end; return the exit status, negative if a signal ended it.
+
+        Raises:
+            subprocess.TimeoutExpired: It is still running.
+        """
+        return self._process.wait(timeout)
+
+    def last_lines(self, count: int) -> list[str]:
+        """Return the last lines that it wrote."""
+        return self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-count:]
+
+    def kill(self) -> None:
+        """SIGKILL it and its workers, and wait until it has ended. Harmless after its end."""
+        if self.is_alive:
+            self._signal(signal.SIGKILL)
+            self._process.wait()
+
+    def freeze(self) -> None:
+        """Stop it on the spot; on Linux this returns when it stands still, or has ended."""
+        self._signal(signal.SIGSTOP)
+        if sys.platform == "linux":
+            with suppress(ChildProcessError):
+                os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+
+    def unfreeze(self) -> None:
+        """Let it go on."""
+        self._signal(signal.SIGCONT)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.kill()
+
+    def _signal(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
 
 
 @dataclass(frozen=True)
@@ -47,6 +145,21 @@ class Launch:
         """Whether SIGKILL ended it."""
         return self.status == -signal.SIGKILL
 
+    def failure(self, culprit: Culprit) -> Verdict:
+        """Return the verdict on a launch that went wrong by itself."""
+        if self.is_timed_out:
+            words = f"not at its end after {self.seconds:.0f} s (--timeout)"
+            return unknown(Culprit.TIMED_OUT, words)
+        return unknown(culprit, f"the script ended with status {self.status}", *self.output)
+
+    def why_not_killed(self) -> Verdict | None:
+        """Return why the kill that was planned did not come; None: it came."""
+        if self.is_killed:
+            return None
+        if self.is_timed_out or self.status != 0:
+            return self.failure(Culprit.SCRIPT_FAILED)
+        return unknown(Culprit.NOT_KILLED, "the run came to its end before the kill")
+
 
 def launch(
     words: Sequence[str], place: Workspace, records: Path, plan: RecordPlan, timeout: float
@@ -63,59 +176,43 @@ def launch(
     Raises:
         ConfigError: There is no such program.
     """
-    plan_path, log = records / "plan.json", records / "output.log"
+    plan_path = records / "plan.json"
     plan.write(plan_path)
-    began = time.monotonic()
-    with log.open("wb") as output:
-        try:
-            process = subprocess.Popen(  # noqa: S603  (the user's own command)
-                place.command(words),
-                cwd=place.folder,
-                env=_environment(place, plan_path),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise ConfigError(words[0], f"cannot be started: {error.strerror}") from error
-        is_timed_out = not _wait(process, plan_path, timeout)
-        _end_all(process, plan_path, grace=0.0 if is_timed_out else _GRACE_SECONDS)
-    tail = log.read_text(errors="replace").splitlines()[-_TAIL:]
-    seconds = time.monotonic() - began
-    status = process.wait()
-    return Launch(status, is_timed_out, seconds, tuple(tail), read_recordings(records))
+    variables = _variables(place, plan_path)
+    command = RunningCommand(place.command(words), place.folder, records / "output.log", variables)
+    is_timed_out = not _wait(command, plan_path, timeout)
+    _end_all(command, plan_path, grace=0.0 if is_timed_out else _GRACE_SECONDS)
+    tail, seconds = command.last_lines(_TAIL), command.seconds
+    return Launch(command.wait(), is_timed_out, seconds, tuple(tail), read_recordings(records))
 
 
-def _environment(place: Workspace, plan: Path) -> dict[str, str]:
+def _variables(place: Workspace, plan: Path) -> dict[str, str]:
     paths = [str(_ENTRY), os.environ.get("PYTHONPATH", "")]
     return {
-        **os.environ,
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         _PLAN: str(plan),
         VARIABLE: str(place.out),
     }
 
 
-def _wait(process: subprocess.Popen[bytes], plan: Path, timeout: float) -> bool:
-    """Return whether the process ended in time; end all of it if we are interrupted."""
+def _wait(command: RunningCommand, plan: Path, timeout: float) -> bool:
+    """Return whether the command ended in time; end all of it if we are interrupted."""
     try:
-        process.wait(timeout)
+        command.wait(timeout)
     except subprocess.TimeoutExpired:
         return False
     except BaseException:
-        _end_all(process, plan, grace=0.0)
+        _end_all(command, plan, grace=0.0)
         raise
     return True
 
 
-def _end_all(process: subprocess.Popen[bytes], plan: Path, grace: float) -> None:
-    """SIGKILL what is left of a launch and see it gone; ranks may first come to their own end."""
+def _end_all(command: RunningCommand, plan: Path, grace: float) -> None:
+    """SIGKILL what is left of a launch and see it ended; ranks may first come to their own end."""
     until = time.monotonic() + grace
     while processes_of(plan, b"RANK=") and time.monotonic() < until:
         time.sleep(_POLL_SECONDS)
-    if process.poll() is None:
-        process.kill()
+    command.kill()
     until = time.monotonic() + _END_SECONDS
     while (left := processes_of(plan)) and time.monotonic() < until:
         for pid in left:

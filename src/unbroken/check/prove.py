@@ -18,7 +18,7 @@ from unbroken.check.judge import Kill, Reference, judge_killed, judge_resumed, m
 from unbroken.check.launch import Launch, launch
 from unbroken.check.recorder.protocol import Digests, RecordPlan, state_keys
 from unbroken.check.recording import Recording
-from unbroken.check.verdict import Culprit, Status, Verdict, not_exact, unknown
+from unbroken.check.verdict import Culprit, Status, Verdict, not_exact
 from unbroken.errors import ConfigError
 
 # What a launch of the script means: by how it ended and by what it did.
@@ -35,26 +35,10 @@ def states_of(recordings: Iterable[Recording]) -> dict[str, int]:
     return table
 
 
-def failed(run: Launch, culprit: Culprit) -> Verdict:
-    """Return what to say of a launch that went wrong by itself."""
-    if run.is_timed_out:
-        return unknown(Culprit.TIMED_OUT, f"not at its end after {run.seconds:.0f} s (--timeout)")
-    return unknown(culprit, f"the script ended with status {run.status}", *run.output)
-
-
-def not_hit(run: Launch) -> Verdict | None:
-    """Return why a run that should have been killed was not."""
-    if run.is_killed:
-        return None
-    if run.is_timed_out or run.status != 0:
-        return failed(run, Culprit.SCRIPT_FAILED)
-    return unknown(Culprit.NOT_KILLED, "the run came to its end before the kill")
-
-
 def judge_launch(reference: Reference, run: Launch, kill: Kill, *, is_last: bool) -> Verdict:
     """Return the verdict on one resume: first by what it did, then by how it ended."""
     if run.is_timed_out:
-        return failed(run, Culprit.TIMED_OUT)
+        return run.failure(Culprit.TIMED_OUT)
     if not any(recording.steps for recording in run.ranks.values()):
         if run.status != 0:
             words = f"the resume command failed with status {run.status} before its first step"
@@ -237,7 +221,7 @@ class _Check:
             plan = RecordPlan("", self._request.digests, stop_after=self._request.steps)
             run = self._launch(self._request.command, self._places.make(name), plan)
             if run.is_timed_out or run.status != 0:
-                return failed(run, Culprit.SCRIPT_FAILED)
+                return run.failure(Culprit.SCRIPT_FAILED)
             steps = max((len(one.steps) for one in run.ranks.values()), default=0)
             ranks = f" on {len(run.ranks)} ranks" if len(run.ranks) > 1 else ""
             self._tell(f"   {steps} steps{ranks}, {run.seconds:.0f} s")
@@ -250,7 +234,7 @@ class _Check:
         self._tell(f"2. Killed after {_list(moments)}: {shlex.join(self._resume)}")
         place, began = self._places.make("killed"), time.time_ns()
         first = self._launch(self._request.command, place, self._plan(moments[0]))
-        wrong = judge_killed(reference, first.ranks) or not_hit(first)
+        wrong = judge_killed(reference, first.ranks) or first.why_not_killed()
         if wrong is not None:
             yield moments[0], wrong
             return

@@ -1,4 +1,8 @@
-"""Does the file system under a run directory keep what a commit relies on? Tried, not believed."""
+"""What the doctor tries out on a machine: whether a disk keeps its promises, and training its bits.
+
+Tried, not believed: a commit relies on what the file system under a run directory does, and a
+resume on that a training repeats its own bits.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,50 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from unbroken.cli.doctor.finding import Finding, Severity
+import torch
+from torch import nn
+
 from unbroken.cli.run_paths import is_run
 from unbroken.cli.tables import size_text
-from unbroken.errors import RunDirectoryError
+from unbroken.errors import RunDirectoryError, UnbrokenError
 from unbroken.storage import LocalStorage, Storage
+from unbroken.store.format.canonical_json import Digester
+from unbroken.training.setup import deterministic_kernels
+
+Severity = Literal["breaks", "risk", "note"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that the doctor has found, and what to do about it.
+
+    Attributes:
+        severity: "breaks": the same run would not have the same bits here, or would be lost;
+            "risk": it would in some circumstances, which `why` names; "note": good to know.
+        what: What was found.
+        why: Why it matters.
+        remedy: What to do about it.
+    """
+
+    severity: Severity
+    what: str
+    why: str
+    remedy: str
+
+
+def by_severity(findings: list[Finding]) -> list[Finding]:
+    """Return the findings by severity; equal ones stay as they come.
+
+    Example:
+        >>> found = [Finding("note", "a", "", ""), Finding("breaks", "b", "", "")]
+        >>> [finding.what for finding in by_severity(found)]
+        ['b', 'a']
+    """
+    order = ("breaks", "risk", "note")
+    return sorted(findings, key=lambda finding: order.index(finding.severity))
+
 
 # Which file system a folder is on, and what that kind of file system does not promise.
 
@@ -142,6 +184,9 @@ _NO_BARRIERS = Finding(
     "the disk may keep in its own memory what fsync has promised: a power cut can take it",
     "mount it with barriers, unless the disk has a battery",
 )
+
+
+# Whether the file system does what a save needs.
 
 
 _LITTLE_ROOM = 1_000_000_000
@@ -298,3 +343,139 @@ def _check_room(storage: Storage) -> Iterator[Finding]:
         "a save that finds no room fails; the checkpoints before it stay as they are",
         "make room, or keep fewer checkpoints (save_total_limit)",
     )
+
+
+# A small training, done again and again: are the bits the same?
+
+
+_STEPS, _BATCH, _LENGTH, _WORDS, _WIDTH = 3, 64, 64, 64, 32
+_IN_A_PROCESS = "from unbroken.cli.trials import train; print(train('{device}'))"
+
+Train = Callable[[str], str]
+"""From the name of a device to the digest of a model that was trained on it."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What an experiment has shown.
+
+    Attributes:
+        question: What was asked.
+        device: Where: "cpu" or "cuda".
+        yes: The answer.
+        expected: The answer that bit-exactness needs; None: both are fine.
+    """
+
+    question: str
+    device: str
+    yes: bool
+    expected: bool | None
+
+    def findings(self) -> Iterator[Finding]:
+        """Yield what follows from the answer."""
+        if self.expected is None or self.yes == self.expected:
+            return
+        yield Finding(
+            "breaks",
+            f"{self.device}: {self.question}: {'yes' if self.yes else 'no'}",
+            "a small training, with deterministic kernels and the same seeds, did not repeat its "
+            "own bits here: nor will a larger one",
+            "try torch's newest release and driver; an unstable or overclocked processor or memory "
+            "also shows like this",
+        )
+
+
+def train(device: str) -> str:
+    """Train a small model for a few steps; return the digest of all its parameters.
+
+    Embedding, normalisation, products, dropout, loss, backward and AdamW, with deterministic
+    kernels, large enough that more than one thread takes part.
+
+    Args:
+        device: "cpu" or "cuda".
+    """
+    with deterministic_kernels(True, torch.device(device)):
+        torch.manual_seed(0)
+        model = _make_model().to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(_STEPS):
+            words = torch.randint(_WORDS, (_BATCH, _LENGTH)).to(device)
+            predicted = model(words).flatten(0, 1)
+            loss = nn.functional.cross_entropy(predicted, words.flatten())
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+        return _digest(model)
+
+
+def _make_model() -> nn.Module:
+    return nn.Sequential(
+        nn.Embedding(_WORDS, _WIDTH),
+        nn.LayerNorm(_WIDTH),
+        nn.Linear(_WIDTH, 4 * _WIDTH),
+        nn.GELU(),
+        nn.Dropout(0.1),
+        nn.Linear(4 * _WIDTH, _WIDTH),
+        nn.LayerNorm(_WIDTH),
+        nn.Linear(_WIDTH, _WORDS),
+    )
+
+
+def _digest(model: nn.Module) -> str:
+    digester = Digester()
+    for parameter in model.parameters():
+        digester.update(parameter.detach().cpu().numpy().tobytes())
+    return digester.digest()
+
+
+def train_in_a_process(device: str) -> str:
+    """Do `train` in a fresh process.
+
+    Raises:
+        UnbrokenError: It failed there.
+    """
+    command = [sys.executable, "-c", _IN_A_PROCESS.format(device=device)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    if done.returncode != 0:
+        found = done.stderr.strip().rpartition("\n")[2] or f"exit status {done.returncode}"
+        raise UnbrokenError(f"training in a fresh process on {device}", "failed", found=found)
+    return done.stdout.strip()
+
+
+def run_experiments(
+    *, cores: int, thorough: bool, train: Train = train, train_in_child: Train = train_in_a_process
+) -> list[Experiment]:
+    """Train on each kind of device, and answer whether the bits are the same.
+
+    Args:
+        cores: How many this process may use.
+        thorough: Also in two fresh processes.
+        train: What to repeat in this process.
+        train_in_child: What to repeat in others.
+    """
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    answers = []
+    for device in devices:
+        here = [train(device) for _ in range(2)]
+        answers.append(Experiment("the same bits twice", device, len({*here}) == 1, expected=True))
+        if thorough:
+            all_of_them = {*here, train_in_child(device), train_in_child(device)}
+            question = "the same bits in two other processes"
+            answers.append(Experiment(question, device, len(all_of_them) == 1, expected=True))
+    return [*answers, *_threads(train, cores)]
+
+
+def _threads(train: Train, cores: int) -> Iterator[Experiment]:
+    threads = torch.get_num_threads()
+    others = threads if threads > 1 else cores
+    if others == 1:
+        return  # nothing to compare with
+    try:
+        torch.set_num_threads(1)
+        alone = train("cpu")
+        torch.set_num_threads(others)
+        together = train("cpu")
+    finally:
+        torch.set_num_threads(threads)
+    question = f"depends on the number of threads (1 or {others})"
+    yield Experiment(question, "cpu", alone != together, expected=None)
