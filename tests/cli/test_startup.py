@@ -14,7 +14,7 @@ try:
     main(sys.argv[1:])
 except SystemExit:
     pass
-heavy = {"torch", "numpy", "transformers", "tokenizers"} & set(sys.modules)
+heavy = {"torch", "numpy", "transformers", "tokenizers", "pydantic"} & set(sys.modules)
 sys.exit(f"imported {sorted(heavy)}" if heavy else 0)
 """
 
@@ -32,7 +32,7 @@ sys.exit(f"imported {sorted(heavy)}" if heavy else 0)
         "demo --help",
     ],
 )
-def test_a_command_on_files_imports_neither_torch_nor_numpy(run, here, command):
+def test_a_command_on_files_imports_neither_torch_nor_numpy_nor_pydantic(run, here, command):
     (here / "config.yaml").write_text("learning_rate: 3e-4\n")
     ended = subprocess.run(
         [sys.executable, "-c", PROBE, *command.split()],

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
 from unbroken import errors
+from unbroken.cli.main import main
 from unbroken.language_model.settings import DataSettings, parse_settings
 from unbroken.language_model.train import make_model
 from unbroken.training import TrainerConfig
@@ -137,3 +140,13 @@ def test_the_documents_give_each_error_its_status():
         and not re.search(rf"^\| {one.exit_code} \|.*`{one.__name__}`", text, re.MULTILINE)
     ]
     assert missing == []
+
+
+def test_the_schema_has_each_setting_with_its_default_and_its_text(capsys):
+    assert main(["train", "--schema"]) == 0
+    settings = json.loads(capsys.readouterr().out)["properties"]
+    assert settings.keys() == {*TrainerConfig().to_dict(), "data", "model"}
+    assert settings["warmup_steps"]["minimum"] == 0
+    assert settings["batch_size"]["default"] == 8
+    assert "rises from 0" in settings["warmup_steps"]["description"]
+    assert settings["data"]["properties"].keys() == {one.name for one in fields(DataSettings)}

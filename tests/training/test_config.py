@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import FrozenInstanceError, fields
 
+import numpy as np
 import pytest
 import torch
 from transformers import TrainingArguments
@@ -148,6 +149,8 @@ def test_a_model_with_complex_parameters_trains_with_the_default_optimizer(tmp_p
         ("batch_size", "8", "int"),
         ("bf16", 1, "bool"),
         ("lr_scheduler_kwargs", 3, "names with numbers or none"),
+        ("skip", {"head"}, "a list of texts"),
+        ("skip", ("head", 1), "a list of texts"),
     ],
 )
 def test_what_a_setting_takes_is_said_in_words_and_choices(name, value, expected):
@@ -155,6 +158,16 @@ def test_what_a_setting_takes_is_said_in_words_and_choices(name, value, expected
         TrainerConfig(**{name: value})
     assert str(caught.value).startswith(f"{name}: expected {expected}")
     assert "Literal" not in str(caught.value)
+
+
+def test_a_wrong_value_inside_a_setting_is_named_by_its_path():
+    with pytest.raises(ConfigError) as caught:
+        TrainerConfig(lr_scheduler_kwargs={"power": 2, "num_cycles": "two"})
+    assert str(caught.value) == "lr_scheduler_kwargs.num_cycles: expected float, found 'two'"
+
+
+def test_a_number_of_numpy_is_a_number():
+    assert TrainerConfig(learning_rate=np.float64(0.5)).learning_rate == 0.5
 
 
 def test_the_nearest_choice_is_named():

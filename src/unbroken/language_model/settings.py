@@ -6,16 +6,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
-import typeguard
 import tyro
 from tyro.conf import Positional, arg
 
 from unbroken.config_file import nearest, read_mapping
+from unbroken.config_schema import DESCRIBED, PositiveInt, Share, check_fields, schema_of
 from unbroken.errors import ConfigError
 from unbroken.training import TrainerConfig
-from unbroken.training.config import in_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,17 +29,19 @@ class DataSettings:
         ('book.txt',)
     """
 
+    __pydantic_config__: ClassVar = DESCRIBED
+
     train: tuple[str, ...] = ("builtin",)
     """Text files, also as globs; "builtin": the text that comes with unbroken."""
     eval: tuple[str, ...] = ()
     """Text files for evaluation; none: `eval_fraction` decides."""
-    eval_fraction: float = 0.0
+    eval_fraction: Share = 0.0
     """This share of the training text, from its end, is for evaluation instead."""
     tokenizer: Literal["bytes", "bpe", "gpt2"] = "bytes"
     """"bytes": 256 tokens; "bpe": byte pairs learned from the training text; "gpt2"."""
-    vocab_size: int = 1024
+    vocab_size: PositiveInt = 1024
     """How many tokens `tokenizer="bpe"` learns."""
-    block_size: int = 128
+    block_size: PositiveInt = 128
     """Tokens in one sample."""
     cache: str | None = None
     """Folder for the tokens, which are made once; None: `unbroken` in the user's cache folder."""
@@ -50,16 +51,9 @@ class DataSettings:
             value = getattr(self, name)
             texts = (value,) if isinstance(value, str) else value
             object.__setattr__(self, name, tuple(texts) if isinstance(texts, list) else texts)
-        for one in fields(self):
-            _check_type(f"data.{one.name}", getattr(self, one.name), _TYPES[one.name])
-        for name in ("vocab_size", "block_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"data.{name}", "must be positive", found=getattr(self, name))
+        check_fields(self, "data.")
         if not self.train:
             raise ConfigError("data.train", expected="at least one file", found="none")
-        if not 0 <= self.eval_fraction < 1:
-            expected, found = "a number from 0 up to, not including, 1", self.eval_fraction
-            raise ConfigError("data.eval_fraction", expected=expected, found=found)
         if self.eval and self.eval_fraction:
             raise ConfigError("data.eval_fraction", "cannot be combined with data.eval: choose one")
 
@@ -67,17 +61,6 @@ class DataSettings:
     def has_evaluation(self) -> bool:
         """Whether any text is for evaluation."""
         return bool(self.eval) or self.eval_fraction > 0
-
-
-_TYPES: dict[str, Any] = {
-    "train": tuple[str, ...],
-    "eval": tuple[str, ...],
-    "eval_fraction": float,
-    "tokenizer": Literal["bytes", "bpe", "gpt2"],
-    "vocab_size": int,
-    "block_size": int,
-    "cache": str | None,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +95,8 @@ _DESCRIPTION = """Train a causal language model on text files, as a YAML file sa
 
 The same command continues a run that was stopped or killed. Each setting of the file can be
 given here too, and wins: --learning-rate 1e-4, --data.block-size 64. The model is set by
---model.FIELD VALUE with any field of its `transformers` configuration: --model.n-layer 2."""
+--model.FIELD VALUE with any field of its `transformers` configuration: --model.n-layer 2.
+`unbroken train --schema` prints the JSON schema of the file, for editors."""
 
 
 def parse_settings(given: Sequence[str]) -> TrainSettings:
@@ -134,6 +118,32 @@ def parse_settings(given: Sequence[str]) -> TrainSettings:
         data=words.data,
         model={**model_in_file, **model},
     )
+
+
+def settings_schema() -> dict[str, Any]:
+    """Return the JSON schema of the YAML file, for editors that complete and check it.
+
+    Example:
+        >>> sorted(settings_schema()["properties"]["data"]["properties"]["tokenizer"]["enum"])
+        ['bpe', 'bytes', 'gpt2']
+    """
+    schema, data = schema_of(TrainerConfig), schema_of(DataSettings)
+    for name in ("train", "eval"):  # one text stands for a list of one
+        several = data["properties"][name]
+        one = {"type": "string"}
+        kinds = [{key: several.pop(key) for key in ("type", "items")}, one]
+        data["properties"][name] = {"anyOf": kinds, **several}
+    model = {
+        "type": "object",
+        "properties": {"model_type": {"type": "string", "default": "gpt2"}},
+        "description": "`model_type`, and fields of that model's configuration in transformers.",
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "unbroken train",
+        **schema,
+        "properties": {**schema["properties"], "data": data, "model": model},
+    }
 
 
 def _fields_of(config: TrainerConfig) -> dict[str, Any]:
@@ -207,13 +217,3 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ConfigError(where, expected="fields with values", found=type(value).__name__)
     return value
-
-
-def _check_type(where: str, value: object, expected: Any) -> None:
-    try:
-        typeguard.check_type(value, expected)
-        is_wrong = isinstance(value, bool)
-    except typeguard.TypeCheckError:
-        is_wrong = True
-    if is_wrong:
-        raise ConfigError(where, expected=in_words(expected), found=repr(value))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import glob
 import importlib.util
+import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -16,7 +18,12 @@ from torch import nn
 from unbroken.config_file import nearest
 from unbroken.errors import ConfigError, DataError
 from unbroken.language_model.corpus import TokenDataset, builtin_text
-from unbroken.language_model.settings import DataSettings, TrainSettings, parse_settings
+from unbroken.language_model.settings import (
+    DataSettings,
+    TrainSettings,
+    parse_settings,
+    settings_schema,
+)
 from unbroken.training import Trainer
 
 _BUILTIN = "builtin"
@@ -25,11 +32,16 @@ _BUILTIN = "builtin"
 def train(given: Sequence[str]) -> int:
     """Train, or continue, what the words of the command line ask for; return the exit status.
 
+    `--schema` alone prints the JSON schema of the YAML file instead.
+
     Raises:
         ConfigError: A setting is wrong.
         DataError: The text is missing or too short.
         TrainingStopped: The training was asked to stop, and saved.
     """
+    if list(given) == ["--schema"]:
+        sys.stdout.write(json.dumps(settings_schema(), indent=2) + "\n")
+        return 0
     settings = parse_settings(given)
     _check_evaluation(settings)
     text = open_text(settings.data)

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
-
-import typeguard
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from unbroken.changes.rules import (
     CADENCE,
@@ -32,7 +28,16 @@ from unbroken.changes.rules import (
 )
 from unbroken.checkpoint import ExactResume, ReadFrom, Rule, SaveMode
 from unbroken.config_file import nearest, read_mapping, write_mapping
-from unbroken.errors import ConfigError, one_of
+from unbroken.config_schema import (
+    DESCRIBED,
+    NotNegative,
+    NotNegativeInt,
+    Positive,
+    PositiveInt,
+    Share,
+    check_fields,
+)
+from unbroken.errors import ConfigError
 from unbroken.store import check_branch_name
 
 Schedule = Literal[
@@ -137,6 +142,8 @@ class TrainerConfig:
         4
     """
 
+    __pydantic_config__: ClassVar = DESCRIBED
+
     output_dir: str = setting("runs/default", NAMING)
     """The run directory: checkpoints, history and metrics."""
     resume_from_checkpoint: bool | int | str = setting("auto", START)
@@ -157,55 +164,57 @@ class TrainerConfig:
     """Who reads the checkpoint on several ranks: "all" of them; or "rank0", which sends it to the
     others, for a run directory that they cannot see."""
 
-    ddp_timeout: float = setting(600.0, START)
+    ddp_timeout: Positive = setting(600.0, START)
     """Seconds that ranks wait for each other before they end with an error that names who is
     missing."""
 
-    batch_size: int = setting(LeftOpen(8), SIZE, in_data=("global_batch_size", "epoch_size"))
+    batch_size: PositiveInt = setting(
+        LeftOpen(8), SIZE, in_data=("global_batch_size", "epoch_size")
+    )
     """Samples in one optimizer step, over all ranks and micro-batches (the global batch). Left
     open, and without a `micro_batch_size`, it is that of the `DataLoader` that holds the data."""
-    micro_batch_size: int | Literal["auto"] | None = setting(None, SPLIT)
+    micro_batch_size: PositiveInt | Literal["auto"] | None = setting(None, SPLIT)
     """Samples in one forward pass of one process; None: the whole global batch; "auto": the whole
     batch, and half of it each time that a step does not fit into the device's memory."""
-    lanes: int | None = setting(None, ROUNDING)
+    lanes: PositiveInt | None = setting(None, ROUNDING)
     """Sum gradients in so many lanes, a power of two: the same bits on 1, 2, 4, ... `lanes` ranks.
     None: a lane for each rank, and the same bits on as many ranks."""
     max_steps: int = setting(-1, RUN_LENGTH, ends=True)
     """Optimizer steps of the whole run; -1: `num_train_epochs` decides."""
-    num_train_epochs: float = setting(3.0, RUN_LENGTH, ends=True)
+    num_train_epochs: Positive = setting(3.0, RUN_LENGTH, ends=True)
     """Passes over the data, when `max_steps` is -1; the last step is completed."""
     shuffle: bool = setting(True, ORDER, in_data=("shuffle",))
     """Whether each epoch has an order of its own."""
     dataloader_drop_last: bool = setting(False, ORDER, in_data=("epoch_size",))
     """Leave out the samples at the end of an epoch that fill no batch, instead of going on
     with the next epoch inside the batch."""
-    samples_per_epoch: int | None = setting(None, ORDER, in_data=("epoch_size",))
+    samples_per_epoch: PositiveInt | None = setting(None, ORDER, in_data=("epoch_size",))
     """Use only so many samples of each epoch's order; None: all."""
-    dataloader_num_workers: int = setting(0, LOADING)
+    dataloader_num_workers: NotNegativeInt = setting(0, LOADING)
     """Worker processes that load data; the bits do not depend on it."""
-    dataloader_prefetch_factor: int | None = setting(None, LOADING)
+    dataloader_prefetch_factor: PositiveInt | None = setting(None, LOADING)
     """Batches that each worker loads ahead; None: PyTorch's default."""
     dataloader_pin_memory: bool = setting(False, LOADING)
     """Whether batches are put into pinned memory, for faster copies to a GPU."""
 
     optim: Optim = setting("adamw_torch_fused", OPTIMIZER, options=("fused", "foreach"))
     """The optimizer, unless one is given to the Trainer."""
-    learning_rate: float = setting(5e-5, SCHEDULE)
+    learning_rate: NotNegative = setting(5e-5, SCHEDULE)
     """The highest learning rate, reached after warm-up."""
-    weight_decay: float = setting(0.0, UPDATES, options=("weight_decay",))
+    weight_decay: NotNegative = setting(0.0, UPDATES, options=("weight_decay",))
     """Decoupled weight decay; one-dimensional parameters (biases, norms) are left out."""
-    adam_beta1: float = setting(0.9, UPDATES, options=("betas",))
-    adam_beta2: float = setting(0.999, UPDATES, options=("betas",))
-    adam_epsilon: float = setting(1e-8, UPDATES, options=("eps",))
-    sgd_momentum: float = setting(0.0, UPDATES, options=("momentum",))
+    adam_beta1: Share = setting(0.9, UPDATES, options=("betas",))
+    adam_beta2: Share = setting(0.999, UPDATES, options=("betas",))
+    adam_epsilon: Positive = setting(1e-8, UPDATES, options=("eps",))
+    sgd_momentum: NotNegative = setting(0.0, UPDATES, options=("momentum",))
     """Momentum of `optim="sgd"`."""
-    max_grad_norm: float = setting(1.0, FORWARD)
+    max_grad_norm: NotNegative = setting(1.0, FORWARD)
     """Gradients are scaled down to this norm; 0: no clipping."""
     lr_scheduler_type: Schedule = setting("linear", SCHEDULE)
     """How the learning rate goes on after warm-up."""
     lr_scheduler_kwargs: dict[str, float] | None = setting(None, SCHEDULE)
     """Settings of the schedule: `min_lr_rate`, `num_cycles`, `power`, `lr_end`, ..."""
-    warmup_steps: float = setting(0, SCHEDULE)
+    warmup_steps: NotNegative = setting(0, SCHEDULE)
     """Steps in which the learning rate rises from 0; below 1: a share of all steps."""
 
     bf16: bool = setting(False, FORWARD)
@@ -220,28 +229,28 @@ class TrainerConfig:
     """"auto": the first GPU if there is one, else the CPU; or a `torch.device` string."""
     full_determinism: bool = setting(True, ROUNDING)
     """Only deterministic kernels, so that a run repeats bit for bit on a GPU too."""
-    seed: int = setting(42, RANDOM, in_data=("seed",))
+    seed: NotNegativeInt = setting(42, RANDOM, in_data=("seed",))
     """All randomness of the run is derived from it."""
-    data_seed: int | None = setting(None, ORDER, in_data=("seed",))
+    data_seed: NotNegativeInt | None = setting(None, ORDER, in_data=("seed",))
     """The seed of the order of the data; None: `seed`."""
 
-    logging_steps: int | None = setting(10, CADENCE)
+    logging_steps: PositiveInt | None = setting(10, CADENCE)
     """Write statistics every so many steps; None: not by steps."""
-    logging_minutes: float | None = setting(None, CADENCE)
+    logging_minutes: Positive | None = setting(None, CADENCE)
     log_data_digest: bool = setting(False, CADENCE)
     """Log a running digest of all training batches used: proof of the order of the data."""
-    eval_steps: int | None = setting(None, CADENCE, steers=True)
+    eval_steps: PositiveInt | None = setting(None, CADENCE, steers=True)
     """Evaluate every so many steps; None: not by steps."""
-    eval_minutes: float | None = setting(None, CADENCE, steers=True)
-    eval_batch_size: int | None = setting(None, CADENCE, steers=True)
+    eval_minutes: Positive | None = setting(None, CADENCE, steers=True)
+    eval_batch_size: PositiveInt | None = setting(None, CADENCE, steers=True)
     """Samples in one forward pass of the evaluation; None: the micro-batch size."""
-    save_steps: int | Literal["auto"] | None = setting(500, CADENCE)
+    save_steps: PositiveInt | Literal["auto"] | None = setting(500, CADENCE)
     """Save a checkpoint every so many steps; "auto": as often as loses least time, by what saves
     cost and how often the run fails; None: not by steps."""
-    save_minutes: float | None = setting(None, CADENCE)
-    max_lost_minutes: float | None = setting(None, CADENCE)
+    save_minutes: Positive | None = setting(None, CADENCE)
+    max_lost_minutes: Positive | None = setting(None, CADENCE)
     """Save so often, besides, that a failure takes no more than so many minutes of training."""
-    mtbf_hours: float | None = setting(None, CADENCE)
+    mtbf_hours: Positive | None = setting(None, CADENCE)
     """Mean time between failures, for `save_steps="auto"`; None: as the history of the run says."""
     save_mode: SaveMode = setting("blocking", CADENCE)
     """How a save gets hold of the state: "blocking" writes it while training waits, "async" copies
@@ -252,9 +261,9 @@ class TrainerConfig:
     save_at_start: bool = setting(True, CADENCE)
     """Save `checkpoint-0` before the first step, so that a run killed before its first
     regular checkpoint starts again from the same weights."""
-    save_total_limit: int | None = setting(None, CADENCE)
+    save_total_limit: PositiveInt | None = setting(None, CADENCE)
     """Keep only so many of the newest intact checkpoints; None: all."""
-    keep_every_n_steps: int | None = setting(None, CADENCE)
+    keep_every_n_steps: PositiveInt | None = setting(None, CADENCE)
     """Keep, besides, every checkpoint whose step is a multiple of this."""
     max_time: float | str | None = setting(None, CADENCE)
     """Save and stop after so many seconds, or "HH:MM:SS", in this process."""
@@ -264,51 +273,26 @@ class TrainerConfig:
     greater_is_better: bool = setting(False, METRIC, steers=True, ends=True)
     load_best_model_at_end: bool = setting(False, JUDGING)
     """Put the weights of the best checkpoint into the model when training ends."""
-    early_stopping_patience: int | None = setting(None, JUDGING, ends=True)
+    early_stopping_patience: PositiveInt | None = setting(None, JUDGING, ends=True)
     """Stop after so many evaluations in a row without a better metric; None: never."""
-    early_stopping_threshold: float = setting(0.0, JUDGING, ends=True)
+    early_stopping_threshold: NotNegative = setting(0.0, JUDGING, ends=True)
     """How much better the metric must be to count."""
 
     def __post_init__(self) -> None:
         for name in ("allow", "skip"):
             if isinstance(getattr(self, name), list):  # as JSON and YAML have it
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        self._check_types()
+        check_fields(self)
         self._check_ranges()
         self._check_combinations()
 
-    def _check_types(self) -> None:
-        hints = get_type_hints(type(self))
-        for one in fields(self):
-            value = getattr(self, one.name)
-            wrong_bool = isinstance(value, bool) and not _admits_bool(one.name)
-            try:
-                typeguard.check_type(value, hints[one.name])
-            except typeguard.TypeCheckError:
-                wrong_bool = True
-            if wrong_bool:
-                hint, texts = hints[one.name], choices_in(hints[one.name])
-                near = nearest(value, texts) if isinstance(value, str) else None
-                raise ConfigError(one.name, expected=in_words(hint), found=repr(value), hint=near)
-
     def _check_ranges(self) -> None:
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if value not in (None, "auto") and not (value > 0 and math.isfinite(value)):
-                raise ConfigError(name, "must be positive", found=value)
-        for name in _NOT_NEGATIVE:
-            value = getattr(self, name)
-            if value is not None and not (value >= 0 and math.isfinite(value)):
-                raise ConfigError(name, "must not be negative", found=value)
         if self.branch is not None:
             check_branch_name(self.branch)
         if not self.output_dir:
             raise ConfigError("output_dir", expected="a folder", found=repr(self.output_dir))
         if self.max_steps != -1 and self.max_steps < 1:
             raise ConfigError("max_steps", expected="-1 or a positive number", found=self.max_steps)
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(name, expected="a number in [0, 1)", found=getattr(self, name))
 
     def _check_combinations(self) -> None:
         if self.batch_size % self.per_forward != 0:
@@ -422,81 +406,6 @@ class TrainerConfig:
         write_mapping(Path(path), self.to_dict())
 
 
-def choices_in(hint: Any) -> list[str]:
-    """Return the texts that a type admits by name.
-
-    Example:
-        >>> choices_in(int | Literal["auto"] | None)
-        ['auto']
-    """
-    if get_origin(hint) is Literal:
-        return [str(value) for value in get_args(hint)]
-    return [text for part in get_args(hint) for text in choices_in(part)]
-
-
-def in_words(hint: Any) -> str:
-    """Return the type of a setting as text, with its choices.
-
-    Example:
-        >>> in_words(Literal["linear", "cosine"])
-        'one of: linear, cosine'
-        >>> in_words(int | Literal["auto"] | None), in_words(tuple[str, ...])
-        ('int, auto or none', 'a list of texts')
-    """
-    if get_origin(hint) is Literal:
-        return one_of(get_args(hint))
-    if get_origin(hint) in (Union, UnionType):
-        words = [_word(part) for part in get_args(hint)]
-        return f"{', '.join(words[:-1])} or {words[-1]}"
-    return _word(hint)
-
-
-def _word(hint: Any) -> str:
-    texts, origin = choices_in(hint), get_origin(hint)
-    if texts:
-        return ", ".join(texts)
-    if origin is tuple:
-        return "a list of texts"
-    if origin is dict:
-        return "names with numbers"
-    return "none" if hint is type(None) else str(getattr(hint, "__name__", hint))
-
-
-_POSITIVE = (
-    "batch_size",
-    "micro_batch_size",
-    "lanes",
-    "num_train_epochs",
-    "samples_per_epoch",
-    "dataloader_prefetch_factor",
-    "adam_epsilon",
-    "logging_steps",
-    "logging_minutes",
-    "eval_steps",
-    "eval_minutes",
-    "eval_batch_size",
-    "save_steps",
-    "save_minutes",
-    "max_lost_minutes",
-    "mtbf_hours",
-    "save_total_limit",
-    "keep_every_n_steps",
-    "early_stopping_patience",
-    "ddp_timeout",
-)
-_NOT_NEGATIVE = (
-    "dataloader_num_workers",
-    "learning_rate",
-    "weight_decay",
-    "sgd_momentum",
-    "max_grad_norm",
-    "warmup_steps",
-    "seed",
-    "data_seed",
-    "early_stopping_threshold",
-)
-
-
 _GROUPS = (
     "data",
     "model",
@@ -510,10 +419,6 @@ _GROUPS = (
     "environment",
     "state",
 )
-
-
-def _admits_bool(name: str) -> bool:
-    return "bool" in str(TrainerConfig.__annotations__[name])
 
 
 def _refuse_unknown(values: Iterable[str], where: str) -> None:
