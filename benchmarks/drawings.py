@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from svg import Bar, Panel
+from bars import Bar, Panel
 
 Result = Mapping[str, Any]
 
@@ -40,19 +40,21 @@ def save(result: Result) -> list[Panel]:
     cores = f"GPT-2 124M with AdamW, 1.49 GB; {result['threads']} threads compute"
     return [
         Panel(
-            "Training time lost per checkpoint, seconds",
+            "Training time lost per checkpoint (seconds)",
             sums(medians, ["lost"]),
             f"{cores}; until the checkpoint is durable",
         ),
-        Panel("Call returns after, seconds", sums(blocking, ["blocked_in_training"])),
         Panel(
-            "Durable after, seconds, nothing else running",
+            "Time until the call to save returns (seconds)", sums(blocking, ["blocked_in_training"])
+        ),
+        Panel(
+            "Time until the checkpoint is durable, nothing else running (seconds)",
             [
                 *sums({"bare direct write and sync": median_of(medians, "bare")}, ["bare"]),
                 *sums(medians, ["durable"]),
             ],
         ),
-        Panel("Memory besides, at its highest", sums(medians, ["extra_memory"], nbytes)),
+        Panel("Extra memory at its peak", sums(medians, ["extra_memory"], nbytes)),
     ]
 
 
@@ -62,9 +64,9 @@ def device(result: Result) -> list[Panel]:
     rates |= {f"{name}: snapshot": {"bare": one["copy"]} for name, one in medians.items()}
     about = "transformer of 1 B parameters, AdamW, on a CUDA device"
     return [
-        Panel("Training time lost per checkpoint, seconds", sums(medians, ["lost"]), about),
-        Panel("A step, seconds", sums(medians, ["step"])),
-        Panel("From the device, per second", sums(rates, ["bare"], nbytes)),
+        Panel("Training time lost per checkpoint (seconds)", sums(medians, ["lost"]), about),
+        Panel("One step (seconds)", sums(medians, ["step"])),
+        Panel("Bytes copied from the device in one second", sums(rates, ["bare"], nbytes)),
     ]
 
 
@@ -84,17 +86,20 @@ def load(result: Result) -> list[Panel]:
     parts = ("load", "first step after it")
     return [
         Panel(
-            "Loading from a cold disk into a live model, seconds",
+            "Loading from a cold disk into a live model (seconds)",
             sums({**floor, **medians}, ["cold", "cold_first_step"]),
             "GPT-2 124M with AdamW, 1.49 GB; ours verifies every byte, the others none",
             parts,
         ),
         Panel(
-            "The same from the page cache, seconds",
+            "Loading from the page cache (seconds)",
             sums(medians, ["hot", "hot_first_step"]),
             parts=parts,
         ),
-        Panel("Memory besides, cold, at its highest", sums(medians, ["cold_extra_memory"], nbytes)),
+        Panel(
+            "Extra memory at its peak, from a cold disk",
+            sums(medians, ["cold_extra_memory"], nbytes),
+        ),
     ]
 
 
@@ -108,7 +113,7 @@ def resume(result: Result) -> list[Panel]:
     parts = tuple(part for part in parts if all(part in one for one in medians.values()))
     return [
         Panel(
-            "From the start of a process to the end of the first resumed step, seconds",
+            "From the start of a process to the end of the first resumed step (seconds)",
             sums(medians, parts),
             "GPT-2 124M with AdamW; parts in the order of time",
             parts,
@@ -125,20 +130,22 @@ def size(result: Result) -> list[Panel]:
         found.setdefault(training, []).append(bar)
     titles = {
         "full": "Bytes that each later checkpoint writes: full fine-tuning",
-        "LoRA": "LoRA, rank 8",
-        "frozen": "Frozen, all but the last block",
+        "LoRA": "Bytes that each later checkpoint writes: LoRA, rank 8",
+        "frozen": "Bytes that each later checkpoint writes: all frozen but the last block",
     }
-    notes = {"full": "GPT-2 124M; behind it, faintly: the first checkpoint"}
+    notes = {"full": "GPT-2 124M; the pale bar behind: the first checkpoint"}
     return [Panel(titles[key], bars, notes.get(key, "")) for key, bars in found.items()]
 
 
 def goodput(result: Result) -> list[Panel]:
     medians = result["medians"]
-    named = {f"{name}, saved every {one['save_steps']:.0f}": one for name, one in medians.items()}
+    named = {
+        f"{name}, a save every {one['save_steps']:.0f} steps": one for name, one in medians.items()
+    }
     kills = round(result["seconds"] / result["between_kills"])
     return [
         Panel(
-            f"Steps in {result['seconds']:.0f} seconds, killed {kills} times",
+            f"Steps done in {result['seconds']:.0f} seconds, with {kills} kills",
             sums(named, ["steps"], lambda value: f"{value:.0f}"),
             "GPT-2 124M with AdamW; each saves at its best interval (Young, Daly)",
         )
@@ -150,15 +157,15 @@ def spread_of(one: Mapping[str, float]) -> tuple[float, float]:
 
 
 def step_overhead(result: Result) -> list[Panel]:
-    titles = {"tiny": "tiny GPT-2, 1.7 ms a step", "small": "small GPT-2, 0.25 s a step"}
+    titles = {"tiny": "tiny GPT-2 (1.7 ms a step)", "small": "small GPT-2 (0.25 s a step)"}
     return [
         Panel(
-            f"Steps per second over a bare loop: {titles[size]}",
+            f"Steps per second, relative to a bare loop: {titles[size]}",
             [
                 Bar(name, [ratio["median"]], f"{ratio['median']:.2f}", spread=spread_of(ratio))
                 for name, ratio in one["speed_over_bare"].items()
             ],
-            "medians; the thin line: quartiles",
+            "medians; the thin line spans the quartiles",
         )
         for size, one in result["sizes"].items()
     ]
@@ -168,7 +175,7 @@ def check_overhead(result: Result) -> list[Panel]:
     names = {"full": "every byte", "sampled": "samples"}
     return [
         Panel(
-            f"What the recorder of unbroken check adds to a step: {size} GPT-2",
+            f"Time that the recorder of unbroken check adds to a step: {size} GPT-2",
             [
                 Bar(
                     f"unbroken check, {name}",
@@ -196,21 +203,25 @@ def drop_in(result: Result) -> list[Panel]:
         low, _, high = one["quartiles"]
         text = f"{one['ratio']:.2f}"
         bars.append(Bar(f"unbroken, {name}", [one["ratio"]], text, spread=(low, high)))
-    title = "Steps per second of our Hugging Face Trainer over transformers' own"
-    return [Panel(title, bars, "medians; the thin line: quartiles")]
+    title = "Steps per second of our Hugging Face Trainer, relative to transformers' own"
+    return [Panel(title, bars, "medians; the thin line spans the quartiles")]
 
 
 def distributed(result: Result) -> list[Panel]:
     steps = {name: one["step"] for name, one in result["steps"].items()}
     loads = {name: one for name, one in result["checkpoints"].items() if "load" in one}
     return [
-        Panel("A step on two gloo ranks, seconds", sums(steps, ["seconds"])),
+        Panel("One step on two gloo ranks (seconds)", sums(steps, ["seconds"])),
         *(
             Panel(title, sums({name: one[key] for name, one in rows.items()}, ["seconds"]))
             for title, key, rows in (
-                ("354 MB in FSDP2: durable after", "durable", result["checkpoints"]),
-                ("Call returns after", "blocked", result["checkpoints"]),
-                ("Loaded after", "load", loads),
+                (
+                    "Saving 354 MB of an FSDP2 model: time until durable (seconds)",
+                    "durable",
+                    result["checkpoints"],
+                ),
+                ("Time until the call to save returns (seconds)", "blocked", result["checkpoints"]),
+                ("Loading it (seconds)", "load", loads),
             )
         ),
     ]
