@@ -37,7 +37,7 @@ class Stream:
         return self.tokens[self.windows[step] :] if step < len(self.windows) else ()
 
     def window(self, step: int) -> tuple[int, int]:
-        """Return where the micro-batches of a step begin and end."""
+        """Return the indices at which the micro-batches of a step begin and end."""
         ends = (*self.windows[1:], len(self.tokens))
         return self.windows[step], ends[step]
 
@@ -172,7 +172,7 @@ def _explain(reference: Recording, resumed: Recording, place: int, index: int) -
 
 
 def _window(stream: Stream, ours: Sequence[object], place: int) -> Found | None:
-    """The same data, cut into steps elsewhere: a window of accumulation was not finished."""
+    """Find the same data cut into steps elsewhere: an accumulation window was not finished."""
     begin, end = stream.window(place)
     inside = [index for index in stream.find(ours) if begin < index < end]
     if inside:
@@ -191,7 +191,7 @@ def _window(stream: Stream, ours: Sequence[object], place: int) -> Found | None:
 
 
 def _position(stream: Stream, ours: Sequence[object], place: int) -> Found | None:
-    """The data of the beginning of another step of the reference."""
+    """Find at which other step of the reference these data begin."""
     found = {stream.step_of(index) for index in stream.find(ours) if index in stream.windows}
     if not found:
         return None
@@ -212,7 +212,7 @@ def _position(stream: Stream, ours: Sequence[object], place: int) -> Found | Non
 
 
 def _stray(stream: Stream, ours: Sequence[object], place: int) -> Found | None:
-    """One batch from elsewhere, then the right ones."""
+    """Find one batch of another position that comes before the right ones."""
     begin = stream.window(place)[0]
     is_known = bool(ours) and ours[0] in stream.tokens
     if not is_known or not any(follows(stream.tokens[begin + gap :], ours[1:]) for gap in (0, 1)):
@@ -257,7 +257,7 @@ def _steps(count: int) -> str:
 
 
 def _other_samples(theirs: Stream, ours: Stream, place: int, index: int) -> Found:
-    """Samples in batches that the reference never made."""
+    """Explain samples in batches that the reference never made."""
     begin = theirs.window(place)[0]
     return _other_batches(
         [one for batch in theirs.tokens for one in batch],
@@ -268,7 +268,7 @@ def _other_samples(theirs: Stream, ours: Stream, place: int, index: int) -> Foun
 
 
 def _other_contents(reference: Recording, resumed: Recording, place: int, index: int) -> Found:
-    """Batches that the reference never used, and nothing is known about samples: look at rows."""
+    """Explain batches that the reference never used by their rows, where no samples are known."""
     before, theirs = _rows(reference.steps[:place]), _rows(reference.steps)
     ours = _rows(resumed.steps[index:])
     if not ours:
@@ -297,7 +297,7 @@ def _size(batches: Sequence[Batch]) -> int:
 def _other_batches(
     theirs: Sequence[object], ours: Sequence[object], expected: int, sizes: tuple[int, int]
 ) -> Found:
-    """Known samples in unknown batches."""
+    """Explain known samples in unknown batches."""
     if sizes[0] == sizes[1]:
         return Culprit.DATA_ORDER, (
             "the samples come in another order: the generator that shuffles was not restored"

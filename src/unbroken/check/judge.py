@@ -1,4 +1,4 @@
-"""From recordings to a verdict: pure functions, with the rules in their order."""
+"""Turn recordings into a verdict: pure functions, one rule after the other."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Kill:
 def judge_state(
     reference: Recording, resumed: Recording, found: Alignment, kill: Kill
 ) -> Verdict | None:
-    """Return what is wrong with the restored state, None if it is that of one step.
+    """Return what is wrong with the restored state; None if it is the state after one step.
 
     Args:
         reference: The uninterrupted run.
@@ -101,7 +101,7 @@ def _unknown_weights(reference: Recording, resumed: Recording, found: Alignment)
 
 
 def _left_by_a_step(reference: Recording, resumed: Recording) -> int | None:
-    """Return the step after which, before all else, the weights were those of the resume."""
+    """Return the step that left the weights of the resume, before anything else changed them."""
     begin = resumed.steps[0].before
     for place, step in enumerate(reference.steps, start=1):
         if begin is not None and step.after.params == begin.params:
@@ -164,7 +164,7 @@ def _other_moments(resumed: Recording, found: Alignment, start: int) -> Verdict:
 def _stale_state(
     reference: Recording, resumed: Recording, found: Alignment, start: int, kill: Kill
 ) -> Verdict | None:
-    """Weights and optimizer are older than schedule and data, which agree with each other."""
+    """Judge weights and optimizer older than schedule and data, which agree with each other."""
     first = resumed.steps[0]
     if start >= len(reference.steps) or first.schedulers == reference.steps[start].schedulers:
         return None
@@ -201,7 +201,7 @@ class Reference:
 
 
 def make_reference(first: Ranks, second: Ranks) -> Reference | Verdict:
-    """Return the reference, or why it is none: the two runs differ, or saw nothing."""
+    """Return the reference; or a verdict if the two runs differ or nothing was recorded."""
     for ranks in (first, second):
         verdict = _unusable(ranks)
         if verdict is not None:
@@ -214,7 +214,7 @@ def make_reference(first: Ranks, second: Ranks) -> Reference | Verdict:
 
 
 def judge_killed(reference: Reference, killed: Ranks) -> Verdict | None:
-    """Return why the run that is to be killed is not the reference even before the kill."""
+    """Return how the run differs from the reference before it is killed; None if it does not."""
     return _unusable(killed) or _repeated(reference, killed, whole=False)
 
 
@@ -289,9 +289,9 @@ _HARMLESS = (
 def _is_harmless(
     difference: StepDifference, reference: Recording, resumed: Recording, start: int
 ) -> bool:
-    """Return whether only generators differ, and that could have shown itself and did not.
+    """Return whether only generators differ, and the steps show that this had no effect.
 
-    It could if they were drawn from in the resumed steps, and a pass over the data began there.
+    They show it if generators were drawn from, and an epoch began, in the resumed steps.
     """
     if set(difference.parts) != {"generators"}:
         return False
@@ -305,7 +305,7 @@ def _is_harmless(
 def _lasting_difference(
     reference: Recording, resumed: Recording, start: int, generators: frozenset[str]
 ) -> StepDifference | None:
-    """Return the first difference; of what may heal by itself only what lasts to the end."""
+    """Return the first difference; of parts that may agree again later, only if it lasts."""
     theirs, ours = reference.steps[start:], resumed.steps
     pairs = list(zip(theirs, ours, strict=False))
     if not pairs:
@@ -339,7 +339,7 @@ def _judge_end(reference: Recording, resumed: Recording, start: int, is_whole: b
 
 
 def _unusable(ranks: Ranks) -> Verdict | None:
-    """Return why a recording says nothing."""
+    """Return why the recordings cannot be judged; None if they can."""
     for recording in ranks.values():
         if recording.errors:
             words = "the recorder failed in the script's process; this is a defect of the check"

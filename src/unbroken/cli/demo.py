@@ -196,6 +196,17 @@ class RunObserver:
         """Return all records of metrics.jsonl."""
         return list(self._metrics.records())
 
+    def records_until(self, step: int) -> dict[str, dict[str, Any]]:
+        """Return the records of metrics.jsonl up to a step; one that is there twice stands out."""
+        found: dict[str, dict[str, Any]] = {}
+        for record in self.metrics():
+            if record["step"] <= step:
+                name = f"step {record['step']}" + ("" if "loss" in record else ", evaluation")
+                while name in found:
+                    name += ", once more"
+                found[name] = record
+        return found
+
     def step(self) -> int:
         """Return the last step that was logged; 0 before the first."""
         return max((record["step"] for record in self.metrics()), default=0)
@@ -260,7 +271,7 @@ def compare_runs(left: Path, right: Path, *, step: int) -> list[ComparedPart]:
     diff = diff_checkpoints(one, other)
     sizes = {path: entry.nbytes for path, entry in one.manifest.tensors.items()}
     sizes = {**dict.fromkeys(other.manifest.tensors, 0), **sizes}
-    records, others = _records(left, step), _records(right, step)
+    records, others = (RunObserver(folder).records_until(step) for folder in (left, right))
     return [
         *(_compare_tensors(what, sizes, diff, is_chosen) for what, is_chosen in _TENSORS.items()),
         _compare_values(diff),
@@ -283,8 +294,8 @@ _METRICS: dict[str, Callable[[str], bool]] = {
 }
 
 
-def _verified(run: Path, step: int) -> CheckpointReader:
-    reader = CheckpointReader(LocalStorage(run, create=False), f"checkpoint-{step}")
+def _verified(folder: Path, step: int) -> CheckpointReader:
+    reader = CheckpointReader(LocalStorage(folder, create=False), f"checkpoint-{step}")
     reader.check_rest()
     return reader
 
@@ -313,18 +324,6 @@ def _compare_values(diff: Diff) -> ComparedPart:
     ]
     total = sum(group.count for group in stored)
     return ComparedPart("all other values", "values", total, tuple(paths))
-
-
-def _records(run: Path, step: int) -> dict[str, dict[str, Any]]:
-    """Return the records of metrics.jsonl up to a step; one that is there twice stands out."""
-    found: dict[str, dict[str, Any]] = {}
-    for record in RunObserver(run).metrics():
-        if record["step"] <= step:
-            name = f"step {record['step']}" + ("" if "loss" in record else ", evaluation")
-            while name in found:
-                name += ", once more"
-            found[name] = record
-    return found
 
 
 def _chosen(
