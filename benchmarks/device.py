@@ -127,7 +127,7 @@ def saved_beside(training: Training, folder: Path, windows: int) -> dict[str, fl
             blocked.append(time.perf_counter() - began)
             training.seconds(STEPS)
             done = STEPS
-            while not checkpointer.committed():
+            while not checkpointer.poll():
                 training.seconds(1)
                 done += 1
             window = time.perf_counter() - began

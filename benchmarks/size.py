@@ -59,7 +59,7 @@ def measure(method: str, quick: bool) -> dict[str, float]:
         first, *later = bytes_written(trainer.checkpoints(run))
     if len(later) != STEPS - 1:
         raise SystemExit(f"{method}: {len(later) + 1} checkpoints in place of {STEPS}")
-    seconds = {} if made is None else {"seconds": made.checkpointer.cost.durable}
+    seconds = {} if made is None else {"seconds": made.checkpointer.last_save_cost.durable}
     return {"first": first, "later": max(later), "later_over_first": max(later) / first, **seconds}
 
 

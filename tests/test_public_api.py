@@ -61,13 +61,13 @@ PARAMETERS = {
     unbroken.Checkpointer: "directory branch save_steps save keep resume ranks "
     "settings types clock tell objects",
     unbroken.Checkpointer.resume: "self which ahead",
-    unbroken.Checkpointer.adopt: "self step values facts came",
+    unbroken.Checkpointer.import_state: "self step values facts came",
     unbroken.Checkpointer.load: "self step names",
     unbroken.Checkpointer.save: "self step values facts",
     unbroken.Checkpointer.save_if_due: "self step values",
-    unbroken.Checkpointer.is_due: "self step",
+    unbroken.Checkpointer.should_save: "self step",
     unbroken.Checkpointer.wait: "self",
-    unbroken.Checkpointer.committed: "self",
+    unbroken.Checkpointer.poll: "self",
     unbroken.Checkpointer.log: "self record",
     unbroken.Checkpointer.close: "self",
     assert_resumes_exactly: "command arguments resume_command at kills steps seed timeout folder "

@@ -27,12 +27,12 @@ class Stream(Method):
         self._checkpointer.save(number)
 
     def is_durable(self) -> bool:
-        self._is_durable = self._is_durable or bool(self._checkpointer.committed())
+        self._is_durable = self._is_durable or bool(self._checkpointer.poll())
         return self._is_durable
 
     def finish(self) -> None:
         self._checkpointer.wait()
-        self._is_durable = bool(self._checkpointer.committed())
+        self._is_durable = bool(self._checkpointer.poll())
 
     def load(self, number: int) -> None:
         self._checkpointer.load(number, ["model", "optimizer"])

@@ -214,7 +214,7 @@ def test_what_a_save_takes_of_the_processor_beside_the_training_is_counted(tmp_p
     run = Run(tmp_path, nn.Linear(8, 1 << 17))
     run.save()
     run.checkpointer.wait()
-    assert run.checkpointer.cost.computing > 0
+    assert run.checkpointer.last_save_cost.computing > 0
     run.checkpointer.close()
 
 

@@ -153,7 +153,7 @@ def test_a_start_after_an_error_knows_how_often_the_run_fails():
         fail_after(storage, wall, 2 * HOUR)
     with opened(storage, wall_clock=wall) as second:
         second.resume()
-        assert second.cadence.failures == FailureRate(2 * HOUR, "observed", 1)
+        assert second.save_interval.failures == FailureRate(2 * HOUR, "observed", 1)
 
 
 class Kill(Callback):
@@ -171,8 +171,8 @@ def test_a_start_after_a_real_kill_knows_that_the_run_failed(tmp_path):
     trainer = small_trainer(tmp_path, save_steps="auto", trainer={"callbacks": [Kill()]})
     with trainer.checkpointer:
         trainer.load_checkpoint()
-        assert trainer.checkpointer.cadence.failures.source == "observed"
-        assert trainer.checkpointer.cadence.failures.count == 1
+        assert trainer.checkpointer.save_interval.failures.source == "observed"
+        assert trainer.checkpointer.save_interval.failures.count == 1
 
 
 @pytest.mark.parametrize("end", [None, SystemExit(75)])
@@ -183,7 +183,7 @@ def test_a_start_after_a_clean_end_does_not(end):
         first.__exit__(type(end), end, None)
     with opened(storage) as second:
         second.resume()
-        assert second.cadence.failures.source == "assumed"
+        assert second.save_interval.failures.source == "assumed"
 
 
 def test_what_a_save_costs_is_known_to_the_next_start():
@@ -192,10 +192,10 @@ def test_what_a_save_costs_is_known_to_the_next_start():
         first.resume()
         first.save(1)
         first.save(2)
-        known = first.cadence.cost
+        known = first.save_interval.cost
     with opened(storage) as second:
         second.resume()
-        assert second.cadence.cost is not None
+        assert second.save_interval.cost is not None
         assert known is not None
 
 

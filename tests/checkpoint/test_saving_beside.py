@@ -130,8 +130,8 @@ def test_hearing_of_saves_does_not_wait_for_the_copy(tmp_path, monkeypatch):
     training = Training(tmp_path, "overlap")
     held = Held(monkeypatch)
     data = training.save()
-    assert training.checkpointer.committed() == []
-    assert not training.checkpointer.is_due(1)
+    assert training.checkpointer.poll() == []
+    assert not training.checkpointer.should_save(1)
     held.go.set()
     training.checkpointer.wait()
     assert stored(storage_of(training), 0) == data
@@ -162,7 +162,7 @@ def test_an_edit_is_found_and_the_next_step_is_saved_in_its_place(when, tmp_path
     training.edit()
     held.go.set()
     training.train_step()
-    assert training.checkpointer.is_due(2)
+    assert training.checkpointer.should_save(2)
     data = training.save()
     training.edit()  # from now on this tensor is copied at once
     training.checkpointer.wait()
@@ -190,7 +190,7 @@ def test_an_embedding_that_edits_its_weight_in_the_forward_pass_is_found(tmp_pat
         saving.save(1)
         model(torch.arange(8)).sum().backward()
         optimizer.step()
-        assert saving.is_due(2)
+        assert saving.should_save(2)
         saving.save(2)
 
 

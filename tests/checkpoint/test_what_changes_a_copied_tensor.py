@@ -252,7 +252,7 @@ def test_weights_that_are_clipped_after_each_step_are_saved_as_they_were(wide, s
         for step in range(1, 9):
             wide(torch.ones(2, 512)).square().mean().backward()
             optimizer.step()
-            if checkpointer.is_due(step):
+            if checkpointer.should_save(step):
                 checkpointer.save(step)
                 held.append((step, digests_of(objects)))
             clip(wide)

@@ -167,7 +167,7 @@ def edit_on_one_rank(folder: str, layout: str) -> None:
     held.go.set()
     while not due:
         run.train_step()
-        if run.checkpointer.is_due(run.step):
+        if run.checkpointer.should_save(run.step):
             due.append(run.step)
     wanted = run.save()
     if run.group.rank == 1:
@@ -206,7 +206,7 @@ def save_on_a_full_disk(folder: str, layout: str, mode: str) -> None:
     while error is None and run.step < MANY:
         run.train_step()
         try:
-            run.checkpointer.is_due(run.step)
+            run.checkpointer.should_save(run.step)
         except (SaveError, RankError) as caught:
             error = f"{type(caught).__name__}: {caught}"
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -221,14 +221,14 @@ def ask_while_a_save_runs(folder: str, layout: str) -> None:
     """Ask at each step whether it is over; tell what that asked of the other rank, and when."""
     run = Run(folder, layout, "async", save_steps=MANY)
     run.train_step()
-    run.checkpointer.is_due(run.step)  # after the first step all hear whether it can be saved
+    run.checkpointer.should_save(run.step)  # after the first step all hear whether it can be saved
     run.save()
     run.group.made.clear()
     heard = []
     while not heard and run.step < MANY:
         run.train_step()
-        run.checkpointer.is_due(run.step)
-        heard = run.checkpointer.committed()
+        run.checkpointer.should_save(run.step)
+        heard = run.checkpointer.poll()
     run.leave({"calls": run.group.made, "at": run.step})
 
 

@@ -326,7 +326,7 @@ class Checkpointer:
         selection = self._place.begin_branch(selection, refuse)
         return self._selector().first(selection)
 
-    def adopt(
+    def import_state(
         self, step: int, values: Any = None, *, facts: Mapping[str, Any], came: str | Origin
     ) -> str:
         """Begin the run in a state that the objects already have, brought from elsewhere.
@@ -382,9 +382,9 @@ class Checkpointer:
     def save_if_due(self, step: int, values: Any = None) -> str | None:
         """Save if the cadence says so; return the folder of the checkpoint, or None."""
         self.rehearse(step, lambda: values)
-        return self.save(step, values) if self.is_due(step) else None
+        return self.save(step, values) if self.should_save(step) else None
 
-    def is_due(self, step: int) -> bool:
+    def should_save(self, step: int) -> bool:
         """Return whether the cadence asks for a save after `step` steps; raises as `wait` does.
 
         Raises:
@@ -397,8 +397,8 @@ class Checkpointer:
     def save(self, step: int, values: Any = None, *, facts: Mapping[str, Any] | None = None) -> str:
         """Save the objects as they are now; the checkpoint is durable when this returns.
 
-        With a mode other than "blocking" it is so when `wait` returns, or when `committed`
-        names it; the next `save`, `is_due`, `committed` or `wait` raises what it failed at.
+        With a mode other than "blocking" it is so when `wait` returns, or when `poll`
+        names it; the next `save`, `should_save`, `poll` or `wait` raises what it failed at.
 
         Args:
             step: Completed optimizer steps.
@@ -518,7 +518,7 @@ class Checkpointer:
     def rehearse(self, step: int, values: Callable[[], Any] = lambda: None) -> None:
         """Raise, after the first step of a start, what a save would raise; nothing is written.
 
-        It does so once; `is_due` and `save_if_due` call it.
+        It does so once; `should_save` and `save_if_due` call it.
 
         Args:
             step: Completed optimizer steps.
@@ -540,16 +540,16 @@ class Checkpointer:
         self._saver.wait()
 
     @property
-    def cost(self) -> SaveCost | None:
+    def last_save_cost(self) -> SaveCost | None:
         """What the last finished save of this process took."""
         return self._saver.cost
 
     @property
-    def cadence(self) -> SaveInterval | None:
+    def save_interval(self) -> SaveInterval | None:
         """How often the run is saved by itself, and why; None: at fixed times, or on rank > 0."""
         return self._timer.interval(self._saver.cost)
 
-    def committed(self) -> list[str]:
+    def poll(self) -> list[str]:
         """Return the folders of checkpoints durable since the last call; raises as `wait` does.
 
         Every rank calls it, and all are told of a checkpoint at the same call.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from unbroken.cli.run_paths import RunPath, open_run_path
+from unbroken.cli.run_paths import open_run_path
 from unbroken.cli.tables import (
     date_text,
     make_console,
@@ -25,10 +25,8 @@ from unbroken.cli.tables import (
 )
 from unbroken.config_file import read_mapping
 from unbroken.errors import (
-    CheckpointError,
     CheckpointNotFoundError,
     ConfigError,
-    NewerFormatError,
 )
 from unbroken.store import (
     CheckpointReader,
@@ -101,21 +99,13 @@ def open_side(text: str) -> Side:
     place = open_run_path(text)
     if place.folder is not None:
         return CheckpointSide(text, place.open(place.folder))
-    return _newest(text, place)
-
-
-def _newest(text: str, place: RunPath) -> CheckpointSide:
-    skipped: dict[str, str] = {}
-    for folder in reversed(place.folders):
-        try:
-            return CheckpointSide(text, place.open(folder), is_newest=True, skipped=skipped)
-        except NewerFormatError:
-            raise
-        except CheckpointError as error:
-            skipped[folder] = str(error).removeprefix(f"{folder}: ")
-    what = "no checkpoint can be opened" if skipped else "there is no checkpoint yet"
-    hint = "\n".join(f"{folder}: {reason}" for folder, reason in skipped.items()) or None
-    raise CheckpointNotFoundError(text, what, hint=hint)
+    newest, rejected = (None, ()) if place.run is None else place.run.catalog.newest_that_opens()
+    skipped = {one.folder: one.reason.removeprefix(f"{one.folder}: ") for one in rejected}
+    if newest is None:
+        what = "no checkpoint can be opened" if skipped else "there is no checkpoint yet"
+        hint = "\n".join(f"{folder}: {reason}" for folder, reason in skipped.items()) or None
+        raise CheckpointNotFoundError(text, what, hint=hint)
+    return CheckpointSide(text, newest, is_newest=True, skipped=skipped)
 
 
 def _read_config(path: Path) -> dict[str, Json]:

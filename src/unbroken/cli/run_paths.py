@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from unbroken.errors import CheckpointError, CheckpointNotFoundError, RunDirectoryError
+from unbroken.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    NewerFormatError,
+    RunDirectoryError,
+)
 from unbroken.storage import Storage, storage_at
 from unbroken.store import CheckpointReader, RunDirectory
 from unbroken.store.format.names import MANIFEST_NAME, PINNED_NAME, RUN_NAME, step_of
@@ -51,13 +56,17 @@ class RunPath:
         return self.run.catalog.open(step)
 
     def newest(self) -> CheckpointReader | None:
-        """Return the newest checkpoint that can be opened; None if there is none."""
-        for folder in reversed(self.folders):
-            try:
-                return self.open(folder)
-            except CheckpointError:
-                continue
-        return None
+        """Return the newest checkpoint that can be opened; None if there is none.
+
+        Raises:
+            NewerFormatError: A newer version wrote the newest of a run.
+        """
+        if self.run is not None and self.folder is None:
+            return self.run.catalog.newest_that_opens()[0]
+        try:
+            return None if self.folder is None else self.open(self.folder)
+        except CheckpointError:
+            return None
 
     def narrowed(self, step: int) -> RunPath:
         """Return the place of one checkpoint of the run.
@@ -117,6 +126,9 @@ def is_pinned(reader: CheckpointReader) -> bool:
 
 def best_step_of(place: RunPath) -> int | None:
     """Return the step that the newest readable checkpoint calls the best."""
-    newest = place.newest()
+    try:
+        newest = place.newest()
+    except NewerFormatError:
+        return None
     step = None if newest is None else newest.manifest.facts.get("best_step")
     return step if isinstance(step, int) else None

@@ -520,7 +520,7 @@ class RunCheckpoints:
     def save_if_due(self, save: Callable[[], str]) -> None:
         """Save between two steps, where time, a request or the end of the run asks for it."""
         state = self._state
-        is_due = self._checkpointer.is_due(state.progress.step)
+        is_due = self._checkpointer.should_save(state.progress.step)
         if is_due or state.save_requested or state.is_finished:
             save()
 
@@ -535,14 +535,14 @@ class RunCheckpoints:
         """
         if wait:
             self._checkpointer.wait()
-        committed = self._checkpointer.committed()
+        committed = self._checkpointer.poll()
         for path in committed:
-            cost = self._checkpointer.cost
+            cost = self._checkpointer.last_save_cost
             self._pace.save_took(0.0 if cost is None else cost.durable)
             self._call("on_save", path)
-        cadence = self._checkpointer.cadence
-        if cadence is not None:
-            self.display.saves(cadence, saved=bool(committed))
+        interval = self._checkpointer.save_interval
+        if interval is not None:
+            self.display.saves(interval, saved=bool(committed))
 
     def announce(self, event: dict[str, Any], line: str) -> None:
         """Write an event into the history of the run, and show a line."""

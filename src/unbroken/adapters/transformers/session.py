@@ -440,7 +440,9 @@ class TrainSession:
         load_hf_checkpoint(folder, objects, rank=group.rank)
         self._apply(differences)
         came = origin_of(folder, HfCheckpoints())
-        checkpointer.adopt(stored.step, self._adopted, facts=self._facts_to_save(), came=came)
+        checkpointer.import_state(
+            stored.step, self._adopted, facts=self._facts_to_save(), came=came
+        )
         rejected = self.candidate.rejected
         return ResumeReport(
             stored.step, checkpoint, rejected, differences=differences, notes=(_NOTE,)
@@ -565,7 +567,7 @@ class TrainSession:
         """Return why to stop now; None to go on, as at the end of the run."""
         state = self.trainer.state
         self.checkpointer.rehearse(state.global_step, self._values)
-        self.checkpointer.committed()  # raises the error of a background save
+        self.checkpointer.poll()  # raises the error of a background save
         if state.global_step >= state.max_steps or self.trainer.control.should_training_stop:
             return None
         return agreed_reason(self.group, self.preemption.reason())

@@ -227,6 +227,22 @@ class Catalog:
                 before = self._begins_later_than(reader)
                 yield reader if before is None else Rejection(folder, step, before)
 
+    def newest_that_opens(self) -> tuple[CheckpointReader | None, tuple[Rejection, ...]]:
+        """Return the newest checkpoint whose manifest is right; its tensors are not verified.
+
+        Returns:
+            Its reader, or None if there is none; and the newer ones that were rejected.
+
+        Raises:
+            NewerFormatError: As `newest_first`.
+        """
+        rejections: list[Rejection] = []
+        for candidate in self.newest_first():
+            if isinstance(candidate, CheckpointReader):
+                return candidate, tuple(rejections)
+            rejections.append(candidate)
+        return None, tuple(rejections)
+
     def newest_intact(self) -> tuple[CheckpointReader | None, tuple[Rejection, ...]]:
         """Return the newest checkpoint of which every byte was read and matched.
 
