@@ -166,7 +166,7 @@ class Checkpointer:
         self.group = self._ranks.given_group
         unseen = self._ranks.read_from == "rank0"
         wall = self._clock.wall
-        self._place = RunAccess(self.group, directory, branch, clock=wall, unseen=unseen)
+        self._access = RunAccess(self.group, directory, branch, clock=wall, unseen=unseen)
         self._layout, self._tell_user, self._types = save.layout, tell, tuple(types)
         self._among_others = False  # whether the run directory may hold what is of no run
         self._known: set[str] = set()  # paths of what is not covered, and was told
@@ -216,7 +216,7 @@ class Checkpointer:
     @property
     def run(self) -> RunDirectory:
         """The run directory, opened and locked by the first use."""
-        return self._place.run(among_others=self._among_others)
+        return self._access.run(among_others=self._among_others)
 
     def choose(
         self,
@@ -297,14 +297,14 @@ class Checkpointer:
         request = self._resume_request(ahead)
         is_given = isinstance(which, Candidate)
         candidate = which if isinstance(which, Candidate) else self._chosen_here(which, request)
-        request = replace(request, notes=(*self._place.notes, *lines))
+        request = replace(request, notes=(*self._access.notes, *lines))
         resumed = resume_run(candidate, self.objects, request, passes_over=not is_given)
         report, self.resumed_facts = resumed.report, resumed.facts
         self.values, self.best_step = resumed.values, resumed.best_step
-        self._lineage.resumed(self._place.reader_of(report), resumed.origin, resumed.skipped)
+        self._lineage.resumed(self._access.reader_of(report), resumed.origin, resumed.skipped)
         self.buckets.bring_back(resumed.facts)
         self._timer.begin(report.step, self.run.history.records(past_damage=True))
-        self._place.has_started = True
+        self._access.has_started = True
         if self._loop is not None:
             self._loop.schedules.has_resumed()
         self._known = {one.path for one in report.differences}
@@ -316,14 +316,14 @@ class Checkpointer:
     def _chosen_here(self, which: ResumeFrom | Selection, request: ResumeRequest) -> Candidate:
         """Return the first candidate in this run; one that begins as a branch is made."""
         selection = Selection.parse(which)
-        if selection.path is not None and self._place.holds(selection.path):
+        if selection.path is not None and self._access.holds(selection.path):
             self._among_others = True  # a checkpoint that was copied there under another name
 
         def refuse(left: RunDirectory, step: int) -> None:
             selector = self._selector(run=left)
             refuse_beginning(selector.at_step(step), selector, self.objects, request)
 
-        selection = self._place.begin_branch(selection, refuse)
+        selection = self._access.begin_branch(selection, refuse)
         return self._selector().first(selection)
 
     def import_state(
@@ -628,7 +628,7 @@ class Checkpointer:
             if self._saver.is_idle:  # else a later call ends it
                 if self._loop is not None:
                     self._loop.end()
-                self._place.close(error)
+                self._access.close(error)
 
     def __enter__(self) -> Self:
         return self

@@ -108,9 +108,9 @@ class RunAccess:
         step = group.broadcast("where the branch begins", step)
         if step is None:
             return
-        place = group.broadcast("the run directory", None if left is None else _place_of(left))
+        known = group.broadcast("the run directory", None if left is None else _described(left))
         unseen = self._unseen
-        seen = group.run_on_all(what, lambda: left or _open_as_another(place, given, unseen=unseen))
+        seen = group.run_on_all(what, lambda: left or _open_as_another(known, given, unseen=unseen))
         refuse(seen, step)
 
     def reader_of(self, report: ResumeReport) -> CheckpointReader | None:
@@ -139,9 +139,9 @@ class RunAccess:
         own = group.run_on_all(
             what, lambda: None if group.rank else self._open_as_owner(selection, among_others)
         )
-        place = group.broadcast("the run directory", None if own is None else _place_of(own))
+        known = group.broadcast("the run directory", None if own is None else _described(own))
         given, unseen = self._directory, self._unseen
-        return group.run_on_all(what, lambda: own or _open_as_another(place, given, unseen=unseen))
+        return group.run_on_all(what, lambda: own or _open_as_another(known, given, unseen=unseen))
 
     def _open_as_owner(self, selection: Selection | None, among_others: bool) -> RunDirectory:
         directory, clock = self._directory, self._clock
@@ -157,18 +157,18 @@ class RunAccess:
 # What other ranks see of it.
 
 
-def _place_of(directory: RunDirectory) -> Json:
+def _described(directory: RunDirectory) -> Json:
     """Return what the other ranks must know of the run directory."""
     parent = None if directory.parent is None else directory.parent.to_json()
     identity = {"id": directory.run_id, "created": directory.created, "parent": parent}
-    return {"place": directory.storage.describe(), **identity}
+    return {"directory": directory.storage.describe(), **identity}
 
 
 def _open_as_another(said: Any, given: str | Storage, *, unseen: bool) -> RunDirectory:
     """Return the run directory of rank 0 for another rank: to look at, or only by its name.
 
     Args:
-        said: What rank 0 says of it; see `_place_of`.
+        said: What rank 0 says of it; see `_described`.
         given: The directory, or the parent of the branch, as this rank was given it.
         unseen: Whether only rank 0 can see it.
 
@@ -178,19 +178,19 @@ def _open_as_another(said: Any, given: str | Storage, *, unseen: bool) -> RunDir
     if unseen:
         parent = None if said["parent"] is None else Lineage.from_json(said["parent"])
         identity = RunIdentity(said["id"], said["created"], parent)
-        return RunDirectory(UnseenStorage(said["place"]), identity, None)
+        return RunDirectory(UnseenStorage(said["directory"]), identity, None)
     try:
-        return RunDirectory.open_readonly(_seen_from_here(said["place"], given))
+        return RunDirectory.open_readonly(_seen_from_here(said["directory"], given))
     except RunDirectoryError as error:
         error.add_note('a folder that only rank 0 sees: read_from="rank0"')
         raise
 
 
-def _seen_from_here(place: str, given: str | Storage) -> str | Storage:
-    """Return rank 0's place in the storage that this rank was given, if that leads there."""
-    if isinstance(given, str) or not f"{place}/".startswith(f"{given.describe()}/"):
-        return place
-    return FolderStorage(given, place[len(given.describe()) + 1 :])
+def _seen_from_here(path: str, given: str | Storage) -> str | Storage:
+    """Return rank 0's directory in the storage that this rank was given, if that leads there."""
+    if isinstance(given, str) or not f"{path}/".startswith(f"{given.describe()}/"):
+        return path
+    return FolderStorage(given, path[len(given.describe()) + 1 :])
 
 
 # Going on in a branch: find where it begins, make it or open it, and say so.
@@ -276,7 +276,7 @@ def _newest(parent: RunDirectory) -> tuple[int, tuple[Rejection, ...]]:
     return reader.step, rejected
 
 
-def _short(place: str) -> str:
+def _short(path: str) -> str:
     """Return a path as seen from the current directory, where it is below."""
     here = Path.cwd()
-    return str(Path(place).relative_to(here)) if Path(place).is_relative_to(here) else place
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path

@@ -7,7 +7,7 @@ from unbroken.store.checkpoint.reader import Damage as Damage
 from unbroken.store.checkpoint.reader import VerifiedCache as VerifiedCache
 from unbroken.store.checkpoint.reader import split_verification as split_verification
 from unbroken.store.checkpoint.writer import CheckpointWriter as CheckpointWriter
-from unbroken.store.checkpoint.writer import places_in_files as places_in_files
+from unbroken.store.checkpoint.writer import offsets_in_files as offsets_in_files
 from unbroken.store.checkpoint.writer import store_leaves as store_leaves
 from unbroken.store.diff import Diff as Diff
 from unbroken.store.diff import TensorDifference as TensorDifference
@@ -72,7 +72,7 @@ __all__ = [
     "diff_facts",
     "export_weights",
     "has_branch",
-    "places_in_files",
+    "offsets_in_files",
     "prune",
     "split_verification",
     "store_leaves",

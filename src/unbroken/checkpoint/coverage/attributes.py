@@ -541,8 +541,8 @@ def _names_in_states(tree: Mapping[str, Any]) -> dict[str, Collection[Any]]:
 def _of_loader(state: Mapping[str, Any]) -> Collection[Any]:
     """Return the names in the state that the loader behind a source of batches gives itself."""
     ranks = state.get("ranks")
-    place = ranks[0] if isinstance(ranks, list) and ranks else state
-    inner = place.get("loader_state") if isinstance(place, Mapping) else None
+    first = ranks[0] if isinstance(ranks, list) and ranks else state
+    inner = first.get("loader_state") if isinstance(first, Mapping) else None
     return inner.keys() if isinstance(inner, Mapping) else ()
 
 
@@ -570,8 +570,8 @@ def _parts_of(path: str, root: object) -> Iterator[tuple[str, object]]:
         if held.get(name) is not None:
             yield from _parts_of(f"{path}{suffix}", held[name])
     if isinstance(root, ConcatDataset):
-        for place, part in enumerate(root.datasets):
-            yield from _parts_of(f"{path}.{place}", part)
+        for number, part in enumerate(root.datasets):
+            yield from _parts_of(f"{path}.{number}", part)
 
 
 _OF_DATA = ("unbroken.data", "torch.utils.data")

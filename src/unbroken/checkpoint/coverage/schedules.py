@@ -204,7 +204,7 @@ class FoundSchedules:
         is_one = optimizer == "optimizer"
         name = self._free_name("scheduler" if is_one else f"{optimizer}_scheduler")
         self._objects[name] = schedule
-        self.found[name] = Found(schedule, optimizer, place_of(schedule), _facts(schedule))
+        self.found[name] = Found(schedule, optimizer, step_count_of(schedule), _facts(schedule))
         where = "the optimizer" if is_one else f"the optimizer {optimizer!r}"
         kind = type(schedule).__name__
         return f"{name} ({kind}) was found on {where}: it is saved and restored with it"
@@ -282,7 +282,7 @@ class FoundSchedules:
         for name, one in self.found.items():
             if not self._has_resumed:
                 built_at = one.built_at if name in known else 0
-                one.ahead = min(1, max(0, (place_of(one.schedule) or 0) - (built_at or 0)))
+                one.ahead = min(1, max(0, (step_count_of(one.schedule) or 0) - (built_at or 0)))
             elif one.restored is not None:
                 _require_place(name, one, one.restored)
         self._waiting = {}
@@ -299,7 +299,7 @@ class FoundSchedules:
             )
         live: Any = self._objects[name]
         changed = _changed(facts, live)
-        here, there = place_of(live), place_of_state(stored.state)
+        here, there = step_count_of(live), count_in_state(stored.state)
         if changed or stored_class_name(type(live)) != stored.class_name or here != there:
             raise StateMismatchError(
                 name,
@@ -315,7 +315,7 @@ class FoundSchedules:
 
 def _require_place(name: str, found: Found, restored: Captured) -> None:
     """Raise unless a schedule stands where the resume has put it, or the caller puts it himself."""
-    here, there = place_of(found.schedule), place_of_state(restored.state)
+    here, there = step_count_of(found.schedule), count_in_state(restored.state)
     if here is None or there is None:
         return
     expected = {there, there + found.ahead}
@@ -445,25 +445,25 @@ def _facts(schedule: Any) -> dict[str, Any]:
     return scheduler_facts(schedule) if isinstance(schedule, LRScheduler) else {}
 
 
-def place_of(schedule: Any) -> int | None:
+def step_count_of(schedule: Any) -> int | None:
     """Return how often a schedule was stepped; None where it does not say.
 
     Example:
         >>> import torch
         >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
-        >>> place_of(torch.optim.lr_scheduler.StepLR(optimizer, 5))
+        >>> step_count_of(torch.optim.lr_scheduler.StepLR(optimizer, 5))
         0
     """
-    return place_of_state(schedule.state_dict())
+    return count_in_state(schedule.state_dict())
 
 
-def place_of_state(state: Any) -> int | None:
+def count_in_state(state: Any) -> int | None:
     """Return how often a schedule with this state was stepped; one made of others, as they were."""
     if not isinstance(state, Mapping):
         return None
     if isinstance(state.get("last_epoch"), int):
         return int(state["last_epoch"])
     inner = state.get("_schedulers")
-    places = [place_of_state(one) for one in inner] if isinstance(inner, list | tuple) else []
-    known = [place for place in places if place is not None]
+    counts = [count_in_state(one) for one in inner] if isinstance(inner, list | tuple) else []
+    known = [count for count in counts if count is not None]
     return max(known, default=None)

@@ -41,20 +41,20 @@ from unbroken.store.format.manifest import Box
 
 
 class UnseenStorage(MemoryStorage):
-    """A place that this process cannot see: only its name is known.
+    """A directory that this process cannot see: only its name is known.
 
     Example:
         >>> UnseenStorage("/data/run").describe("checkpoint-10")
         '/data/run/checkpoint-10'
     """
 
-    def __init__(self, place: str) -> None:
+    def __init__(self, path: str) -> None:
         super().__init__()
-        self._place = place
+        self._path = path
 
     def describe(self, path: str = "") -> str:
         """Return how the process that sees it calls a path."""
-        return os.path.join(self._place, path) if path else self._place
+        return os.path.join(self._path, path) if path else self._path
 
 
 class RelayedCheckpoint(ABC):
@@ -290,8 +290,8 @@ class EachForItself:
         if isinstance(found, CheckpointReader):
             return found, None
         here = self._run.storage
-        is_here = said["place"] == here.describe()
-        storage = here if is_here else storage_at(said["place"], create=False)
+        is_here = said["directory"] == here.describe()
+        storage = here if is_here else storage_at(said["directory"], create=False)
         try:
             return CheckpointReader(storage, said["folder"]), None
         except (CheckpointNotFoundError, CorruptCheckpointError) as error:
@@ -355,8 +355,8 @@ class FromRank0:
         if own is not None:
             return SentCheckpoint(own, group, self._stream)
         manifest = Manifest.from_bytes(str(text).encode(), said["folder"])
-        is_here = said["place"] == self._run.storage.describe()
-        storage = self._run.storage if is_here else UnseenStorage(said["place"])
+        is_here = said["directory"] == self._run.storage.describe()
+        storage = self._run.storage if is_here else UnseenStorage(said["directory"])
         return ReceivedCheckpoint(storage, said["folder"], manifest, group, self._stream)
 
     def load(self, load: Callable[[], None]) -> CorruptCheckpointError | None:
@@ -374,7 +374,7 @@ def _described(found: CheckpointReader | Rejection | None) -> Json:
         return None
     if isinstance(found, Rejection):
         return {"folder": found.folder, "step": found.step, "reason": found.reason}
-    return {"folder": found.folder, "step": found.step, "place": found.storage.describe()}
+    return {"folder": found.folder, "step": found.step, "directory": found.storage.describe()}
 
 
 def _text_of(reader: CheckpointReader) -> str:

@@ -81,8 +81,8 @@ def sample_of(tensor: torch.Tensor, turn: int, *, block: int = _BLOCK) -> torch.
 
     Args:
         tensor: Any; of one that is not contiguous the elements in C order are looked at.
-        turn: Chooses the places; the same ones in tensors of the same length.
-        block: How many bytes there are at each place.
+        turn: Chooses the offsets; the same ones in tensors of the same length.
+        block: How many bytes there are at each offset.
 
     Example:
         >>> sample_of(torch.zeros(1 << 20), turn=3).shape
@@ -109,11 +109,11 @@ def rows_of_sample(nbytes: int, turn: int, *, block: int = _BLOCK) -> tuple[int,
         ((0, 4, 1024, 262144), (0, 1, 100, 100))
     """
     count = max(_FEWEST, nbytes // (_BLOCK * _EVERY))
-    row, place = nbytes // count, turn * _GOLDEN
+    row, shift = nbytes // count, turn * _GOLDEN
     if row < block:
         return 0, 1, nbytes, nbytes
     # What is left over is at either end.
-    return place % (nbytes - row * count + 1) + place % (row - block + 1), count, block, row
+    return shift % (nbytes - row * count + 1) + shift % (row - block + 1), count, block, row
 
 
 def _on_the_host(samples: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -131,9 +131,9 @@ class Layout:
         apart = frozen_apart(model, usual)
         if apart is None:
             return cls(usual, files=lambda: pretrained_files(model))
-        place, index = apart
+        file_of, index = apart
         files = {INDEX: index}
-        return cls(place, frozenset({FROZEN}), lambda: {**pretrained_files(model), **files})
+        return cls(file_of, frozenset({FROZEN}), lambda: {**pretrained_files(model), **files})
 
     def with_files(self, more: Callable[[], Mapping[str, bytes]]) -> Layout:
         """Return the same layout with more files for other programs."""

@@ -22,7 +22,7 @@ from unbroken.capture import TensorLeaf, raw
 from unbroken.checkpoint.save.rank_shares import gathered, rows_of_sample, sample_of
 from unbroken.distributed.dtensors import local_part
 from unbroken.storage.direct_io import aligned_buffer
-from unbroken.store import places_in_files
+from unbroken.store import offsets_in_files
 from unbroken.store.format.canonical_json import Digester, digest_of
 from unbroken.store.format.safetensors_file import Copied
 
@@ -79,7 +79,7 @@ _PIECE = 1 << 20  # copied, and then hashed while it is in the processor's cache
 _PLAIN = (torch.Tensor, nn.Parameter)
 _MOST = 64  # saves, in which the digests of all tensors in turn are of all bytes
 _FEW = 8 << 20  # bytes, of which the digests are of all bytes in each save: 1 ms
-_BLOCK = 256  # bytes at each place of a sample
+_BLOCK = 256  # bytes at each offset of a sample
 StableTensors = Mapping[tuple[int, int], Sequence[torch.Tensor]]
 """Tensors that only an optimizer's step is expected to change, by address and length."""
 
@@ -245,9 +245,9 @@ class StagedState:
         """
         address, memory = self._memory.data_ptr(), self._memory.numpy().data
         for leaf in self._late:
-            digester, place = Digester(), self._offsets[leaf.path]
+            digester, offset = Digester(), self._offsets[leaf.path]
             for begin in range(0, leaf.nbytes, _PIECE):
-                count, start = min(_PIECE, leaf.nbytes - begin), place + begin
+                count, start = min(_PIECE, leaf.nbytes - begin), offset + begin
                 _move(leaf, begin, count, address + start)
                 digester.update(memory[start : start + count])
             self._digests[leaf.path] = digester.digest()
@@ -333,7 +333,7 @@ class StagingBuffer:
         """Return where leaves lie; the same as before if they are the same as before."""
         key = [(leaf.path, leaf.file, leaf.name, leaf.dtype, leaf.shape) for leaf in leaves]
         if key != self._planned[0]:
-            self._planned = (key, places_in_files(leaves, _PAGE))
+            self._planned = (key, offsets_in_files(leaves, _PAGE))
         return self._planned[1]
 
     def _reserve(self, nbytes: int, *, pinned: bool) -> torch.Tensor:

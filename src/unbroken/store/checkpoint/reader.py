@@ -87,30 +87,30 @@ class CheckpointFolder:
             return self.storage.open(f"{self.path}/{name}")
 
     @contextmanager
-    def reading(self, place: str) -> Iterator[None]:
+    def reading(self, part: str) -> Iterator[None]:
         """Turn what a disk says of unreadable bytes into the error about the checkpoint."""
         try:
             yield
         except FileNotFoundError:
-            raise self.corrupt(place, "is missing") from None
+            raise self.corrupt(part, "is missing") from None
         except EOFError as error:
-            raise self.corrupt(place, "ends too early") from error
+            raise self.corrupt(part, "ends too early") from error
         except OSError as error:
             if error.errno in _NOT_THE_FILES_FAULT:
                 raise
-            raise self.corrupt(place, f"cannot be read ({error.strerror})") from error
+            raise self.corrupt(part, f"cannot be read ({error.strerror})") from error
 
-    def where(self, place: str) -> str:
+    def where(self, part: str) -> str:
         """Return how messages call a file or tensor of this checkpoint."""
-        return f"{self.path}: {place}" if place else self.storage.describe(self.path)
+        return f"{self.path}: {part}" if part else self.storage.describe(self.path)
 
     def corrupt(
-        self, place: str, what: str, expected: object = None, found: object = None
+        self, part: str, what: str, expected: object = None, found: object = None
     ) -> CorruptCheckpointError:
-        """Return the error that says what is wrong at `place`."""
+        """Return the error that says what is wrong with `part`."""
         hint = "`unbroken verify` lists all damage of a run"
         return CorruptCheckpointError(
-            self.where(place), what, expected=expected, found=found, hint=hint
+            self.where(part), what, expected=expected, found=found, hint=hint
         )
 
 
@@ -411,8 +411,8 @@ class CheckpointReader:
         Raises:
             CorruptCheckpointError: Of several that are damaged, it names the first in the files.
         """
-        place = {path: number for number, path in enumerate(self.manifest.tensors)}
-        tasks = sorted(requests, key=lambda one: place.get(one[0], -1))
+        index = {path: number for number, path in enumerate(self.manifest.tensors)}
+        tasks = sorted(requests, key=lambda one: index.get(one[0], -1))
         nbytes = sum(buffer.nbytes for _, _, buffer in tasks)
         self._run_in_threads(tasks, lambda handles, one: self._read_box(handles, *one), nbytes)
 
@@ -495,7 +495,7 @@ class CheckpointReader:
         """Read every byte again, and list all that is wrong instead of stopping at the first.
 
         Returns:
-            The damage, by file and place; "stray" for files that the manifest does not list.
+            The damage, by file and position; "stray" for files that the manifest does not list.
         """
         found: dict[tuple[str, int], Damage] = {}
         regions = self._all_regions()
@@ -517,7 +517,7 @@ class CheckpointReader:
         self._run_in_threads(regions, look, sum(file.nbytes for file in self.manifest.files))
         listed = {file.name for file in self.manifest.files} | {MANIFEST_NAME, PINNED_NAME}
         strays = sorted(set(self.storage.list(self.folder)) - listed)
-        damaged = [found[place] for place in sorted(found)]
+        damaged = [found[number] for number in sorted(found)]
         return damaged + [Damage(name, "stray", None, "is not in the manifest") for name in strays]
 
     def _all_regions(self) -> list[tuple[FileEntry, int]]:
@@ -595,7 +595,7 @@ class CheckpointReader:
     def _pieces(
         self, handles: ThreadHandles, file: FileEntry, number: int, target: memoryview | None
     ) -> Iterator[tuple[int, memoryview]]:
-        """Yield a region in pieces, with their places in it, and compare its digest at the end."""
+        """Yield a region in pieces, with their offsets in it, and compare its digest at the end."""
         region = file.regions[number]
         where = region.path or file.name
         if region.offsets is not None:

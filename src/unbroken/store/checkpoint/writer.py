@@ -70,22 +70,22 @@ def plan_files(leaves: Iterable[Leaf]) -> list[FilePlan]:
     return plans
 
 
-def places_in_files(leaves: Iterable[Leaf], page: int) -> tuple[dict[str, int], int]:
-    """Return places for the bytes of leaves in one memory, and its length, by their paths.
+def offsets_in_files(leaves: Iterable[Leaf], page: int) -> tuple[dict[str, int], int]:
+    """Return offsets for the bytes of leaves in one memory, and its length, by their paths.
 
     Each file begins at a multiple of `page`, and its leaves lie as they do in the file.
 
     Raises:
         CaptureError: A leaf has a name, type, shape or length that no file can hold.
     """
-    places, end = {}, 0
+    offsets, end = {}, 0
     for plan in plan_files(leaves):
         end += len(plan.header)
         for leaf in plan.leaves:
-            places[leaf.path] = end
+            offsets[leaf.path] = end
             end += leaf.nbytes
         end += -end % page
-    return places, end
+    return offsets, end
 
 
 def write_plan(storage: Storage, folder: str, plan: FilePlan) -> FileEntry:
@@ -260,8 +260,8 @@ def save_error(error: OSError, where: str) -> SaveError:
         return error
     saved = "all earlier checkpoints are as they were"
     hint = f"make room, then save again; {saved}" if error.errno in _NO_ROOM else saved
-    place = str(error.filename or where)
-    failure = SaveError(place, "cannot be written", found=str(error.strerror), hint=hint)
+    path = str(error.filename or where)
+    failure = SaveError(path, "cannot be written", found=str(error.strerror), hint=hint)
     failure.errno = error.errno
     return failure
 

@@ -146,10 +146,10 @@ def branch(
         if not has_branch(parent, name):
             begin = _begin_of(parent, name, step)
             _make(parent, name, begin, clock, owner or describe_owner(clock), new_id)
-        place = FolderStorage(storage, f"{BRANCHES}/{name}")
-        _refuse_another(place, parent, step)
+        directory = FolderStorage(storage, f"{BRANCHES}/{name}")
+        _refuse_another(directory, parent, step)
         storage.sync_folder(BRANCHES)  # a start may have been killed between its rename and this
-        return RunDirectory.open(place, clock=clock, owner=owner)
+        return RunDirectory.open(directory, clock=clock, owner=owner)
 
 
 def _begin_of(parent: RunDirectory, name: str, step: int | None) -> CheckpointReader:
@@ -165,10 +165,10 @@ def _begin_of(parent: RunDirectory, name: str, step: int | None) -> CheckpointRe
     return parent.catalog.open(step)
 
 
-def _refuse_another(place: Storage, parent: RunDirectory, step: int | None) -> None:
+def _refuse_another(directory: Storage, parent: RunDirectory, step: int | None) -> None:
     """Refuse a folder that is not the requested branch, before it is touched."""
-    where = place.describe()
-    lineage = read_identity(place).parent if has_identity(place) else None
+    where = directory.describe()
+    lineage = read_identity(directory).parent if has_identity(directory) else None
     if lineage is None:
         hint = "choose another name for the branch, or move that folder away"
         raise RunDirectoryError(where, "is no branch", hint=hint)
@@ -203,18 +203,18 @@ def _make(
     storage, site = parent.storage, f"{_SITES}/{name}"
     for folder in (BRANCHES, _SITES, site):
         _ensure_durably(storage, folder)
-    place = FolderStorage(storage, site)
-    lock = place.lock(LOCK_NAME, owner)  # against a second maker of the same branch
+    directory = FolderStorage(storage, site)
+    lock = directory.lock(LOCK_NAME, owner)  # against a second maker of the same branch
     try:
-        _clear(place)
-        taken = _take_over(parent, begin, place, site)
+        _clear(directory)
+        taken = _take_over(parent, begin, directory, site)
         lineage = Lineage(parent.run_id, "../..", begin.step, taken)
-        _begin_history(place, lineage)
-        write_identity(place, RunIdentity(new_id(), now_as_text(clock), lineage))
+        _begin_history(directory, lineage)
+        write_identity(directory, RunIdentity(new_id(), now_as_text(clock), lineage))
         _commit(storage, site, f"{BRANCHES}/{name}")
     except BaseException:
         with suppress(OSError):  # the next attempt clears what is left
-            _clear(place)
+            _clear(directory)
         raise
     finally:
         with suppress(OSError):
@@ -228,20 +228,20 @@ def _ensure_durably(storage: Storage, folder: str) -> None:
     storage.sync_folder(folder.rpartition("/")[0])
 
 
-def _clear(place: Storage) -> None:
+def _clear(directory: Storage) -> None:
     """Remove what a killed attempt left. The lock stays; what is not ours is refused."""
-    for name in place.list(""):
+    for name in directory.list(""):
         if step_of(name) is not None:
-            remove_staging(place, name)
+            remove_staging(directory, name)
         elif name in _MADE_FILES:
-            place.remove_file(name)
+            directory.remove_file(name)
         elif name != LOCK_NAME:
             hint = "move it away: branches are made here"
-            raise RunDirectoryError(place.describe(name), "is in the way", hint=hint)
+            raise RunDirectoryError(directory.describe(name), "is in the way", hint=hint)
 
 
 def _take_over(
-    parent: RunDirectory, begin: CheckpointReader, place: Storage, site: str
+    parent: RunDirectory, begin: CheckpointReader, directory: Storage, site: str
 ) -> dict[int, str]:
     """Give the branch its checkpoints and metrics; return the state digests by step."""
     readers = [begin]
@@ -251,7 +251,7 @@ def _take_over(
     _copy_metrics(parent, begin, f"{site}/{METRICS_NAME}")
     for reader in readers:
         _link_checkpoint(reader, f"{site}/{checkpoint_name(reader.step)}")
-        copy = CheckpointReader(place, checkpoint_name(reader.step))
+        copy = CheckpointReader(directory, checkpoint_name(reader.step))
         if copy.manifest != reader.manifest:
             raise _deleted_meanwhile(reader)
         copy.check_rest()
@@ -314,8 +314,8 @@ def _deleted_meanwhile(reader: CheckpointReader) -> CheckpointNotFoundError:
     return CheckpointNotFoundError(where, "went away while the branch was made", hint=hint)
 
 
-def _begin_history(place: Storage, lineage: Lineage) -> None:
-    history = Journal(place, HISTORY_NAME)
+def _begin_history(directory: Storage, lineage: Lineage) -> None:
+    history = Journal(directory, HISTORY_NAME)
     history.append({"event": "branched", "parent": lineage.to_json()})
     history.sync()
 

@@ -525,8 +525,8 @@ def as_directory_error(where: Place) -> Iterator[None]:
     except UnbrokenError:
         raise
     except OSError as error:
-        place = os.fspath(where) if isinstance(where, str | os.PathLike) else where.describe()
+        path = os.fspath(where) if isinstance(where, str | os.PathLike) else where.describe()
         hint = "choose a directory on a disk that can be written, or repair this one"
         raise RunDirectoryError(
-            str(error.filename or place), "cannot be used", found=error.strerror, hint=hint
+            str(error.filename or path), "cannot be used", found=error.strerror, hint=hint
         ) from error
