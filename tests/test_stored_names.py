@@ -40,9 +40,8 @@ from unbroken.stored_names import (
 )
 from unbroken.training import Trainer, TrainerConfig
 from unbroken.training.config_rules import FORMER_NAMES, by_todays_names
-from unbroken.training.micro_batches import Window
 from unbroken.training.optim import make_scheduler
-from unbroken.training.run_state import Statistics
+from unbroken.training.run_state import Statistics, Window
 
 SOURCE = Path(__file__).parent.parent / "src"
 FROZEN = json.loads((Path(__file__).parent / "stored_names.json").read_text())

@@ -60,9 +60,8 @@ from unbroken.training.config_rules import (
 )
 from unbroken.training.data_parallel import DataParallelLayout
 from unbroken.training.display import Display
-from unbroken.training.micro_batches import Window
 from unbroken.training.optim import factor_of
-from unbroken.training.run_state import Pace, Progress, RunState, batch_digest, count_steps
+from unbroken.training.run_state import Pace, Progress, RunState, Window, batch_digest, count_steps
 from unbroken.training.setup import Parts, deterministic_kernels
 
 # Loaders that give each rank its own batches: their states, stored and given back by rank.

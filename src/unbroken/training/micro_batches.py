@@ -1,10 +1,9 @@
-"""From micro-batches to a loss and gradients: precision, clipping, and the window of a step."""
+"""From a micro-batch to a loss and gradients: precision, scaling, clipping."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,13 +12,9 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from unbroken.capture import capture_gradients, restore_gradients
-from unbroken.data import MicroBatch
 from unbroken.distributed.dtensors import is_dtensor, local_part, sharded_as, whole
-from unbroken.errors import ConfigError, CorruptCheckpointError, DataError
-from unbroken.stored_names import stored_name
+from unbroken.errors import ConfigError, DataError
 from unbroken.training.config import TrainerConfig
-from unbroken.training.data_parallel import DataParallelLayout
 
 # Clipping of gradients, those of sharded parameters included.
 
@@ -194,94 +189,3 @@ def _loss_in(outputs: Any) -> Any:
     if isinstance(outputs, Mapping):
         return outputs.get("loss")
     return getattr(outputs, "loss", None)
-
-
-# The accumulation window: what the micro-batches of one optimizer step have gathered so far.
-
-
-@stored_name("unbroken.training.window.Window")
-class Window:
-    """What an unfinished optimizer step has gathered: gradients, loss, number of labels.
-
-    It is part of the state of a run, so that a save inside the window loses nothing; at a step
-    edge it is empty.
-
-    Attributes:
-        loss: The weighted mean loss of the micro-batches so far, or None before the first.
-        tokens: Tokens in the step, of all ranks.
-    """
-
-    def __init__(self, model: nn.Module, division: DataParallelLayout) -> None:
-        self.loss: Tensor | None = None
-        self._model = model
-        self._weight = 0
-        self._division = division
-        self.tokens = 0
-
-    def shares(self, micro_batches: Sequence[MicroBatch]) -> list[float]:
-        """Return each micro-batch's share of the step's mean loss.
-
-        Each label counts the same, in whatever micro-batch it stands. (Equal shares would give
-        the labels of short sequences more weight: transformers#34191.)
-        """
-        if len(micro_batches) == 1 and self.loss is None and self._division.parts == 1:
-            return [1.0]  # alone in its step
-        weights = [weight_of(micro.data, micro.samples) for micro in micro_batches]
-        if self.loss is None:
-            tokens = sum(tokens_of(micro.data) for micro in micro_batches)
-            total = self._division.sum([float(sum(weights)), float(tokens)])
-            self._weight, self.tokens = map(int, total)
-        return [weight / max(1, self._weight) for weight in weights]
-
-    def add(self, loss: Tensor) -> None:
-        """Count the loss of one micro-batch, already multiplied by its share."""
-        loss = whole(loss.detach())
-        self.loss = loss if self.loss is None else self.loss + loss
-
-    def take_loss(self) -> Tensor:
-        """Return the loss since the last call."""
-        if self.loss is None:
-            raise DataError("batch", "a lane has no micro-batch")
-        loss, self.loss = self.loss, None
-        return loss
-
-    def clear(self) -> None:
-        """Begin the next window."""
-        self.loss, self._weight = None, 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the gradients by parameter name, the loss and the labels in all."""
-        gradients = capture_gradients(self._model)
-        return {"parameters": gradients, "loss": self.loss, "weight": self._weight}
-
-    def check_state_dict(self, state: Any) -> None:
-        """Raise unless `load_state_dict` can take a state.
-
-        Raises:
-            CorruptCheckpointError: It is not what `state_dict` returns.
-        """
-        own = {"parameters": dict, "loss": Tensor | None, "weight": int}
-        if not isinstance(state, dict) or not all(
-            name in state and isinstance(state[name], kind) for name, kind in own.items()
-        ):
-            raise CorruptCheckpointError("gradients", "are no window", expected=[*own])
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned; parameters without a gradient have none."""
-        restore_gradients(self._model, state["parameters"])
-        self.loss, self._weight = state["loss"], state["weight"]
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step gave.
-
-    Attributes:
-        loss: The mean loss over all labels of the batch, on the device of the model.
-        grad_norm: The norm of the gradients before clipping; None without clipping.
-        learning_rate: The learning rate of the first parameter group in this step.
-    """
-
-    loss: Tensor
-    grad_norm: Tensor | None
-    learning_rate: float

@@ -22,8 +22,8 @@ from unbroken.errors import DataError, OutOfMemoryError, UnbrokenError
 from unbroken.training.callback import Callback, CallHook, Hooks, overridden, with_state
 from unbroken.training.config_rules import rules_for
 from unbroken.training.data_parallel import gradient_sync_for
-from unbroken.training.micro_batches import StepResult, Window, compute_loss, to_device, tokens_of
-from unbroken.training.run_state import DataDigest, Progress, RunState, epoch_at
+from unbroken.training.micro_batches import compute_loss, to_device, tokens_of
+from unbroken.training.run_state import DataDigest, Progress, RunState, StepResult, Window, epoch_at
 from unbroken.training.setup import Parts
 
 # Memory that a step frees stays with the process, for the next step to use.

@@ -41,8 +41,8 @@ from unbroken.training.checkpoints import (
 from unbroken.training.config import TrainerConfig
 from unbroken.training.display import Display
 from unbroken.training.evaluation import Evaluation
-from unbroken.training.micro_batches import LossFn, Window
-from unbroken.training.run_state import Pace, Progress, Statistics, TrainResult
+from unbroken.training.micro_batches import LossFn
+from unbroken.training.run_state import Pace, Progress, Statistics, TrainResult, Window
 from unbroken.training.setup import (
     Given,
     MakeModel,
