@@ -121,7 +121,6 @@ PARTS = {  # modules that serve one other module, each an idea of its own
     "unbroken.language_model.tokenizer": "tokens of a text, and back",
     "unbroken.language_model.train": "a command",
     "unbroken.adapters.transformers.dataloader": "the host's loader, rebuilt",
-    "unbroken.adapters.transformers.export": "a checkpoint as the host writes one",
     "unbroken.adapters.transformers.session": "one call of train",
     "unbroken.checkpoint.coverage.attribute_values": "what an attribute holds",
     "unbroken.checkpoint.resume.resume": "checks, then the load",

@@ -55,7 +55,7 @@ def print_export_to_transformers(path: str, folder: str) -> int:
         CheckpointError: There is no checkpoint, or it is damaged.
         ConfigError: The folder is there, or the checkpoint is not of the Hugging Face Trainer.
     """
-    from unbroken.adapters.transformers.export import export_hf_checkpoint
+    from unbroken.adapters.transformers.checkpoint_files import export_hf_checkpoint
 
     reader = _open(path)
     export_hf_checkpoint(reader, Path(folder))

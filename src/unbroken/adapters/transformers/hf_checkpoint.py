@@ -28,7 +28,14 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.optim import Optimizer
 
-from unbroken.adapters.transformers.checkpoint_files import load_adapter, tensors_of_adapter
+from unbroken.adapters.transformers.checkpoint_files import (
+    OPTIMIZER,
+    SCALER,
+    SCHEDULER,
+    STATE_NAME,
+    load_adapter,
+    tensors_of_adapter,
+)
 from unbroken.adapters.transformers.position import (
     Batching,
     DataPosition,
@@ -46,13 +53,9 @@ from unbroken.store.format.canonical_json import digest_of
 # name is run.
 
 
-STATE = "trainer_state.json"
-OPTIMIZER = "optimizer.pt"
-SCHEDULER = "scheduler.pt"
-SCALER = "scaler.pt"
 _WEIGHTS = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin")
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_SIGNS = (STATE, OPTIMIZER, SCHEDULER, "training_args.bin", *_WEIGHTS, *_INDICES)
+_SIGNS = (STATE_NAME, OPTIMIZER, SCHEDULER, "training_args.bin", *_WEIGHTS, *_INDICES)
 _MAX_JSON_BYTES = 1 << 30  # a log of a million steps has some 100 MB
 _MAX_HEADER_BYTES = 100_000_000  # what the safetensors library accepts
 
@@ -123,7 +126,7 @@ class HfCheckpoints:
     def state_of(self, folder: Path) -> str | None:
         """Return an identity of its checkpoint that does not depend on its path; None: none."""
         try:
-            state = folder / STATE  # a named pipe would be waited for
+            state = folder / STATE_NAME  # a named pipe would be waited for
             return f"stock {digest_of(state.read_bytes())}" if state.is_file() else None
         except OSError:
             return None
@@ -142,12 +145,12 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises:
         CorruptCheckpointError: It is missing or damaged.
     """
-    state = _read_json(folder / STATE)
+    state = _read_json(folder / STATE_NAME)
     counts = [state.get("global_step"), state.get("max_steps")] if isinstance(state, dict) else []
     if not isinstance(state, dict) or type(counts[0]) is not int or counts[0] < 0:
-        raise CorruptCheckpointError(str(folder / STATE), "has no global_step")
+        raise CorruptCheckpointError(str(folder / STATE_NAME), "has no global_step")
     if type(counts[1]) is not int:
-        raise CorruptCheckpointError(str(folder / STATE), "has no max_steps")
+        raise CorruptCheckpointError(str(folder / STATE_NAME), "has no max_steps")
     return state
 
 
