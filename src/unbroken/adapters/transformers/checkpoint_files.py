@@ -1,4 +1,4 @@
-"""The files of a checkpoint that other programs read: weights, configuration, tokenizer, state."""
+"""Files of a checkpoint for other programs, and a whole checkpoint as transformers writes one."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ class IndexBatches(BatchSampler):
         rank: This rank.
         world_size: Number of ranks.
         data: The data set; told the epoch if it wants to know.
-        tells_epochs: Whether the samplers are told it, too.
+        sets_epochs: Whether the samplers get it, too.
 
     Attributes:
         drawn_from: The seeds, and the states of all generators when the order of this epoch was
