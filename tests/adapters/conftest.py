@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from adapters.server import Server
+from fork_server import ForkServer
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Outcome:
 class Runs:
     """Trains in a folder, each time in a fresh process."""
 
-    def __init__(self, server: Server, folder: Path, cache: Path) -> None:
+    def __init__(self, server: ForkServer, folder: Path, cache: Path) -> None:
         self.server, self.folder, self.cache = server, folder, cache
         self.count = 0
 
@@ -42,14 +42,17 @@ class Runs:
         result, log = self.folder / f"{self.count}.json", self.folder / f"{self.count}.txt"
         paths = {"out": str(self.folder / out), "folder": str(self.folder)}
         files = {"cache": str(self.cache), "result": str(result), "log": str(log)}
-        status = self.server.run({"trainer": "ours", **paths, **files, **order})
+        what = {"module": "adapters.runs", "action": "train", "trainer": "ours"}
+        status = self.server.run({**what, **paths, **files, **order})
         values = json.loads(result.read_text()) if result.exists() else {}
         return Outcome(status, values, log.read_text())
 
 
 @pytest.fixture(scope="session")
 def server():
-    server = Server()
+    server = ForkServer(
+        "unbroken.adapters.transformers", "adapters.runs", "adapters.seeds", "quiet.running"
+    )
     yield server
     server.close()
 

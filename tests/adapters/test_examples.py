@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from check.fork_server import ForkServer
+from check.recorded_scripts import ScriptServer
 from check.trials import Trials
 from unbroken.check import Status
 
@@ -20,10 +17,7 @@ SHORT = ("--max_steps", "12", "--save_steps", "3")  # the kill may come beside t
 
 @pytest.fixture(scope="module")
 def server():
-    before = os.environ.get("PYTHONPATH", "")
-    os.environ["PYTHONPATH"] = f"{EXAMPLES}:{before}"
-    server = ForkServer()
-    os.environ["PYTHONPATH"] = before
+    server = ScriptServer("unbroken.adapters.transformers", "peft", path=(EXAMPLES,))
     yield server
     server.close()
 
@@ -39,10 +33,11 @@ def test_the_check_finds_that_an_example_resumes_exactly(name, server, tmp_path)
 def adapters(server, tmp_path_factory):
     """A run of lora.py that was killed, and went on."""
     root = tmp_path_factory.mktemp("lora")
-    command = [sys.executable, str(EXAMPLES / "lora.py"), "--output_dir", "run"]
+    command = [str(EXAMPLES / "lora.py"), "--output_dir", "run"]
     for steps in ("6", "12"):
         words = [*command, "--max_steps", steps, "--save_steps", "3"]
-        subprocess.run(words, cwd=root, check=True, capture_output=True)
+        status, _ = server.run_script(words, root, None, root / "log")
+        assert status == 0, (root / "log").read_text()
     return root / "run"
 
 

@@ -16,7 +16,7 @@ from quiet.running import KILLED_AT, SAVED_AT, resumes_exactly, run
 def by_server(server):
     def start(script: str, folder: str, kill_at: int) -> list[int]:
         paths = {"script": script, "run": folder, "folder": str(Path(folder).parent)}
-        what = {"module": "running", "action": "start_by", "kill_at": kill_at}
+        what = {"module": "quiet.running", "action": "start_by", "kill_at": kill_at}
         return [server.run({**what, **paths, "log": f"{script}.log"})]
 
     return start

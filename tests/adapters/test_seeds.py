@@ -12,13 +12,16 @@ from adapters.conftest import Runs
 @pytest.fixture(scope="module")
 def gpt2(server, cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpt2")
-    assert Runs(server, folder, cache)(".", module="seeds", action="make_pretrained").status == 0
+    assert (
+        Runs(server, folder, cache)(".", module="adapters.seeds", action="make_pretrained").status
+        == 0
+    )
     return str(folder)
 
 
 @pytest.fixture
 def script(run, gpt2):
-    return lambda name, **more: run(module="seeds", action=name, gpt2=gpt2, **more)
+    return lambda name, **more: run(module="adapters.seeds", action=name, gpt2=gpt2, **more)
 
 
 def test_a_checkpoint_in_the_arguments_is_resumed(script):

@@ -16,6 +16,13 @@ def broken(culprit):
     return Status.NOT_EXACT, culprit
 
 
+# Loaded before the recorder comes; tests/check/test_check_command.py has a script that loads torch.
+HOSTS = {
+    "transformers_trainer.py": ("transformers.trainer", "transformers.models.gpt2.modeling_gpt2"),
+    "accelerate_loop.py": ("accelerate",),
+    "lightning_trainer.py": ("lightning",),
+}
+
 # script, kill after, words for each start, words for the resume, verdict
 CASES = {
     "transformers": ("transformers_trainer.py", 10, "", "", EXACT),
@@ -84,7 +91,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def all_trials(tmp_path_factory, server):
+def all_trials(tmp_path_factory, server_with):
     """The trials of each script; its kill is the same in all cases that share a start."""
     made = {}
 
@@ -92,7 +99,7 @@ def all_trials(tmp_path_factory, server):
         key = script, kill_after
         if key not in made:
             root = tmp_path_factory.mktemp("trials")
-            made[key] = Trials(root, script, kill_after, server=server)
+            made[key] = Trials(root, script, kill_after, server=server_with(*HOSTS.get(script, ())))
         return made[key]
 
     return trials

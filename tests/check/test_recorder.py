@@ -125,7 +125,7 @@ def test_an_error_of_the_recorder_ends_the_watching_not_the_script(server, tmp_p
     )
     plan = tmp_path / "plan.json"
     RecordPlan(str(tmp_path), parent=server.pid).write(plan)
-    status, _ = server.run([str(script)], tmp_path, plan, tmp_path / "log")
+    status, _ = server.run_script([str(script)], tmp_path, plan, tmp_path / "log")
     assert (status, (tmp_path / "log").read_text()) == (0, "lives\n")
     assert "RuntimeError: mine" in read_recordings(tmp_path)[0].errors[0]
 

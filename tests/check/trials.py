@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from check.fork_server import ForkServer
+from check.recorded_scripts import ScriptServer
 from unbroken.check import Verdict
 from unbroken.check.isolation import Workspace
 from unbroken.check.judge import Kill, Reference, judge_killed, make_reference
@@ -38,7 +38,7 @@ class Trials:
     root: Path
     script: str
     kill_after: int
-    server: ForkServer | None = None
+    server: ScriptServer | None = None
     launcher: Sequence[str] = (sys.executable,)
     stop_after: int | None = None
     count: int = 0
@@ -88,7 +88,7 @@ class Trials:
         plan = replace(plan, folder=str(records), parent=self.server.pid)
         plan.write(records / "plan.json")
         log = records / "output.log"
-        status, seconds = self.server.run(
+        status, seconds = self.server.run_script(
             place.command(words), place.folder, records / "plan.json", log
         )
         output = tuple(log.read_text().splitlines())
