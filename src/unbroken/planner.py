@@ -198,7 +198,7 @@ class ClusterPlan:
         rhythm: With the best interval.
         simulated: The same rhythm, played event by event.
         kept: Checkpoints that are kept.
-        step_seconds: Of one training step; None: not told.
+        step_seconds: Of one training step; None: not given.
     """
 
     cluster: Cluster

@@ -131,14 +131,14 @@ def reproducible_generators(first: Recording, second: Recording) -> frozenset[st
 class Alignment:
     """Where the state of a resumed process, before its first step, is found in the reference.
 
-    A place is the number of steps that the reference had made; 0 is the untrained state.
+    A position is the number of steps that the reference had made; 0 is the untrained state.
 
     Attributes:
-        start: The place whose parameters these are; of several the one that fits best otherwise.
-        params: All places with these parameters.
-        moments: All places with these moments of the optimizer.
-        counts: All places with these step counts.
-        data: All places after which the reference used the batch that the first step used.
+        start: The position whose parameters these are; of several the one that fits best otherwise.
+        params: All positions with these parameters.
+        moments: All positions with these moments of the optimizer.
+        counts: All positions with these step counts.
+        data: All positions after which the reference used the batch that the first step used.
     """
 
     start: int | None
@@ -178,30 +178,32 @@ def align(reference: Recording, resumed: Recording) -> Alignment:
     first = resumed.steps[0]
     begin = first.before if first.before is not None else first.after
     states = [
-        (place, state)
-        for place, (optimizer, state) in enumerate(states_before(reference))
+        (position, state)
+        for position, (optimizer, state) in enumerate(states_before(reference))
         if optimizer == first.optimizer
     ]
-    params = tuple(place for place, state in states if state.params == begin.params)
-    moments = tuple(place for place, state in states if state.moments == begin.moments)
-    counts = tuple(place for place, state in states if state.counts == begin.counts)
-    data = _places_with(reference, first)
+    params = tuple(position for position, state in states if state.params == begin.params)
+    moments = tuple(position for position, state in states if state.moments == begin.moments)
+    counts = tuple(position for position, state in states if state.counts == begin.counts)
+    data = _positions_with(reference, first)
     start = max(
         params,
-        key=lambda place: (place in moments, place in counts, place in data, -place),
+        key=lambda position: (position in moments, position in counts, position in data, -position),
         default=None,
     )
     return Alignment(start, params, moments, counts, data)
 
 
-def _places_with(reference: Recording, first: Step) -> tuple[int, ...]:
+def _positions_with(reference: Recording, first: Step) -> tuple[int, ...]:
     if not first.data:
         return ()
-    return tuple(place for place, step in enumerate(reference.steps) if step.data == first.data)
+    return tuple(
+        position for position, step in enumerate(reference.steps) if step.data == first.data
+    )
 
 
 def matching_tensors(reference: Recording, resumed: Recording) -> tuple[int, set[int]] | None:
-    """Return the place with which most of the first parameters agree, and which of them do not.
+    """Return the position with which most of the first parameters agree, and which of them do not.
 
     None if the recordings have no parameter in common.
     """
@@ -209,7 +211,7 @@ def matching_tensors(reference: Recording, resumed: Recording) -> tuple[int, set
     if begin is None:
         return None
     best: tuple[int, set[int]] | None = None
-    for place, (_, state) in enumerate(states_before(reference)):
+    for position, (_, state) in enumerate(states_before(reference)):
         if len(state.params_each) != len(begin.params_each):
             continue
         pairs = enumerate(zip(state.params_each, begin.params_each, strict=True))
@@ -217,5 +219,5 @@ def matching_tensors(reference: Recording, resumed: Recording) -> tuple[int, set
         if len(different) < len(begin.params_each) and (
             best is None or len(different) < len(best[1])
         ):
-            best = place, different
+            best = position, different
     return best

@@ -15,7 +15,7 @@ from unbroken.check.verdict import Culprit, Verdict, not_exact
 # The data of a recording in one row: by contents, or by the samples that loaders took.
 
 
-_RUNS = (4, 2)  # so many batches in a row are a place, and no accident
+_RUNS = (4, 2)  # so many batches in a row are no accident
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class Stream:
             [2]
         """
         for run in _RUNS:
-            places = range(len(self.tokens))
-            found = [index for index in places if follows(self.tokens[index:], ours, run)]
+            indices = range(len(self.tokens))
+            found = [index for index in indices if follows(self.tokens[index:], ours, run)]
             if found:
                 return found
         return []
@@ -138,68 +138,68 @@ def explain_data(reference: Recording, resumed: Recording, start: int, index: in
         start: How many steps of the reference the resumed process has behind it.
         index: The first resumed step whose data differ.
     """
-    place = start + index
-    culprit, words = _explain(reference, resumed, place, index)
-    there, here = reference.steps[place].data, resumed.steps[index].data
+    step_index = start + index
+    culprit, words = _explain(reference, resumed, step_index, index)
+    there, here = reference.steps[step_index].data, resumed.steps[index].data
     names = [" ".join(batch.digest[:8] for batch in batches) for batches in (there, here)]
     evidence = f"batches of the step: reference {names[0]}, resumed {names[1]}"
-    return not_exact(culprit, words, evidence, step=place + 1)
+    return not_exact(culprit, words, evidence, step=step_index + 1)
 
 
-def _explain(reference: Recording, resumed: Recording, place: int, index: int) -> Found:
+def _explain(reference: Recording, resumed: Recording, step_index: int, index: int) -> Found:
     contents = by_content(reference.steps)
     ours = by_content(resumed.steps).since(index)
     samples = by_samples(reference.steps)
     our_samples = by_samples(resumed.steps)
     found = (
-        _window(contents, ours, place)
-        or _position(contents, ours, place)
-        or _stray(contents, ours, place)
+        _window(contents, ours, step_index)
+        or _position(contents, ours, step_index)
+        or _stray(contents, ours, step_index)
     )
     if found is not None or samples is None or our_samples is None:
-        return found or _other_contents(reference, resumed, place, index)
+        return found or _other_contents(reference, resumed, step_index, index)
     taken = our_samples.since(index)
-    if follows(samples.since(place), taken):
+    if follows(samples.since(step_index), taken):
         return Culprit.AUGMENTATION, (
             "the right samples with other contents: what changes them at random (augmentation, "
             "masking) was not restored"
         )
     return (
-        _position(samples, taken, place)
-        or _window(samples, taken, place)
-        or _other_samples(samples, our_samples, place, index)
+        _position(samples, taken, step_index)
+        or _window(samples, taken, step_index)
+        or _other_samples(samples, our_samples, step_index, index)
     )
 
 
-def _window(stream: Stream, ours: Sequence[object], place: int) -> Found | None:
+def _window(stream: Stream, ours: Sequence[object], step_index: int) -> Found | None:
     """Find the same data cut into steps elsewhere: an accumulation window was not finished."""
-    begin, end = stream.window(place)
+    begin, end = stream.window(step_index)
     inside = [index for index in stream.find(ours) if begin < index < end]
     if inside:
         lost = inside[0] - begin
         return Culprit.ACCUMULATION, (
             f"gradients of an accumulation window were lost: the resumed run goes on inside the "
-            f"window of step {place + 1}, without the gradients of its first {lost} of "
+            f"window of step {step_index + 1}, without the gradients of its first {lost} of "
             f"{end - begin} micro-batches"
         )
     if ours and begin in stream.find(ours):
         return Culprit.ACCUMULATION, (
-            f"gradients of an accumulation window were lost: step {place + 1} begins with the "
+            f"gradients of an accumulation window were lost: step {step_index + 1} begins with the "
             f"right micro-batch, but is made of another number of micro-batches"
         )
     return None
 
 
-def _position(stream: Stream, ours: Sequence[object], place: int) -> Found | None:
+def _position(stream: Stream, ours: Sequence[object], step_index: int) -> Found | None:
     """Find at which other step of the reference these data begin."""
     found = {stream.step_of(index) for index in stream.find(ours) if index in stream.windows}
     if not found:
         return None
-    epoch = stream.epoch_of(place)
+    epoch = stream.epoch_of(step_index)
     begin = stream.epochs[epoch]
-    position = place - begin
+    position = step_index - begin
     if position and begin in found:
-        return Culprit.DATA_RESTARTED, _restarted(begin, place)
+        return Culprit.DATA_RESTARTED, _restarted(begin, step_index)
     for other in range(epoch):
         if stream.epochs[other] + position in found:
             return Culprit.EPOCH_ORDER, (
@@ -207,13 +207,13 @@ def _position(stream: Stream, ours: Sequence[object], place: int) -> Found | Non
                 "the epoch of the sampler, or the generator that shuffles, was not restored"
             )
     if 0 in found:
-        return Culprit.DATA_RESTARTED, _restarted(0, place)
-    return _shifted(stream, min(found, key=lambda step: (abs(step - place), step)), place)
+        return Culprit.DATA_RESTARTED, _restarted(0, step_index)
+    return _shifted(stream, min(found, key=lambda step: (abs(step - step_index), step)), step_index)
 
 
-def _stray(stream: Stream, ours: Sequence[object], place: int) -> Found | None:
+def _stray(stream: Stream, ours: Sequence[object], step_index: int) -> Found | None:
     """Find one batch of another position that comes before the right ones."""
-    begin = stream.window(place)[0]
+    begin = stream.window(step_index)[0]
     is_known = bool(ours) and ours[0] in stream.tokens
     if not is_known or not any(follows(stream.tokens[begin + gap :], ours[1:]) for gap in (0, 1)):
         return None
@@ -224,30 +224,30 @@ def _stray(stream: Stream, ours: Sequence[object], place: int) -> Found | None:
     )
 
 
-def _restarted(begin: int, place: int) -> str:
+def _restarted(begin: int, step_index: int) -> str:
     return (
         f"data order: after resume the script saw batch {begin + 1} again, where the reference "
-        f"saw batch {place + 1}; the position in the epoch was not restored"
+        f"saw batch {step_index + 1}; the position in the epoch was not restored"
     )
 
 
-def _shifted(stream: Stream, found: int, place: int) -> Found:
-    if found < place:
-        again = place - found
+def _shifted(stream: Stream, found: int, step_index: int) -> Found:
+    if found < step_index:
+        again = step_index - found
         return Culprit.DATA_REPEATED, (
-            f"the batches of steps {found + 1} to {place} were seen again: "
+            f"the batches of steps {found + 1} to {step_index} were seen again: "
             f"the position in the data is {again} {_steps(again)} behind the weights"
         )
-    position = place - stream.epochs[stream.epoch_of(place)]
-    later = [begin for begin in stream.epochs if begin > place]
+    position = step_index - stream.epochs[stream.epoch_of(step_index)]
+    later = [begin for begin in stream.epochs if begin > step_index]
     if found in later or any(found == begin + position for begin in later):
         return Culprit.EPOCH_SKIPPED, (
-            f"an epoch was skipped: after step {place} the script saw the batch of step "
+            f"an epoch was skipped: after step {step_index} the script saw the batch of step "
             f"{found + 1}, which is in epoch {stream.epoch_of(found) + 1}"
         )
-    gap = found - place
+    gap = found - step_index
     return Culprit.DATA_SKIPPED, (
-        f"the batches of steps {place + 1} to {found} were never seen: "
+        f"the batches of steps {step_index + 1} to {found} were never seen: "
         f"the position in the data is {gap} {_steps(gap)} ahead of the weights"
     )
 
@@ -256,9 +256,9 @@ def _steps(count: int) -> str:
     return "step" if count == 1 else "steps"
 
 
-def _other_samples(theirs: Stream, ours: Stream, place: int, index: int) -> Found:
+def _other_samples(theirs: Stream, ours: Stream, step_index: int, index: int) -> Found:
     """Explain samples in batches that the reference never made."""
-    begin = theirs.window(place)[0]
+    begin = theirs.window(step_index)[0]
     return _other_batches(
         [one for batch in theirs.tokens for one in batch],
         [one for batch in ours.since(index) for one in batch],
@@ -267,14 +267,14 @@ def _other_samples(theirs: Stream, ours: Stream, place: int, index: int) -> Foun
     )
 
 
-def _other_contents(reference: Recording, resumed: Recording, place: int, index: int) -> Found:
+def _other_contents(reference: Recording, resumed: Recording, step_index: int, index: int) -> Found:
     """Explain batches that the reference never used by their rows, where no samples are known."""
-    before, theirs = _rows(reference.steps[:place]), _rows(reference.steps)
+    before, theirs = _rows(reference.steps[:step_index]), _rows(reference.steps)
     ours = _rows(resumed.steps[index:])
     if not ours:
         return Culprit.DATA_ORDER, "the step used no data that could be seen, the reference did"
     if set(ours) & set(theirs):
-        sizes = _size(reference.steps[place].data), _size(resumed.steps[index].data)
+        sizes = _size(reference.steps[step_index].data), _size(resumed.steps[index].data)
         return _other_batches(theirs, ours, len(before), sizes)
     if len(epoch_starts(reference.steps)) > 1:
         return Culprit.AUGMENTATION, (
@@ -303,8 +303,12 @@ def _other_batches(
             "the samples come in another order: the generator that shuffles was not restored"
         )
     run = list(ours[:2])
-    places = range(len(theirs))
-    found = [place for place in places if list(theirs[place : place + len(run)]) == run]
+    indices = range(len(theirs))
+    found = [
+        step_index
+        for step_index in indices
+        if list(theirs[step_index : step_index + len(run)]) == run
+    ]
     if found and expected not in found:
         return Culprit.POSITION_UNITS, (
             f"with {sizes[1]} samples in a batch, where the reference had {sizes[0]}, the script "
@@ -346,14 +350,14 @@ class Evidence:
     ranks: Mapping[int, Recording]
 
     @property
-    def place(self) -> int:
+    def step_index(self) -> int:
         """The index of the differing step in the reference."""
         return self.start + self.difference.index
 
     @property
     def there(self) -> Step:
         """The step of the reference."""
-        return self.reference.steps[self.place]
+        return self.reference.steps[self.step_index]
 
     @property
     def here(self) -> Step:
@@ -369,7 +373,7 @@ def explain(observed: Evidence) -> Verdict:
     known = {verdict.culprit}
     if verdict.culprit in (Culprit.SEED_RESET, Culprit.WRONG_RANK):
         known.add(Culprit.GENERATORS)
-    return replace(verdict, step=observed.place + 1, also=tuple(sorted(also - known)))
+    return replace(verdict, step=observed.step_index + 1, also=tuple(sorted(also - known)))
 
 
 def _data(observed: Evidence) -> Verdict:
@@ -385,8 +389,8 @@ def _data(observed: Evidence) -> Verdict:
 def _learning_rate(observed: Evidence) -> Verdict:
     here, there = observed.here.learning_rates, observed.there.learning_rates
     same = [
-        place + 1
-        for place, step in enumerate(observed.reference.steps)
+        step_index + 1
+        for step_index, step in enumerate(observed.reference.steps)
         if step.learning_rates == here
     ]
     words = (
@@ -408,10 +412,10 @@ def _schedulers(observed: Evidence) -> Verdict:
 
 def _first_other_rate(observed: Evidence) -> str:
     theirs = observed.reference.steps[observed.start :]
-    for place, (there, here) in enumerate(zip(theirs, observed.resumed.steps, strict=False)):
+    for step_index, (there, here) in enumerate(zip(theirs, observed.resumed.steps, strict=False)):
         if there.learning_rates != here.learning_rates:
             return (
-                f"step {observed.start + place + 1}: learning rate "
+                f"step {observed.start + step_index + 1}: learning rate "
                 f"{_numbers(here.learning_rates)}, reference {_numbers(there.learning_rates)}"
             )
     return "no learning rate of the compared steps shows it"
@@ -519,7 +523,9 @@ def _which_generators(observed: Evidence) -> tuple[Culprit, str]:
     for name in names:
         digest = observed.here.generators.get(name)
         for rank, other in observed.ranks.items():
-            if rank != observed.reference.rank and _stands(other, observed.place, name, digest):
+            if rank != observed.reference.rank and _stands(
+                other, observed.step_index, name, digest
+            ):
                 return Culprit.WRONG_RANK, f"the {name} generator is that of rank {rank}"
         if _stands(observed.reference, observed.difference.index, name, digest):
             return Culprit.SEED_RESET, (

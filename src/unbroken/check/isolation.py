@@ -59,7 +59,7 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Workspaces:
-    """Makes a place for each run.
+    """Makes a workspace for each run.
 
     Args:
         root: An empty folder for copies and outputs.
@@ -74,7 +74,7 @@ class Workspaces:
     clean: tuple[Path, ...] = ()
 
     def make(self, name: str) -> Workspace:
-        """Return a fresh place for a run."""
+        """Return a fresh workspace for a run."""
         out = self.root / name / "out"
         out.mkdir(parents=True)
         if self.separation is Separation.CLEAN:

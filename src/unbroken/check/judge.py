@@ -68,8 +68,8 @@ def judge_state(
     return _stale_state(reference, resumed, found, found.start, kill)
 
 
-def _steps_text(places: tuple[int, ...]) -> str:
-    return "those of step " + " or ".join(map(str, places[:_SHOWN]))
+def _steps_text(positions: tuple[int, ...]) -> str:
+    return "those of step " + " or ".join(map(str, positions[:_SHOWN]))
 
 
 def _unknown_weights(reference: Recording, resumed: Recording, found: Alignment) -> Verdict:
@@ -84,11 +84,11 @@ def _unknown_weights(reference: Recording, resumed: Recording, found: Alignment)
     evidence = []
     partly = matching_tensors(reference, resumed)
     if partly is not None:
-        place, different = partly
+        position, different = partly
         names = [_name(reference, index) for index in sorted(different)]
         total = len(resumed.steps[0].before.params_each) if resumed.steps[0].before else 0
         evidence.append(
-            f"{total - len(different)} of {total} parameters are those of step {place}; not: "
+            f"{total - len(different)} of {total} parameters are those of step {position}; not: "
             + ", ".join(names[:_SHOWN])
             + (", ..." if len(names) > _SHOWN else "")
         )
@@ -103,9 +103,9 @@ def _unknown_weights(reference: Recording, resumed: Recording, found: Alignment)
 def _left_by_a_step(reference: Recording, resumed: Recording) -> int | None:
     """Return the step that left the weights of the resume, before anything else changed them."""
     begin = resumed.steps[0].before
-    for place, step in enumerate(reference.steps, start=1):
+    for position, step in enumerate(reference.steps, start=1):
         if begin is not None and step.after.params == begin.params:
-            return place
+            return position
     return None
 
 
@@ -115,7 +115,7 @@ def _name(reference: Recording, index: int) -> str:
 
 
 def _untrained_weights(resumed: Recording, found: Alignment, kill: Kill) -> Verdict:
-    later = tuple(place for place in found.moments if place > 0)
+    later = tuple(position for position in found.moments if position > 0)
     if resumed.steps[0].had_moments and later:
         words = f"the weights are untrained, the optimizer's moments {_steps_text(later)}"
         return not_exact(Culprit.WEIGHTS, f"{words}: the weights were not loaded", step=1)
@@ -168,11 +168,14 @@ def _stale_state(
     first = resumed.steps[0]
     if start >= len(reference.steps) or first.schedulers == reference.steps[start].schedulers:
         return None
-    for place in found.data:
-        if start < place <= kill.after and reference.steps[place].schedulers == first.schedulers:
+    for position in found.data:
+        if (
+            start < position <= kill.after
+            and reference.steps[position].schedulers == first.schedulers
+        ):
             words = (
                 f"the checkpoint mixes two moments of the run: weights and optimizer of step "
-                f"{start}, data and schedule of step {place}"
+                f"{start}, data and schedule of step {position}"
             )
             return not_exact(Culprit.STALE_STATE, words, step=start + 1)
     return None
@@ -264,15 +267,15 @@ def _judge_rank(
     reference: Reference, rank: int, resumed: Recording, kill: Kill, is_whole: bool
 ) -> _Judged:
     uninterrupted = reference.ranks[rank]
-    place = align(uninterrupted, resumed)
-    wrong = judge_state(uninterrupted, resumed, place, kill)
-    if wrong is not None or place.start is None:
+    alignment = align(uninterrupted, resumed)
+    wrong = judge_state(uninterrupted, resumed, alignment, kill)
+    if wrong is not None or alignment.start is None:
         return _Judged(wrong or not_exact(Culprit.WEIGHTS, "not found"), rank)
-    start, generators = place.start, reference.generators[rank]
+    start, generators = alignment.start, reference.generators[rank]
     difference = _lasting_difference(uninterrupted, resumed, start, generators)
     if difference is not None and not _is_harmless(difference, uninterrupted, resumed, start):
         observed = Evidence(uninterrupted, resumed, start, difference, generators, reference.ranks)
-        order = (observed.place, PARTS.index(difference.parts[0]))
+        order = (observed.step_index, PARTS.index(difference.parts[0]))
         return _Judged(explain(observed), rank, order)
     verdict = _judge_end(uninterrupted, resumed, start, is_whole)
     if difference is not None and verdict.status is Status.EXACT:

@@ -162,13 +162,13 @@ class Launch:
 
 
 def launch(
-    words: Sequence[str], place: Workspace, records: Path, plan: RecordPlan, timeout: float
+    words: Sequence[str], workspace: Workspace, records: Path, plan: RecordPlan, timeout: float
 ) -> Launch:
     """Run a command to its end, with the recorder in it and in all that it starts.
 
     Args:
         words: The command.
-        place: Where it works.
+        workspace: Where it works.
         records: An empty folder for plan, recordings and output.
         plan: What the recorder is to do; `folder` and `parent` are filled in here.
         timeout: Seconds until it is ended.
@@ -178,20 +178,22 @@ def launch(
     """
     plan_path = records / "plan.json"
     plan.write(plan_path)
-    variables = _variables(place, plan_path)
-    command = RunningCommand(place.command(words), place.folder, records / "output.log", variables)
+    variables = _variables(workspace, plan_path)
+    command = RunningCommand(
+        workspace.command(words), workspace.folder, records / "output.log", variables
+    )
     is_timed_out = not _wait(command, plan_path, timeout)
     _end_all(command, plan_path, grace=0.0 if is_timed_out else _GRACE_SECONDS)
     tail, seconds = command.last_lines(_TAIL), command.seconds
     return Launch(command.wait(), is_timed_out, seconds, tuple(tail), read_recordings(records))
 
 
-def _variables(place: Workspace, plan: Path) -> dict[str, str]:
+def _variables(workspace: Workspace, plan: Path) -> dict[str, str]:
     paths = [str(_ENTRY), os.environ.get("PYTHONPATH", "")]
     return {
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         _PLAN: str(plan),
-        VARIABLE: str(place.out),
+        VARIABLE: str(workspace.out),
     }
 
 

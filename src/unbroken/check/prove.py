@@ -28,10 +28,10 @@ def states_of(recordings: Iterable[Recording]) -> dict[str, int]:
     """Return at which step each state of the reference stands, for the recorder."""
     table: dict[str, int] = {}
     for recording in recordings:
-        for place, (optimizer, state) in enumerate(states_before(recording)):
+        for position, (optimizer, state) in enumerate(states_before(recording)):
             if optimizer == recording.steps[0].optimizer:
                 for key in state_keys(state.params, state.moments, state.counts):
-                    table.setdefault(key, place)
+                    table.setdefault(key, position)
     return table
 
 
@@ -153,7 +153,7 @@ def check_script(request: CheckRequest, tell: Tell = lambda _: None) -> CheckRes
 
     Args:
         request: What is to be checked.
-        tell: Called with each line of the story.
+        tell: Called with each line that is to be shown.
 
     Raises:
         ConfigError: The command cannot be started, a kill lies beyond the end of the run, or the
@@ -190,20 +190,20 @@ class _Check:
         current = request.folder if request.folder is not None else Path.cwd()
         commands = (request.command, self._resume)
         separation, clean = choose_separation(commands, current, request.clean)
-        self._places = Workspaces(root, current, separation, clean)
+        self._workspaces = Workspaces(root, current, separation, clean)
         self._launches = 0
 
     def result(self) -> CheckResult:
         """Return what was found; leave nothing of the runs in the user's folder."""
-        self._tell(f"Kept apart: {self._places.separation}.")
+        self._tell(f"Kept apart: {self._workspaces.separation}.")
         try:
             reference = self._make_reference()
             if isinstance(reference, Verdict):
                 return CheckResult(reference)
             kills = tuple(self._kill_and_resume(reference))
         finally:
-            if self._places.separation is Separation.CLEAN:
-                self._places.remove_leftovers()
+            if self._workspaces.separation is Separation.CLEAN:
+                self._workspaces.remove_leftovers()
         overheads = [one.overhead for one in reference.ranks.values() if one.overhead is not None]
         return CheckResult(
             summary_of(kills),
@@ -219,7 +219,7 @@ class _Check:
         runs = []
         for name in ("reference-1", "reference-2"):
             plan = RecordPlan("", self._request.digests, stop_after=self._request.steps)
-            run = self._launch(self._request.command, self._places.make(name), plan)
+            run = self._launch(self._request.command, self._workspaces.make(name), plan)
             if run.is_timed_out or run.status != 0:
                 return run.failure(Culprit.SCRIPT_FAILED)
             steps = max((len(one.steps) for one in run.ranks.values()), default=0)
@@ -232,8 +232,8 @@ class _Check:
         """Kill the script at each chosen step; yield the verdict on each resume."""
         moments = self._moments(reference.steps)
         self._tell(f"2. Killed after {_list(moments)}: {shlex.join(self._resume)}")
-        place, began = self._places.make("killed"), time.time_ns()
-        first = self._launch(self._request.command, place, self._plan(moments[0]))
+        workspace, began = self._workspaces.make("killed"), time.time_ns()
+        first = self._launch(self._request.command, workspace, self._plan(moments[0]))
         wrong = judge_killed(reference, first.ranks) or first.why_not_killed()
         if wrong is not None:
             yield moments[0], wrong
@@ -241,9 +241,9 @@ class _Check:
         params = max(one.param_bytes for one in reference.ranks.values())
         states = states_of(reference.ranks.values())
         for number, moment in enumerate(moments):
-            saved = place.bytes_written_since(began) >= max(params // 2, 1)
+            saved = workspace.bytes_written_since(began) >= max(params // 2, 1)
             following = moments[number + 1] if number + 1 < len(moments) else None
-            again = self._launch(self._resume, place, self._plan(following, states))
+            again = self._launch(self._resume, workspace, self._plan(following, states))
             verdict = judge_launch(reference, again, Kill(moment, saved), is_last=following is None)
             self._tell(f"   killed after step {moment}, resumed: {verdict.status}")
             yield moment, verdict
@@ -266,12 +266,12 @@ class _Check:
     def _plan(self, kill_after: int | None, states: dict[str, int] | None = None) -> RecordPlan:
         return RecordPlan("", self._request.digests, kill_after, self._request.steps, states or {})
 
-    def _launch(self, words: Sequence[str], place: Workspace, plan: RecordPlan) -> Launch:
+    def _launch(self, words: Sequence[str], workspace: Workspace, plan: RecordPlan) -> Launch:
         self._launches += 1
         records = self._root / "records" / f"launch-{self._launches}"
         records.mkdir(parents=True)
         plan = replace(plan, folder=str(records), parent=os.getpid())
-        return launch(words, place, records, plan, self._request.timeout)
+        return launch(words, workspace, records, plan, self._request.timeout)
 
 
 def _list(steps: Sequence[int]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Batch:
-    """The digests of a batch and of its samples; no samples where they were not told apart."""
+    """The digests of a batch and of its samples; no samples where they could not be separated."""
 
     digest: str
     rows: tuple[str, ...] = ()

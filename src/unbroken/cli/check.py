@@ -1,4 +1,4 @@
-"""`unbroken check`: whether a training script resumes exactly, told as a story or as JSON."""
+"""`unbroken check`: whether a training script resumes exactly, in words or as JSON."""
 
 from __future__ import annotations
 

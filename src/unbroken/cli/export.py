@@ -65,8 +65,8 @@ def print_export_to_transformers(path: str, folder: str) -> int:
 
 def _open(path: str) -> CheckpointReader:
     """Return the checkpoint that a path names; of a run, the newest."""
-    place = open_run_path(path)
-    reader = place.newest() if place.folder is None else place.open(place.folder)
+    run_path = open_run_path(path)
+    reader = run_path.newest() if run_path.folder is None else run_path.open(run_path.folder)
     if reader is None:
         raise CheckpointNotFoundError(path, "holds no checkpoint that can be opened")
     return reader

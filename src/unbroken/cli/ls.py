@@ -25,42 +25,42 @@ from unbroken.store.format.names import BRANCHES, SET_ASIDE, step_of
 
 @dataclass(frozen=True)
 class Branching:
-    """A run at its place in the tree.
+    """A run in the tree of branches.
 
     Attributes:
-        place: The run.
+        run_path: The run.
         depth: How many of its forebears are in the tree.
         parent: The run that it left, if that is in the tree.
     """
 
-    place: RunPath
+    run_path: RunPath
     depth: int
     parent: RunPath | None
 
     @property
     def name(self) -> str:
         """How a list calls it: with the step at which it left its parent, if it is a branch."""
-        place, lineage = self.place, lineage_of(self.place)
+        run_path, lineage = self.run_path, lineage_of(self.run_path)
         if lineage is None:
-            return short(place.path)
+            return short(run_path.path)
         if self.parent is None:
-            return f"{short(place.path)} at step {lineage.step} of run {lineage.run_id[:8]}"
-        is_inside = place.path.parent == self.parent.path / BRANCHES
-        name = place.path.name if is_inside else short(place.path)
+            return f"{short(run_path.path)} at step {lineage.step} of run {lineage.run_id[:8]}"
+        is_inside = run_path.path.parent == self.parent.path / BRANCHES
+        name = run_path.path.name if is_inside else short(run_path.path)
         return f"{'  ' * self.depth}{name} at step {lineage.step}"
 
 
-def lineage_of(place: RunPath) -> Lineage | None:
+def lineage_of(run_path: RunPath) -> Lineage | None:
     """Return where a run comes from, if it is a branch."""
-    return None if place.run is None else place.run.parent
+    return None if run_path.run is None else run_path.run.parent
 
 
-def origin_of(place: RunPath) -> str | None:
+def origin_of(run_path: RunPath) -> str | None:
     """Return in words where a branch comes from; None for a run that is none."""
-    lineage = lineage_of(place)
+    lineage = lineage_of(run_path)
     if lineage is None:
         return None
-    parent = _recorded(place, lineage)
+    parent = _recorded(run_path, lineage)
     try:
         is_there = is_run(parent) and RunDirectory.open_readonly(parent).run_id == lineage.run_id
     except RunDirectoryError:
@@ -82,49 +82,51 @@ def _holds_no_runs(name: str) -> bool:
     return name.startswith(".") or name == SET_ASIDE or step_of(name) is not None
 
 
-def as_tree(places: Sequence[RunPath]) -> list[Branching]:
+def as_tree(run_paths: Sequence[RunPath]) -> list[Branching]:
     """Return runs so that each stands below the one that it left, by the steps where they left.
 
     A parent is known by its id. Of several copies with that id, the one that stands where the
     branch says is taken.
     """
-    parents = {place.path: _parent_in(place, places) for place in places}
-    roots = [place for place in places if parents[place.path] is None]
-    tree = [item for root in roots for item in _with_branches(root, 0, None, places, parents)]
-    reached = {item.place.path for item in tree}
-    lost = [place for place in places if place.path not in reached]  # files edited by hand
-    return tree + [Branching(place, 0, None) for place in lost]
+    parents = {run_path.path: _parent_in(run_path, run_paths) for run_path in run_paths}
+    roots = [run_path for run_path in run_paths if parents[run_path.path] is None]
+    tree = [item for root in roots for item in _with_branches(root, 0, None, run_paths, parents)]
+    reached = {item.run_path.path for item in tree}
+    lost = [
+        run_path for run_path in run_paths if run_path.path not in reached
+    ]  # files edited by hand
+    return tree + [Branching(run_path, 0, None) for run_path in lost]
 
 
 def _with_branches(
-    place: RunPath,
+    run_path: RunPath,
     depth: int,
     parent: RunPath | None,
-    places: Sequence[RunPath],
+    run_paths: Sequence[RunPath],
     parents: dict[Path, RunPath | None],
 ) -> Iterator[Branching]:
-    yield Branching(place, depth, parent)
-    children = [one for one in places if parents[one.path] is place]
+    yield Branching(run_path, depth, parent)
+    children = [one for one in run_paths if parents[one.path] is run_path]
     for child in sorted(children, key=_left_at):
-        yield from _with_branches(child, depth + 1, place, places, parents)
+        yield from _with_branches(child, depth + 1, run_path, run_paths, parents)
 
 
-def _left_at(place: RunPath) -> tuple[int, Path]:
-    lineage = lineage_of(place)
-    return (0 if lineage is None else lineage.step, place.path)
+def _left_at(run_path: RunPath) -> tuple[int, Path]:
+    lineage = lineage_of(run_path)
+    return (0 if lineage is None else lineage.step, run_path.path)
 
 
-def _parent_in(place: RunPath, places: Sequence[RunPath]) -> RunPath | None:
-    lineage = lineage_of(place)
+def _parent_in(run_path: RunPath, run_paths: Sequence[RunPath]) -> RunPath | None:
+    lineage = lineage_of(run_path)
     if lineage is None:
         return None
-    known = [one for one in places if one.run is not None and one.run.run_id == lineage.run_id]
-    recorded = _recorded(place, lineage)
+    known = [one for one in run_paths if one.run is not None and one.run.run_id == lineage.run_id]
+    recorded = _recorded(run_path, lineage)
     return next((one for one in known if one.path == recorded), known[0] if known else None)
 
 
-def _recorded(place: RunPath, lineage: Lineage) -> Path:
-    return Path(os.path.normpath(place.path / lineage.path))
+def _recorded(run_path: RunPath, lineage: Lineage) -> Path:
+    return Path(os.path.normpath(run_path.path / lineage.path))
 
 
 def short(path: Path) -> str:
@@ -174,30 +176,30 @@ def print_listing(given: Sequence[str], *, as_json: bool) -> int:
     Raises:
         RunDirectoryError: A path names no run, and holds none.
     """
-    places = _places(given)
-    branches = _branches_below(places)
+    run_paths = _run_paths(given)
+    branches = _branches_below(run_paths)
     if as_json:
-        tree = as_tree([*places, *branches])
-        print_json({"runs": [_run_json(item.place) for item in tree]})
-    elif _is_overview(given, places):
-        _print_overview(as_tree(places))
+        tree = as_tree([*run_paths, *branches])
+        print_json({"runs": [_run_json(item.run_path) for item in tree]})
+    elif _is_overview(given, run_paths):
+        _print_overview(as_tree(run_paths))
     else:
-        _print_each(places)
+        _print_each(run_paths)
         if branches:
-            tree = as_tree([*places, *branches])
-            _print_branches([item for item in tree if item.place in branches])
+            tree = as_tree([*run_paths, *branches])
+            _print_branches([item for item in tree if item.run_path in branches])
     return 0
 
 
-def rows_of(place: RunPath) -> list[Row]:
+def rows_of(run_path: RunPath) -> list[Row]:
     """Return the checkpoints of a run, by rising step."""
-    best = best_step_of(place)
-    return [_row(place, folder, best) for folder in place.folders]
+    best = best_step_of(run_path)
+    return [_row(run_path, folder, best) for folder in run_path.folders]
 
 
-def _row(place: RunPath, folder: str, best: int | None) -> Row:
+def _row(run_path: RunPath, folder: str, best: int | None) -> Row:
     try:
-        reader = place.open(folder)
+        reader = run_path.open(folder)
     except CheckpointError as error:
         return Row(folder, str(error).removeprefix(f"{folder}: "))
     manifest = reader.manifest
@@ -213,9 +215,9 @@ def _row(place: RunPath, folder: str, best: int | None) -> Row:
     )
 
 
-def _places(given: Sequence[str]) -> list[RunPath]:
+def _run_paths(given: Sequence[str]) -> list[RunPath]:
     if given:
-        return [place for text in given for place in _places_at(text)]
+        return [run_path for text in given for run_path in _run_paths_at(text)]
     here = Path.cwd()
     found = [here] if is_run(here) else _runs_from(here)
     if not found:
@@ -225,7 +227,7 @@ def _places(given: Sequence[str]) -> list[RunPath]:
     return [RunPath(path, RunDirectory.open_readonly(path)) for path in found]
 
 
-def _places_at(text: str) -> list[RunPath]:
+def _run_paths_at(text: str) -> list[RunPath]:
     """Return the run or checkpoint that a path names, or else the runs in that folder."""
     inside = [] if is_run(Path(text)) else runs_below(Path(text).absolute())
     return [open_run_path(str(path)) for path in inside] or [open_run_path(text)]
@@ -238,28 +240,33 @@ def _runs_from(here: Path) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def _branches_below(places: Sequence[RunPath]) -> list[RunPath]:
+def _branches_below(run_paths: Sequence[RunPath]) -> list[RunPath]:
     """Return the runs that stand below the runs named, and are not named themselves."""
-    named = {place.path for place in places}
-    found = [path for place in places if place.folder is None for path in runs_below(place.path)]
+    named = {run_path.path for run_path in run_paths}
+    found = [
+        path
+        for run_path in run_paths
+        if run_path.folder is None
+        for path in runs_below(run_path.path)
+    ]
     others = [path for path in dict.fromkeys(found) if path not in named]
     return [RunPath(path, RunDirectory.open_readonly(path)) for path in others]
 
 
-def _is_overview(given: Sequence[str], places: Sequence[RunPath]) -> bool:
+def _is_overview(given: Sequence[str], run_paths: Sequence[RunPath]) -> bool:
     """Return whether the paths name folders of runs, not runs: then one line a run is enough."""
     named = {Path(text).absolute() for text in given} or {Path.cwd()}
-    return not any(place.path in named or place.folder is not None for place in places)
+    return not any(run_path.path in named or run_path.folder is not None for run_path in run_paths)
 
 
-def _run_json(place: RunPath) -> dict[str, object]:
-    lineage = lineage_of(place)
+def _run_json(run_path: RunPath) -> dict[str, object]:
+    lineage = lineage_of(run_path)
     return {
-        "path": str(place.path),
-        "id": None if place.run is None else place.run.run_id,
-        "created": None if place.run is None else place.run.created,
+        "path": str(run_path.path),
+        "id": None if run_path.run is None else run_path.run.run_id,
+        "created": None if run_path.run is None else run_path.run.created,
         "parent": None if lineage is None else lineage.to_json(),
-        "checkpoints": [asdict(row) for row in rows_of(place)],
+        "checkpoints": [asdict(row) for row in rows_of(run_path)],
     }
 
 
@@ -272,28 +279,28 @@ def _print_overview(tree: Sequence[Branching]) -> None:
 
 def _overview_row(item: Branching) -> tuple[str, ...]:
     """Return the line of a run from names and sizes: many runs have many manifests to read."""
-    place = item.place
-    steps = [step for folder in place.folders if (step := step_of(folder)) is not None]
+    run_path = item.run_path
+    steps = [step for folder in run_path.folders if (step := step_of(folder)) is not None]
     return (
         item.name,
         str(max(steps)) if steps else "-",
-        str(len(place.folders)),
-        size_text(sum(_nbytes_in(place, folder) for folder in place.folders)),
-        "-" if place.run is None else date_text(place.run.created),
+        str(len(run_path.folders)),
+        size_text(sum(_nbytes_in(run_path, folder) for folder in run_path.folders)),
+        "-" if run_path.run is None else date_text(run_path.run.created),
     )
 
 
-def _nbytes_in(place: RunPath, folder: str) -> int:
-    found = (place.storage.stat(f"{folder}/{name}") for name in place.storage.list(folder))
+def _nbytes_in(run_path: RunPath, folder: str) -> int:
+    found = (run_path.storage.stat(f"{folder}/{name}") for name in run_path.storage.list(folder))
     return sum(stat.nbytes for stat in found if stat is not None)
 
 
-def _print_each(places: Sequence[RunPath]) -> None:
+def _print_each(run_paths: Sequence[RunPath]) -> None:
     console = make_console()
     columns = ("step", "created", "size", "tensors", "marks", "state")
-    for number, place in enumerate(places):
-        console.print(*([""] if number else []), _title(place), sep="\n")
-        rows = [_cells(row) for row in rows_of(place)]
+    for number, run_path in enumerate(run_paths):
+        console.print(*([""] if number else []), _title(run_path), sep="\n")
+        rows = [_cells(row) for row in rows_of(run_path)]
         table = make_table(columns, rows, ("step", "size", "tensors"))
         if rows:
             print_table(console, table)
@@ -309,9 +316,9 @@ def _print_branches(tree: Sequence[Branching]) -> None:
     _print_overview(tree)
 
 
-def _title(place: RunPath) -> str:
-    origin = origin_of(place)
-    return short(place.path) + ("" if origin is None else f": a branch of {origin}")
+def _title(run_path: RunPath) -> str:
+    origin = origin_of(run_path)
+    return short(run_path.path) + ("" if origin is None else f": a branch of {origin}")
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -59,7 +59,7 @@ class ShowCommand:
     """Print JSON instead of tables."""
 
     def run(self) -> int:
-        """Print the story; return the exit status."""
+        """Print what it is; return the exit status."""
         from unbroken.cli.show import print_run
 
         return print_run(self.path, with_history=self.history, as_json=self.as_json)
@@ -175,7 +175,7 @@ class CheckCommand:
     keep: str | None = None
     """Keep recordings and outputs in this new folder."""
     as_json: Json = False
-    """Print JSON instead of the story."""
+    """Print JSON instead of text."""
     command: Suppress[tuple[str, ...]] = ()
 
     def run(self) -> int:
@@ -278,7 +278,7 @@ class PlanCommand:
     starting_seconds: float = 300.0
     """From a failure until the checkpoint is read."""
     step_seconds: float | None = None
-    """Of one training step, to tell the interval in steps too."""
+    """Of one training step, to give the interval in steps too."""
     keep: int = 3
     """How many checkpoints are kept."""
     as_json: Json = False

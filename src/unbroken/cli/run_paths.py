@@ -69,7 +69,7 @@ class RunPath:
             return None
 
     def narrowed(self, step: int) -> RunPath:
-        """Return the place of one checkpoint of the run.
+        """Return one checkpoint of the run.
 
         Raises:
             CheckpointNotFoundError: There is none of that step.
@@ -124,10 +124,10 @@ def is_pinned(reader: CheckpointReader) -> bool:
     return reader.storage.stat(f"{reader.folder}/{PINNED_NAME}") is not None
 
 
-def best_step_of(place: RunPath) -> int | None:
+def best_step_of(run_path: RunPath) -> int | None:
     """Return the step that the newest readable checkpoint calls the best."""
     try:
-        newest = place.newest()
+        newest = run_path.newest()
     except NewerFormatError:
         return None
     step = None if newest is None else newest.manifest.facts.get("best_step")

@@ -26,18 +26,18 @@ from unbroken.store import CheckpointReader, Json, Manifest, RunDirectory
 
 
 @dataclass(frozen=True)
-class Story:
-    """All that `show` tells.
+class RunSummary:
+    """All that `show` prints.
 
     Attributes:
-        place: What the path named.
+        run_path: What the path named.
         reader: The checkpoint; None if the run has none that can be opened.
         skipped: Newer checkpoints that cannot be opened, and why.
         metrics: The newest record of each kind: with a training loss, with evaluation metrics.
         history: Every record of history.jsonl.
     """
 
-    place: RunPath
+    run_path: RunPath
     reader: CheckpointReader | None
     skipped: dict[str, str]
     metrics: list[dict[str, Json]]
@@ -45,36 +45,36 @@ class Story:
 
 
 def print_run(path: str, *, with_history: bool, as_json: bool) -> int:
-    """Print the story of the run or checkpoint that a path names.
+    """Print the summary of the run or checkpoint that a path names.
 
     Raises:
         CheckpointError: The path names a checkpoint that cannot be opened.
         RunDirectoryError: The path names no run and no checkpoint.
     """
-    story = _read(open_run_path(path))
+    summary = _read(open_run_path(path))
     if as_json:
-        print_json(_as_json(story, with_history=with_history))
+        print_json(_as_json(summary, with_history=with_history))
     else:
-        _print(story, with_history=with_history)
+        _print(summary, with_history=with_history)
     return 0
 
 
-def _read(place: RunPath) -> Story:
+def _read(run_path: RunPath) -> RunSummary:
     skipped: dict[str, str] = {}
     reader = None
-    for folder in reversed(place.folders):
+    for folder in reversed(run_path.folders):
         try:
-            reader = place.open(folder)
+            reader = run_path.open(folder)
             break
         except CheckpointError as error:
-            if place.folder is not None:
+            if run_path.folder is not None:
                 raise
             skipped[folder] = f"cannot be opened: {str(error).removeprefix(f'{folder}: ')}"
-    if place.run is None:
-        return Story(place, reader, skipped, [], [])
-    upto = None if place.folder is None or reader is None else reader.step
-    metrics = _newest_metrics(place.run.metrics.records(), upto)
-    return Story(place, reader, skipped, metrics, list(place.run.history.records()))
+    if run_path.run is None:
+        return RunSummary(run_path, reader, skipped, [], [])
+    upto = None if run_path.folder is None or reader is None else reader.step
+    metrics = _newest_metrics(run_path.run.metrics.records(), upto)
+    return RunSummary(run_path, reader, skipped, metrics, list(run_path.run.history.records()))
 
 
 def _newest_metrics(records: Iterable[dict[str, Json]], upto: int | None) -> list[dict[str, Json]]:
@@ -87,46 +87,46 @@ def _newest_metrics(records: Iterable[dict[str, Json]], upto: int | None) -> lis
     return list(newest.values())
 
 
-def _print(story: Story, *, with_history: bool) -> None:
+def _print(summary: RunSummary, *, with_history: bool) -> None:
     console = make_console()
-    print_table(console, make_facts(_identity(story)))
-    if story.reader is not None:
-        manifest = story.reader.manifest
+    print_table(console, make_facts(_identity(summary)))
+    if summary.reader is not None:
+        manifest = summary.reader.manifest
         for title in ("progress", "config", "environment"):
             _print_facts(console, title, manifest.facts.get(title))
         _print_files(console, manifest)
-    for record in story.metrics:
+    for record in summary.metrics:
         _print_facts(console, "last evaluation" if "loss" not in record else "last metrics", record)
     if with_history:
-        _print_history(console, story.history)
+        _print_history(console, summary.history)
 
 
-def _identity(story: Story) -> dict[str, str]:
-    place, run = story.place, story.place.run
-    facts = {"path": str(place.path)}
+def _identity(summary: RunSummary) -> dict[str, str]:
+    run_path, run = summary.run_path, summary.run_path.run
+    facts = {"path": str(run_path.path)}
     if run is not None:
         facts |= {"run": run.run_id, "begun": date_text(run.created)}
-        origin = origin_of(place)
+        origin = origin_of(run_path)
         facts |= {} if origin is None else {"branch of": origin}
         facts["checkpoints"] = str(len(run.catalog.folders()))
-        starts = [record for record in story.history if record.get("event") == "started"]
+        starts = [record for record in summary.history if record.get("event") == "started"]
         facts["segments"] = str(len(starts))
-        cadence = _cadence(story)
+        cadence = _cadence(summary)
         facts |= {} if cadence is None else {"cadence": str(cadence.get("text"))}
-    if story.reader is None:
-        return {**facts, "checkpoint": "none yet" if not story.skipped else "none can be opened"}
-    return facts | _checkpoint_identity(story, story.reader) | story.skipped
+    if summary.reader is None:
+        return {**facts, "checkpoint": "none yet" if not summary.skipped else "none can be opened"}
+    return facts | _checkpoint_identity(summary, summary.reader) | summary.skipped
 
 
-def _cadence(story: Story) -> Mapping[str, Json] | None:
-    """Return how often the run was saved by itself, as it told last."""
-    recorded = [record["cadence"] for record in story.history if "cadence" in record]
+def _cadence(summary: RunSummary) -> Mapping[str, Json] | None:
+    """Return how often the run was saved by itself, as its last record says."""
+    recorded = [record["cadence"] for record in summary.history if "cadence" in record]
     return recorded[-1] if recorded and isinstance(recorded[-1], Mapping) else None
 
 
-def _checkpoint_identity(story: Story, reader: CheckpointReader) -> dict[str, str]:
+def _checkpoint_identity(summary: RunSummary, reader: CheckpointReader) -> dict[str, str]:
     manifest = reader.manifest
-    marks = [mark for mark, is_set in _marks(story, reader).items() if is_set]
+    marks = [mark for mark, is_set in _marks(summary, reader).items() if is_set]
     return {
         "checkpoint": ", ".join([reader.folder, *marks]),
         "step": str(manifest.step),
@@ -167,8 +167,8 @@ def _not_judged(manifest: Manifest) -> dict[str, str]:
     return {"not judged": "; ".join(f"{path} ({why})" for path, why in found.items())}
 
 
-def _marks(story: Story, reader: CheckpointReader) -> dict[str, bool]:
-    whole = RunPath(story.place.path, story.place.run)
+def _marks(summary: RunSummary, reader: CheckpointReader) -> dict[str, bool]:
+    whole = RunPath(summary.run_path.path, summary.run_path.run)
     return {"best": best_step_of(whole) == reader.step, "pinned": is_pinned(reader)}
 
 
@@ -206,7 +206,7 @@ def _print_history(console: Console, records: Iterable[Mapping[str, Any]]) -> No
 
 
 def _lines_of(number: int, record: Mapping[str, Any]) -> list[str]:
-    """Return what a record tells; one that no version writes so, as it stands."""
+    """Return a record in words; as it stands where no version writes one like it."""
     event = record.get("event")
     if not isinstance(event, str) or not _is_as_written(record):
         return [f"   {value_text(dict(record))}"]
@@ -265,26 +265,26 @@ def _start_lines(number: int, record: Mapping[str, Any]) -> list[str]:
     return lines + [f"   {note}" for note in record.get("notes") or []]
 
 
-def _as_json(story: Story, *, with_history: bool) -> dict[str, object]:
-    run, reader = story.place.run, story.reader
+def _as_json(summary: RunSummary, *, with_history: bool) -> dict[str, object]:
+    run, reader = summary.run_path.run, summary.reader
     document: dict[str, object] = {
-        "path": str(story.place.path),
-        "run": None if run is None else _run_json(story, run),
-        "checkpoint": None if reader is None else _checkpoint_json(story, reader),
-        "unreadable": story.skipped,
-        "metrics": story.metrics,
+        "path": str(summary.run_path.path),
+        "run": None if run is None else _run_json(summary, run),
+        "checkpoint": None if reader is None else _checkpoint_json(summary, reader),
+        "unreadable": summary.skipped,
+        "metrics": summary.metrics,
     }
-    return {**document, "history": story.history} if with_history else document
+    return {**document, "history": summary.history} if with_history else document
 
 
-def _run_json(story: Story, run: RunDirectory) -> dict[str, object]:
-    lineage = lineage_of(story.place)
+def _run_json(summary: RunSummary, run: RunDirectory) -> dict[str, object]:
+    lineage = lineage_of(summary.run_path)
     parent = None if lineage is None else lineage.to_json()
-    cadence = _cadence(story)
+    cadence = _cadence(summary)
     return {"id": run.run_id, "created": run.created, "parent": parent, "cadence": cadence}
 
 
-def _checkpoint_json(story: Story, reader: CheckpointReader) -> dict[str, object]:
+def _checkpoint_json(summary: RunSummary, reader: CheckpointReader) -> dict[str, object]:
     manifest = reader.manifest
     return {
         "folder": reader.folder,
@@ -294,7 +294,7 @@ def _checkpoint_json(story: Story, reader: CheckpointReader) -> dict[str, object
         "nbytes": manifest.nbytes,
         "state_digest": manifest.state_digest,
         "tensors": len(manifest.tensors),
-        **_marks(story, reader),
+        **_marks(summary, reader),
         "facts": manifest.facts,
         "files": [{"name": file.name, "nbytes": file.nbytes} for file in manifest.files],
     }

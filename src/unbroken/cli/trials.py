@@ -77,7 +77,7 @@ _WITHOUT_BARRIERS = {"nobarrier", "barrier=0", "barrier=none"}
 
 @dataclass(frozen=True)
 class Mount:
-    """A mounted file system, as a line of /proc/mounts tells it.
+    """A mounted file system, as a line of /proc/mounts describes it.
 
     Attributes:
         source: What is mounted: a device, a server's folder, the name of a program.
@@ -109,7 +109,7 @@ class Mount:
 
 
 def mount_of(folder: Path, mounts: str | None = None) -> Mount | None:
-    """Return the file system of a folder; None where the system does not tell.
+    """Return the file system of a folder; None where the system does not say.
 
     Args:
         folder: An absolute path.

@@ -51,39 +51,39 @@ def print_results(path: str, *, step: int | None, as_json: bool) -> int:
         CheckpointNotFoundError: There is no checkpoint.
         RunDirectoryError: The path names no run and no checkpoint.
     """
-    place = open_run_path(path)
+    run_path = open_run_path(path)
     if step is not None:
-        place = place.narrowed(step)
-    if not place.folders:
+        run_path = run_path.narrowed(step)
+    if not run_path.folders:
         raise CheckpointNotFoundError(path, "there is no checkpoint yet")
     if as_json:
-        results = list(verify(place))
-        print_json({"path": str(place.path), "checkpoints": [_as_json(one) for one in results]})
+        results = list(verify(run_path))
+        print_json({"path": str(run_path.path), "checkpoints": [_as_json(one) for one in results]})
     else:
-        results = _print_as_found(place)
+        results = _print_as_found(run_path)
     return _status(results)
 
 
-def verify(place: RunPath) -> Iterator[VerifyResult]:
-    """Yield the result on each checkpoint that a place names."""
-    for folder in place.folders:
-        yield _result(place, folder)
+def verify(run_path: RunPath) -> Iterator[VerifyResult]:
+    """Yield the result on each checkpoint that a path names."""
+    for folder in run_path.folders:
+        yield _result(run_path, folder)
 
 
-def _result(place: RunPath, folder: str) -> VerifyResult:
+def _result(run_path: RunPath, folder: str) -> VerifyResult:
     problem: CheckpointError | None = None
     try:
-        storage = place.open(folder).storage
+        storage = run_path.open(folder).storage
     except NewerFormatError as error:
         return VerifyResult(folder, (_of_manifest(error),), is_newer=True)
     except CheckpointError as error:
-        storage, problem = place.storage, error
+        storage, problem = run_path.storage, error
     try:
         reader = _EagerReader(storage, folder)
     except CheckpointError as error:
         return VerifyResult(folder, (_of_manifest(error),))
     damage = reader.verify()
-    if problem is not None and not damage:  # whole, but of another step or run than its place
+    if problem is not None and not damage:  # whole, but of another step or run than its folder says
         damage.append(_of_manifest(problem))
     manifest = reader.manifest
     counts = (manifest.nbytes, len(manifest.files), len(manifest.tensors))
@@ -102,11 +102,11 @@ def _of_manifest(error: CheckpointError) -> Damage:
     return Damage(MANIFEST_NAME, "unreadable", None, str(sentence))
 
 
-def _print_as_found(place: RunPath) -> list[VerifyResult]:
+def _print_as_found(run_path: RunPath) -> list[VerifyResult]:
     """Print each result as soon as it is known: reading large checkpoints takes its time."""
     console = make_console()
     results = []
-    for result in verify(place):
+    for result in verify(run_path):
         results.append(result)
         console.print(f"{result.folder}: {_words(result)}")
         for damage in result.damage:
