@@ -100,7 +100,6 @@ def test_no_public_class_name_stands_twice():
 
 
 PARTS = {  # modules that serve one other module, each an idea of its own
-    "unbroken.capture.partial_load": "leaving out what the user names",
     "unbroken.capture.tensor_distance": "how far apart two tensors are",
     "unbroken.check.diagnose": "why a step differs",
     "unbroken.check.judge": "from recordings to a verdict",

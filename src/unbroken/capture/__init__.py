@@ -10,11 +10,11 @@ from unbroken.capture.codec.values import encode as encode
 from unbroken.capture.codec.values import (
     refuse_what_cannot_be_stored as refuse_what_cannot_be_stored,
 )
-from unbroken.capture.dtypes import byte_view as byte_view
-from unbroken.capture.dtypes import raw as raw
-from unbroken.capture.growth import PREPARE as PREPARE
-from unbroken.capture.growth import Growth as Growth
-from unbroken.capture.growth import structure_digest as structure_digest
+from unbroken.capture.fit_structure import PREPARE as PREPARE
+from unbroken.capture.fit_structure import Growth as Growth
+from unbroken.capture.fit_structure import Skip as Skip
+from unbroken.capture.fit_structure import keep_skipped as keep_skipped
+from unbroken.capture.fit_structure import structure_digest as structure_digest
 from unbroken.capture.kinds.modules import capture_gradients as capture_gradients
 from unbroken.capture.kinds.modules import check_gradients as check_gradients
 from unbroken.capture.kinds.modules import files_of_processor as files_of_processor
@@ -41,8 +41,6 @@ from unbroken.capture.objects import kind_of as kind_of
 from unbroken.capture.objects import named_objects as named_objects
 from unbroken.capture.objects import restore as restore
 from unbroken.capture.objects import restore_unregistered as restore_unregistered
-from unbroken.capture.partial_load import Skip as Skip
-from unbroken.capture.partial_load import keep_skipped as keep_skipped
 from unbroken.capture.state_tree import Captured as Captured
 from unbroken.capture.state_tree import types_in as types_in
 from unbroken.capture.stored_tensor import LeafSource as LeafSource
@@ -51,11 +49,13 @@ from unbroken.capture.stored_tensor import load_tensors as load_tensors
 from unbroken.capture.tensor_distance import Distance as Distance
 from unbroken.capture.tensor_distance import distance as distance
 from unbroken.capture.tensor_distance import stored_distance as stored_distance
-from unbroken.capture.tensor_subclasses import class_of as class_of
-from unbroken.capture.tensor_subclasses import classes_at_hand as classes_at_hand
-from unbroken.capture.tensor_subclasses import comes_apart as comes_apart
-from unbroken.capture.tensor_subclasses import how_cut as how_cut
-from unbroken.capture.tensor_subclasses import is_sharded as is_sharded
+from unbroken.capture.tensors import byte_view as byte_view
+from unbroken.capture.tensors import class_of as class_of
+from unbroken.capture.tensors import classes_at_hand as classes_at_hand
+from unbroken.capture.tensors import comes_apart as comes_apart
+from unbroken.capture.tensors import how_cut as how_cut
+from unbroken.capture.tensors import is_sharded as is_sharded
+from unbroken.capture.tensors import raw as raw
 from unbroken.store.format.typed_json import structure_from_bytes as structure_from_bytes
 from unbroken.store.format.typed_json import structure_to_bytes as structure_to_bytes
 

@@ -27,7 +27,7 @@ from unbroken.capture.state_tree import (
     refuse_sharded,
 )
 from unbroken.capture.stored_tensor import Filling, StoredSubclass, StoredTensor, home, load_tensors
-from unbroken.capture.tensor_subclasses import settle
+from unbroken.capture.tensors import settle
 from unbroken.errors import CaptureError, StateMismatchError, UnbrokenError
 from unbroken.stored_names import stored_class_name
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
-from unbroken.capture.tensor_subclasses import comes_apart, is_sharded, parts_of
+from unbroken.capture.tensors import comes_apart, is_sharded, parts_of
 from unbroken.errors import CaptureError, StateMismatchError
 
 _SHOWN = 5  # mismatches in one error

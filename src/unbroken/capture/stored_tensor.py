@@ -10,22 +10,20 @@ import torch
 
 from unbroken.capture.codec.leaves import TensorLayout, stored_as
 from unbroken.capture.codec.scalars import decode_device
-from unbroken.capture.dtypes import (
+from unbroken.capture.state_tree import TreeMap
+from unbroken.capture.tensors import (
     DTYPES,
     QUANTIZED,
+    Chunks,
     byte_view,
     carrier,
     contiguous_stride,
     dtype_name,
-    raw,
-)
-from unbroken.capture.state_tree import TreeMap
-from unbroken.capture.tensor_subclasses import (
-    Chunks,
     empty_like,
     is_sharded,
     part_of,
     parts_of,
+    raw,
 )
 from unbroken.errors import CorruptCheckpointError, StateMismatchError
 from unbroken.store import Box

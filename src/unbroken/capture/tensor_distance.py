@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from unbroken.capture.dtypes import DTYPES, SAFETENSORS_DTYPES, byte_view, carrier, flat_bytes
 from unbroken.capture.stored_tensor import LeafSource, describe
+from unbroken.capture.tensors import DTYPES, SAFETENSORS_DTYPES, byte_view, carrier, flat_bytes
 from unbroken.errors import StateMismatchError
 
 _CHUNK = 2**16  # elements that are compared at a time: what is in between stays in the cache

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from unbroken.capture.dtypes import is_dense
+from unbroken.capture.tensors import is_dense
 from unbroken.distributed import Group, RankSums, Tree
 from unbroken.distributed.dtensors import (
     fsdp_modules,

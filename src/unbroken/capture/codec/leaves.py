@@ -14,18 +14,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from unbroken.capture.dtypes import (
+from unbroken.capture.tensors import (
     QUANTIZED,
     SAFETENSORS_DTYPES,
+    Chunks,
     contiguous_stride,
     dtype_name,
     flat_bytes,
     is_dense,
+    is_sharded,
     memory_view,
+    part_of,
     raw,
     same_layout,
 )
-from unbroken.capture.tensor_subclasses import Chunks, is_sharded, part_of
 from unbroken.errors import CaptureError
 from unbroken.store.format.safetensors_file import Copied
 from unbroken.store.format.typed_json import TAG, Json

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from unbroken.capture.dtypes import DTYPES, dtype_name
+from unbroken.capture.tensors import DTYPES, dtype_name
 from unbroken.errors import CaptureError
 from unbroken.store.format.typed_json import (
     EXACT_INT,

@@ -39,7 +39,6 @@ from unbroken.capture.codec.scalars import (
     encode_int,
     is_text,
 )
-from unbroken.capture.dtypes import QUANTIZED, dtype_name
 from unbroken.capture.kinds import modules, optimizers, random_state
 from unbroken.capture.state_tree import Captured, is_namedtuple
 from unbroken.capture.stored_tensor import (
@@ -52,7 +51,7 @@ from unbroken.capture.stored_tensor import (
     read_subclass,
     read_tensor,
 )
-from unbroken.capture.tensor_subclasses import comes_apart, is_sharded, parts_of
+from unbroken.capture.tensors import QUANTIZED, comes_apart, dtype_name, is_sharded, parts_of
 from unbroken.errors import CaptureError, CorruptCheckpointError, StateMismatchError
 from unbroken.store.format.typed_json import (
     MAX_DEPTH,

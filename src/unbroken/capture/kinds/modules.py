@@ -18,7 +18,6 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from unbroken.capture.codec.leaves import TensorLayout, TensorRef, physical, resolve_aliases
-from unbroken.capture.dtypes import dtype_name, same_layout
 from unbroken.capture.state_tree import (
     Captured,
     Mismatch,
@@ -35,7 +34,14 @@ from unbroken.capture.stored_tensor import (
     describe,
     load_tensors,
 )
-from unbroken.capture.tensor_subclasses import class_of, comes_apart, is_sharded, parts_of
+from unbroken.capture.tensors import (
+    class_of,
+    comes_apart,
+    dtype_name,
+    is_sharded,
+    parts_of,
+    same_layout,
+)
 from unbroken.errors import CaptureError, ConfigError
 from unbroken.store.format.names import is_file_name
 from unbroken.stored_names import stored_class_name

@@ -37,7 +37,7 @@ from unbroken.capture.stored_tensor import (
     is_stored_tensor,
     load_tensors,
 )
-from unbroken.capture.tensor_subclasses import is_sharded, same_cut
+from unbroken.capture.tensors import is_sharded, same_cut
 from unbroken.errors import CaptureError
 
 # State of an optimizer that can be overwritten where it is: filling it takes no new memory.
