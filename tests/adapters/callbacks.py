@@ -65,6 +65,8 @@ class KilledAt(transformers.TrainerCallback):
 
     def on_step_end(self, args, state, control, **more):
         if state.global_step == KILL["kill_at"] and not KILL["after_save"] and KILL["is_here"]:
+            if "seconds_left" in KILL:
+                signal.alarm(KILL["seconds_left"])
             os.kill(os.getpid(), KILL["signal"])
 
     def on_save(self, args, state, control, **more):

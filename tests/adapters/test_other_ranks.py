@@ -12,8 +12,10 @@ RANKS = {"action": "train_on_ranks", "ranks": 2}
 EPOCHS = {"num_train_epochs": 2, "save_steps": 4}
 ONE, TWO = {"args": EPOCHS}, {**RANKS, "args": EPOCHS}
 LEFT_OF_TWO, LEFT_OF_ONE = 2 * 48 - 4 * 8, 2 * 48 - 4 * 4
-# One rank waits for the other: for half an hour, unless the test ends it.
+# One rank waits for the other: for half an hour, unless the test ends it. The host begins to save
+# 3 s after the signal.
 JIT = {"enable_jit_checkpoint": True, "max_steps": 4000, "save_strategy": "no", "ddp_timeout": 8}
+SECONDS_LEFT = 12
 
 
 @pytest.mark.slow
@@ -97,9 +99,11 @@ def test_two_ranks_of_ours_go_on_in_the_hosts_own(run, uninterrupted):
 @pytest.mark.slow
 @pytest.mark.stock
 def test_a_signal_to_one_rank_of_the_hosts_own_leaves_no_whole_checkpoint(run):
-    stopped = run(trainer="stock", kill_at=6, on_rank=1, signal=15, args=JIT, seconds=40, **RANKS)
+    signalled = {"kill_at": 6, "on_rank": 1, "signal": 15, "seconds_left": SECONDS_LEFT}
+    stopped = run(trainer="stock", args=JIT, **signalled, **RANKS)
     whole = {"rng_state_0.pth", "rng_state_1.pth", "trainer_state.json"}
-    found = (run.folder / "run").glob("checkpoint-*")
+    found = list((run.folder / "run").glob("checkpoint-*"))
+    assert found, stopped.text  # it began to save
     assert not any(whole <= {path.name for path in folder.iterdir()} for folder in found)
     assert stopped.status not in (0, EXIT_STOPPED)
 

@@ -107,17 +107,17 @@ def test_an_elastic_world_goes_on_with_the_node_that_is_left(settings, tmp_path)
         port = listening.getsockname()[1]
     rendezvous = ["--nnodes", "1:2", "--rdzv-backend", "c10d", "--rdzv-id", "run"]
     rendezvous += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]
-    quick = "last_call_timeout=15,keep_alive_interval=1,keep_alive_max_attempt=2"
-    command = [*LAUNCHER, *rendezvous, "--rdzv-conf", quick, "--nproc-per-node", "1"]
+    # Waited for in whole where a node is lost. The second node starts first, and so is not late.
+    quick = "last_call_timeout=7,keep_alive_interval=1,keep_alive_max_attempt=2,is_host="
+    command = [*LAUNCHER, *rendezvous, "--nproc-per-node", "1", "--rdzv-conf"]
     script = [str(SCRIPTS / "train_on_nodes.py"), str(tmp_path)]
     nodes = {}
-    for node in ("first", "second"):
+    for node, is_host in (("second", 0), ("first", 1)):
         words = [*script, node, json.dumps({"micro_batch_size": 2, **settings})]
         nodes[node] = subprocess.Popen(
-            [*command, *words], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
-        )
-        if node == "first":
-            wait_for_port(port)
+            [*command, f"{quick}{is_host}", *words],
+            env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
     _, errors = nodes["first"].communicate(timeout=150)
     nodes["second"].communicate(timeout=30)
     assert (nodes["first"].returncode, nodes["second"].returncode) == (0, -9), errors
@@ -127,13 +127,3 @@ def test_an_elastic_world_goes_on_with_the_node_that_is_left(settings, tmp_path)
     if settings:
         expected = whole(tmp_path / "whole", {"micro_batch_size": 2, **settings}, 1)
         assert told(tmp_path / "run") == expected
-
-
-def wait_for_port(port: int) -> None:
-    """Return when something listens there."""
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port)).close()
-        except ConnectionRefusedError:
-            continue
-        return
