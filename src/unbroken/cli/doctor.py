@@ -28,6 +28,7 @@ from unbroken.cli.trials import (
     Disk,
     Experiment,
     Finding,
+    Severity,
     by_severity,
     check_disk,
     run_experiments,
@@ -59,95 +60,20 @@ def check_switches(facts: Facts) -> list[Finding]:
     return [finding for check in _CHECKS for finding in check(facts)]
 
 
-def _old_torch(facts: Facts) -> Iterator[Finding]:
-    version = tuple(int(number) for number in re.findall(r"\d+", facts["torch"])[:2])
-    if version < _OLDEST_TORCH:
-        yield Finding(
-            "breaks",
-            f"torch {facts['torch']} is older than 2.9",
-            "unbroken is made for, and tested with, torch 2.9 and newer",
-            'pip install "torch>=2.9"',
-        )
+@dataclass(frozen=True)
+class _Check:
+    """A finding, and for which facts it is one; `{f[name]}` in its words is a fact."""
 
+    severity: Severity
+    is_found: Callable[[Facts], bool]
+    what: str
+    why: str
+    remedy: str
 
-def _threads_of_the_machine(facts: Facts) -> Iterator[Finding]:
-    if _variable(facts, "OMP_NUM_THREADS") or _variable(facts, "MKL_NUM_THREADS"):
-        return
-    threads = facts["num_threads"]
-    yield Finding(
-        "risk",
-        f"OMP_NUM_THREADS is not set: torch takes {threads} threads, from the cores it sees",
-        f"{THREADS[1]}; on a machine with other cores, or under torchrun (which sets 1), a run "
-        "would go on with other bits",
-        f"export OMP_NUM_THREADS={threads} in the script that starts the job",
-    )
-
-
-def _threads_that_vary(facts: Facts) -> Iterator[Finding]:
-    if (_variable(facts, "OMP_DYNAMIC") or "").strip().lower() in ("true", "1"):
-        yield Finding(
-            "breaks",
-            "OMP_DYNAMIC is on",
-            "the number of threads follows the load of the machine, and with it the order of sums",
-            "unset OMP_DYNAMIC",
-        )
-
-
-def _too_many_threads(facts: Facts) -> Iterator[Finding]:
-    threads, cores = facts["num_threads"], facts["cores"]
-    if threads > cores:
-        yield Finding(
-            "note",
-            f"torch takes {threads} threads on {cores} cores",
-            "threads that wait for each other make it slow; the bits are not affected",
-            f"a new run: export OMP_NUM_THREADS={cores}. A run that has begun keeps {threads}: "
-            "another number changes its bits",
-        )
-
-
-def _workspace(facts: Facts) -> Iterator[Finding]:
-    value = _variable(facts, "CUBLAS_WORKSPACE_CONFIG")
-    if not _has_gpu(facts) or value in _REPEATING_WORKSPACES:
-        return
-    remedy = "export CUBLAS_WORKSPACE_CONFIG=:4096:8"
-    if value is None:
-        yield Finding(
-            "note",
-            "CUBLAS_WORKSPACE_CONFIG is not set",
-            "without it, cuBLAS may not repeat its own bits. unbroken's Trainer sets it; a loop of "
-            "your own does not",
-            remedy,
-        )
-    else:
-        yield Finding(
-            "breaks",
-            f"CUBLAS_WORKSPACE_CONFIG is {value}",
-            "with this workspace cuBLAS may not repeat its own bits, and the Trainer leaves what "
-            "is set as it is",
-            remedy,
-        )
-
-
-def _benchmark(facts: Facts) -> Iterator[Finding]:
-    if facts["cudnn.benchmark"] and _has_gpu(facts):
-        yield Finding(
-            "risk",
-            "torch.backends.cudnn.benchmark is on",
-            "cuDNN takes the kernel that was the fastest just now: another one next time. "
-            "unbroken's Trainer turns it off; a loop of your own does not",
-            "torch.backends.cudnn.benchmark = False",
-        )
-
-
-def _not_deterministic(facts: Facts) -> Iterator[Finding]:
-    if not facts["deterministic"]:
-        yield Finding(
-            "note",
-            "torch does not use deterministic algorithms by default",
-            "some kernels do not repeat their own bits. unbroken's Trainer turns deterministic "
-            "ones on (full_determinism=True, the default); a loop of your own does not",
-            "torch.use_deterministic_algorithms(True) in a loop of your own",
-        )
+    def __call__(self, facts: Facts) -> Iterator[Finding]:
+        if self.is_found(facts):
+            what, remedy = (text.format(f=facts) for text in (self.what, self.remedy))
+            yield Finding(self.severity, what, self.why, remedy)
 
 
 def _tf32(facts: Facts) -> Iterator[Finding]:
@@ -180,28 +106,6 @@ def _set_variables(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def _denormals(facts: Facts) -> Iterator[Finding]:
-    if facts["flush_denormal"]:
-        yield Finding(
-            "risk",
-            "the smallest numbers are flushed to zero in every new process",
-            "something that Python loads at its start has switched the processor; where it is not "
-            "loaded, the bits differ",
-            "call torch.set_flush_denormal(...) at the top of the training script",
-        )
-
-
-def _hash_seed(facts: Facts) -> Iterator[Finding]:
-    if _variable(facts, "PYTHONHASHSEED") is None:
-        yield Finding(
-            "note",
-            "PYTHONHASHSEED is not set",
-            "each start goes through a set of texts in another order. unbroken depends on none; "
-            "data that your code gathers in a set may",
-            "sort such sets, or export PYTHONHASHSEED=0",
-        )
-
-
 def _variable(facts: Facts, name: str) -> str | None:
     value: str | None = facts.get(f"variables.{name}")
     return value
@@ -211,19 +115,93 @@ def _has_gpu(facts: Facts) -> bool:
     return bool(facts["gpus"] != [])
 
 
+def _is_old(facts: Facts) -> bool:
+    return tuple(int(number) for number in re.findall(r"\d+", facts["torch"])[:2]) < _OLDEST_TORCH
+
+
 _ON_CUDA = {"float32.cuda.matmul", "float32.cuda.conv", "float32.cuda.rnn"}
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _CHECKS: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
-    _old_torch,
-    _threads_that_vary,
-    _threads_of_the_machine,
-    _workspace,
-    _benchmark,
-    _denormals,
-    _too_many_threads,
-    _not_deterministic,
+    _Check(
+        "breaks",
+        _is_old,
+        "torch {f[torch]} is older than 2.9",
+        "unbroken is made for, and tested with, torch 2.9 and newer",
+        'pip install "torch>=2.9"',
+    ),
+    _Check(
+        "breaks",
+        lambda f: (_variable(f, "OMP_DYNAMIC") or "").strip().lower() in ("true", "1"),
+        "OMP_DYNAMIC is on",
+        "the number of threads follows the load of the machine, and with it the order of sums",
+        "unset OMP_DYNAMIC",
+    ),
+    _Check(
+        "risk",
+        lambda f: not (_variable(f, "OMP_NUM_THREADS") or _variable(f, "MKL_NUM_THREADS")),
+        "OMP_NUM_THREADS is not set: torch takes {f[num_threads]} threads, from the cores it sees",
+        f"{THREADS[1]}; on a machine with other cores, or under torchrun (which sets 1), a run "
+        "would go on with other bits",
+        "export OMP_NUM_THREADS={f[num_threads]} in the script that starts the job",
+    ),
+    _Check(
+        "note",
+        lambda f: _has_gpu(f) and _variable(f, _WORKSPACE) is None,
+        f"{_WORKSPACE} is not set",
+        "without it, cuBLAS may not repeat its own bits. unbroken's Trainer sets it; a loop of "
+        "your own does not",
+        f"export {_WORKSPACE}=:4096:8",
+    ),
+    _Check(
+        "breaks",
+        lambda f: _has_gpu(f) and _variable(f, _WORKSPACE) not in (None, *_REPEATING_WORKSPACES),
+        f"{_WORKSPACE} is {{f[variables.{_WORKSPACE}]}}",
+        "with this workspace cuBLAS may not repeat its own bits, and the Trainer leaves what "
+        "is set as it is",
+        f"export {_WORKSPACE}=:4096:8",
+    ),
+    _Check(
+        "risk",
+        lambda f: f["cudnn.benchmark"] and _has_gpu(f),
+        "torch.backends.cudnn.benchmark is on",
+        "cuDNN takes the kernel that was the fastest just now: another one next time. "
+        "unbroken's Trainer turns it off; a loop of your own does not",
+        "torch.backends.cudnn.benchmark = False",
+    ),
+    _Check(
+        "risk",
+        lambda f: f["flush_denormal"],
+        "the smallest numbers are flushed to zero in every new process",
+        "something that Python loads at its start has switched the processor; where it is not "
+        "loaded, the bits differ",
+        "call torch.set_flush_denormal(...) at the top of the training script",
+    ),
+    _Check(
+        "note",
+        lambda f: f["num_threads"] > f["cores"],
+        "torch takes {f[num_threads]} threads on {f[cores]} cores",
+        "threads that wait for each other make it slow; the bits are not affected",
+        "a new run: export OMP_NUM_THREADS={f[cores]}. A run that has begun keeps "
+        "{f[num_threads]}: another number changes its bits",
+    ),
+    _Check(
+        "note",
+        lambda f: not f["deterministic"],
+        "torch does not use deterministic algorithms by default",
+        "some kernels do not repeat their own bits. unbroken's Trainer turns deterministic "
+        "ones on (full_determinism=True, the default); a loop of your own does not",
+        "torch.use_deterministic_algorithms(True) in a loop of your own",
+    ),
     _tf32,
     _set_variables,
-    _hash_seed,
+    _Check(
+        "note",
+        lambda f: _variable(f, "PYTHONHASHSEED") is None,
+        "PYTHONHASHSEED is not set",
+        "each start goes through a set of texts in another order. unbroken depends on none; "
+        "data that your code gathers in a set may",
+        "sort such sets, or export PYTHONHASHSEED=0",
+    ),
 )
 
 
