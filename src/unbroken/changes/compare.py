@@ -446,9 +446,9 @@ class Comparison:
         changed, named = self.added_or_removed(tree), Skip(patterns)
         goes += [d.path for d in changed if not (named.whole("callbacks") or named.whole(d.path))]
         untrained = untrained_names(found)
-        skip = Skip((*patterns, *goes), untrained)
-        if not skip:
+        if not (patterns or goes or untrained):
             return dict(tree), ()
+        skip = Skip((*patterns, *goes), untrained)
         loaded, skipped = keep_skipped(self._objects, tree, skip)
         by_skip = [path for path in skipped if path not in goes]
         return loaded, tuple(

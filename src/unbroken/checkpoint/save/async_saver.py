@@ -262,7 +262,7 @@ class AsyncSaver:
         self._group = group
         self._objects = objects
         self._thread_group: Group | None = None  # for the save threads
-        self._buffer = StagingBuffer()
+        self._buffer: StagingBuffer | None = None  # made by the first copy
         self._without_storage: tuple[int, ...] | None = None  # ranks, once a save found out
         self._running: SaveThread | None = None
         self._process = 0  # that it runs in
@@ -307,6 +307,7 @@ class AsyncSaver:
         self._blocked = time.perf_counter() - self._began
 
     def _copy(self, share: RankShare) -> StagedState:
+        self._buffer = self._buffer or StagingBuffer()
         if self.mode == "async":
             return self._buffer.take(share.leaves)
         stable = stable_tensors(self._objects, share.leaves, self._unstable)
@@ -400,7 +401,7 @@ class AsyncSaver:
         return self._current() is None
 
     def _release(self) -> None:
-        self._buffer = StagingBuffer()
+        self._buffer = None
         hook, self._hook = self._hook, None
         if hook is not None:
             hook.remove()

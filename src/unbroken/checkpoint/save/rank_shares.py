@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -199,6 +199,7 @@ class CapturedState:
     may_choose: bool = True
 
 
+@dataclass
 class SharePlan:
     """Who stores what. Ranks divide it again only when one of them has something else to store.
 
@@ -207,11 +208,10 @@ class SharePlan:
         saves: How many there were on several ranks.
     """
 
-    def __init__(self) -> None:
-        self.memo = TensorMemo()
-        self.saves = 0
-        self._offered: list[Any] | None = None
-        self._mine: frozenset[str] = frozenset()
+    memo: TensorMemo = field(default_factory=TensorMemo)
+    saves: int = 0
+    _offered: list[Any] | None = None
+    _mine: frozenset[str] = frozenset()
 
     def mine(self, group: Group, leaves: Sequence[TensorLeaf]) -> frozenset[str]:
         """Return the paths of those of these leaves that this rank stores; see `divide`."""

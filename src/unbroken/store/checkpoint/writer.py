@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from unbroken.errors import CaptureError, LockHeldError, SaveError
-from unbroken.storage import Storage, WriteHandle
+from unbroken.storage import Storage
 from unbroken.store.checkpoint.commit import (
     commit_staging,
     ensure_folder,
@@ -91,9 +91,11 @@ def offsets_in_files(leaves: Iterable[Leaf], page: int) -> tuple[dict[str, int],
 def write_plan(storage: Storage, folder: str, plan: FilePlan) -> FileEntry:
     """Write a safetensors file, durably, and return what the manifest will say of it."""
     nbytes = len(plan.header) + sum(leaf.nbytes for leaf in plan.leaves)
+    digests: list[str] = []
     with storage.create(f"{folder}/{plan.name}", nbytes) as file:
         file.write(plan.header)
-        digests = _write_leaves(file, plan.leaves)
+        for piece in _pieces(plan.leaves, digests):
+            file.write(piece)
         file.sync()
     regions = [Region(0, len(plan.header), digest_of(plan.header))]
     end = len(plan.header)
@@ -159,33 +161,32 @@ def _digest_of_leaf(leaf: Leaf) -> str:
     return digester.digest()
 
 
-def _write_leaves(file: WriteHandle, leaves: Iterable[Leaf]) -> list[str]:
-    """Write leaves, and return their digests; copies that adjoin are written at once."""
-    digests: list[str] = []
+def _pieces(leaves: Iterable[Leaf], digests: list[str]) -> Iterator[memoryview]:
+    """Yield the bytes of leaves, and add their digests; copies that adjoin come as one piece."""
     memory, start, end = memoryview(b""), 0, 0  # copies to be written
     for leaf in leaves:
         copied = leaf.copied
         if copied is None or copied.memory is not memory or copied.start != end:
-            file.write(memory[start:end])
+            yield memory[start:end]
             memory, start, end = memoryview(b""), 0, 0
         if copied is None:
-            digests.append(_write_leaf(file, leaf))
+            digests.append((yield from _pieces_of(leaf)))
             continue
         start = start if copied.memory is memory else copied.start
         memory, end = copied.memory, copied.start + leaf.nbytes
         digests.append(copied.digest)
-    file.write(memory[start:end])
-    return digests
+    yield memory[start:end]
 
 
-def _write_leaf(file: WriteHandle, leaf: Leaf) -> str:
+def _pieces_of(leaf: Leaf) -> Generator[memoryview, None, str]:
+    """Yield the bytes of a leaf; return their digest."""
     digester = Digester()
     written = 0
     for chunk in leaf.chunks():
         for start in range(0, chunk.nbytes, _PIECE_BYTES):
             piece = chunk[start : start + _PIECE_BYTES]
             digester.update(piece)
-            file.write(piece)
+            yield piece
         written += chunk.nbytes
     if written != leaf.nbytes:
         what = "gives another number of bytes than it said"
