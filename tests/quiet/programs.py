@@ -399,6 +399,37 @@ def keep(module, inputs, output):
 model.head.register_forward_hook(keep)
 """,
     ),
+    "numbers of layers that a schedule moves, and hooks and schedules with counters": loop(
+        before="""
+model.body.insert(1, nn.BatchNorm1d(12))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+average = [p.detach().clone() for p in model.parameters()]
+calls = {"schedule": 0, "gradients": 0}
+def after_step(*_):
+    for mean, p in zip(average, model.parameters()):
+        mean.lerp_(p.detach(), 0.1)
+def count(gradient):
+    calls["gradients"] += 1
+    return gradient * (1 + 1 / calls["gradients"])
+def slower(_):
+    calls["schedule"] += 1
+    return 1 / calls["schedule"]
+class Centered:
+    def __init__(self):
+        self.mean = 0.0
+    def __call__(self, module, inputs, output):
+        self.mean = 0.9 * self.mean + 0.1 * output.detach().mean().item()
+        return output - self.mean
+optimizer.register_step_post_hook(after_step)
+model.head.weight.register_hook(count)
+model.head.register_forward_hook(Centered())
+scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, slower)
+""",
+        given=", scheduler=scheduler",
+        stepped="scheduler.step()",
+        after="model.body[3].p *= 0.9; model.body[1].momentum *= 0.9",
+    )
+    + "also.append(nn.ParameterList(average))\n",
     "our Trainer": trainer(),
     "our Trainer with a schedule, clipping and evaluation": trainer(
         config=', lr_scheduler_type="cosine", warmup_steps=3, max_grad_norm=0.5, eval_steps=5',
@@ -413,6 +444,39 @@ class Timer(Callback):
         self.seconds = time.time() - self.began
 """,
         callbacks=", Timer()",
+    ),
+    "our Trainer with a loss that counts in all places that functions know": trainer(
+        before="""
+from types import SimpleNamespace
+CALLS, LAST, DRAWN = 0, [1.0], random.Random(2)
+def make_loss():
+    ema, noise = 1.0, [np.random.default_rng(0), np.random.RandomState(1)]
+    def loss_fn(logits, labels):
+        global CALLS
+        nonlocal ema
+        loss = F.cross_entropy(logits, labels)
+        CALLS += 1
+        loss_fn.calls += 1
+        Meter.seen += 1
+        LAST[0] = ema = 0.9 * ema + 0.1 * loss.item()
+        drawn = noise[0].random() + noise[1].rand() + DRAWN.random()
+        return loss * (1 / ema + 1 / CALLS + 1 / loss_fn.calls + 1 / Meter.seen + drawn)
+    loss_fn.calls = 0
+    return loss_fn
+class Meter:
+    seen = 0
+    def __init__(self):
+        self.counts, self.space = defaultdict(int), SimpleNamespace(steps=0)
+        self.start = self.since = 0.5
+        self.loss_fn = make_loss()
+    def loss(self, logits, labels):
+        self.counts["calls"] += 1
+        self.space.steps += 1
+        self.start, self.since = self.start * 0.9, self.since * 0.8
+        scale = 1 / self.counts["calls"] + 1 / self.space.steps + self.start + self.since
+        return self.loss_fn(logits, labels) * scale
+""",
+        loss="Meter().loss",
     ),
     "our Trainer subclassed, with a loss of its own": trainer(
         before="""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from threading import Lock
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 import attribute_runs
 from fresh import run_fresh
@@ -114,6 +116,28 @@ def test_what_cannot_be_saved_is_named_and_never_called_exact(tmp_path):
     saved(tmp_path, 2, layer)
     report = saved(tmp_path, 3, Cooling())
     assert "model.average: not covered: training changed it" in "\n".join(report.lines())
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda: itertools.count(1), "itertools.count"),
+        (lambda: itertools.cycle([1, 2]), "itertools.cycle"),
+        (lambda: (0.5**n for n in range(9)), "builtins.generator"),
+        (lambda: iter([1, 2, 3]), "builtins.list_iterator"),
+        (lambda: iter(DataLoader([1, 2, 3])), "_SingleProcessDataLoaderIter"),
+    ],
+    ids=("count", "cycle", "generator", "list", "loader"),
+)
+def test_an_iterator_that_training_reads_on_is_named(make, kind, tmp_path):
+    layer = Cooling(steps=make())
+    saved(tmp_path, 1, layer)
+    assert saved(tmp_path, 1, layer).verdict == "exact"
+    next(layer.steps)
+    saved(tmp_path, 2, layer)
+    found = "\n".join(saved(tmp_path, 3, Cooling(steps=make())).lines())
+    assert "model.steps: not covered: training changed it" in found
+    assert f"{kind}; keep a number in its stead" in found
 
 
 def test_results_with_a_graph_and_caches_are_no_hindrance(tmp_path):

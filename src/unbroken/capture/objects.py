@@ -276,8 +276,8 @@ def fill(objects: Mapping[str, object], tree: Mapping[str, Any]) -> None:
 
 def capture_unregistered(
     objects: Mapping[str, object], unregistered: Mapping[str, object], path: str
-) -> Captured:
-    """Return the state of an object that is not registered, but stands beside those that are.
+) -> Any:
+    """Return the state of an object, or of some, not registered but beside those that are.
 
     Args:
         objects: The registered objects by name.
@@ -291,8 +291,7 @@ def capture_unregistered(
         >>> capture_unregistered({}, {"trainer.teacher": nn.Linear(1, 1)}, "trainer.teacher").kind
         'module'
     """
-    found: Captured = _capture(unregistered[path], path, _names_with(objects, unregistered))
-    return found
+    return _capture(unregistered[path], path, _names_with(objects, unregistered))
 
 
 def restore_unregistered(
@@ -319,7 +318,8 @@ def restore_unregistered(
     problem = next(_check(unregistered[path], stored, path, names), None)
     if problem is None and not check:
         later = Filling()
-        kind_of(unregistered[path], path).restore(unregistered[path], stored, names, later)
+        for one, saved in _pairs({path: unregistered[path]}, {path: stored}):
+            kind_of(one, path).restore(one, saved, names, later)
         later.finish()
     return problem
 

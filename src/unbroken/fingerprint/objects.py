@@ -318,7 +318,8 @@ def _more_settings(scheduler: LRScheduler) -> dict[str, Any]:
 # What the user's own classes keep in their objects: attributes that no library manages.
 
 
-_STORE, _MORE = dis.opmap["STORE_ATTR"], dis.opmap["EXTENDED_ARG"]
+_STORE, _STORE_GLOBAL = dis.opmap["STORE_ATTR"], dis.opmap["STORE_GLOBAL"]
+_MORE = dis.opmap["EXTENDED_ARG"]
 _IN_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
@@ -374,6 +375,25 @@ def names_in_class(thing: object, name: str) -> bool:
     """
     values = (value for base in type(thing).__mro__[:-1] for value in vars(base).values())
     return any(name in code.co_names for value in values for code in _codes(value))
+
+
+def names_stored_by(function: FunctionType) -> frozenset[str]:
+    """Return the names of globals and attributes that a function sets, inner functions included.
+
+    Example:
+        >>> def count():
+        ...     global counted
+        ...     counted += 1
+        >>> sorted(names_stored_by(count))
+        ['counted']
+    """
+    return _stored_in(function.__code__)
+
+
+@functools.lru_cache(maxsize=4096)
+def _stored_in(code: CodeType) -> frozenset[str]:
+    each = ((one, store) for one in _with_inner(code) for store in (_STORE, _STORE_GLOBAL))
+    return frozenset(name for one, store in each for name in _stored_by(one, store))
 
 
 @functools.lru_cache(maxsize=256)
@@ -475,10 +495,10 @@ def _with_inner(code: CodeType) -> Iterator[CodeType]:
             yield from _with_inner(inner)
 
 
-def _stored_by(code: CodeType) -> Iterator[str]:
-    """Yield the names of the attributes that code sets, of whatever object."""
+def _stored_by(code: CodeType, store: int = _STORE) -> Iterator[str]:
+    """Yield the names of the attributes that code sets, of whatever object; or of the globals."""
     text, at = code.co_code, 0
-    while (at := text.find(_STORE, at)) >= 0:
+    while (at := text.find(store, at)) >= 0:
         if at % 2 == 0:
             more = text[at - 1] << 8 if at and text[at - 2] == _MORE else 0
             yield code.co_names[more | text[at + 1]]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import logging
+import operator
 import os
+import random
 import re
 import sys
 import time
 import types
 import weakref
-from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Mapping
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import date, timedelta
 from datetime import time as time_of_day
 from enum import Enum
@@ -29,6 +32,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data.dataloader import _BaseDataLoaderIter as BaseDataLoaderIter
 
 from unbroken.capture import decode, encode, is_sharded, named_buffers, named_parameters, types_in
 from unbroken.capture.state_tree import TreeMap, children
@@ -40,13 +44,16 @@ _MOST_VALUES = 65536
 _MOST_TENSORS = 4096
 _SMALL = 1 << 20
 _SAMPLE = 1024
-_DAY = 86400.0
-_BEGAN = time.time() - 60  # seconds since 1970, before this process
+_BEFORE = 60.0  # seconds that this process may have run when this was imported
+_BEGAN = time.time() - _BEFORE
 _ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes))
 _PURE = frozenset((list, tuple, dict))
 _CONTAINERS = frozenset((*_PURE, set, frozenset, OrderedDict, Counter, deque, bytearray))
 
-WITH_STATE = (Optimizer, LRScheduler, GradScaler, torch.Generator, np.random.Generator)
+WITH_STATE = (
+    *(Optimizer, LRScheduler, GradScaler),
+    *(torch.Generator, np.random.Generator, np.random.RandomState, random.Random),
+)
 """What has state, and comes back in its own way; modules besides."""
 
 _TOLD = (
@@ -69,7 +76,7 @@ _OF_A_CLOCK = re.compile(
 )
 _DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:\d+)?")
 
-Kind = Literal["told", "plain", "tensors", "object", "unknown", "lost"]
+Kind = Literal["told", "plain", "tensors", "object", "moving", "unknown", "lost"]
 
 
 class Look(NamedTuple):
@@ -77,10 +84,10 @@ class Look(NamedTuple):
 
     Attributes:
         kind: "told": nothing to save; "plain"; "tensors": one, or a container with some;
-            "object": one that has state; "unknown": nobody can say whether it is state; "lost": it
-            may be, and cannot be saved.
+            "object": one that has state; "moving": an iterator, whose place cannot be saved;
+            "unknown": nobody can say whether it is state; "lost": it may be, and cannot be saved.
         mark: Equal for two looks at the same; means something in this process alone.
-        value: What is to be saved; of the last two, why it is not.
+        value: What is to be saved; of the last three, why it is not.
     """
 
     kind: Kind
@@ -91,7 +98,7 @@ class Look(NamedTuple):
         """Return it without what may change."""
         if self.kind == "plain":
             return self._replace(value=_copied(self.value))
-        return self if self.kind in ("unknown", "lost") else self._replace(value=None)
+        return self if self.kind in ("moving", "unknown", "lost") else self._replace(value=None)
 
     def text(self) -> str:
         """Return a plain value as typed JSON; of any other look, that it is none.
@@ -140,6 +147,9 @@ def look_at(name: str, value: Any, registered: Mapping[int, Any]) -> Look:
         return _of_array(value)
     if isinstance(value, torch.Tensor):
         return _of_tensors(value, [value], registered)
+    if isinstance(value, Iterator):
+        what = f"a {type(value).__module__}.{type(value).__qualname__}"
+        return Look("moving", (id(value), _place_of(value)), what)
     return _of_container(value, registered)
 
 
@@ -161,8 +171,9 @@ def _is_volatile(name: str, value: Any) -> bool:
         return isinstance(value, float) and value % 1 != 0 and _BEGAN <= value <= time.time()
     if is_volatile_number(value):
         return True
+    run = time.time() - _BEGAN  # a number that a clock showed before is of another process
     clocks = time.perf_counter(), time.monotonic()
-    return isinstance(value, float) and any(0 <= clock - value < _DAY for clock in clocks)
+    return isinstance(value, float) and any(0 <= clock - value < run for clock in clocks)
 
 
 def _of_module(module: nn.Module, registered: Mapping[int, Any]) -> Look:
@@ -188,6 +199,10 @@ def _of_array(array: np.ndarray[Any, Any]) -> Look:
 
 
 def _of_container(value: Any, registered: Mapping[int, Any]) -> Look:
+    if type(value) in (list, tuple, dict) and (found := _of_objects(value, registered)):
+        return found
+    if type(value) is defaultdict:
+        return _of_container(dict(value), registered)
     if isinstance(value, Enum | np.generic) or (
         isinstance(value, tuple) and type(value) is not tuple
     ):
@@ -202,6 +217,44 @@ def _of_container(value: Any, registered: Mapping[int, Any]) -> Look:
         if is_plain
         else _of_mixed(value, registered)
     )
+
+
+def _place_of(iterator: Any) -> Any:
+    """Return what changes when an iterator is read on, as far as it tells; it is not read."""
+    if isinstance(iterator, types.GeneratorType):
+        frame = iterator.gi_frame
+        return frame and (
+            frame.f_lasti,
+            repr({n: v for n, v in frame.f_locals.items() if type(v) in _ATOMS}),
+        )
+    if isinstance(iterator, itertools.count):
+        return repr(iterator)
+    if isinstance(iterator, itertools.cycle):
+        parts: Any = iterator.__reduce__()
+        return (len(parts[2][0]), operator.length_hint(parts[1][0], -1))
+    if isinstance(iterator, BaseDataLoaderIter):
+        return iterator._num_yielded  # noqa: SLF001 (nothing else tells)
+    return operator.length_hint(iterator, -1) if type(iterator).__module__ == "builtins" else None
+
+
+def has_state(value: object) -> bool:
+    """Return whether a value may be an object with state, or a container of such."""
+    if type(value) in (list, tuple, dict) and value:
+        value = next(iter(value.values() if type(value) is dict else value))  # type: ignore[call-overload]
+    return isinstance(value, (nn.Module, *WITH_STATE))
+
+
+def _of_objects(value: Any, registered: Mapping[int, Any]) -> Look | None:
+    """Look at a container of objects that have state; None: that is not what it is."""
+    parts = [*(value.values() if type(value) is dict else value)]
+    if not parts or not all(isinstance(one, (nn.Module, *WITH_STATE)) for one in parts):
+        return None
+    looks = [look_at("", one, registered) for one in parts]
+    if all(look.kind == "told" for look in looks):
+        return TOLD
+    if any(look.kind != "object" for look in looks):
+        return Look("unknown", id(value), "some of its objects are saved elsewhere")
+    return Look("object", [look.mark for look in looks], value)
 
 
 def _copied(value: Any) -> Any:

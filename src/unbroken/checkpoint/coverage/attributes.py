@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from enum import Enum
 from functools import cached_property
 from typing import Any
 
@@ -21,8 +20,6 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Sampler
 
 from unbroken.capture import (
     Captured,
@@ -31,7 +28,6 @@ from unbroken.capture import (
     is_sharded,
     kind_of,
     load_tensors,
-    named_modules,
     named_objects,
     restore_unregistered,
     unwrapped,
@@ -43,13 +39,15 @@ from unbroken.checkpoint.coverage.attribute_values import (
     TOLD,
     WITH_STATE,
     Look,
+    has_state,
     kinds_near,
     look_at,
     value_of,
 )
+from unbroken.checkpoint.coverage.owners import Known, Owner, is_of_data, owners_in
 from unbroken.data import LoaderSource, MapSource
 from unbroken.errors import CaptureError, CheckpointError, CorruptCheckpointError
-from unbroken.fingerprint import changed_by_reading, keeps_attributes, own_attributes
+from unbroken.fingerprint import changed_by_reading, keeps_attributes
 from unbroken.stored_names import from_stored, to_stored
 
 NAME = "attributes"
@@ -63,21 +61,6 @@ _FACT = re.compile(r"(?:state\.)?((?:callbacks\.)?[^.]+)\.(?:values|args)\.(.+)"
 _SCALAR = 8
 _MADE = "training made the object: make it before the run begins"
 _GONE = "came or went: whether anything uses it cannot be seen"
-
-
-@dataclass(frozen=True)
-class Owner:
-    """An object whose attributes are looked at.
-
-    Attributes:
-        path: "model.block.0", "callbacks.Patience".
-        thing: The object.
-        holder: The object that it is an attribute of, and its name there; None: it has another.
-    """
-
-    path: str
-    thing: Any
-    holder: tuple[Any, str] | None = None
 
 
 @dataclass
@@ -133,6 +116,7 @@ class Attributes:
         self._stored = _Stored()
         self._of_workers: dict[str, Look] | None = None  # None: no process has copies
         self._noted = False
+        self._code: Known = {}
         self._covered: dict[int, Any] = {}
         self._put_back: set[str] = set()
         self._begun: dict[str, Look] = {}
@@ -149,11 +133,11 @@ class Attributes:
         owners = list(self._owners())
         self._known = {owner.path for owner in owners}
         for owner in owners:
-            held = own_attributes(owner.thing).items()
+            held = owner.held().items()
             self._note_covered(owner, (value for _, value in held))
             looks = {name: look_at(name, value, registered).noted() for name, value in held}
             self._before |= {f"{owner.path}.{name}": look for name, look in looks.items()}
-            first = _FIRST.of(owner.thing, looks)
+            first = _FIRST.of(owner.identity, looks)
             self._built |= {f"{owner.path}.{name}": look for name, look in first.items()}
 
     @contextmanager
@@ -162,24 +146,21 @@ class Attributes:
 
         A second start takes the facts that a fresh process would take.
         """
-        put_back: list[tuple[Any, str, Any]] = []
-        for owner in self._owners():
-            for name, value in own_attributes(owner.thing).items():
+        put_back: list[tuple[Owner, str, Any]] = []
+        for owner in [*self._owners()]:
+            for name, value in owner.held().items():
                 path = f"{owner.path}.{name}"
                 first, now = self._built.get(path), self._before.get(path, TOLD)
-                held = getattr(owner.thing, "__dict__", {})
-                if name not in held or (first is not None and first.mark == now.mark):
+                if first is not None and first.kind == "plain" and first.mark != now.mark:
+                    owner.bind(name, copy.deepcopy(first.value))
+                elif first is not None or not owner.forget(name):
                     continue
-                if first is None:
-                    del held[name]
-                elif first.kind == "plain":
-                    held[name] = copy.deepcopy(first.value)
-                put_back.append((held, name, value))
+                put_back.append((owner, name, value))
         try:
             yield
         finally:
-            for held, name, value in put_back:
-                held[name] = value
+            for owner, name, value in put_back:
+                owner.bind(name, value)
 
     def covers(self, thing: object) -> bool:
         """Return whether an object is looked at, or held by one that is, as of the last look."""
@@ -209,7 +190,7 @@ class Attributes:
             return {}
         registered, covered = self._registered(), _names_in_states(tree)
         for owner in owners:
-            for name, value in own_attributes(owner.thing).items():
+            for name, value in owner.held().items():
                 path = f"{owner.path}.{name}"
                 if name in covered.get(owner.path, ()):
                     continue
@@ -226,7 +207,7 @@ class Attributes:
 
     def _add(self, found: _Stored, owner: Owner, path: str, look: Look, built: Look | None) -> None:
         """Add an attribute that moved, or tell why it cannot be saved."""
-        if _is_of_data(path) and self._is_of_reading(found, owner, path, look):
+        if is_of_data(path) and self._is_of_reading(found, owner, path, look):
             return
         try:
             if look.kind == "plain":
@@ -235,8 +216,10 @@ class Attributes:
                 found.plain[path] = [look.text(), was, *((begun,) if begun != was else ())]
             elif look.kind == "tensors":
                 self._add_tensors(found, owner, path, look)
-            elif look.kind == "lost" and not _is_of_data(path):
+            elif look.kind == "lost" and not is_of_data(path):
                 found.lost[path] = look.value
+            elif look.kind == "moving" and built is not None and not is_of_data(path):
+                found.lost[path] = f"the place of {look.value}; keep a number in its stead"
             else:
                 self.unknown[path] = look.value
         except CaptureError as error:
@@ -258,8 +241,8 @@ class Attributes:
 
     def _add_tensors(self, found: _Stored, owner: Owner, path: str, look: Look) -> None:
         nbytes = _nbytes(look.value)
-        most = _BYTES if _is_of_data(path) else max(_BYTES, self._registered_bytes())
-        if nbytes > most and _is_of_data(path):
+        most = _BYTES if is_of_data(path) else max(_BYTES, self._registered_bytes())
+        if nbytes > most and is_of_data(path):
             self.unknown[path] = f"{nbytes >> 20} MiB of tensors: records that are kept, it seems"
         elif nbytes > most:
             found.lost[path] = f"{nbytes >> 20} MiB of tensors, more than all that is registered"
@@ -279,7 +262,7 @@ class Attributes:
                 found.lost[path] = error.message
 
     def _add_what_workers_lack(self, found: _Stored) -> None:
-        moved = [path for path in (*found.plain, *found.tensors) if _is_of_data(path)]
+        moved = [path for path in (*found.plain, *found.tensors) if is_of_data(path)]
         if self._of_workers is None or not moved:
             return
         looks, owners = self._looks_at_data(), {one.path: one.thing for one in self._owners()}
@@ -295,14 +278,14 @@ class Attributes:
         self._of_workers = self._looks_at_data()
 
     def _looks_at_data(self) -> dict[str, Look]:
-        owners = (owner for owner in self._owners() if _is_of_data(owner.path))
+        owners = (owner for owner in self._owners() if is_of_data(owner.path))
         return self._looks(owners, self._registered())
 
     def _looks(self, owners: Iterable[Owner], registered: Mapping[int, Any]) -> dict[str, Look]:
         return {
             f"{owner.path}.{name}": look_at(name, value, registered).noted()
             for owner in owners
-            for name, value in own_attributes(owner.thing).items()
+            for name, value in owner.held().items()
         }
 
     # What follows is for a resume.
@@ -375,19 +358,19 @@ class Attributes:
             self._begun = self._looks(owners.values(), registered)
         for path in (*self._stored.plain, *self._stored.tensors):
             owner, name = owners.get(_owner_path(path)), path.rpartition(".")[2]
-            if owner is None or data not in (None, _is_of_data(path)):
+            if owner is None or data not in (None, is_of_data(path)):
                 continue
-            held = own_attributes(owner.thing)
+            held = owner.held()
             now = look_at(name, held[name], registered) if name in held else TOLD
             fits = self._fits_again(owner, path, now) if again else self._is_untouched(path, now)
             if fits:
                 self._put_back.add(path)
-                _put(owner, name, self._value(owner, path))
+                owner.put(name, self._value(owner, path))
         if again:
             self._set_as_built(self._set_anew)
         live = self._live_objects(owners)
         for path, one in self._stored.objects.items():
-            if data in (None, _is_of_data(path)) and path in live:
+            if data in (None, is_of_data(path)) and path in live:
                 restore_unregistered(self._objects, live, path, one)
 
     def _is_untouched(self, path: str, now: Look) -> bool:
@@ -406,7 +389,7 @@ class Attributes:
         if path in self._stored.tensors:
             return load_tensors(self._stored.tensors[path])
         now, _ = _pair(self._stored.plain[path])
-        kinds = kinds_near(owner.thing, getattr(owner.thing, path.rpartition(".")[2], None))
+        kinds = kinds_near(owner.thing, owner.held().get(path.rpartition(".")[2]))
         return value_of(now, kinds)
 
     def take_effect(self, differences: Iterable[Difference]) -> None:
@@ -427,7 +410,7 @@ class Attributes:
             if built is not None and owner is not None and built.kind == "plain":
                 self._stored.plain.pop(path, None)
                 value = value_of(built.text(), kinds_near(owner.thing, built.value))
-                _put(owner, path.rpartition(".")[2], value)
+                owner.put(path.rpartition(".")[2], value)
 
     # What follows looks at live objects.
 
@@ -436,30 +419,13 @@ class Attributes:
         return {
             f"{path}.{name}": value
             for path, owner in owners.items()
-            for name, value in own_attributes(owner.thing).items()
-            if isinstance(value, (nn.Module, *WITH_STATE))
-            and look_at(name, value, registered).kind == "object"
+            for name, value in owner.held().items()
+            if has_state(value) and look_at(name, value, registered).kind == "object"
         }
 
     def _owners(self) -> Iterator[Owner]:
-        seen: set[int] = set()
         roots = [*named_objects(self._objects), *self.bare.items(), *self._more().items()]
-        for path, root in roots:
-            for prefix, one in _parts_of(path, root):
-                yield from self._in(Owner(prefix, one), seen, 0)
-
-    def _in(self, owner: Owner, seen: set[int], depth: int) -> Iterator[Owner]:
-        """Yield an object, if it is of the user's own class, and such objects in it."""
-        if id(owner.thing) in seen or not _is_owner(owner.thing):
-            return
-        seen.add(id(owner.thing))
-        yield owner
-        if depth == _DEPTH:
-            return
-        for name, value in own_attributes(owner.thing).items():
-            for path, part in _within(name, value):
-                holder = (owner.thing, name) if part is value else None
-                yield from self._in(Owner(f"{owner.path}.{path}", part, holder), seen, depth + 1)
+        return owners_in(roots, self._code)
 
     def _registered(self) -> dict[int, Any]:
         """Return by their ids the objects and tensors that are saved anyway; by address, too."""
@@ -488,17 +454,20 @@ class _First:
     """What objects were when this process began with them: a second start is none from anew."""
 
     def __init__(self) -> None:
-        self._looks: dict[int, tuple[Any, dict[str, Look]]] = {}
+        self._looks: dict[int, tuple[Callable[[], Any], dict[str, Look]]] = {}
 
     def of(self, thing: Any, looks: dict[str, Look]) -> dict[str, Look]:
         """Return the looks at an object of the first start with it; these, if it is the first."""
         key = id(thing)
         known = self._looks.get(key)
         if known is not None and known[0]() is thing:
-            return known[1]
+            return {**looks, **known[1]} if type(thing) is dict else known[1]
         try:
             reference = weakref.ref(thing, lambda _: self._looks.pop(key, None))
-        except TypeError:  # a class with slots and no place for it
+        except TypeError:
+            if type(thing) is not dict:  # a class with slots and no place for it
+                return looks
+            self._looks[key] = ((lambda: thing), looks)  # a module's globals stay
             return looks
         self._looks[key] = (reference, looks)
         return looks
@@ -544,96 +513,6 @@ def _of_loader(state: Mapping[str, Any]) -> Collection[Any]:
     first = ranks[0] if isinstance(ranks, list) and ranks else state
     inner = first.get("loader_state") if isinstance(first, Mapping) else None
     return inner.keys() if isinstance(inner, Mapping) else ()
-
-
-def _is_owner(thing: object) -> bool:
-    if isinstance(thing, Enum | tuple | type | DataLoader) or not keeps_attributes(thing):
-        return False
-    if isinstance(thing, IterableDataset | Sampler):
-        return False  # what is read again from its beginning comes to be what it was
-    if not isinstance(thing, LRScheduler):
-        return True
-    return type(thing).state_dict is not LRScheduler.state_dict  # which holds all attributes
-
-
-def _parts_of(path: str, root: object) -> Iterator[tuple[str, object]]:
-    """Yield a registered object, and what it consists of where that is not of the user's class."""
-    if isinstance(root, nn.Module):
-        for name, module in named_modules(root):
-            yield (f"{path}.{name}" if name else path), module
-        return
-    yield path, root
-    if not type(root).__module__.startswith(_OF_DATA):
-        return
-    held = vars(root)
-    for name, suffix in _PARTS_OF_DATA.items():
-        if held.get(name) is not None:
-            yield from _parts_of(f"{path}{suffix}", held[name])
-    if isinstance(root, ConcatDataset):
-        for number, part in enumerate(root.datasets):
-            yield from _parts_of(f"{path}.{number}", part)
-
-
-_OF_DATA = ("unbroken.data", "torch.utils.data")
-_PARTS_OF_DATA = {
-    **dict.fromkeys(("dataset", "_batches", "_loader", "loader"), ""),
-    **dict.fromkeys(("collate_fn", "_collate"), ".collate_fn"),
-}
-
-
-def _within(name: str, value: object) -> Iterator[tuple[str, object]]:
-    """Yield the objects that an attribute holds: itself, or those in a short list or dict."""
-    yield name, value
-    parts: Iterable[tuple[Any, Any]] = ()
-    if type(value) is dict and len(value) <= _MOST_PARTS:
-        parts = value.items()
-    elif type(value) in (list, tuple) and len(value) <= _MOST_PARTS:  # type: ignore[arg-type]
-        parts = enumerate(value)  # type: ignore[arg-type]
-    for key, part in parts:
-        if hasattr(part, "__dict__"):
-            yield f"{name}.{key}", part
-    if isinstance(value, nn.Module):
-        for inner, module in named_modules(value):
-            if inner:
-                yield f"{name}.{inner}", module
-
-
-def _put(owner: Owner, name: str, value: Any) -> None:
-    """Set an attribute, past any code of its class; a container or a tensor stays the same one."""
-    thing = owner.thing
-    live: Any = own_attributes(thing).get(name)
-    if isinstance(live, torch.Tensor) and _fits(live, value):
-        with torch.no_grad():
-            live.copy_(value)
-        return
-    if type(live) is type(value) and isinstance(live, dict):
-        live.clear()
-        live.update(value)
-        return
-    if type(live) is type(value) and isinstance(live, list):
-        live[:] = value
-        return
-    if _is_frozen(thing) and owner.holder is not None:
-        thing = copy.copy(thing)
-        object.__setattr__(*owner.holder, thing)
-    object.__setattr__(thing, name, value)
-
-
-def _fits(live: torch.Tensor, value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and (live.dtype, live.shape, live.requires_grad) == (
-        value.dtype,
-        value.shape,
-        value.requires_grad,
-    )
-
-
-def _is_frozen(thing: object) -> bool:
-    parameters = getattr(type(thing), "__dataclass_params__", None)
-    return parameters is not None and bool(parameters.frozen)
-
-
-def _is_of_data(path: str) -> bool:
-    return path.partition(".")[0] in ("data", "eval_data", "collate_fn")
 
 
 def _is_cached(thing: object, path: str) -> bool:
