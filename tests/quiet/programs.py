@@ -275,6 +275,36 @@ loader = DataLoader(pairs, 4, sampler=WeightedRandomSampler(weights, 48))
 """,
         data="loader",
     ),
+    "loaders behind a cycle and a zip": loop(
+        before="""
+first, second = (DataLoader(part, 2, shuffle=True) for part in (pairs[:24], pairs[24:34]))
+class Together:
+    def cycle(self):
+        while True:
+            yield from second
+    def __iter__(self):
+        return (tuple(map(torch.cat, zip(a, b))) for a, b in zip(first, self.cycle()))
+""",
+        data="Together()",
+    ),
+    "a loader that a thread reads ahead": loop(
+        before="""
+import queue, threading
+class Ahead:
+    def __init__(self, loader):
+        self.loader = loader
+    def __iter__(self):
+        ready = queue.Queue()
+        def read():
+            for batch in self.loader:
+                ready.put(batch)
+            ready.put(None)
+        threading.Thread(target=read, daemon=True).start()
+        while (batch := ready.get()) is not None:
+            yield batch
+""",
+        data="Ahead(DataLoader(pairs, 4))",
+    ),
     "nanoGPT's get_batch": """
 block, tokens = 8, np.random.default_rng(1).integers(0, 31, 2000).astype(np.uint16)
 tokens.tofile(FOLDER + ".bin")

@@ -106,6 +106,7 @@ KILLED_AT, SAVED_AT = 10, 8
 SAID_AT_EACH_RESUME = (
     *("resuming from", "took over from a process that died", "step "),
     *("DataLoader: reading and skipping", "skipped "),  # what it costs to read an epoch again
+    *("Together: reading and skipping", "Ahead: reading and skipping"),
 )
 
 OF_THE_MACHINE = re.compile(r"_runtime'|it/s]|\[c10d\]")

@@ -324,9 +324,13 @@ class NotGiven:
         return [one for one in all_objects(self._objects) if isinstance(one, nn.Module)]
 
     def _trains(self) -> bool:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or self._is_read_by_a_source():
             return False
         return self._is_in_evaluation or any(one.training for one in self._trained)
+
+    def _is_read_by_a_source(self) -> bool:
+        """Return whether a registered source reads now: its loader may be made of others."""
+        return any(attributes(one).get("is_reading") for _, one in _sources(self._objects))
 
     def _sign(self) -> tuple[object, ...]:
         grads = (tensor.grad for tensor in self._marks)
@@ -341,7 +345,9 @@ class NotGiven:
     def _datasets(self) -> Iterator[Any]:
         for one in all_objects(self._objects):
             loader = one._loader.loader if isinstance(one, LoaderSource) else one
-            yield getattr(loader, "dataset", None) if isinstance(loader, DataLoader) else loader
+            held = attributes(loader).values()  # a thread may read what a loader wraps
+            for each in (loader, *(part for part in held if isinstance(part, DataLoader))):
+                yield getattr(each, "dataset", None) if isinstance(each, DataLoader) else each
 
     def _look_for_a_scaler(self) -> None:
         frame = sys._getframe(1)
@@ -386,7 +392,7 @@ class _Copy:
     def has_moved(self) -> bool:
         """Return whether it changed, and is not just the model as it is now."""
         before, self._last = self._last, _sample(_tensors_of(self.owner, self._name))
-        is_module = self._name is None  # a teacher is copied, too, and used
+        is_module = isinstance(self.owner, nn.Module)  # a teacher is copied, too, and used
         return before != self._last and (
             is_module or self._last != _sample(list(self._model.parameters()))
         )
@@ -401,7 +407,8 @@ def _places_of_tensors(thing: object) -> Iterator[tuple[str | None, list[torch.T
     """Yield where a thing may hold a copy of a model: in itself, or in attributes; and what."""
     if isinstance(thing, ModuleType) and not is_user_module(thing):
         return  # thousands of names: what trains keeps nothing in those of a library
-    held = {None: thing} if isinstance(thing, nn.Module) else attributes(thing)
+    is_itself = isinstance(thing, nn.Module) or type(thing) in (dict, list, tuple)
+    held = {None: thing} if is_itself else attributes(thing)
     for name, value in held.items():
         if tensors := _tensors_in(value):
             yield name, tensors

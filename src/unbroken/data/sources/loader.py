@@ -6,6 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar
@@ -90,6 +91,7 @@ class LoaderSource:
         self._running = RunningIterator()
         self.rank_states: list[dict[str, Any]] = []
         self.first_items: list[Any] = []
+        self.is_reading = False
         self._before: dict[str, Any] = {}
         self._weights: Mapping[str, str] = {}
         self._batch: list[Any] = []
@@ -237,16 +239,26 @@ class LoaderSource:
         """Stop reading; the position stays."""
         self._running.close()
 
+    @contextmanager
+    def _reading(self) -> Iterator[KeyedRandom]:
+        """Draw keyed numbers, and say so: what is read meanwhile is read for this source."""
+        with KeyedRandom() as rng:
+            self.is_reading = True
+            try:
+                yield rng
+            finally:
+                self.is_reading = False
+
     def _read(self, position: Position, reader: Reader | None) -> Generator[MicroBatch, None, None]:
         if reader is None:
-            with KeyedRandom() as rng:
+            with self._reading() as rng:
                 reader = self._resume(position, rng)
             reader.expected = position.trail.get("next") or {}
             self._refuse_other_weights()
         self._reader = reader
         try:
             while True:
-                with KeyedRandom() as rng:  # closed before each yield: the trainer draws too
+                with self._reading() as rng:  # closed before each yield: the trainer draws too
                     self._before = self._beginning(reader, position)
                     micro = self._next(reader, position, rng)
                 position = micro.after
