@@ -27,7 +27,7 @@ _OF_THE_METRIC = ("best", "cooldown_counter", "num_bad_epochs", "last_epoch", "_
 
 @dataclass(frozen=True)
 class InitialHyperparameters:
-    """What objects were before a resume; make it with `of`.
+    """Hyperparameters of objects before a resume; make it with `of`.
 
     Example:
         >>> optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
@@ -69,7 +69,7 @@ class InitialHyperparameters:
         self.schedules[id(scheduler)] = copy.deepcopy(scheduler.state_dict())
 
     def set_options(self, optimizer: Optimizer, names: Collection[str]) -> None:
-        """Give an optimizer these hyperparameters as it was built; not the learning rate."""
+        """Set these hyperparameters to their initial values; not the learning rate."""
         chosen = set(names) - set(_NO_OPTIONS)
         # Groups that were added in training stand behind the others, and keep what they had.
         for group, built in zip(optimizer.param_groups, self.groups[id(optimizer)], strict=False):
@@ -78,14 +78,14 @@ class InitialHyperparameters:
             _move_steps(optimizer)
 
     def set_learning_rates(self, optimizer: Optimizer) -> None:
-        """Give an optimizer the learning rates it was built with."""
+        """Set the learning rates of an optimizer to their initial values."""
         for group, built in zip(optimizer.param_groups, self.groups[id(optimizer)], strict=False):
             for key in ("lr", "initial_lr"):
                 if key in built:
                     _set(group, key, built[key])
 
     def reschedule(self, scheduler: LRScheduler, *, scale: float = 1.0) -> None:
-        """Put a schedule as it was built at the step where the restored one stands.
+        """Reset a schedule to its initial settings, at the step of the restored one.
 
         It is stepped there from its beginning, whatever its class; a `LambdaLR` is a function
         of the step and needs no steps.
@@ -131,7 +131,7 @@ class InitialHyperparameters:
 
 
 def _steps_of(state: Mapping[str, Any]) -> int:
-    """Return how often a schedule was stepped; one made of others stands where they do."""
+    """Return how often a schedule was stepped; of a composed one, the most of its parts."""
     if "last_epoch" in state:
         return int(state["last_epoch"])
     return max(_steps_of(inner) for inner in state["_schedulers"])
@@ -157,7 +157,7 @@ def _set(group: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _move_steps(optimizer: Optimizer) -> None:
-    """Put the counters of steps where the kernel of each group wants them."""
+    """Move step counters to the device that the kernel of each group needs."""
     for group in optimizer.param_groups:
         on_device = group.get("fused") or group.get("capturable")
         for parameter in group["params"]:
@@ -167,7 +167,7 @@ def _move_steps(optimizer: Optimizer) -> None:
 
 
 def _jump(scheduler: LambdaLR) -> None:
-    """Set the learning rates that the functions give at the step where the schedule stands."""
+    """Set the learning rates of the current step, as the functions of the schedule give them."""
     groups = scheduler.optimizer.param_groups
     scheduler.base_lrs = [group["initial_lr"] for group in groups]
     for group, factor in zip(groups, scheduler.lr_lambdas, strict=True):
@@ -188,7 +188,7 @@ NOT_LOADED = "not loaded: skip names it"
 def take_effect(
     differences: Iterable[Difference], built: InitialHyperparameters, objects: Mapping[str, Any]
 ) -> None:
-    """Set hyperparameters, schedules and frozen parameters as this start has built them.
+    """Set hyperparameters, schedules and frozen parameters to the values of this start.
 
     Moments and counters stay; a schedule is the new one at the step where the run is, also over
     an optimizer that was not loaded. Under a schedule that was not loaded the rates begin anew.
@@ -273,7 +273,7 @@ def options_of(kind: str, name: str, paths: Iterable[str]) -> dict[str, str]:
 
 
 def ratio(difference: Difference) -> float:
-    """Return a new number over the old one; 1 where that means nothing."""
+    """Return the new number divided by the old one; 1 for other values."""
     numbers = isinstance(difference.now, int | float), isinstance(difference.stored, int | float)
     return difference.now / difference.stored if all(numbers) and difference.stored else 1.0
 

@@ -75,7 +75,7 @@ from unbroken.stored_names import stored_class_name
 def environment_differences(
     stored: Mapping[str, Any], now: Mapping[str, Any] | None = None
 ) -> tuple[Difference, ...]:
-    """Return what is not the same about the machine and the software, the most severe first.
+    """Return how machine and software differ, the most severe difference first.
 
     Every difference that can change a bit is "equivalent", none is "changed": training goes on
     with the same data and settings, and rounds differently. "harmless" are only facts that no
@@ -151,7 +151,7 @@ def _gpu_effect(before: Counter[str], after: Counter[str]) -> str:
 def code_differences(
     stored: Mapping[str, Any], now: Mapping[str, Any] | None = None
 ) -> tuple[Difference, ...]:
-    """Return how the code of a start differs from that of a checkpoint, as far as files tell.
+    """Return how the code of a start differs from that of a checkpoint, judged by files.
 
     All that differs is "equivalent": a change may be a comment, or the loss. `git_dirty` is no
     exception: at one commit it can only change when tracked files did. (That files are dirty at
@@ -305,7 +305,7 @@ class Comparison:
 
     @cached_property
     def _begun(self) -> dict[str, Any]:
-        """The facts, or what waits for them: processes that read data sets work meanwhile."""
+        """The facts; those of data sets are functions that wait for the reading processes."""
         environment = {**environment_facts(), "mesh": how_cut(self._objects)}
         of_objects = fingerprint_of(self._objects)
         more = {} if self._more is None else self._more()
@@ -363,7 +363,7 @@ class Comparison:
     def _of_fingerprints(
         self, before: Mapping[str, Any], now: Mapping[str, Any], *, same_software: bool
     ) -> tuple[Difference, ...]:
-        """Compare facts that were taken in the same way; else say that nothing can be said."""
+        """Compare facts of the same version; of another version, report that they are not compared."""
         version = before.get("version")
         if not before or version == FINGERPRINT_VERSION:
             sides = self._without_made_by_settings(before), self._without_made_by_settings(now)
@@ -390,7 +390,7 @@ class Comparison:
         return (*uncovered_facts(facts), *_cut_off_code())
 
     def check_values(self, values: Any) -> None:
-        """Raise where the values of a checkpoint are none that such a run can have saved."""
+        """Raise where the values of a checkpoint cannot come from such a run."""
         if self._check_values is not None:
             self._check_values(values)
 
@@ -401,7 +401,7 @@ class Comparison:
 
     @property
     def is_strict(self) -> bool:
-        """Whether nothing is accepted that is less than exact."""
+        """Whether only an exact resume is accepted."""
         return self._policy.exact_resume == "require"
 
     def refuse(self, where: str, differences: tuple[Difference, ...]) -> None:
@@ -423,7 +423,7 @@ class Comparison:
                 source.accept_other_data()
 
     def patterns(self, stored: Mapping[str, Any], *, own: bool) -> tuple[str, ...]:
-        """Return what is not loaded; a run leaves each thing out once, and then has its own.
+        """Return the patterns of what is not loaded; a run skips each pattern only once.
 
         Args:
             stored: The facts of the checkpoint.
@@ -540,7 +540,7 @@ _DESCRIBED: Mapping[str, tuple[type, Callable[[Any], dict[str, Plain]]]] = {
 
 
 def _unrefused(found: tuple[Difference, ...], policy: ResumePolicy) -> list[Difference]:
-    """What is not loaded at all cannot fail to fit."""
+    """Make refused differences of objects that are not loaded acceptable."""
     effect = "begins anew: skip names it"
     return [
         replace(d, effect=effect, verdict="changed")

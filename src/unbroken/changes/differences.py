@@ -56,7 +56,7 @@ class Difference:
         return f"{self.path}: stored {stored}, now {now}: {self.verdict}: {self.effect}"
 
     def values(self) -> tuple[str, str]:
-        """Return both values in short; of lists only what the other one has not."""
+        """Return both values shortened; of lists, only the items that the other one lacks."""
         stored, now = self.stored, self.now
         if isinstance(stored, list) and isinstance(now, list):
             removed = [item for item in stored if item not in now]
@@ -77,7 +77,7 @@ def compare(
     *,
     differs: Callable[[str, Any, Any], bool] = lambda _, before, after: before != after,
 ) -> tuple[Difference, ...]:
-    """Return every setting that has another value than it had, the most severe first.
+    """Return every setting whose value has changed, the most severe first.
 
     A setting that only one side knows (it came or went with a version of unbroken) is no
     difference.
@@ -207,7 +207,7 @@ def _way_out(refused: list[Difference], unnamed: list[Difference], strict: bool)
 
 
 def _where_they_differ(stored: str, now: str) -> tuple[str, str]:
-    """Return two texts in short; of long ones the place where they part."""
+    """Return two texts shortened; of long ones, the part where they first differ."""
     if len(stored) <= _LIMIT and len(now) <= _LIMIT:
         return stored, now
     pairs = enumerate(zip(stored, now, strict=False))

@@ -185,7 +185,7 @@ def with_schedule_length(
     factor_of: Callable[[int], Factor],
     of_schedule: Collection[str],
 ) -> Differences:
-    """Return the settings that differ, with what another length does to the learning rate.
+    """Return the differing settings, with the effect of another length on the learning rate.
 
     Another length is another training, and has to be named. Where it follows from another change
     (of the data, of the size of a step), the schedule is listed beside that one; but not where a
@@ -221,7 +221,7 @@ def with_schedule_length(
 
 
 def is_another_schedule(difference: Difference) -> bool:
-    """Return whether a difference tells of learning rates that another length of the run makes."""
+    """Return whether a difference is that of a schedule which another run length changes."""
     of_length = difference.path in LENGTH_SETTINGS and difference.verdict == "changed"
     return of_length or difference.path == LENGTH
 
@@ -327,7 +327,7 @@ def _unrepeatable(path: str) -> Difference:
 
 
 def uncovered_facts(now: Mapping[str, Any]) -> tuple[Difference, ...]:
-    """Return what a fingerprint says of itself that no checkpoint can hold.
+    """Return the facts of a fingerprint that no checkpoint can hold.
 
     Example:
         >>> [d.path for d in uncovered_facts({"data": {"repeatable": False}})]
@@ -489,7 +489,7 @@ def _without_repeats(
 
 
 def _repeated_layers(found: list[Difference]) -> set[str]:
-    """Return the layers that changed as another one did, or as the configuration tells."""
+    """Return changed layers that repeat the change of another layer or of the configuration."""
     layers = [d for d in found if d.path.startswith("model.layer.")]
     others = [d for d in found if d.verdict == "changed" and d not in layers]
     of_model = [d for d in others if d.path.startswith("model.")]
@@ -499,7 +499,7 @@ def _repeated_layers(found: list[Difference]) -> set[str]:
 
 
 def _is_explained(layer: Difference, others: Sequence[Difference]) -> bool:
-    """Return whether a layer's difference is one of the others: its numbers, or its kind."""
+    """Return whether another difference explains that of a layer: same numbers, or kind."""
     known = {(str(one.stored), str(one.now)) for one in others}
     kinds = [one for one in others if not isinstance(one.now, int | float)]
     before, after = (_WORD.findall(str(text)) for text in (layer.stored, layer.now))

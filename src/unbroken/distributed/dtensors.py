@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def is_dtensor(value: object) -> TypeGuard[DTensor]:
-    """Return whether a value is a tensor that several ranks hold together.
+    """Return whether a value is a tensor that several ranks hold in shards (a DTensor).
 
     Example:
         >>> import torch
@@ -47,7 +47,7 @@ def sharded_as(like: Tensor, tensor: Tensor) -> Tensor:
 
 
 def with_mesh_of(like: Tensor, part: Tensor) -> Tensor:
-    """Return the tensor of which this rank holds this part, if `like` is one that ranks share."""
+    """Return this rank's part as a DTensor like `like`, if that is one."""
     if not is_dtensor(like):
         return part
     mesh, placements = like.device_mesh, like.placements
@@ -89,7 +89,7 @@ def meshes_of(modules: list[FSDPModule]) -> list[DeviceMesh]:
 
 
 def divide(group: Group, offered: Mapping[str, torch.Tensor]) -> frozenset[str]:
-    """Return the names of the tensors of which this rank stores what it holds.
+    """Return the names of the tensors that this rank stores, as far as it holds them.
 
     Together the ranks store each element of each tensor once. What only one rank offers, or
     only one holds, it stores; of the rest, each goes to the rank that has least to store.

@@ -66,7 +66,7 @@ class Group(Protocol):
         ...
 
     def broadcast(self, what: str, value: Json = None) -> Json:
-        """Return the value of rank 0 on every rank; those of the others are not looked at.
+        """Return the value of rank 0 on every rank; the values of the others are ignored.
 
         Raises:
             RankTimeoutError: `ranks` did not answer in time.

@@ -74,7 +74,7 @@ class ProcessWatch:
         return tuple(sorted(watched[end] for end, _ in poll.poll(0)))
 
     def copy(self) -> ProcessWatch:
-        """Return one that watches the same ranks, and is closed by itself."""
+        """Return one that watches the same ranks, and is closed separately."""
         other = ProcessWatch()
         other._ends = {rank: os.dup(end) for rank, end in self._ends.items()}
         return other

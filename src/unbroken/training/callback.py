@@ -79,7 +79,7 @@ def overridden(callbacks: Sequence[Callback], hook: str) -> list[Callable[..., N
 
 
 def named(callbacks: Sequence[Callback]) -> dict[str, Callback]:
-    """Return callbacks by names: the class of each, and its place among those of this class.
+    """Return callbacks by names: the class of each, and its number among those of this class.
 
     So one may be added or taken away without another name for the others.
 
@@ -115,7 +115,7 @@ CallHook = Callable[..., None]
 
 
 class Hooks:
-    """Calls the callbacks of a run; what they draw depends on the place in the run alone.
+    """Calls the callbacks of a run; what they draw depends on the position in the run alone.
 
     Attributes:
         callbacks: As given; more may be added.

@@ -68,14 +68,14 @@ from unbroken.training.setup import Parts, deterministic_kernels
 
 
 def gives_own_batches(source: BatchSource | None, group: Group) -> bool:
-    """Return whether each rank reads a loader of its own, whose place the others do not know."""
+    """Return whether each rank reads its own loader, whose position the others do not know."""
     return group.world_size > 1 and isinstance(source, LoaderSource) and not source.gives_samples
 
 
 def exchange_loader_states(source: BatchSource | None, group: Group) -> None:
-    """Let a loader's state hold the places of all ranks; every rank calls it before each save.
+    """Put the positions of all ranks into a loader's state; all ranks call it before each save.
 
-    Ranks that share a part of the data (tensor parallelism) stand at the same place.
+    Ranks that share a part of the data (tensor parallelism) stand at the same position.
     """
     if not gives_own_batches(source, group):
         return
@@ -283,7 +283,7 @@ def take_effect(
 
 
 def settle_length(parts: Parts, state: RunState) -> None:
-    """Count the length of a run from where it is: steps so far may have been of another size."""
+    """Recount the length of the run from its position: earlier steps may have had another size."""
     steps = count_steps(state.config, parts.source, state.progress)
     if steps == state.max_steps:
         return
@@ -417,7 +417,7 @@ def _layout(files: Mapping[str, bytes], objects: Mapping[str, object]) -> Layout
 
 
 def _check_values(values: Any) -> None:
-    """Raise where the values of a checkpoint are none that a run has saved.
+    """Raise where the values of a checkpoint cannot come from a run.
 
     Raises:
         CorruptCheckpointError: Naming what is none.
@@ -581,7 +581,7 @@ class RunCheckpoints:
             self._best_is_loaded = True
 
     def resume(self, which: ResumeFrom) -> ResumeReport:
-        """Put a saved state into everything. As `Checkpointer.resume`."""
+        """Restore all state from a checkpoint. As `Checkpointer.resume`."""
         state, construction = self._state, self._parts.construction
         if Selection.parse(which).kind == "never" and state.progress != Progress():
             raise ConfigError("train", 'make a new Trainer for "never"', found=str(state.progress))

@@ -506,7 +506,7 @@ class RunState:
         return values, facts
 
     def agree_on_requests(self, group: Group) -> None:
-        """Let a stop or a save that one rank's callback asked for be that of all."""
+        """Make a stop or a save that a callback on one rank requested apply to all ranks."""
         has_request = self.stop_reason is not None or self.save_requested
         if group.world_size == 1 or not group.any(has_request):
             return
@@ -516,13 +516,13 @@ class RunState:
         self.save_requested = any(requested for _, requested in requests)
 
     def use_micro_batch(self, size: int, source: BatchSource | None) -> None:
-        """Cut batches into micro-batches of this size from here on."""
+        """Divide batches into micro-batches of this size from now on."""
         if size != self.config.per_forward and isinstance(source, MapSource):
             self.config = self.config.replace(micro_batch_size=size)
             source.split_into(size)
 
     def already_over(self) -> str:
-        """Return the line that a start of a run shows that has come to its end before."""
+        """Return the line to show where the run was already finished."""
         where = f"at step {self.progress.step} of {self.max_steps} already"
         if self.progress.step >= self.max_steps:
             return f"finished {where}; nothing to do"

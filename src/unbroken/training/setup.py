@@ -87,12 +87,12 @@ class DeferredModel:
             self.model, self._make = found, model
 
     def make_room(self, device: torch.device) -> None:
-        """Give the model memory on a device, which holds anything."""
+        """Give the model uninitialised memory on a device."""
         if self._make is not None:
             _make_room(self.model, device)
 
     def has_weights(self) -> None:
-        """Take note that a checkpoint has brought them."""
+        """Note that a checkpoint has brought the weights."""
         self._read_no_longer()
         self._make = None
 
@@ -127,7 +127,7 @@ def _resumes(config: TrainerConfig, storage: Storage | None) -> bool:
 
 
 def _begin_to_read(config: TrainerConfig, storage: Storage | None) -> ReadAhead | None:
-    """Begin to read what the model and its optimizer will get."""
+    """Start reading the checkpoint for the model and its optimizer."""
     if storage is None:
         if not os.path.isdir(config.output_dir):
             return None
@@ -148,7 +148,7 @@ def _without_weights(make: MakeModel) -> nn.Module | None:
 
 @contextmanager
 def _without_collection() -> Iterator[None]:
-    """Do not look for garbage in what a first import makes, which stays; a third of its time."""
+    """Pause the garbage collector during a first import: that takes a third less time."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -189,7 +189,7 @@ def _values(attributes: dict[str, object]) -> Iterator[object]:
 
 
 def _make_room(model: nn.Module, device: torch.device) -> None:
-    """Exchange the memory behind tensors; they stay the same objects, so ties stay ties."""
+    """Replace the memory of tensors; they stay the same objects, so ties are kept."""
     for tensor in list(_tensors(model)):
         if not tensor.is_meta:
             continue

@@ -60,7 +60,7 @@ def keep_freed_memory(device: torch.device) -> bool:
 
 
 def give_back_freed_memory(device: torch.device) -> None:
-    """Give memory back that is free but kept, so that pieces of other sizes may take its place.
+    """Release free memory that is kept, so that blocks of other sizes can use it.
 
     Example:
         >>> give_back_freed_memory(torch.device("cpu"))
@@ -119,7 +119,7 @@ class StepSnapshot:
 
     @classmethod
     def of(cls, parts: Parts, state: RunState, callbacks: Sequence[Callback]) -> StepSnapshot:
-        """Take note of it; buffers and the state of callbacks are copied."""
+        """Take a snapshot; buffers and the state of callbacks are copied."""
         buffers = tuple((b, b.detach().clone()) for b in parts.model.buffers())
         following = [c for c in with_state(callbacks).values() if _follows_portions(c)]
         states = tuple((c, copy.deepcopy(c.state_dict())) for c in following)
@@ -127,7 +127,7 @@ class StepSnapshot:
         return cls(state.progress, position, state.statistics.data_digest, buffers, states)
 
     def restore(self, parts: Parts, state: RunState, window: Window) -> None:
-        """Make it as if the step had not been begun."""
+        """Undo the step, as if it had not begun."""
         parts.model.zero_grad(set_to_none=True)
         parts.optimizer.zero_grad(set_to_none=True)  # a loss may have parameters too
         window.clear()

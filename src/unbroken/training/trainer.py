@@ -350,7 +350,7 @@ class Trainer:
         state.save_requested |= is_best and state.config.load_best_model_at_end
 
     def call(self, hook: str, *arguments: Any) -> None:
-        """Call a hook of every callback; what they draw depends on the place in the run alone."""
+        """Call a hook of every callback; what they draw depends on the position in the run."""
         self._hooks.call(hook, *arguments)
 
     def record(self, record: Mapping[str, Any]) -> None:
@@ -383,7 +383,7 @@ class Trainer:
         return self._run_checkpoints.save()
 
     def load_checkpoint(self, which: ResumeFrom = "latest") -> ResumeReport:
-        """Put a saved state into everything; `train` goes on there. As `Checkpointer.resume`."""
+        """Restore all state from a checkpoint; `train` continues there. See `Checkpointer.resume`."""
         return self._run_checkpoints.resume(which)
 
     def _refuse_missing_evaluation_data(self) -> None:
