@@ -363,7 +363,7 @@ class Comparison:
     def _of_fingerprints(
         self, before: Mapping[str, Any], now: Mapping[str, Any], *, same_software: bool
     ) -> tuple[Difference, ...]:
-        """Compare facts of the same version; of another version, report that they are not compared."""
+        """Compare facts of one version; report that those of another version are not compared."""
         version = before.get("version")
         if not before or version == FINGERPRINT_VERSION:
             sides = self._without_made_by_settings(before), self._without_made_by_settings(now)

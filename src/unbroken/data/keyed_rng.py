@@ -215,7 +215,7 @@ class Randomness:
 
     @contextmanager
     def keyed(self) -> Iterator[None]:
-        """Put the ambient generators away; they are back on leaving."""
+        """Save the ambient generators, and restore them on leaving."""
         with self._scope:
             self._is_keyed = True
             try:
@@ -236,7 +236,7 @@ class Randomness:
 
     @contextmanager
     def users_generators(self) -> Iterator[None]:
-        """Put the ambient generators back for a while; outside of `keyed` they are there."""
+        """Restore the ambient generators inside this scope; outside of `keyed` do nothing."""
         if not self._is_keyed:
             yield
             return

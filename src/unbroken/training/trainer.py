@@ -383,7 +383,7 @@ class Trainer:
         return self._run_checkpoints.save()
 
     def load_checkpoint(self, which: ResumeFrom = "latest") -> ResumeReport:
-        """Restore all state from a checkpoint; `train` continues there. See `Checkpointer.resume`."""
+        """Restore all state, as `Checkpointer.resume` does; `train` continues from there."""
         return self._run_checkpoints.resume(which)
 
     def _refuse_missing_evaluation_data(self) -> None:

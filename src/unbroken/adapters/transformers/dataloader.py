@@ -39,7 +39,7 @@ from unbroken.data.worker_signals import leaving_signals
 from unbroken.errors import ConfigError
 from unbroken.stored_names import stored_name
 
-# Batches of a map-style data set: in the host's order, from any place, with keyed randomness.
+# Batches of a map-style data set: in the host's order, from any position, keyed.
 
 
 _DRAW = (LengthGroupedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
@@ -97,7 +97,7 @@ def _is_plain_table(dataset: Any) -> bool:
 
 @stored_name("unbroken.adapters.transformers.batches.IndexBatches")
 class IndexBatches(BatchSampler):
-    """The lists of indices that the host's batch sampler deals out, each index with its place.
+    """The lists of indices that the host's batch sampler deals out, each with its position.
 
     What the sampler draws its order from is taken note of when an epoch begins, so that a
     resumed run deals the same order without having seen the epochs before. The batches that
@@ -136,7 +136,7 @@ class IndexBatches(BatchSampler):
         self._digests: tuple[int, EpochDigests] | None = None
 
     def trail(self, epoch: int, batches: int) -> dict[str, Any]:
-        """Return what the order of an epoch up to a place is to be held against."""
+        """Return the digests that the order of an epoch must match up to a position."""
         known = self._digests is not None and self._digests[0] == epoch
         return self._digests[1].trail(batches) if self._digests and known else {}
 
@@ -166,7 +166,7 @@ class IndexBatches(BatchSampler):
 
     @property
     def seeds(self) -> dict[str, int]:
-        """The seeds that the samplers draw the order of each epoch from, by place."""
+        """The seeds that the samplers draw the order of each epoch from, by number."""
         parts = enumerate(_parts(self.inner))
         return {str(i): p.initial_seed for i, p in parts if isinstance(p, SeedableRandomSampler)}
 
@@ -189,7 +189,7 @@ class IndexBatches(BatchSampler):
         return len(_rest(self.inner, samples))
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell all parts that draw the order which epoch it is."""
+        """Set the epoch of all parts that draw the order."""
         self._epoch = epoch
         parts = _parts(self.inner) if self._sets_epochs else []
         for part in (*parts, self._data):
@@ -212,7 +212,7 @@ class IndexBatches(BatchSampler):
             yield [SampleKey(index, self._epoch, place + k) for k, index in enumerate(indices)]
 
     def _begin_digests(self, begin: Beginning) -> EpochDigests | None:
-        """Return what keeps digests of the order, where all of it is seen from its beginning."""
+        """Return the digests of the order, where it is read from its beginning."""
         if begin.samples is not None:
             self._digests = None
             return None
@@ -319,7 +319,7 @@ class KeyedIterable(IterableDataset[Any]):
     the ambient ones as they were. The batches that are over when a run is resumed are read, but
     not collated: their places are filled with None, which the host skips.
 
-    A data set that brings itself to its place exactly (`state_dict`, `load_state_dict`) is not
+    A data set that restores its position exactly (`state_dict`, `load_state_dict`) is not
     read again, where this process reads it; what a worker has read is out of reach.
 
     Args:
@@ -379,7 +379,7 @@ class KeyedIterable(IterableDataset[Any]):
         self._state = state
 
     def _read_epochs_before(self, epoch: int) -> None:
-        """Bring an iterable of no known kind to the beginning of an epoch: by reading it again."""
+        """Bring an unknown iterable to the beginning of an epoch by reading it again."""
         done = self._trail.get("batches")
         whole = self._trail if not hasattr(self.dataset, "__len__") or done == len(self) else {}
         for before in range(epoch):
@@ -402,7 +402,7 @@ class KeyedIterable(IterableDataset[Any]):
             yield batch
 
     def trail(self, epoch: int, batches: int) -> dict[str, Any]:
-        """Return what the batches of an epoch up to a place are to be held against."""
+        """Return the digests that the batches of an epoch must match up to a position."""
         known = self._digests is not None and self._digests[0] == epoch
         return self._digests[1].trail(batches) if self._digests and known else {}
 
@@ -411,7 +411,7 @@ class KeyedIterable(IterableDataset[Any]):
         return next((s for e, n, s in self._states if (e, n) == (epoch, batches)), None)
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin the next pass as this one."""
+        """Begin the next iteration as this epoch."""
         self._epoch.fill_(epoch)
         self._set_epoch_of_dataset(epoch)
 
@@ -461,7 +461,7 @@ class KeyedIterable(IterableDataset[Any]):
             yield data
 
     def _begin_digests(self, epoch: int) -> EpochDigests:
-        """Return what keeps digests of a pass that this process reads from its beginning."""
+        """Return the digests of an epoch that this process reads from its beginning."""
         trail = self._trail if self._over == (epoch, self._trail.get("batches")) else {}
         where = _LOADER if self._is_foreign else "train_dataset"
         digests = EpochDigests(where, {"dataset": self.dataset}, trail)
@@ -592,7 +592,7 @@ def begin_at(loader: Any, beginning: Beginning) -> None:
 
 
 def data_state(loader: Any, epoch: int, batches: int) -> Any:
-    """Return the state of an iterable data set at a place; None: it has none that is exact."""
+    """Return the state of an iterable data set at a position; None: it has no exact one."""
     data = loader.dataset
     return data.state_after(epoch, batches) if isinstance(data, KeyedIterable) else None
 
@@ -610,7 +610,7 @@ def order_of(loader: Any) -> dict[str, Any]:
 
 
 def unknown_order(loader: Any, position: DataPosition) -> tuple[Difference, ...]:
-    """Tell of an order that a Hugging Face checkpoint does not hold, and nothing else tells.
+    """Report an order that a Hugging Face checkpoint does not hold and that cannot be derived.
 
     Args:
         loader: One of `keyed_loader`.

@@ -89,7 +89,7 @@ def is_hf_checkpoint(folder: Path) -> bool:
 
 
 def problem_of_hf_checkpoint(folder: Path) -> str | None:
-    """Return why such a checkpoint cannot be continued, or None if nothing is wrong to see."""
+    """Return why such a checkpoint cannot be continued; None: no problem was found."""
     try:
         read_state(folder)
         engine = _written_by(folder)
@@ -113,14 +113,14 @@ def problem_of_hf_checkpoint(folder: Path) -> str | None:
 
 
 class HfCheckpoints:
-    """The format of the host's own Trainer, for the one who selects a checkpoint."""
+    """The format of transformers' own Trainer, for the selection of checkpoints."""
 
     def is_one(self, folder: Path) -> bool:
         """Return whether the host's own Trainer wrote a folder, or began to."""
         return is_hf_checkpoint(folder)
 
     def problem_of(self, folder: Path) -> str | None:
-        """Return why its checkpoint cannot be continued; None: nothing is wrong to see."""
+        """Return why its checkpoint cannot be continued; None: no problem was found."""
         return problem_of_hf_checkpoint(folder)
 
     def state_of(self, folder: Path) -> str | None:
@@ -418,7 +418,7 @@ def missing_devices_of_hf_checkpoint(folder: Path, *, rank: int = 0) -> tuple[in
 
 
 def load_hf_checkpoint(folder: Path, objects: Mapping[str, Any], *, rank: int = 0) -> None:
-    """Put a Hugging Face checkpoint into live objects; the random generators last.
+    """Load a Hugging Face checkpoint into live objects; the random generators last.
 
     Args:
         folder: `refuse_what_does_not_fit` has refused nothing of it.
@@ -481,7 +481,7 @@ def _check_weights(folder: Path, model: nn.Module) -> None:
 
 
 def _names_that_torch_loads(model: nn.Module) -> Callable[[str], bool]:
-    """Return which names belong to modules without a way of their own to take their state."""
+    """Return a test for names whose modules load their state as PyTorch does."""
     own = [
         f"{prefix}." if prefix else ""
         for prefix, module in model.named_modules()

@@ -57,7 +57,7 @@ class PositionCallback(TrainerCallback):  # type: ignore[misc]
         self.on_substep_end()
 
     def on_epoch_end(self, *_: Any, **__: Any) -> None:
-        """Take note that the pass is over: an evaluation or a save may follow."""
+        """Note that the epoch is over; an evaluation or a save may follow."""
         self.position.is_over = True
 
 
@@ -151,7 +151,7 @@ class StoredPosition:
 
 
 def _made(kind: type[_Kind], facts: Mapping[str, Any], name: str) -> _Kind:
-    """Return one of the facts as what it stands for: its fields are flags, counts, and sizes."""
+    """Return a fact as a dataclass, whose fields are flags, counts and sizes, all checked."""
     try:
         made: _Kind = from_stored(kind, facts[name])
     except (KeyError, TypeError, AttributeError):
@@ -232,7 +232,7 @@ def plan_loop_start(
 
 
 def _batches_of_stream(position: DataPosition, now: Batching) -> int:
-    """Return how many batches, as they are made now, the samples make that a stream has given."""
+    """Return how many batches of the present size the samples of a stream make."""
     size = now.batch * now.world_size
     if position.samples % size:
         what = "a stream can begin between two batches only: another size goes on inside of one"

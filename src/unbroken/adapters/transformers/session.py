@@ -94,7 +94,7 @@ class LossAccumulators:
         self._trainer = trainer
 
     def values(self) -> dict[str, Any]:
-        """Return all of it, exactly."""
+        """Return the exact values."""
         trainer = self._trainer
         return {
             "since_log": float(trainer._tr_loss.item()),  # noqa: SLF001 (the host's own)
@@ -113,7 +113,7 @@ class LossAccumulators:
 
 
 def are_losses(values: Any) -> bool:
-    """Return whether these are values that `Losses` has written."""
+    """Return whether these are values of `LossAccumulators`."""
     kinds = {"since_log": float, "logged": float, "last_logged": int, "first_step": int}
     return isinstance(values, dict) and all(
         type(values.get(name)) is kind for name, kind in kinds.items()
@@ -131,7 +131,7 @@ _TRAINS = ("changed", "")  # what a rule does not know
 
 
 class TrainSession:
-    """The run that one call of `train` begins, or goes on with.
+    """The run that one call of `train` begins or continues.
 
     Args:
         trainer: The trainer.
@@ -230,7 +230,7 @@ class TrainSession:
 
     @property
     def folder(self) -> Path | None:
-        """The checkpoint that is gone on from."""
+        """The checkpoint that the run continues from."""
         source, foreign = self.candidate.source, self.candidate.foreign
         if source is None:
             return None if foreign is None else foreign.path
@@ -263,7 +263,7 @@ class TrainSession:
             self._stored = replace(self._stored, stopped=(False, False))
 
     def begin_again(self, older: Candidate) -> int | None:
-        """Go on from an older checkpoint, as damage was found in the one that was being loaded.
+        """Continue from an older checkpoint, because the one being loaded is damaged.
 
         The host then begins its loop once more, and makes a new schedule over the same optimizer.
 
@@ -367,7 +367,7 @@ class TrainSession:
             self._stored = replace(self._stored, position=DataPosition(position.epoch))
 
     def state_from_checkpoint(self) -> tuple[int, int]:
-        """Put the host's stored state into the new one; return where its loop begins."""
+        """Load the host's stored state; return where its loop begins."""
         if self._loop_start is None:
             return 0, 0
         state = self.trainer.state
@@ -380,7 +380,7 @@ class TrainSession:
         return self._loop_start.epoch, self._loop_start.batches
 
     def resume(self) -> None:
-        """Bring back all objects, now that the host has built them."""
+        """Restore all objects, now that the host has built them."""
         self.trainer.current_flos = 0  # of steps since the last save, if an exception ended those
         self.checkpointer.register(**self._objects())
         scheduler: Any = self.checkpointer.objects["scheduler"]
@@ -511,7 +511,7 @@ class TrainSession:
             restore_rng(order["before"])
 
     def _trail(self) -> Mapping[str, Any]:
-        """Return what the data are held against, unless other data are meant, or known to be."""
+        """Return the digests that the data must match, unless other data are accepted."""
         named = (name.partition(".")[0] for name in self.choices.allow)
         changed = (d for d in self.report.differences if d.verdict in ("changed", "not covered"))
         groups = {*named, *(one.path.partition(".")[0] for one in changed)}

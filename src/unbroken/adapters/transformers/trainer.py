@@ -224,10 +224,10 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
-        """Return the numbers that the host counts by, as they follow from the place of the run.
+        """Return the host's loop counts, adjusted to the position of the run.
 
         Whatever `get_train_dataloader` has returned, of the host or of a subclass, is from here on
-        a loader whose batches continue exactly at any place.
+        a loader whose batches continue exactly at any position.
         """
         if self._session is None:
             return super().set_initial_training_values(args, dataloader)
@@ -409,7 +409,7 @@ _NOT_CALLED = (
 
 
 def refuse_overrides(kind: type, allow: Collection[str]) -> None:
-    """Raise where a subclass saves or loads in a way of its own, unless that is named.
+    """Raise where a subclass overrides saving or loading, unless `allow` names it.
 
     Raises:
         ConfigError: Naming the method.
@@ -426,13 +426,13 @@ def refuse_overrides(kind: type, allow: Collection[str]) -> None:
 
 
 def looks_at_saves(callbacks: Iterable[Any]) -> bool:
-    """Return whether a callback does something when a checkpoint is there."""
+    """Return whether a callback overrides `on_save`."""
     plain = transformers.TrainerCallback.on_save
     return any(type(one).on_save is not plain for one in callbacks)
 
 
 def _as_path(requested: Any) -> Any:
-    """Return a path that begins with "~" as what it means."""
+    """Expand a path that begins with "~"."""
     return os.path.expanduser(requested) if isinstance(requested, str) else requested
 
 

@@ -121,7 +121,7 @@ def _loader_source(
 
 
 def _epoch_size(n: int, requested: int | None, shape: BatchShape, drop_last: bool) -> int:
-    """How many samples of an epoch are used."""
+    """Return how many samples of an epoch are used."""
     if n < 1:
         raise DataError("data set", "it is empty", expected="at least 1 sample", found=n)
     size = n if requested is None else requested
@@ -145,7 +145,7 @@ def _is_map_style(data: Any) -> bool:
 
 
 def _gives_samples(data: Any) -> bool:
-    """Torch's iterable data sets do, and Hugging Face's, which need not be torch's."""
+    """Return whether the data give single samples, as iterable data sets do."""
     return isinstance(data, IterableDataset) or type(data).__name__ == "IterableDataset"
 
 

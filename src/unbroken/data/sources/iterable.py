@@ -31,7 +31,7 @@ END = object()  # returned by `ForeignLoader.next` at the end of an epoch
 
 
 class ForeignLoader:
-    """A loader or iterable that can be read again and again, each pass the same for its epoch.
+    """A loader or iterable that can be read repeatedly; each epoch gives the same batches.
 
     `iter()` runs with the global generators keyed by (seed, epoch), each `next()` keyed by
     (seed, epoch, batch). The loader's own torch generators, and those of its samplers, are
@@ -101,7 +101,7 @@ class ForeignLoader:
         return drawn_from(self.loader)
 
     def state(self) -> Any:
-        """Return the loader's own state, a copy."""
+        """Return a copy of the loader's own state."""
         return deepcopy(self.loader.state_dict())
 
     @property

@@ -54,7 +54,7 @@ class _Left:
 
 
 class LoaderSource:
-    """What `StatefulSource` and `CountedSource` share: endless epochs over a foreign loader.
+    """Base of `StatefulSource` and `CountedSource`: endless epochs over a user's loader.
 
     Everything that the loader draws in this process is keyed, see `ForeignLoader`. With
     several ranks a loader of batches must itself give each rank its own batches.
@@ -185,7 +185,7 @@ class LoaderSource:
         }
 
     def _what_draws_next(self, position: Position) -> dict[str, Any]:
-        """Return the weights that the next epoch is drawn from, or was if it began."""
+        """Return the weights that the next epoch is drawn from; if it began, was drawn from."""
         reader = self._reader
         if reader is None or reader.epoch == position.epoch:
             return {"weights": weights_of(self._loader.loader)}
@@ -208,7 +208,7 @@ class LoaderSource:
         self.position = Position(**{name: state[name] for name in names}, trail=trail)
 
     def accept_other_data(self) -> None:
-        """Load a position though the data may give other batches up to it than were used."""
+        """Accept a position even if the data now give other batches up to it."""
         self._may_change |= OF_THE_DATA
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -364,15 +364,15 @@ class LoaderSource:
         return facts
 
     def _resume(self, position: Position, rng: KeyedRandom) -> Reader:
-        """Read on at a position."""
+        """Return a reader that continues at a position."""
         raise NotImplementedError
 
     def _loader_state(self) -> Any:
-        """What must be stored to come back to the position where the loader stands now."""
+        """Return what must be stored to come back to the loader's present position."""
         raise NotImplementedError
 
     def _beginning(self, reader: Reader, position: Position) -> dict[str, Any]:
-        """What is to be known of the position before a micro-batch."""
+        """Return what is stored of the position before a micro-batch."""
         raise NotImplementedError
 
     def _refuse_another(self, what: str, expected: object, found: object, *hint: str) -> None:
@@ -508,7 +508,7 @@ class CountedSource(LoaderSource):
         return list(last)
 
     def _hold_against(self, reader: Reader, trail: Mapping[str, Any], count: int) -> None:
-        """Raise if what is read again is not what was read; as early as it shows."""
+        """Raise as soon as the data that are read again differ from those read before."""
         before, epoch = trail.get("before") or {}, f"epoch {reader.epoch}"
         drawn_from = trail.get("drawn_from") or {}
         now = {name: reader.drawn_from.get(name, digest) for name, digest in drawn_from.items()}

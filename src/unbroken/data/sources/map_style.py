@@ -281,7 +281,7 @@ class MapSource:
             self._steps_from = self.position.samples  # from here on they are of another size
 
     def accept_other_data(self) -> None:
-        """Load a position though the data may give other batches up to it than were used."""
+        """Accept a position even if the data now give other batches up to it."""
         self._may_change |= OF_THE_DATA
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -110,10 +110,10 @@ class BatchSource(Protocol):
 
 
 class RunningIterator:
-    """The one pass over the data that is under way; beginning another closes it.
+    """The running iterator over the data; beginning another one closes it.
 
     Attributes:
-        handed_out: Micro-batches that all passes have given.
+        handed_out: Micro-batches that all iterators have given.
     """
 
     def __init__(self) -> None:
@@ -121,7 +121,7 @@ class RunningIterator:
         self._running: Generator[MicroBatch, None, None] | None = None
 
     def begin(self, batches: Generator[MicroBatch, None, None]) -> Iterator[MicroBatch]:
-        """Close the pass before, and hand this one out."""
+        """Close the previous iterator, and return this one."""
         self.close()
         self._running = batches
         return self._counted(batches)
@@ -132,7 +132,7 @@ class RunningIterator:
             yield batch
 
     def close(self) -> None:
-        """End the pass: its loader, and with it the workers, are gone."""
+        """Close the iterator; this ends its loader and the worker processes."""
         if self._running is not None:
             self._running.close()
             self._running = None
@@ -145,7 +145,7 @@ OF_THE_DATA = frozenset({"n", "epoch_size", "fingerprint", "length", "trail"})
 def require_same_facts(
     stored: Mapping[str, Any], now: Mapping[str, Any], may_change: Collection[str] = ()
 ) -> None:
-    """Raise unless every fact of a saved position is what it is now.
+    """Raise unless every fact of a saved position equals that of the source.
 
     Args:
         stored: The saved state; more entries than facts are fine.
@@ -175,7 +175,7 @@ def require_same_facts(
 
 
 def require_counts(stored: Mapping[str, Any], *names: str) -> None:
-    """Raise unless these entries of a saved position are numbers that count something.
+    """Raise unless these entries of a saved position are counts.
 
     Raises:
         DataError: One is missing, or something else.
