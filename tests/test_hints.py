@@ -63,8 +63,9 @@ SHOWN_IN = {
     "adapters/": ("host",),
     "training/": ("trainer", "command"),
     "language_model/": ("command",),
-    "cli/doctor/": (),  # speaks of any program
-    "cli/plan.py": (),
+    "cli/doctor": (),  # speaks of any program
+    "cli/trials": (),
+    "cli/plan": (),
     "cli/": ("command",),
     "checkpoint/arguments.py": ("trainer or loop",),
     "/unregistered.py": ("loop",),

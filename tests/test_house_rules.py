@@ -115,6 +115,7 @@ PARTS = {  # modules that serve one other module, each an idea of its own
     "unbroken.cli.trials": "what is tried out on a machine",
     "unbroken.cli.verify": "a command",
     "unbroken.data.sources.factory": "which source fits a user's data",
+    "unbroken.data.sources.own_generators": "random generators that data hold, and their states",
     "unbroken.language_model.corpus": "text as a data set",
     "unbroken.language_model.settings": "a YAML file as settings",
     "unbroken.language_model.tokenizer": "tokens of a text, and back",

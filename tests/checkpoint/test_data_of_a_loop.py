@@ -64,13 +64,20 @@ def numbers(scale: float):
     return batches
 
 
-def train(folder, data, steps: int, collate=None, policy=None, wrap=True) -> ResumeReport:
+def train(
+    folder, data, steps: int, collate=None, policy=None, wrap=True, **options
+) -> ResumeReport:
     """A loop as the README has it, up to so many steps, and a save."""
+    return trained(folder, data, steps, collate, policy, wrap, **options)[0]
+
+
+def trained(folder, data, steps: int, collate=None, policy=None, wrap=True, **options):
+    """The same; the weights besides."""
     torch.manual_seed(0)
     model = torch.nn.Linear(8, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     if wrap:
-        data = batch_source(data, seed=0, global_batch_size=4, collate_fn=collate)
+        data = batch_source(data, seed=0, global_batch_size=4, collate_fn=collate, **options)
     with Checkpointer(folder, resume=policy, model=model, optimizer=optimizer, data=data) as saver:
         report = saver.resume()
         for step, batch in enumerate(data.iterate() if wrap else data, report.step):
@@ -82,11 +89,11 @@ def train(folder, data, steps: int, collate=None, policy=None, wrap=True) -> Res
             if wrap:
                 data.used(batch)
         saver.save(steps)
-    return report
+    return report, model.weight.detach().numpy().tobytes()
 
 
 def again(folder, first, second, collates=(None, None), **more) -> ResumeReport:
-    train(folder, first, 5, collates[0])
+    train(folder, first, 5, collates[0], **{n: v for n, v in more.items() if n == "num_workers"})
     return train(folder, second, 8, collates[1], **more)
 
 
@@ -174,6 +181,7 @@ def test_other_data_of_a_loop_that_are_named_go_on(name, tmp_path):
     assert (report.step, report.verdict) == (5, "changed")
 
 
+OF_WORKERS = {"num_workers": 2}
 OWN = {
     "records": (lambda: Points(own=True), "data.repeatable"),
     "records that it seldom changes": (lambda: Seldom(own=True), "data.repeatable"),
@@ -188,14 +196,42 @@ OWN = {
 @pytest.mark.parametrize("name", OWN)
 def test_data_of_a_loop_that_are_not_the_same_twice_are_not_covered(name, tmp_path):
     make, path = OWN[name]
-    report = again(tmp_path, make(), make())
+    workers = {} if "loader" in name else OF_WORKERS
+    report = again(tmp_path, make(), make(), **workers)
     assert report.verdict == "not covered"
     assert [difference.path for difference in report.differences] == [path]
 
 
+OF_ONE_PROCESS = {
+    "records": (lambda: Points(own=True), lambda: None),
+    "records that it seldom changes": (lambda: Seldom(own=True), lambda: None),
+    "batches": (lambda: [torch.ones(8)] * 16, lambda: Scaled(own=True)),
+}
+
+
+@pytest.mark.parametrize("name", OF_ONE_PROCESS)
+def test_data_of_a_loop_go_on_with_the_generator_that_they_hold(name, tmp_path):
+    make, collate = OF_ONE_PROCESS[name]
+    _, whole = trained(tmp_path / "whole", make(), 9, collate())
+    train(tmp_path / "run", make(), 5, collate())
+    report, weights = trained(tmp_path / "run", make(), 9, collate())
+    assert (report.verdict, report.differences) == ("exact", ())
+    assert weights == whole
+
+
+def test_what_workers_draw_of_it_is_not_covered_from_either_side(tmp_path):
+    for first, second in (({}, OF_WORKERS), (OF_WORKERS, {})):
+        folder = tmp_path / str(len(first))
+        train(folder, Points(own=True), 5, **first)
+        report = train(folder, Points(own=True), 8, **second)
+        told = [(one.path, one.verdict) for one in report.differences]
+        assert told == [("data.repeatable", "not covered")]
+
+
 def test_a_collator_of_a_list_is_tried_too(tmp_path):
     collates = (Scaled(own=True), Scaled(own=True))
-    report = again(tmp_path, [torch.ones(8)] * 16, [torch.ones(8)] * 16, collates)
+    data = [torch.ones(8)] * 16
+    report = again(tmp_path, data, data, collates, **OF_WORKERS)
     assert [one.path for one in report.differences] == ["data.collate_fn.repeatable"]
 
 

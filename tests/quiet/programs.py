@@ -114,7 +114,24 @@ def trainer(**parts: str) -> str:
     return text
 
 
+NOISY = """
+class Noisy(Dataset):
+    def __init__(self):
+        self.rng = np.random.default_rng(3)
+    def __len__(self):
+        return len(pairs)
+    def __getitem__(self, index):
+        return pairs[index][0] + 0.1 * float(self.rng.normal()), pairs[index][1]
+noisy = Noisy()
+"""
+
 PROGRAMS = {
+    "noise from a generator of the data": loop(before=NOISY, data="noisy"),
+    "the same in a Trainer that evaluates on the data": trainer(
+        before=NOISY,
+        data="noisy, eval_dataset=noisy",
+        config=", eval_steps=3, micro_batch_size=2",
+    ),
     "a loss meter": loop(
         before="""
 class Meter:

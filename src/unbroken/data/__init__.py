@@ -13,6 +13,7 @@ from unbroken.data.order import SampleKey as SampleKey
 from unbroken.data.sources.batch_digests import BatchDigest as BatchDigest
 from unbroken.data.sources.batch_digests import EpochDigests as EpochDigests
 from unbroken.data.sources.batch_digests import drawn_from as drawn_from
+from unbroken.data.sources.batch_digests import generators_in as generators_in
 from unbroken.data.sources.factory import batch_source as batch_source
 from unbroken.data.sources.iterable import Grouping as Grouping
 from unbroken.data.sources.iterable import reason_against_its_state as reason_against_its_state
@@ -48,6 +49,7 @@ __all__ = [
     "batch_source",
     "derive_key",
     "drawn_from",
+    "generators_in",
     "keyed_random",
     "reason_against_its_state",
 ]

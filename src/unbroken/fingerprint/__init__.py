@@ -3,6 +3,7 @@
 from unbroken.fingerprint.dataset import begin_data_facts as begin_data_facts
 from unbroken.fingerprint.dataset import begin_source_facts as begin_source_facts
 from unbroken.fingerprint.dataset import data_facts as data_facts
+from unbroken.fingerprint.dataset import keeps_generators as keeps_generators
 from unbroken.fingerprint.dataset import sampled_records as sampled_records
 from unbroken.fingerprint.objects import ON_MODULES as ON_MODULES
 from unbroken.fingerprint.objects import ON_OPTIMIZERS as ON_OPTIMIZERS
@@ -55,6 +56,7 @@ __all__ = [
     "is_user_code",
     "is_user_module",
     "keeps_attributes",
+    "keeps_generators",
     "model_facts",
     "names_in",
     "names_in_class",

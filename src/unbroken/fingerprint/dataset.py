@@ -30,7 +30,14 @@ from torch.utils.data import (
     default_convert,
 )
 
-from unbroken.data import BatchDigest, KeyedRandom, Permutation, derive_key, drawn_from
+from unbroken.data import (
+    BatchDigest,
+    KeyedRandom,
+    Permutation,
+    derive_key,
+    drawn_from,
+    generators_in,
+)
 from unbroken.fingerprint.source_code import is_user_code, qualified_name, source_digest
 from unbroken.fingerprint.values import (
     NOT_COMPARED,
@@ -222,6 +229,9 @@ _DEADLINE = 3.0  # for all of it, a fork and a first record that is slow include
 _KEY = derive_key(0, "fingerprint")
 _TWICE = 2
 _OWN_RECORD, _OWN_BATCH = "a record moves a generator", "a batch is not the same twice"
+_SEEDED, _SEEDED_BATCH = "the same by its generators", "a batch is the same by its generators"
+BY_GENERATORS = "by its own generators"
+"""What `repeatable` is where records are the same whenever the generators stand where they did."""
 _INERT = (bool, int, float, complex, str, bytes, type(None), np.ndarray, np.generic, torch.Tensor)
 
 
@@ -258,13 +268,20 @@ def _device_has_begun() -> bool:
 
 def _facts(output: ChildOutput) -> dict[str, Plain]:
     """Return the facts in what a child wrote: digests, and perhaps why there are no more."""
-    found = [line for line in output.lines if line not in (_OWN_RECORD, _OWN_BATCH)]
+    lines = list(output.lines)
+    is_seeded = _SEEDED in lines
+    if is_seeded:
+        lines = lines[lines.index(_SEEDED) + 1 :]
+    found = [line for line in lines if line not in (_OWN_RECORD, _OWN_BATCH, _SEEDED_BATCH)]
     digests = [line for line in found if not line.startswith(NOT_COMPARED)]
-    own: dict[str, Plain] = {"collates": False} if _OWN_BATCH in output.lines else {}
+    own: dict[str, Plain] = {"collates": False} if _OWN_BATCH in lines else {}
+    own |= {"collates": BY_GENERATORS} if _SEEDED_BATCH in lines else {}
     if len(digests) < 2:  # the first record is read twice
         reasons = [line for line in found if line not in digests]
         return {**own, "records": reasons[0] if reasons else f"{NOT_COMPARED}{output.missing}"}
-    is_same = digests[0] == digests[1] and _OWN_RECORD not in output.lines
+    is_same: Plain = digests[0] == digests[1] and _OWN_RECORD not in lines
+    if is_same and is_seeded:
+        is_same = BY_GENERATORS
     return {**own, "records": [digests[0], *digests[2:]], "repeatable": is_same}
 
 
@@ -289,51 +306,117 @@ def _lines(
     missing is only missing in this process (a connection, memory, the device), a line says so.
     """
     transient = (OSError, MemoryError, *((RuntimeError,) if on_device else ()))
-    deadline, held, can_be_read = clock() + _SECONDS, [], False
-    first: list[Any] = []  # the first record, read twice
-    moved: list[dict[str, str]] = []
+    reading = _Reading(data, indices, clock, clock() + _SECONDS, transient, on_device=on_device)
     with KeyedRandom() as rng:
-        for position, index in enumerate([indices[0], *indices]):
+        yield from reading.lines(rng, {})
+        own = generators_in(data)
+        if reading.is_unrepeatable and own and reading.had == own.keys():
+            yield _SEEDED
+            yield from reading.lines(rng, own)
+        if reading.is_unrepeatable:
+            yield _OWN_RECORD
+        if collate is not None and reading.can_be_read:
+            yield from _draws_by_itself(collate, reading.first, rng)
+    if not reading.can_be_read:
+        yield f"{NOT_COMPARED}{reading.reason}"
+
+
+class _Reading:
+    """Records that are read one after the other, the first of them twice, while time allows."""
+
+    def __init__(
+        self,
+        data: Any,
+        indices: list[int],
+        clock: Callable[[], float],
+        deadline: float,
+        transient: tuple[type[Exception], ...],
+        *,
+        on_device: bool,
+    ) -> None:
+        self.first: list[Any] = []
+        self.can_be_read = self.is_unrepeatable = False
+        self.reason = ""
+        self.had = generators_in(data).keys()
+        self._data, self._indices = data, indices
+        self._clock, self._deadline = clock, deadline
+        self._transient, self._on_device = transient, on_device
+
+    def lines(self, rng: KeyedRandom, own: Mapping[str, Any]) -> Iterator[str]:
+        """Yield digests; stop after the first record where it is not the same twice.
+
+        Args:
+            rng: Keys the global generators.
+            own: Generators that the data hold, to be keyed, too.
+        """
+        self.first, held, found = [], list[str](), list[tuple[str, dict[str, str]]]()
+        for position, index in enumerate([self._indices[0], *self._indices]):
             rng.seed(derive_key(_KEY, index))
-            record = _read(data, index)
+            _seed(own, derive_key(_KEY, index))
+            record = _read(self._data, index)
             digest = record if isinstance(record, Failed) else try_call(record_digest, record)
             if isinstance(digest, Failed):
-                reason = _reason(digest.error, on_device=on_device)
-                if isinstance(digest.error, transient):
+                self.reason = _reason(digest.error, on_device=self._on_device)
+                if isinstance(digest.error, self._transient):
                     break
                 digest = record_digest(qualified_name(digest.error))
             else:
-                can_be_read = True
-            if len(first) < _TWICE:
-                first.append(record)
-                moved.append(drawn_from(data))
+                self.can_be_read = True
+            if len(self.first) < _TWICE:
+                self.first.append(record)
+                found.append((digest, drawn_from(self._data)))
             held.append(digest)
-            if can_be_read:
+            if self.can_be_read:
                 yield from held
                 held.clear()
-            if position and clock() >= deadline:
+            self.is_unrepeatable = len(found) == _TWICE and found[0] != found[1]
+            if (position and self._clock() >= self._deadline) or self._may_stop(own):
                 break
-        if moved and moved[0] != moved[-1]:
-            yield _OWN_RECORD
-        if collate is not None and can_be_read and _draws_by_itself(collate, first, rng):
-            yield _OWN_BATCH
-    if not can_be_read:
-        yield f"{NOT_COMPARED}{reason}"
+
+    def _may_stop(self, own: Mapping[str, Any]) -> bool:
+        return self.is_unrepeatable and not own and bool(self.had)
 
 
-def _draws_by_itself(collate: Callable[..., Any], records: list[Any], rng: KeyedRandom) -> bool:
-    """Return whether a collator gives another batch of the same records under the same key."""
+def _seed(generators: Mapping[str, Any], key: int) -> None:
+    """Key generators of a data set's own; in a child process, whose they are alone."""
+    for one in generators.values():
+        if isinstance(one, torch.Generator):
+            one.manual_seed(key >> 1)
+        elif isinstance(one, np.random.Generator):
+            one.bit_generator.state = type(one.bit_generator)(key).state
+        elif isinstance(one, np.random.RandomState):
+            one.seed(key % 2**32)
+        else:
+            one.seed(key)
+
+
+def _draws_by_itself(
+    collate: Callable[..., Any], records: list[Any], rng: KeyedRandom
+) -> Iterator[str]:
+    """Tell if a collator gives another batch of the same records under the same key."""
+    had = generators_in(collate).keys()
+    if _is_one_batch(collate, records, rng, {}):
+        return
+    own = generators_in(collate)
+    is_seeded = bool(own) and own.keys() == had and _is_one_batch(collate, records, rng, own)
+    yield _SEEDED_BATCH if is_seeded else _OWN_BATCH
+
+
+def _is_one_batch(
+    collate: Callable[..., Any], records: list[Any], rng: KeyedRandom, own: Mapping[str, Any]
+) -> bool:
     found = []
     for _ in range(_TWICE):
-        own = try_call(copy.deepcopy, records)  # a collator may change what it is given
+        copied = try_call(copy.deepcopy, records)  # a collator may change what it is given
         rng.seed(_KEY)
-        batch = try_call(collate, own)
-        if isinstance(own, Failed) or isinstance(batch, Failed):
-            return False  # of records that do not go together, say
+        _seed(own, _KEY)
+        batch = try_call(collate, copied)
+        if isinstance(copied, Failed) or isinstance(batch, Failed):
+            return True  # of records that do not go together, say
         seen = BatchDigest()
         seen.add(batch)
         found.append((seen.text(), drawn_from(collate)))
-    return bool(found[0] != found[1])
+    return bool(found[0] == found[1])
 
 
 def _read(data: Any, index: int) -> Any:
@@ -413,10 +496,12 @@ def begin_data_facts(
     collate_fn: Callable[..., Any] | None = None,
     *,
     clock: Callable[[], float] = time.perf_counter,
+    keeps_generators: bool = False,
 ) -> Callable[[], dict[str, Plain]]:
     """Begin to read records, and return what waits for `data_facts`, to be called once.
 
     What the data are is taken now, whatever happens to them before the answer is asked for.
+    `keeps_generators`: checkpoints hold the states of generators that the data have of their own.
 
     Example:
         >>> facts = begin_data_facts([3, 1, 2])
@@ -425,7 +510,8 @@ def begin_data_facts(
     """
     if isinstance(data, DataLoader):
         collate_fn = data.collate_fn if collate_fn is None else collate_fn
-        begun, loader = begin_data_facts(data.dataset, collate_fn, clock=clock), _loader(data)
+        more = {"clock": clock, "keeps_generators": keeps_generators}
+        begun, loader = begin_data_facts(data.dataset, collate_fn, **more), _loader(data)  # type: ignore[arg-type]
         return lambda: {**begun(), "loader": loader}
     facts: dict[str, Plain] = {"class": qualified_name(type(data)), **_code(data, collate_fn)}
     if isinstance(data, FunctionType | MethodType | partial):
@@ -439,20 +525,35 @@ def begin_data_facts(
         return lambda: facts
     collate = None if _draws_nothing(collate_fn) else collate_fn
     reading = begin_sampling(data, length, collate, clock)  # last: after a fork memory is slower
-    return lambda: _with(facts, reading())
+    return lambda: _with(facts, reading(), keeps_generators=keeps_generators)
 
 
-def _with(facts: dict[str, Plain], read: dict[str, Plain]) -> dict[str, Plain]:
+def _with(
+    facts: dict[str, Plain], read: dict[str, Plain], *, keeps_generators: bool
+) -> dict[str, Plain]:
     """Return the facts with those that were read; what a collator does stands with its code."""
+    if not keeps_generators:
+        read = {name: one != BY_GENERATORS and one for name, one in read.items()}
     collates, collate = read.pop("collates", None), facts.get("collate_fn")
-    if collates is False and isinstance(collate, dict):
-        facts = {**facts, "collate_fn": {**collate, "repeatable": False}}
+    if collates is not None and isinstance(collate, dict):
+        facts = {**facts, "collate_fn": {**collate, "repeatable": collates}}
     return {**facts, **read}
 
 
 def _draws_nothing(collate: Callable[..., Any] | None) -> bool:
     known = collate in (None, default_collate, default_convert)
     return known or safe_getattr(collate, "deterministic") is True
+
+
+def keeps_generators(source: Any) -> bool:
+    """Return whether the state of a source of batches holds the generators that its data have.
+
+    Example:
+        >>> keeps_generators([1, 2])
+        False
+    """
+    own = getattr(source, "own_generators", None)
+    return own is not None and own.are_kept
 
 
 def begin_source_facts(sources: Mapping[str, Any]) -> Callable[[], dict[str, Plain]] | None:
@@ -468,7 +569,11 @@ def begin_source_facts(sources: Mapping[str, Any]) -> Callable[[], dict[str, Pla
         3
     """
     begun = {
-        name: begin_data_facts(getattr(one, "data", one), getattr(one, "collate_fn", None))
+        name: begin_data_facts(
+            getattr(one, "data", one),
+            getattr(one, "collate_fn", None),
+            keeps_generators=keeps_generators(one),
+        )
         for name, one in sources.items()
     }
     first = "data" if "data" in begun else next(iter(begun), None)

@@ -41,6 +41,7 @@ from unbroken.fingerprint import (
     begin_data_facts,
     callable_facts,
     is_user_code,
+    keeps_generators,
     names_in_class,
     object_facts,
     qualified_name,
@@ -223,7 +224,8 @@ def run_fingerprint(
         return {**groups, "data": None}
     train = None
     if train_dataset is not None:
-        train = begin_data_facts(train_dataset, parts.collate_fn)
+        keeps = keeps_generators(parts.source)
+        train = begin_data_facts(train_dataset, parts.collate_fn, keeps_generators=keeps)
     return {**groups, "data": {} if train is None else train}
 
 

@@ -188,7 +188,8 @@ class Attributes:
         owners = list(self._owners())
         if not owners:
             return {}
-        registered, covered = self._registered(), _names_in_states(tree)
+        registered = self._registered() | self._kept_by_sources()
+        covered = _names_in_states(tree)
         for owner in owners:
             for name, value in owner.held().items():
                 path = f"{owner.path}.{name}"
@@ -444,6 +445,11 @@ class Attributes:
             found |= {id(t): t for t in tensors}
             found |= {-t.untyped_storage().data_ptr(): t for t in tensors if _has_memory(t)}
         return found
+
+    def _kept_by_sources(self) -> dict[int, Any]:
+        """Return the generators of data whose states are saved with the position."""
+        sources = (one for _, one in named_objects(self._objects) if isinstance(one, MapSource))
+        return {id(own): own for one in sources for own in one.own_generators.all}
 
     def _registered_bytes(self) -> int:
         tensors = {id(t): t for t in self._registered().values() if isinstance(t, torch.Tensor)}

@@ -260,6 +260,18 @@ def weights_of(loader: Any) -> dict[str, str]:
     return {name: _digest_of(one) for name, one in held if not isinstance(one, _GENERATORS)}
 
 
+def generators_in(holder: Any) -> dict[str, Any]:
+    """Return the generators that something holds of its own; the global ones are not among them.
+
+    Example:
+        >>> sorted(generators_in({"own": random.Random(1), "all": random._inst}))
+        ['own']
+    """
+    everyones = (random._inst, np.random.mtrand._rand, torch.default_generator)  # noqa: SLF001
+    held = {n: one for n, one in _held(holder).items() if isinstance(one, _GENERATORS)}
+    return {n: one for n, one in held.items() if not any(one is other for other in everyones)}
+
+
 def _held(loader: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     met, waiting = set[int](), [("", loader, 0)]

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset, default_collate
 
 from unbroken.data.keyed_rng import KeyedRandom, derive_key
 from unbroken.data.order import BatchShape, GlobalOrder, MicroBatchSampler, SampleKey
+from unbroken.data.sources.own_generators import OwnGenerators
 from unbroken.data.sources.protocol import (
     OF_THE_DATA,
     MicroBatch,
@@ -182,6 +183,7 @@ class MapSource:
     Attributes:
         data: The data set.
         collate_fn: As it was given.
+        own_generators: Those that the data set and the collator hold.
 
     Example:
         >>> order = GlobalOrder(6, seed=0, shuffle=False)
@@ -214,6 +216,10 @@ class MapSource:
         self._loading = Loading() if loading is None else loading
         self._running = RunningIterator()
         self.on_workers: Callable[[], object] = lambda: None
+        self.own_generators = OwnGenerators(
+            {"data": dataset, "collate_fn": collate_fn},
+            is_alone=self._loading.num_workers == 0 and shape.world_size == 1,
+        )
 
     @property
     def steps_per_epoch(self) -> Fraction:
@@ -252,7 +258,7 @@ class MapSource:
             start,
             steps_from=self._steps_from,
         )
-        return self._running.begin(self._read(sampler))
+        return self._running.begin(self._read(sampler, position or self.position))
 
     def used(self, micro: MicroBatch) -> None:
         """Record that a micro-batch was used."""
@@ -265,7 +271,9 @@ class MapSource:
     def state_dict(self) -> dict[str, Any]:
         """Return the number of samples used, and what the order depends on."""
         position = {"samples": self.position.samples, "steps_from": self._steps_from}
-        return {**self._facts(), **position}
+        drawn = self.own_generators.state(self.position)
+        own = {} if drawn is None else {"generators": drawn}
+        return {**self._facts(), **position, **own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to a saved position; it may have been saved at another world size.
@@ -279,6 +287,7 @@ class MapSource:
         self._steps_from = state.get("steps_from", 0)
         if state["global_batch_size"] != self.shape.global_batch_size:
             self._steps_from = self.position.samples  # from here on they are of another size
+        self.own_generators.restore(state.get("generators"))
 
     def accept_other_data(self) -> None:
         """Accept a position even if the data now give other batches up to it."""
@@ -288,6 +297,8 @@ class MapSource:
         """Raise what `load_state_dict` would raise, and change nothing."""
         require_same_facts(state, self._facts(), self._may_change)
         require_counts({"steps_from": 0, **state}, "samples", "steps_from", "global_batch_size")
+        if not self._may_change >= OF_THE_DATA:
+            self.own_generators.check(state.get("generators"))
         size, now = state["global_batch_size"], self.shape.global_batch_size
         if size != now and size and (state["samples"] - state.get("steps_from", 0)) % size:
             raise DataError(
@@ -302,7 +313,9 @@ class MapSource:
         """Stop reading and shut the workers down; the position stays."""
         self._running.close()
 
-    def _read(self, sampler: MicroBatchSampler) -> Generator[MicroBatch, None, None]:
+    def _read(
+        self, sampler: MicroBatchSampler, start: Position
+    ) -> Generator[MicroBatch, None, None]:
         loader: DataLoader[Any] = DataLoader(
             self._batches,  # type: ignore[arg-type]
             batch_sampler=sampler,
@@ -313,11 +326,14 @@ class MapSource:
         if self._loading.num_workers:
             self.on_workers()
         size, used = self.shape.micro_batch_size, sampler.start
+        self.own_generators.begin(start)
         batches = iter(loader)
         try:
             for first, data in zip(sampler.first_positions(), batches, strict=False):
                 used += self.shape.stride
-                yield MicroBatch(data, size, self.order.epoch(first), first, Position(used))
+                after = Position(used)
+                self.own_generators.note(after)
+                yield MicroBatch(data, size, self.order.epoch(first), first, after)
         finally:
             shut_down(batches)
 
