@@ -28,7 +28,7 @@ from unbroken.checkpoint.coverage.loop_watch import GRADIENTS
 from unbroken.checkpoint.resume import per_rank
 from unbroken.data import MapSource, batch_source
 from unbroken.fingerprint import own_attributes, qualified_name, scheduler_facts
-from unbroken.language_model.settings import DataSettings
+from unbroken.language_model.train import DataSettings
 from unbroken.store import RunDirectory
 from unbroken.store.format import names
 from unbroken.stored_names import (

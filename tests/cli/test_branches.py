@@ -10,7 +10,7 @@ import pytest
 from cli.sample_run import BEGUN, make_run, save
 from cli.test_file_commands import check_golden
 from unbroken.cli.demo import compare_runs
-from unbroken.language_model.settings import parse_settings
+from unbroken.language_model.train import parse_settings
 from unbroken.store import RunDirectory, branch
 
 CHILD_ID, GRANDCHILD_ID = "c" * 32, "d" * 32

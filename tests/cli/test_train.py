@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from unbroken.cli.demo import Child, ChildFailedError, RunObserver, compare_runs
 from unbroken.errors import CorruptCheckpointError
 from unbroken.language_model import ByteTokenizer
-from unbroken.language_model.settings import DataSettings
+from unbroken.language_model.train import DataSettings
 from unbroken.training import TrainerConfig
 
 CONFIG = """\

@@ -12,8 +12,7 @@ import torch
 
 from unbroken import errors
 from unbroken.cli.main import main
-from unbroken.language_model.settings import DataSettings, parse_settings
-from unbroken.language_model.train import make_model
+from unbroken.language_model.train import DataSettings, make_model, parse_settings
 from unbroken.training import TrainerConfig
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "cli.md"
