@@ -158,7 +158,7 @@ class Growth:
             for tensor in tensors_of(owner).values():
                 self._undo.append(partial(_set_memory, tensor, tensor.detach().clone()))
             state = load_tensors(mine, "cpu")
-            with suppress(Exception):  # it may raise anything: then all is told as it is
+            with suppress(Exception):  # it may raise anything: then the mismatch is refused
                 if whole:
                     owner.load_state_dict(state)
                 else:

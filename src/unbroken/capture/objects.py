@@ -193,7 +193,7 @@ def capture(objects: Mapping[str, object], *, asks: bool = True) -> dict[str, An
     Args:
         objects: The objects by name. The parameters of the one called "model" go by bare names.
         asks: Whether objects that are none of the kinds above are asked for their `state_dict`;
-            else None stands in the place of each.
+            else each of them is None in the result.
 
     Returns:
         By name, what was captured. Tensors are the live ones, not copies.
@@ -277,7 +277,7 @@ def fill(objects: Mapping[str, object], tree: Mapping[str, Any]) -> None:
 def capture_unregistered(
     objects: Mapping[str, object], unregistered: Mapping[str, object], path: str
 ) -> Any:
-    """Return the state of an object, or of some, not registered but beside those that are.
+    """Return the state of an object, or a group of them, in the training but not registered.
 
     Args:
         objects: The registered objects by name.
@@ -302,7 +302,7 @@ def restore_unregistered(
     *,
     check: bool = False,
 ) -> Mismatch | None:
-    """Bring such an object back; or tell whether the state would fit.
+    """Bring such an object back; or, with `check`, only look whether the state would fit.
 
     Args:
         objects: As `capture_unregistered` takes them.

@@ -40,14 +40,7 @@ State = tuple[Any, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Mismatch:
-    """One reason why a checkpoint does not fit.
-
-    Attributes:
-        where: Path of the object or tensor.
-        what: What is wrong there.
-        expected: What the checkpoint holds.
-        found: What is here now.
-    """
+    """One reason why a checkpoint does not fit: it holds `expected`, and here is `found`."""
 
     where: str
     what: str
@@ -80,7 +73,7 @@ def raise_all(mismatches: Iterable[Mismatch], hint: str | None = None) -> None:
 
 
 def is_namedtuple(value: object) -> bool:
-    """Tell whether `value` is exactly a named tuple: no subclass that could hold more."""
+    """Return whether `value` is exactly a named tuple: no subclass that could hold more."""
     kind = type(value)
     return (
         isinstance(value, tuple)

@@ -56,7 +56,7 @@ class StoredLeaf(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape, however it is cut."""
+        """Its shape, however it is sharded."""
 
 
 class LeafIndex(Protocol):
@@ -93,7 +93,7 @@ class Filling:
     """
 
     def __init__(self) -> None:
-        self.chunks: Chunks = {}  # how sharded tensors are cut
+        self.chunks: Chunks = {}  # the parts of sharded tensors that are here
         self._requests: dict[int, tuple[LeafSource, list[_Request]]] = {}
 
     def add(
@@ -168,7 +168,7 @@ class StoredTensor:
         return self.view.shape
 
     @property
-    def place(self) -> tuple[object, ...]:
+    def view_key(self) -> tuple[object, ...]:
         """Equal for two tensors when they are the same view of the same memory."""
         return (self.path, self.view, self.offset)
 
@@ -228,14 +228,14 @@ class StoredTensor:
             torch.autograd.graph.increment_version(tensor)
 
     def load_like(self, like: torch.Tensor, later: Filling | None = None) -> torch.Tensor:
-        """Read the tensor into a new one on the device of `like`, cut as that one is.
+        """Read the tensor into a new one on the device of `like`, sharded as that one is.
 
         Args:
             like: The tensor to be like.
-            later: Fills the new one when it is finished, if it is cut; None: at once.
+            later: Fills the new one when it is finished, if it is sharded; None: at once.
 
         Raises:
-            StateMismatchError: `like` is cut, and has another shape.
+            StateMismatchError: `like` is sharded, and has another shape.
             CorruptCheckpointError: The bytes are not those that the manifest promises.
         """
         if not is_sharded(like):
@@ -272,7 +272,7 @@ class StoredTensor:
         return whole and bare and not lazy
 
     def _fills(self, tensor: torch.Tensor) -> bool:
-        """Tell whether the stored bytes are those of the tensor's memory, in this order."""
+        """Return whether the stored bytes are those of the tensor's memory, in this order."""
         plain = not (self.conj or self.neg or tensor.is_conj() or tensor.is_neg())
         whole = self.base == self.view and self.offset == 0
         return plain and whole and tensor.device.type == "cpu" and tensor.is_contiguous()
@@ -335,10 +335,6 @@ class StoredSubclass:
         kind: The class here that has this name; None: there is none.
         parts: The inner tensors by name.
         context: What else `__tensor_unflatten__` takes.
-        dtype: The dtype that it shows.
-        shape: Its shape.
-        stride: Its strides.
-        device: The device that it was captured from.
         role: "tensor", "parameter", "buffer" or "non-persistent buffer".
         requires_grad: As it was.
     """
@@ -356,7 +352,7 @@ class StoredSubclass:
     requires_grad: bool
 
     @property
-    def place(self) -> tuple[object, ...]:
+    def view_key(self) -> tuple[object, ...]:
         """Equal for two tensors when they are the same one."""
         return (self.path,)
 
@@ -480,12 +476,8 @@ def read_subclass(
 ) -> StoredSubclass:
     """Return the tensor subclass that a node describes.
 
-    Args:
-        node: The node.
-        path: Its path.
-        parts: The inner tensors, decoded.
-        context: What else it is made with, decoded.
-        kind: The class here that has the stored name; None: there is none.
+    `parts` are the inner tensors and `context` what else it is made with, both decoded; `kind` is
+    the class here that has the stored name, None where there is none.
     """
     role, dtype = node.get("role", "tensor"), DTYPES.get(get(node, "dtype", str, path))
     shape, stride = get_numbers(node, "shape", path), get_numbers(node, "stride", path)

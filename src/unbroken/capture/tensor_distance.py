@@ -173,7 +173,7 @@ class _Tally:
         return Distance(
             count=math.prod(shape),
             differing=self._differing,
-            first=None if index is None else tuple(int(place) for place in index),
+            first=None if index is None else tuple(int(position) for position in index),
             max_abs=self._largest.get("abs"),
             max_rel=self._largest.get("rel"),
             max_ulp=self._largest.get("ulp"),

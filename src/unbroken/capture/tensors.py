@@ -23,6 +23,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from unbroken.errors import CaptureError
+from unbroken.store.format.safetensors_file import TORCH_DTYPES
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -36,24 +37,7 @@ DTYPES = {
 }
 """Every dtype of this torch by its name; the only dtypes that a checkpoint can name."""
 
-SAFETENSORS_DTYPES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.uint16: "U16",
-    torch.int32: "I32",
-    torch.uint32: "U32",
-    torch.int64: "I64",
-    torch.uint64: "U64",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.complex64: "C64",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
+SAFETENSORS_DTYPES = {DTYPES[name]: stored for name, stored in TORCH_DTYPES.items()}
 """The dtypes that every reader of safetensors files knows; others are stored as raw bytes, "U8"."""
 
 QUANTIZED = {
@@ -107,9 +91,8 @@ class _Memory:
     """What NumPy asks for the memory of a tensor; it keeps the tensor alive."""
 
     def __init__(self, flat: torch.Tensor) -> None:
-        place = (flat.data_ptr(), False)
         self.__array_interface__ = {
-            "data": place,
+            "data": (flat.data_ptr(), False),
             "shape": (flat.numel(),),
             "typestr": "|u1",
             "version": 3,
@@ -127,7 +110,7 @@ def memory_view(flat: torch.Tensor) -> memoryview:
 
 
 def is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Tell whether the elements fill one block of memory, each place once, in any order."""
+    """Return whether the elements fill one block of memory, each address once, in any order."""
     if 0 in shape:
         return True
     expected = 1
@@ -150,7 +133,7 @@ def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def same_layout(shape: tuple[int, ...], one: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Tell whether two strides address the same memory; a dimension of size 1 has no say."""
+    """Return whether two strides address the same memory; a dimension of size 1 has no say."""
     if 0 in shape:
         return True
     return all(size == 1 or a == b for size, a, b in zip(shape, one, other, strict=True))
@@ -163,10 +146,8 @@ def same_layout(shape: tuple[int, ...], one: tuple[int, ...], other: tuple[int, 
 class Part:
     """The part of a sharded tensor that this rank holds; it may be empty, or all of it.
 
-    Args:
-        tensor: Its elements, in memory of this process.
-        offsets: Where it starts in the whole tensor, by dimension.
-        global_shape: The shape of the whole tensor.
+    `offsets` is where it starts in the whole tensor, by dimension; `global_shape` is the shape of
+    the whole.
     """
 
     tensor: torch.Tensor
@@ -191,19 +172,16 @@ def is_sharded(value: object) -> TypeGuard[DTensor]:
 
 
 Chunks = dict[tuple[Any, ...], Any]
-"""Which part of sharded tensors is here, by how they are cut: torch takes 50 us to find it."""
+"""Which part of sharded tensors is here, by their sharding: torch takes 50 us to find it."""
 
 
 def part_of(value: DTensor, path: str, known: Chunks | None = None) -> Part:
     """Return what this rank holds of a sharded tensor.
 
-    Args:
-        value: The tensor.
-        path: Its path, for messages.
-        known: What is known of others; it is added to.
+    `known` caches the answer by sharding.
 
     Raises:
-        CaptureError: It is a sum still to be made, or of a type that cannot be cut.
+        CaptureError: It is a sum still to be made, or of a type that cannot be sharded.
     """
     if any(placement.is_partial() for placement in value.placements):
         hint = "redistribute() it: what a rank holds of it is no value"
@@ -214,10 +192,10 @@ def part_of(value: DTensor, path: str, known: Chunks | None = None) -> Part:
     if value.device_mesh.get_coordinate() is None:
         return Part(local.new_empty((0,) * len(whole)), (0,) * len(whole), whole)
     known = {} if known is None else known
-    cut = (value.device_mesh, value.placements, whole)
-    chunk = known.get(cut)
+    sharding = (value.device_mesh, value.placements, whole)
+    chunk = known.get(sharding)
     if chunk is None:  # what torch.distributed.checkpoint plans with
-        known[cut] = chunk = value.__create_chunk_list__()[0]  # type: ignore[no-untyped-call]
+        known[sharding] = chunk = value.__create_chunk_list__()[0]  # type: ignore[no-untyped-call]
     if tuple(chunk.sizes) != tuple(local.shape):
         raise CaptureError(path, "has a part of another size", expected=chunk, found=local.shape)
     if value.dtype not in SAFETENSORS_DTYPES and tuple(local.shape) != whole:
@@ -242,7 +220,7 @@ def empty_like(like: DTensor, dtype: torch.dtype) -> DTensor:
 
 
 def same_cut(one: DTensor, other: object) -> bool:
-    """Return whether two tensors are cut in the same way."""
+    """Return whether two tensors are sharded in the same way."""
     return (
         is_sharded(other)
         and other.shape == one.shape
@@ -262,9 +240,9 @@ def settle(objects: object) -> None:
 
 
 def how_cut(objects: object) -> list[str] | None:
-    """Return how the parameters of modules are cut over ranks; None where none is.
+    """Return how the parameters of modules are sharded over ranks; None where none is.
 
-    The size of a mesh of one dimension is the number of ranks, and not told again.
+    The size of a mesh of one dimension is the number of ranks, which stands elsewhere.
     """
     found = {
         f"{'x'.join(map(str, p.device_mesh.shape)) if p.device_mesh.ndim > 1 else 'ranks'}: "
@@ -288,7 +266,7 @@ def _modules_in(value: object) -> Iterator[nn.Module]:
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
-    """Return the class that a module was made of: `fully_shard` puts another one in its place."""
+    """Return the class that a module was made of: `fully_shard` replaces it."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     kind = type(module)
     if fsdp is not None and fsdp.FSDPModule in kind.__bases__:
@@ -322,8 +300,8 @@ def parts_of(value: Any) -> tuple[dict[str, Any], Any]:
 def classes_at_hand(objects: Iterable[object]) -> frozenset[type]:
     """Return the tensor subclasses that the modules of these optimizers' classes name.
 
-    An optimizer makes its state in its first step. Before that its code alone tells of which
-    classes it is.
+    An optimizer makes its state in its first step. Before that, only its code names the
+    classes of it.
     """
     found: set[type] = set()
     for one in objects:

@@ -40,6 +40,7 @@ from unbroken.store import (
     diff_facts,
     tensor_types,
 )
+from unbroken.store.format.typed_json import TAG
 
 if TYPE_CHECKING:
     from unbroken.capture.tensor_distance import Distance
@@ -54,13 +55,9 @@ _GROUPS_IN_A_FILE = ("model", "data")  # all else in a configuration file is fla
 
 @dataclass(frozen=True)
 class CheckpointSide:
-    """A checkpoint.
+    """A checkpoint: the one that the user's path names, or the newest of the run that it names.
 
-    Attributes:
-        path: What the user named.
-        reader: The checkpoint.
-        is_newest: Whether it was taken as the newest of a run.
-        skipped: Newer checkpoints of that run that cannot be opened, and why.
+    `skipped` are newer checkpoints of that run that cannot be opened, and why.
     """
 
     path: str
@@ -71,12 +68,7 @@ class CheckpointSide:
 
 @dataclass(frozen=True)
 class ConfigSide:
-    """A configuration file.
-
-    Attributes:
-        path: What the user named.
-        config: What stands in it.
-    """
+    """A configuration file, and what stands in it."""
 
     path: str
     config: Mapping[str, Json]
@@ -96,10 +88,10 @@ def open_side(text: str) -> Side:
     path = Path(text)
     if path.suffix in _SUFFIXES and not path.is_dir():
         return ConfigSide(text, _read_config(path))
-    place = open_run_path(text)
-    if place.folder is not None:
-        return CheckpointSide(text, place.open(place.folder))
-    newest, rejected = (None, ()) if place.run is None else place.run.catalog.newest_that_opens()
+    named = open_run_path(text)
+    if named.folder is not None:
+        return CheckpointSide(text, named.open(named.folder))
+    newest, rejected = (None, ()) if named.run is None else named.run.catalog.newest_that_opens()
     skipped = {one.folder: one.reason.removeprefix(f"{one.folder}: ") for one in rejected}
     if newest is None:
         what = "no checkpoint can be opened" if skipped else "there is no checkpoint yet"
@@ -138,10 +130,6 @@ def settings_named(facts: Mapping[str, Json], config: Mapping[str, Json]) -> dic
 
     One text in the file stands for a list of one, as the settings of the data take it.
 
-    Args:
-        facts: The facts.
-        config: What the file holds.
-
     Example:
         >>> facts = {"config": {"seed": 1, "bf16": False}, "settings": {"data": {"train": ["a"]}}}
         >>> settings_named(facts, {"seed": 2, "data": {"train": "a"}})
@@ -172,7 +160,6 @@ def _as_mapping(value: Any) -> Mapping[str, Json]:
 # Values of a state, which are typed JSON, as a person reads them.
 
 
-_TAG = "$"
 _LONGEST = 60  # of a list or mapping that is written out
 _WIDEST = 200  # characters of one value
 _QUIET_NAN = "7ff8000000000000"
@@ -186,7 +173,7 @@ _BRACKETS = {"tuple": "()", "namedtuple": "()", "torch.Size": "()", "set": "{}",
 
 
 def texts_of(a: Json, b: Json) -> tuple[str, str]:
-    """Return two values that differ as texts that differ; of long ones, the place where they do.
+    """Return two values that differ as texts that differ; of long ones, the part where they do.
 
     Example:
         >>> texts_of("cosine", None), texts_of("1", 1)
@@ -210,11 +197,7 @@ def _cut(text: str, start: int) -> str:
 
 
 def text_of(value: Json, *, quoted: bool = False) -> str:
-    """Return a value on one line: as JSON, or as Python writes what JSON does not have.
-
-    Args:
-        value: JSON, or the typed JSON of `state.json`.
-        quoted: Whether text stands in quotes.
+    """Return JSON or typed JSON on one line; what JSON does not have, as Python writes it.
 
     Example:
         >>> text_of({"$": "tuple", "items": [0.9, {"$": "float", "bits": "7ff0000000000000"}]})
@@ -225,7 +208,7 @@ def text_of(value: Json, *, quoted: bool = False) -> str:
     if isinstance(value, str) and not quoted:
         return value
     if isinstance(value, Mapping):
-        return _typed(value) if _TAG in value else _mapping_text(value)
+        return _typed(value) if TAG in value else _mapping_text(value)
     if isinstance(value, list):
         return _listed(value, "[]", "list")
     return json.dumps(value, ensure_ascii=False)
@@ -234,7 +217,7 @@ def text_of(value: Json, *, quoted: bool = False) -> str:
 def _typed(value: Mapping[str, Json]) -> str:
     """Return a typed value; as JSON where it is not what unbroken writes."""
     try:
-        return _known(value, str(value[_TAG]))
+        return _known(value, str(value[TAG]))
     except (AttributeError, KeyError, TypeError, ValueError, struct.error):
         return json.dumps(value, ensure_ascii=False)
 
@@ -314,12 +297,7 @@ def print_page(
 ) -> None:
     """Print both sides, each group in which something differs, and what is the same.
 
-    Args:
-        console: Where to.
-        sides: What was compared.
-        diff: What differs.
-        distances: How far apart the tensors are, by path, where that was asked for.
-        show_all: Show every row of long tables, and what is the same.
+    With `show_all`, every row of long tables is shown, and the values that are the same.
     """
     for name, side in zip("AB", sides, strict=True):
         _print_side(console, name, side)
@@ -432,7 +410,7 @@ def _print_tensors(
     kinds: Counter[str] = Counter(one.kind for one in tensors)
     if len(kinds) > 1:
         console.print(", ".join(f"{kinds[kind]} {_KINDS[kind]}" for kind in _KINDS if kinds[kind]))
-    rest = sorted((one for one in tensors if one.path not in distances), key=_place)
+    rest = sorted((one for one in tensors if one.path not in distances), key=_rank_of_kind)
     cells = [(one.path, _tensor_text(one)) for one in rest]
     _print_rows(console, ("", ""), cells, show_all=show_all)
     if distances:
@@ -452,7 +430,7 @@ def _print_distances(
     _print_rows(console, columns, rows, numbers=columns[1:-1], show_all=show_all)
 
 
-def _place(difference: TensorDifference) -> int:
+def _rank_of_kind(difference: TensorDifference) -> int:
     return [*_KINDS].index(difference.kind)
 
 
@@ -544,7 +522,7 @@ def print_diff(a: str, b: str, *, with_values: bool, show_all: bool, as_json: bo
     Args:
         a: A checkpoint, a run (its newest checkpoint that can be opened), or a configuration file.
         b: Another one.
-        with_values: Read the tensors of which the bytes differ, and tell how far they are apart.
+        with_values: Read the tensors of which the bytes differ, and measure how far they are apart.
         show_all: Show every row of long tables, and what is the same.
         as_json: Print JSON instead of tables.
 
@@ -606,7 +584,7 @@ def distances_of(a: Side, b: Side, diff: Diff) -> dict[str, Distance]:
 def without_equal(
     diff: Diff, distances: Mapping[str, Distance]
 ) -> tuple[Diff, dict[str, Distance]]:
-    """Take out the tensors that are cut in another way, and turned out to be the same."""
+    """Take out the tensors that are sharded in another way, and turned out to be the same."""
     same = {path for path, distance in distances.items() if distance.differing == 0}
     rest = tuple(one for one in diff.tensors if one.path not in same)
     return replace(diff, tensors=rest), {p: d for p, d in distances.items() if p not in same}
@@ -670,8 +648,8 @@ def _tensor_json(difference: TensorDifference, distance: Distance | None) -> dic
 
 
 def _entry_json(entry: TensorEntry) -> dict[str, object]:
-    cut = {} if entry.is_whole else {"shards": len(entry.shards)}
-    return {"dtype": entry.dtype, "shape": entry.shape, "digest": entry.digest, **cut}
+    shards = {} if entry.is_whole else {"shards": len(entry.shards)}
+    return {"dtype": entry.dtype, "shape": entry.shape, "digest": entry.digest, **shards}
 
 
 def _finite(values: Mapping[str, object]) -> dict[str, object]:

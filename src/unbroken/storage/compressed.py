@@ -30,7 +30,7 @@ from unbroken.storage.subfolder import FolderStorage
 
 
 WIDTHS = (1, 2, 4, 8)  # bytes of one number
-AS_IT_IS = 0  # in place of a width: a chunk that does not get smaller
+AS_IT_IS = 0  # instead of a width: a chunk that does not get smaller
 _LEVEL = 1  # a higher one looks for repeated text, of which weights have none
 _SAMPLE_BYTES = 32 << 10
 _MODULE = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
@@ -39,11 +39,8 @@ _MODULE = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd
 def load_zstd(where: str) -> Any:
     """Return the library of zstd.
 
-    Args:
-        where: What needs it, for the message.
-
     Raises:
-        ConfigError: It is not installed.
+        ConfigError: It is not installed; the error names `where`.
     """
     try:
         return importlib.import_module(_MODULE)
@@ -64,12 +61,12 @@ def pack(chunk: bytes, zstd: Any) -> tuple[int, bytes]:
     """
 
     def packed_planes(data: bytes, width: int) -> list[bytes]:
-        planes = [data[place::width] for place in range(width)]
+        planes = [data[start::width] for start in range(width)]
         return [min(plane, zstd.compress(plane, _LEVEL), key=len) for plane in planes]
 
     start = len(chunk) // 2 & -max(WIDTHS)
     sample = chunk[start : start + _SAMPLE_BYTES]
-    doubt = len(sample) >> 9  # more planes must pay: of equal ones, the sample tells little
+    doubt = len(sample) >> 9  # more planes must pay: of equal ones, the sample shows little
     width = min(WIDTHS, key=lambda one: sum(map(len, packed_planes(sample, one))) + one * doubt)
     planes = packed_planes(chunk, width)
     packed = struct.pack(f"<{width}I", *map(len, planes)) + b"".join(planes)
@@ -88,14 +85,14 @@ def unpack(width: int, packed: bytes, nbytes: int, zstd: Any) -> bytearray:
         end = 4 * width
         lengths = struct.unpack(f"<{width}I", packed[:end]) if len(packed) >= end else ()
         planes = []
-        for place, length in enumerate(lengths):
+        for number, length in enumerate(lengths):
             plane, end = packed[end : end + length], end + length
-            planes.append(_unpack_plane(plane, len(range(place, nbytes, width)), zstd))
+            planes.append(_unpack_plane(plane, len(range(number, nbytes, width)), zstd))
     if sum(map(len, planes)) != nbytes:
         raise ValueError(f"expected {nbytes} bytes, found {sum(map(len, planes))}")
     chunk = bytearray(nbytes)
-    for place, plane in enumerate(planes):
-        chunk[place :: len(planes)] = plane
+    for start, plane in enumerate(planes):
+        chunk[start :: len(planes)] = plane
     return chunk
 
 
@@ -138,10 +135,8 @@ class Chunk(NamedTuple):
 class CompressedWriteHandle(Closing):
     """A new file, whose chunks are packed by a few threads while the caller brings more.
 
-    Args:
-        inner: The empty file; closed with this handle.
-        where: What messages call it.
-        chunk_bytes: How many plain bytes are packed together; any read unpacks as many.
+    The inner handle is that of the empty file, and is closed with this one; `chunk_bytes` plain
+    bytes are packed together, and any read unpacks as many.
     """
 
     def __init__(self, inner: WriteHandle, where: str, chunk_bytes: int = 1 << 20) -> None:
@@ -211,8 +206,8 @@ class CompressedWriteHandle(Closing):
             return
         index = b"".join(_ENTRY.pack(*chunk) for chunk in self._index)
         begin = MAGIC if self._end == 0 else b""
-        place, nbytes = self._end + len(begin), sum(chunk.nbytes for chunk in self._index)
-        index += _TOTALS.pack(place, len(self._index), nbytes)
+        offset, nbytes = self._end + len(begin), sum(chunk.nbytes for chunk in self._index)
+        index += _TOTALS.pack(offset, len(self._index), nbytes)
         checksum = _CHECKSUM.pack(xxhash.xxh3_64_intdigest(index))
         self._put(begin + index + checksum + MAGIC)
         self._is_whole = True
@@ -237,9 +232,7 @@ class CompressedWriteHandle(Closing):
 class CompressedReadHandle(Closing):
     """An open compressed file, read as the plain one that was written.
 
-    Args:
-        inner: The file; closed with this handle.
-        where: What messages call it.
+    The inner handle is closed with this one.
 
     Raises:
         NewerFormatError: It is compressed in a way that is newer than this version reads.
@@ -290,14 +283,14 @@ class CompressedReadHandle(Closing):
 
 
 def is_fault_of_the_file(error: OSError) -> bool:
-    """Tell whether a file cannot be read because of what it is, and not of this process."""
+    """Return whether a file cannot be read because of what it is, and not of this process."""
     return error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR)
 
 
 def _index_of(file: ReadHandle, where: str) -> list[Chunk]:
     """Return the chunks of a compressed file, in order."""
-    place = file.nbytes - _FOOTER_BYTES
-    if place < len(MAGIC):
+    footer_at = file.nbytes - _FOOTER_BYTES
+    if footer_at < len(MAGIC):
         _fail("the compressed file is cut off", where)
     begin, end = (_read(file, at, len(MAGIC)) for at in (0, file.nbytes - len(MAGIC)))
     if begin == end != MAGIC and begin.startswith(_NAME):
@@ -305,10 +298,10 @@ def _index_of(file: ReadHandle, where: str) -> list[Chunk]:
         raise NewerFormatError(where, "is compressed in a newer way", found=found, hint=hint)
     if begin != MAGIC or end != MAGIC:
         _fail("the compressed file is cut off or damaged", where)
-    footer = _read(file, place, _FOOTER_BYTES)
+    footer = _read(file, footer_at, _FOOTER_BYTES)
     totals, rest = footer[: _TOTALS.size], footer[_TOTALS.size :]
     start, count, nbytes = _TOTALS.unpack(totals)
-    if start + count * _ENTRY.size != place:
+    if start + count * _ENTRY.size != footer_at:
         _fail("the footer of the compressed file is damaged", where)
     index = _read(file, start, count * _ENTRY.size)
     if _CHECKSUM.pack(xxhash.xxh3_64_intdigest(index + totals)) != rest[: _CHECKSUM.size]:
@@ -537,7 +530,7 @@ def _folders_in(root: str) -> list[str]:
     try:
         with os.scandir(root) as entries:
             return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-    except OSError:  # what cannot be listed is told when it is used
+    except OSError:  # what cannot be listed is reported when it is used
         return []
 
 

@@ -93,8 +93,8 @@ def reserve(fd: int, nbytes: int) -> None:
 class LongWrite:
     """Write a new file of known length past the page cache, from a few buffers in turn.
 
-    While the device takes some, the caller fills the next. Memory that is aligned as the
-    place in the file is goes to the device without a copy. On a file system that refuses, the
+    While the device takes some, the caller fills the next. Memory that is aligned as its
+    offset in the file is goes to the device without a copy. On a file system that refuses, the
     same bytes go through its cache.
 
     Args:
@@ -202,7 +202,7 @@ class LongWrite:
 
 
 def _is_aligned(data: memoryview) -> bool:
-    """Tell whether memory starts at a block; of read-only memory nobody knows."""
+    """Return whether memory starts at a block; of read-only memory nobody knows."""
     if data.readonly or not data.contiguous or len(data) == 0:
         return False
     return _address(data) % BLOCK == 0
@@ -241,7 +241,7 @@ class LongRead:
 
 
 def is_cached(fd: int, nbytes: int, samples: int = 16) -> bool:
-    """Tell whether most of a file seems to be in the page cache: reading it again costs no disk.
+    """Return whether most of a file seems to be in the page cache: reading it again costs no disk.
 
     Asks `mincore` about a few pages, which reads none of them. Where nobody knows: yes.
     """

@@ -1,4 +1,4 @@
-"""What unbroken asks of a place that keeps bytes: one narrow interface, a dozen calls.
+"""What unbroken asks of a storage: one narrow interface, a dozen calls.
 
 Everything that reaches a disk goes through it, so that the tests can cut the power, fill the
 disk or kill the process at every single step. Paths are relative, with "/" between the parts;
@@ -131,7 +131,7 @@ class Lock(Protocol):
 
 
 class Storage(Protocol):
-    """A place that keeps files in folders, as a local disk does.
+    """Keeps files in folders, as a local disk does.
 
     `unbroken.testing.StorageContract` is this text as a test suite.
     """
@@ -146,7 +146,7 @@ class Storage(Protocol):
         Args:
             path: The file.
             nbytes: How long it is going to be, if that is known. A storage may then write it in
-                another way: its bytes need not be visible, and a failure need not be told, before
+                another way: its bytes need not be visible, and a failure need not be raised, before
                 the next `sync` or `close`.
         """
         ...

@@ -306,7 +306,7 @@ class TensorDifference:
     Attributes:
         path: Its path in the training state.
         kind: "only in a"; "only in b"; "type": another dtype or shape; "bytes": another digest;
-            "shards": cut in another way, so that digests cannot tell whether its bytes differ.
+            "shards": sharded in another way, so that digests cannot tell whether its bytes differ.
         a: What the manifest of the first side says of it.
         b: What the manifest of the second side says of it.
 
@@ -351,7 +351,7 @@ def diff_checkpoints(a: CheckpointReader, b: CheckpointReader) -> Diff:
     """Return all that differs between two checkpoints; no tensor is read.
 
     Whatever one byte of the tensors and the files without tensors changes is found, as far as the
-    manifests tell the truth. Facts are compared as numbers (1 is 1.0), the state exactly (1 is
+    manifests are true. Facts are compared as numbers (1 is 1.0), the state exactly (1 is
     not 1.0, 0.0 is not -0.0, and dicts have an order).
 
     Raises:
@@ -484,7 +484,7 @@ def _is_group(facts: Mapping[str, Json], name: str) -> bool:
 def _diff_state(
     a: CheckpointReader, b: CheckpointReader, tensors: tuple[TensorDifference, ...]
 ) -> ValueGroup:
-    """Compare what is not a tensor in the state; what `tensors` tell is not told twice."""
+    """Compare what is not a tensor in the state; what `tensors` report is not reported twice."""
     reported = frozenset(difference.path for difference in tensors if difference.kind != "bytes")
     one = _state_of(a)
     other = one if _digests(a, STATE_FILE) == _digests(b, STATE_FILE) else _state_of(b)

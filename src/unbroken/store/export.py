@@ -1,7 +1,7 @@
 """Whole weights out of a checkpoint, in files that `from_pretrained` and other programs read.
 
 Tensors that are stored in shards are put together on the disk: the file is made at its full size,
-each tensor's place in it is mapped, and the shards are copied there, verified on the way. So
+each tensor's bytes in it are mapped, and the shards are copied there, verified on the way. So
 the memory needed is a few megabytes, whatever the size of a tensor or of the model.
 """
 
@@ -21,19 +21,13 @@ from unbroken.store.checkpoint.reader import CheckpointReader
 from unbroken.store.diff import Node, state_tree
 from unbroken.store.format.canonical_json import Json, from_strict
 from unbroken.store.format.manifest import TensorEntry
-from unbroken.store.format.safetensors_file import header_of, in_file_order
+from unbroken.store.format.safetensors_file import TORCH_DTYPES, header_of, in_file_order
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_FILE_BYTES = 50_000_000_000  # as transformers cuts models
 
 _STATE = "state."
 _NOT_THE_MODELS = {"trainer_state.json"}
-_DTYPES = {
-    "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "uint16": "U16", "int32": "I32",
-    "uint32": "U32", "int64": "I64", "uint64": "U64", "float16": "F16", "bfloat16": "BF16",
-    "float32": "F32", "float64": "F64", "complex64": "C64", "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -137,8 +131,8 @@ def export_weights(
         os.replace(staging, target)
         _sync_folder(target.parent)
     except OSError as error:
-        place = str(error.filename or target)
-        raise SaveError(place, "cannot be written", found=error.strerror) from error
+        where = str(error.filename or target)
+        raise SaveError(where, "cannot be written", found=error.strerror) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     names = tuple(sorted(path.name for path in target.iterdir()))
@@ -172,7 +166,7 @@ def _entry_of(reader: CheckpointReader, node: Node) -> TensorEntry:
         raise CaptureError(f"model{node.end}", "is no tensor that can be exported")
     is_view = "base" in raw or "offset" in raw or raw.get("conj") or raw.get("neg")
     dtype: Json = raw.get("dtype")
-    if is_view or _DTYPES.get(str(dtype)) != entry.dtype:
+    if is_view or TORCH_DTYPES.get(str(dtype)) != entry.dtype:
         what = "is a view of other memory" if is_view else "has a type of its own"
         hint = "load the checkpoint and save the model with save_pretrained()"
         raise CaptureError(entry.path, f"cannot be exported: {what}", found=dtype, hint=hint)
@@ -219,15 +213,15 @@ def _write_weights(reader: CheckpointReader, path: Path, held: Iterable[_Weight]
         file.write(header)
         file.flush()
         _reserve(file.fileno(), size)
-        place = len(header)
+        offset = len(header)
         for weight in ordered:
-            _fill_in(reader, file.fileno(), place, weight)
-            place += weight.nbytes
+            _fill_in(reader, file.fileno(), offset, weight)
+            offset += weight.nbytes
         os.fsync(file.fileno())
 
 
 def _reserve(file: int, nbytes: int) -> None:
-    """Give the file its size and its room: a full disk is told here, not in the middle."""
+    """Give the file its size and its room: a full disk fails here, not in the middle."""
     try:
         os.posix_fallocate(file, 0, nbytes)
     except OSError as error:
@@ -236,12 +230,12 @@ def _reserve(file: int, nbytes: int) -> None:
         os.ftruncate(file, nbytes)
 
 
-def _fill_in(reader: CheckpointReader, file: int, place: int, weight: _Weight) -> None:
-    """Read a tensor straight into its place in the file."""
+def _fill_in(reader: CheckpointReader, file: int, offset: int, weight: _Weight) -> None:
+    """Read a tensor straight into the mapped file, at `offset`."""
     if weight.nbytes == 0:
         return
-    before = place % mmap.ALLOCATIONGRANULARITY
-    mapped = mmap.mmap(file, before + weight.nbytes, offset=place - before)
+    before = offset % mmap.ALLOCATIONGRANULARITY
+    mapped = mmap.mmap(file, before + weight.nbytes, offset=offset - before)
     reader.read_leaf_into(weight.path, memoryview(mapped)[before:])
     mapped.flush()  # it is unmapped when the last view of it is gone, here or with an error
 

@@ -234,7 +234,7 @@ class TensorLayout:
 
     @property
     def is_dense(self) -> bool:
-        """Whether the elements fill one block of memory, each place once."""
+        """Whether the elements fill one block of memory, each address once."""
         return is_dense(self.shape, self.stride)
 
     @property
@@ -260,7 +260,7 @@ class TensorRef:
 
     @classmethod
     def of(cls, path: str, tensor: torch.Tensor) -> TensorRef:
-        """Look at a tensor."""
+        """Read layout and addresses of a tensor."""
         layout, start = TensorLayout.of(tensor), tensor.data_ptr()
         extent = tensor.nbytes if tensor.is_contiguous() else layout.extent
         device = "cpu" if tensor.is_cpu else str(tensor.device)
@@ -355,7 +355,7 @@ def _place_separately(seen: TensorRef) -> Placement:
 
 
 def _without_repeats(tensor: torch.Tensor) -> torch.Tensor:
-    """Return `tensor` with each expanded dimension cut to one element."""
+    """Return `tensor` with each expanded dimension narrowed to one element."""
     for dimension, (size, step) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
         if step == 0 and size > 1:
             tensor = tensor.narrow(dimension, 0, 1)
@@ -363,7 +363,7 @@ def _without_repeats(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _each_place_once(layout: TensorLayout) -> bool:
-    """Tell whether no two elements share memory (sufficient condition: nested strides)."""
+    """Return whether no two elements share memory (sufficient condition: nested strides)."""
     reach = 0
     for step, size in sorted(zip(layout.stride, layout.shape, strict=True)):
         if size > 1:
@@ -547,9 +547,7 @@ def _signature_of(tensor: torch.Tensor) -> tuple[Any, ...]:
 class LeafCollector:
     """Collects the leaves of a tree; tensors are placed when all of them are known.
 
-    Args:
-        file_of: Gives for the path of a leaf its file and its name there.
-        memo: What an earlier save found out, which makes this one faster.
+    `memo` is what an earlier save found out: it makes this one faster.
     """
 
     def __init__(self, file_of: FileOf, memo: TensorMemo) -> None:
@@ -578,8 +576,8 @@ class LeafCollector:
         check_tensor(part.tensor, path)
         dtype, shape = stored_as(value.dtype, part.shape)
         path = self._unique(path)
-        cut = (None, None) if part.is_whole else (part.offsets, part.global_shape)
-        self._add(path, physical(part.tensor), dtype, shape, value, *cut)
+        box = (None, None) if part.is_whole else (part.offsets, part.global_shape)
+        self._add(path, physical(part.tensor), dtype, shape, value, *box)
         layout = {"dtype": dtype_name(value.dtype), "shape": [*part.global_shape]}
         return {TAG: "tensor", **describe_flags(value), "leaf": path, **layout}
 

@@ -113,7 +113,7 @@ _MEMORY_FORMATS = {
 
 
 def is_text(value: str) -> bool:
-    """Tell whether UTF-8 can hold the string: it has no lone surrogates."""
+    """Return whether UTF-8 can hold the string: it has no lone surrogates."""
     return value.isascii() or not any("\ud800" <= char <= "\udfff" for char in value)
 
 

@@ -658,7 +658,7 @@ def _tag_of(value: Any, path: str) -> str:
 
 
 def is_namedtuple_class(kind: type) -> bool:
-    """Tell whether `kind` is a class of named tuples whose instances hold nothing else."""
+    """Return whether `kind` is a class of named tuples whose instances hold nothing else."""
     return issubclass(kind, tuple) and is_namedtuple(tuple.__new__(kind))
 
 

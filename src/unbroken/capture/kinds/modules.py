@@ -284,7 +284,7 @@ def class_of_tensor(tensor: torch.Tensor) -> str:
 
 
 def _same_strides(tensor: torch.Tensor, saved: StoredTensor) -> bool:
-    """Tell whether both lie in memory alike; only dense ones come back as they were."""
+    """Return whether both lie in memory alike; only dense ones come back as they were."""
     if is_sharded(tensor):
         return True  # a part is laid out as the ranks agreed, not as it was stored
     both_dense = TensorLayout.of(tensor).is_dense and saved.view.is_dense
@@ -336,8 +336,8 @@ def restore_module(module: nn.Module, stored: Captured, _names: object, later: F
     saved = stored_tensors(stored)
     done: set[tuple[object, ...]] = set()
     for name, tensor in tensors_of(module).items():
-        if saved[name].place not in done:
-            done.add(saved[name].place)
+        if saved[name].view_key not in done:
+            done.add(saved[name].view_key)
             saved[name].copy_into(tensor, later)
         if tensor.is_leaf and tensor.requires_grad != saved[name].requires_grad:
             tensor.requires_grad_(saved[name].requires_grad)
@@ -428,7 +428,7 @@ def _check(live: Mapping[str, torch.Tensor], tree: Mapping[str, Gradient]) -> It
 
 
 def _fits(gradient: torch.Tensor, stored: Gradient) -> bool:
-    """Tell whether a gradient can be filled in place, as views on DDP's buckets must be."""
+    """Return whether a gradient can be filled in place, as views on DDP's buckets must be."""
     stride = stored.view.stride if isinstance(stored, StoredTensor) else stored.stride()
     same = (gradient.dtype, tuple(gradient.shape)) == (stored.dtype, tuple(stored.shape))
     return same and gradient.stride() == stride

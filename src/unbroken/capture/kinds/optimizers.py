@@ -44,7 +44,7 @@ from unbroken.errors import CaptureError
 
 
 class ReusableState:
-    """The tensors that an optimizer has as state, before others take their place.
+    """The tensors that an optimizer has as state, before others replace them.
 
     Memory that is shared, by live tensors or by stored ones, is never overwritten: those that
     share it would no longer be what the checkpoint says.
@@ -82,7 +82,7 @@ class ReusableState:
 
 
 def _values_in(tree: object) -> Iterator[Any]:
-    """Yield every value once for each place that it is found in."""
+    """Yield every value as often as it occurs."""
     todo = [tree]
     while todo:
         value = todo.pop()
@@ -107,7 +107,7 @@ def _memory_of(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-# Names of parameters: what optimizers' state is filed under, in place of positions.
+# Names of parameters: what optimizers' state is filed under, instead of positions.
 
 
 class ParameterNames:
@@ -198,7 +198,7 @@ def _trained_before(optimizer: Optimizer, names: ParameterNames) -> dict[str, An
 
 
 def _check_cut(parameter: torch.Tensor, state: Any, path: str) -> None:
-    """Refuse state of a sharded parameter that could not be cut anew on other ranks."""
+    """Refuse state of a sharded parameter that other ranks could not shard again."""
     if not is_sharded(parameter) or not isinstance(state, dict):
         return
     for key, value in state.items():
@@ -276,7 +276,7 @@ def check_optimizer(
 def _check_state(
     parameter: torch.Tensor | None, state: Any, path: str, name: str
 ) -> Iterator[Mismatch]:
-    """Yield what of a stored state cannot be put together here, or cut as the parameter is."""
+    """Yield what of a stored state cannot be put together here, or sharded as the parameter is."""
     if isinstance(state, dict):
         unknown = (one for one in state.values() if isinstance(one, StoredSubclass))
         for value in unknown:
@@ -352,8 +352,8 @@ def restore_optimizer(
 
 def _put_in_order(parameters: list[Any], stored: list[str], names: ParameterNames) -> None:
     """Bring parameters into their stored order: norms of gradients are summed in it."""
-    place = {name: position for position, name in enumerate(stored)}
-    parameters.sort(key=lambda parameter: place[names.of(parameter) or ""])
+    position = {name: number for number, name in enumerate(stored)}
+    parameters.sort(key=lambda parameter: position[names.of(parameter) or ""])
 
 
 def _take_group(saved: list[Any], live: set[str], names: ParameterNames) -> dict[str, Any]:
@@ -494,7 +494,7 @@ def capture_scaler(scaler: GradScaler, _path: str, _names: object) -> State:
 def check_scaler(
     scaler: GradScaler, stored: Captured, path: str, _names: object
 ) -> Iterator[Mismatch]:
-    """Yield a mismatch if the scaler is on in one place and off in the other."""
+    """Yield a mismatch if the scaler is on here and off in the checkpoint, or vice versa."""
     was, is_now = (("on" if on else "off") for on in (bool(stored.state), scaler.is_enabled()))
     if was != is_now:
         yield Mismatch(path, "loss scaling is switched otherwise", was, is_now)

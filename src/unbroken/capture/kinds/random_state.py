@@ -80,7 +80,7 @@ def restore_numpy(generator: np.random.Generator, stored: Captured, *_: object) 
 def check_numpy(
     generator: np.random.Generator, stored: Captured, path: str, _names: object
 ) -> Iterator[Mismatch]:
-    """Set another generator of its kind: that tells whether it is a state at all."""
+    """Check the state by setting another generator of the same kind with it."""
     bits: Any = type(generator.bit_generator)
     if bits.__module__.startswith("numpy."):
         with _states_of(path):

@@ -28,7 +28,7 @@ _PLAIN = (str, int)  # and bool, which is an int
 
 
 class MalformedError(ValueError):
-    """Bytes that are not what the format says; readers turn it into an error with a place."""
+    """Bytes that are not what the format says; readers add the name of the file."""
 
     def __init__(self, what: str, expected: object = None, found: object = None) -> None:
         super().__init__(what)
@@ -64,34 +64,34 @@ def spelled(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-_Place: TypeAlias = "tuple[str | int | _Place, ...]"
-"""Where a value stands: the place of what holds it, and its key there; the outermost by name."""
+_Path: TypeAlias = "tuple[str | int | _Path, ...]"
+"""The path of a value: that of what holds it, and its key there; the outermost has its name."""
 
 
-def _plain(value: object, place: _Place, depth: int) -> object:
+def _plain(value: object, path: _Path, depth: int) -> object:
     """Return `value` with plain lists and dicts, refusing what `json.dumps` would bend."""
     if value is None or isinstance(value, _PLAIN):
         return value
     if isinstance(value, float) and math.isfinite(value):
         return value
     if depth > 0 and isinstance(value, (list, tuple)):
-        return [_plain(item, (place, i), depth - 1) for i, item in enumerate(value)]
+        return [_plain(item, (path, i), depth - 1) for i, item in enumerate(value)]
     if depth > 0 and isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
                 raise CaptureError(
-                    _place_name(place), "has a key that is not a string", found=repr(key)
+                    _path_text(path), "has a key that is not a string", found=repr(key)
                 )
-        return {key: _plain(item, (place, key), depth - 1) for key, item in value.items()}
-    raise CaptureError(_place_name(place), "cannot be written as JSON", found=repr(value)[:100])
+        return {key: _plain(item, (path, key), depth - 1) for key, item in value.items()}
+    raise CaptureError(_path_text(path), "cannot be written as JSON", found=repr(value)[:100])
 
 
-def _place_name(place: _Place) -> str:
-    """Return "facts.loss[0]" for a place; needed for messages alone."""
-    if len(place) == 1:
-        return str(place[0])
-    outer, key = place
-    held_by = _place_name(outer) if isinstance(outer, tuple) else str(outer)
+def _path_text(path: _Path) -> str:
+    """Return a path as messages spell it: "facts.loss[0]"."""
+    if len(path) == 1:
+        return str(path[0])
+    outer, key = path
+    held_by = _path_text(outer) if isinstance(outer, tuple) else str(outer)
     return f"{held_by}[{key}]" if isinstance(key, int) else f"{held_by}.{key}"
 
 

@@ -75,7 +75,7 @@ class Region:
 
     @property
     def name(self) -> str | None:
-        """How messages call it: the path of the tensor, with the place of a shard in it."""
+        """How messages call it: the path of the tensor, with the offsets of a shard in it."""
         if self.offsets is None:
             return self.path
         return f"{self.path} (shard at {', '.join(map(str, self.offsets))})"
@@ -150,14 +150,14 @@ def read_digest(fields: Fields, name: str) -> str:
 
 def _read_region(item: Json) -> Region:
     fields = Fields(item, "region")
-    place = fields.count("offset"), fields.count("nbytes"), read_digest(fields, "digest")
+    stretch = fields.count("offset"), fields.count("nbytes"), read_digest(fields, "digest")
     if not fields.has("path"):
         fields.done()
-        return Region(*place)
+        return Region(*stretch)
     tensor = fields.text("path"), fields.text("dtype"), fields.counts("shape", MAX_DIMENSIONS)
     part = _read_part(fields) if fields.has("offsets") else (None, None)
     fields.done()
-    region = Region(*place, *tensor, *part)
+    region = Region(*stretch, *tensor, *part)
     _check_tensor(region)
     return region
 
@@ -239,7 +239,7 @@ class ByteRun(NamedTuple):
 
 
 def byte_runs(source: Box, target: Box) -> Iterator[ByteRun]:
-    """Yield what to copy from one box to another, each in C order, by place in the source.
+    """Yield what to copy from one box to another, each in C order, by offset in the source.
 
     Example:
         >>> list(byte_runs(Box((0, 0), (2, 2)), Box((0, 1), (2, 3))))
@@ -254,8 +254,8 @@ def byte_runs(source: Box, target: Box) -> Iterator[ByteRun]:
     length = math.prod(both.shape[outer:])
     first = [_index(box, both.offsets) for box in (source, target)]
     strides = [_strides(box.shape)[:outer] for box in (source, target)]
-    for place in product(*map(range, both.shape[:outer])):
-        at = [start + _dot(place, steps) for start, steps in zip(first, strides, strict=True)]
+    for index in product(*map(range, both.shape[:outer])):
+        at = [start + _dot(index, steps) for start, steps in zip(first, strides, strict=True)]
         yield ByteRun(at[0], at[1], length)
 
 
@@ -271,8 +271,8 @@ def _strides(shape: Sequence[int]) -> list[int]:
     return [math.prod(shape[d + 1 :]) for d in range(len(shape))]
 
 
-def _index(box: Box, place: Sequence[int]) -> int:
-    inside = [at - start for at, start in zip(place, box.offsets, strict=True)]
+def _index(box: Box, position: Sequence[int]) -> int:
+    inside = [at - start for at, start in zip(position, box.offsets, strict=True)]
     return _dot(inside, _strides(box.shape))
 
 
@@ -281,7 +281,7 @@ def _dot(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def fill(boxes: Sequence[Box], shape: Sequence[int]) -> bool:
-    """Tell whether the boxes cover a tensor of this shape, each element once.
+    """Return whether the boxes cover a tensor of this shape, each element once.
 
     Example:
         >>> fill([Box((0,), (2,)), Box((2,), (1,))], (3,)), fill([Box((0,), (2,))], (3,))
@@ -295,7 +295,7 @@ def fill(boxes: Sequence[Box], shape: Sequence[int]) -> bool:
 
 
 def _collide(boxes: Sequence[Box]) -> bool:
-    """Tell whether two boxes overlap; only those that may are compared."""
+    """Return whether two boxes overlap; only those that may are compared."""
     if len(boxes) < 2:
         return False
     axis = max(range(len(boxes[0].shape)), key=lambda d: len({box.offsets[d] for box in boxes}))
@@ -337,7 +337,7 @@ class TensorEntry:
         path: Its path in the training state.
         dtype: The safetensors name of its type.
         shape: Its shape.
-        shards: Its parts, by their place in it: together they cover it, each element once.
+        shards: Its parts, by their offsets: together they cover it, each element once.
 
     Example:
         >>> shard = Shard("model.safetensors", 1, Box((0,), (2,)), "0" * 32)
@@ -391,7 +391,7 @@ class TensorEntry:
 
     @property
     def boxes(self) -> tuple[Box, ...]:
-        """How it is cut."""
+        """The boxes of its shards."""
         return tuple(shard.box for shard in self.shards)
 
 
@@ -478,7 +478,7 @@ class Manifest:
         """One digest for the whole state: equal for equal tensors and equal other files.
 
         It depends neither on which file holds a tensor or shard nor on when or by whom it was
-        written; but on how a tensor is cut.
+        written; but on how a tensor is sharded.
         """
         tensors: dict[str, Json] = {
             path: [tensor.dtype, tensor.shape, tensor.described]
@@ -578,7 +578,7 @@ def least_nbytes(value: object) -> int:
     """Return how many bytes a value takes in a manifest, or somewhat less; quickly."""
     try:
         return len(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
-    except (TypeError, ValueError, RecursionError):  # what cannot be stored is told elsewhere
+    except (TypeError, ValueError, RecursionError):  # what cannot be stored is refused elsewhere
         return 0
 
 

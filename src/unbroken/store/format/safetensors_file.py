@@ -121,6 +121,14 @@ DTYPE_BITS = {
     "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
 
+TORCH_DTYPES = {
+    "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "uint16": "U16", "int32": "I32",
+    "uint32": "U32", "int64": "I64", "uint64": "U64", "float16": "F16", "bfloat16": "BF16",
+    "float32": "F32", "float64": "F64", "complex64": "C64", "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+}  # fmt: skip
+"""By torch's name: the dtypes that every reader of safetensors files knows, as these call them."""
+
 
 def bytes_of(dtype: str, shape: Sequence[int]) -> int | None:
     """Return how many bytes a tensor takes, or None if it cannot exist.
