@@ -43,7 +43,7 @@ SAYS = {
     "static, after the first step": ("equivalent", "saved after the first step of a static graph"),
     "other buckets": ("equivalent", "ddp.model.bucket_bytes: stored"),
     "no unused parameters any more": ("equivalent", "ddp.model.find_unused_parameters: stored"),
-    "no group": ("equivalent", "group=join()"),
+    "no group": ("equivalent", "ranks=join()"),
     "a hook with a state": ("not covered", "powerSGD_hook keeps a state of its own"),
 }
 

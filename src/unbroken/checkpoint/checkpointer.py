@@ -11,6 +11,8 @@ from inspect import signature
 from types import TracebackType
 from typing import Any, Self
 
+import torch.distributed as dist
+
 from unbroken.capture import capture, capture_rng, named_objects
 from unbroken.changes.compare import Comparison, ResumePolicy
 from unbroken.changes.differences import Difference, ResumeReport
@@ -200,6 +202,12 @@ class Checkpointer:
         own = {"state": {name: object_facts(one) for name, one in bare}} if bare else {}
         return {**own, **({} if more is None else more())}
 
+    @property
+    def _shared_buckets(self) -> DdpBuckets | None:
+        """The buckets, where processes add gradients together; None: this one is alone."""
+        has_group = dist.is_available() and dist.is_initialized()
+        return self.buckets if has_group and dist.get_world_size() > 1 else None
+
     def register(self, **objects: object) -> None:
         """Add objects to save, or put others in the place of those of the same names.
 
@@ -302,7 +310,8 @@ class Checkpointer:
         report, self.resumed_facts = resumed.report, resumed.facts
         self.values, self.best_step = resumed.values, resumed.best_step
         self._lineage.resumed(self._access.reader_of(report), resumed.origin, resumed.skipped)
-        self.buckets.bring_back(resumed.facts)
+        if (buckets := self._shared_buckets) is not None:
+            buckets.bring_back(resumed.facts)
         self._timer.begin(report.step, self.run.history.records(past_damage=True))
         self._access.has_started = True
         if self._loop is not None:
@@ -373,7 +382,7 @@ class Checkpointer:
             types=self._types,
             loop=self._loop,
             attributes=self.attributes,
-            buckets=self.buckets,
+            buckets=self._shared_buckets,
             lineage=self._lineage,
             clock=self._clock.wall,
             ahead=ahead,
@@ -437,7 +446,8 @@ class Checkpointer:
         tree |= {"values": values, "rng": capture_rng()}
         differing, once = self._differing(tree, own)
         self._tell_of(once)
-        buffers, by_hand = self.buckets.buffers_of_rank_0(), not self._run_facts.is_complete
+        buckets, by_hand = self._shared_buckets, not self._run_facts.is_complete
+        buffers = () if buckets is None else buckets.buffers_of_rank_0()
         return CapturedState(tree, own, differing, buffers, by_hand), (*missing, *once)
 
     def _save_request(
@@ -494,7 +504,8 @@ class Checkpointer:
         self._tell_of(self._uncovered())
 
     def _uncovered(self) -> tuple[Difference, ...]:
-        return (*self.comparison.uncovered, *self.buckets.uncovered())
+        buckets = self._shared_buckets
+        return (*self.comparison.uncovered, *(() if buckets is None else buckets.uncovered()))
 
     def _tell_of(self, found: tuple[Difference, ...]) -> None:
         new = tuple(one for one in found if one.path not in self._known)
@@ -573,13 +584,14 @@ class Checkpointer:
         if self._others is None:
             self._others = self._facts_of_others()
         schedules = None if self._loop is None else self._loop.schedules
+        buckets = self._shared_buckets
         return {
             "metrics_bytes": run.metrics.nbytes,
             "best_step": self.best_step,
             **self._lineage.facts(),
             **self.comparison.facts,
             "covers": self._covers(),
-            **self.buckets.facts(),
+            **({} if buckets is None else buckets.facts()),
             **({"found": schedules.facts()} if schedules is not None and schedules.found else {}),
             **({FACT: self._others} if self._others else {}),
             **({"not_judged": self.attributes.unknown} if self.attributes.unknown else {}),

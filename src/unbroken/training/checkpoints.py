@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -509,7 +509,8 @@ class RunCheckpoints:
         if state.progress == Progress():
             parts.begin_fresh(state.config.seed)
         self._checkpointer.best_step = state.statistics.best_step
-        parts.division.agree_on_buffers(parts.model)
+        if parts.group.world_size > 1:
+            parts.division.agree_on_buffers(parts.model)
         exchange_loader_states(parts.source, parts.group)
         values, facts = state.to_save()
         with parts.randomness.users_generators(), self._deterministic():
@@ -608,7 +609,9 @@ class RunCheckpoints:
                 self._checkpointer.run.put_file(name, data)
 
     def _deterministic(self) -> Any:
-        return deterministic_kernels(self._state.config.full_determinism, self._parts.device)
+        if not self._state.config.full_determinism:
+            return nullcontext()
+        return deterministic_kernels(True, self._parts.device)
 
     def _bring_state_back(self, report: ResumeReport) -> None:
         """Restore the run state, and recompute what the configuration derives from it."""

@@ -65,7 +65,7 @@ class ResumeRequest:
         types: Classes of namedtuples and enums inside the state.
         loop: What is looked for in a hand-written loop; None: the caller has given all.
         attributes: What training makes of attributes of the user's own objects.
-        buckets: How `DistributedDataParallel` adds gradients.
+        buckets: How `DistributedDataParallel` adds gradients; None: this process is alone.
         lineage: Learns whether the objects hold parts of a checkpoint, and no whole one.
         clock: Seconds since 1970.
         ahead: What was read of the checkpoint before.
@@ -77,7 +77,7 @@ class ResumeRequest:
     types: tuple[type, ...]
     loop: LoopWatch | None
     attributes: Attributes
-    buckets: DdpBuckets
+    buckets: DdpBuckets | None
     lineage: SaveLineage
     clock: Callable[[], float]
     ahead: ReadAhead | None = None
@@ -370,7 +370,8 @@ class _Attempt:
         comparison, attributes = request.comparison, request.attributes
         stored = self._source.manifest.facts
         facts = facts_of_rank(stored, comparison.facts, group.rank, group.world_size)
-        rows = comparison.rows(facts, request.buckets.differences(facts))
+        sums = () if request.buckets is None else request.buckets.differences(facts)
+        rows = comparison.rows(facts, sums)
         self.same = tuple(row for row in rows if row.verdict == "same")
         rows = tuple(row for row in rows if row.verdict != "same")
         found = tuple(row for row in rows if not self._is_of_what_was_given_since(row))
