@@ -122,7 +122,6 @@ PARTS = {  # modules that serve one other module, each an idea of its own
     "unbroken.adapters.transformers.dataloader": "the host's loader, rebuilt",
     "unbroken.adapters.transformers.hf_checkpoint": "a checkpoint of the host's own, read",
     "unbroken.adapters.transformers.session": "one call of train",
-    "unbroken.checkpoint.coverage.attribute_values": "what an attribute holds",
     "unbroken.checkpoint.coverage.owners": "what holds attributes, and what is around functions",
     "unbroken.checkpoint.resume.resume": "checks, then the load",
     "unbroken.checkpoint.run_access": "one rank owns the run directory, the others look",

@@ -337,6 +337,31 @@ NOT_GIVEN = {
     },
     "ema": {"setup": EMA, "after": "ema.update(model)"},
     "noam": {"setup": NOAM, "step": "noam.step()"},
+    "noise": {
+        "setup": "noise = torch.Generator().manual_seed(1)",
+        "before": "x = x + torch.rand(6, generator=noise)",
+    },
+    "rng of NumPy": {
+        "setup": "import numpy as np\nrng = np.random.default_rng(1)",
+        "before": "x = x * rng.random()",
+    },
+    "rng of Python in an object": {
+        "setup": "import random\nclass Mix:\n    def __init__(self):\n        "
+        "self.rng = random.Random(1)\nmix = Mix()",
+        "before": "x = x * mix.rng.random()",
+    },
+    "rng of a closure": {
+        "setup": "import numpy as np\ndef make():\n    rng = np.random.RandomState(1)\n"
+        "    return lambda x: x * rng.rand()\nmix = make()",
+        "before": "x = mix(x)",
+    },
+    "criterion": {
+        "setup": "class Scaled(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.register_buffer('mean', torch.ones(()))\n"
+        "    def forward(self, loss):\n        self.mean.lerp_(loss.detach(), 0.1)\n"
+        "        return loss / self.mean\ncriterion = Scaled()",
+        "backward": "criterion(loss).backward()",
+    },
     "loader": {
         "setup": f"{LOADER}\nepochs = (x for _ in range(9) for x in loader)",
         "before": "x = next(epochs)",

@@ -50,10 +50,8 @@ _ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes))
 _PURE = frozenset((list, tuple, dict))
 _CONTAINERS = frozenset((*_PURE, set, frozenset, OrderedDict, Counter, deque, bytearray))
 
-WITH_STATE = (
-    *(Optimizer, LRScheduler, GradScaler),
-    *(torch.Generator, np.random.Generator, np.random.RandomState, random.Random),
-)
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+WITH_STATE = (Optimizer, LRScheduler, GradScaler, *GENERATORS)
 """What has state, and comes back in its own way; modules besides."""
 
 _TOLD = (

@@ -7,6 +7,7 @@ from it says before its first step what it cannot bring back.
 
 from __future__ import annotations
 
+import random
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,20 +17,22 @@ from types import ModuleType
 from typing import Any, TypeGuard
 from weakref import WeakKeyDictionary, WeakSet
 
+import numpy as np
 import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader, dataloader
+from torch.utils.data import DataLoader, Dataset, Sampler, dataloader
 
 from unbroken.capture import all_objects, named_objects
 from unbroken.changes.differences import Difference
+from unbroken.checkpoint.coverage.attribute_values import GENERATORS
 from unbroken.checkpoint.coverage.schedules import attributes, steers, things_around
 from unbroken.data import BatchSource, KeyedDataset, LoaderSource
 from unbroken.data.sources.iterable import reason_against_its_state
 from unbroken.errors import DataError
-from unbroken.fingerprint import is_user_module
+from unbroken.fingerprint import is_user_module, keeps_attributes
 from unbroken.store import Json
 
 # Which loaders a hand-written loop trains on: seen by what happens between their batches.
@@ -198,6 +201,7 @@ class NotGiven:
         self._marks: list[torch.Tensor] = []
         self._copies: list[_Copy] = []
         self._steering: list[tuple[Any, dict[str, Any]]] = []
+        self._moving: list[tuple[Any, Any]] = []
         self._is_in_evaluation = False  # at the last step
         self._stepping: dict[int, Optimizer | None] = {}  # None: one that is not registered
         self._trained: list[nn.Module] = []
@@ -212,7 +216,7 @@ class NotGiven:
 
     def end(self) -> None:
         """Look no longer."""
-        self._copies, self._steering, self._stepping = [], [], {}
+        self._copies, self._steering, self._moving, self._stepping = [], [], [], {}
         _open_searches.discard(self)
         _hear_of_averages()
         unwatch(self._loaders)
@@ -233,6 +237,7 @@ class NotGiven:
             around = [value for _, value in things_around()]
             self._copies = list(self._copies_among(around))
             self._steering = [(one, _numbers_of(one)) for one in around if steers(one)]
+            self._moving = [(one, _moved_by(one)) for one in self._not_of_data(around)]
         for copy in self._copies if self.steps < _SAMPLE else ():
             self._compare(copy)
         self._loaders.stepped()
@@ -260,6 +265,12 @@ class NotGiven:
         for one, numbers in self._steering:
             if numbers != _numbers_of(one):
                 self._see(one, "steers the optimizer by numbers of its own")
+        for one, before in self._moving:
+            if before != _moved_by(one):
+                is_module = isinstance(one, nn.Module)
+                self._see(
+                    one, "has buffers that training changes" if is_module else "was drawn from"
+                )
         inexact = tuple(self._inexact_loaders())
         if not self._seen and not self._loaders.trained:
             return inexact
@@ -361,6 +372,17 @@ class NotGiven:
             if isinstance(one, GradScaler) and one.is_enabled():
                 self._see(one, "scales the loss by what it has seen")
 
+    def _not_of_data(self, around: Iterable[object]) -> Iterator[object]:
+        """Yield generators and modules of the user's own that no data and no loader draw from."""
+        around = [*around]
+        readers = (one for one in around if isinstance(one, Dataset | Sampler | DataLoader))
+        of_data = {id(part) for one in (*readers, *self._datasets()) for part in _held_by(one)}
+        for one in around:
+            is_own = isinstance(one, nn.Module) and keeps_attributes(one)
+            draws = isinstance(one, GENERATORS) and id(one) not in _SAVED_ANYWAY
+            if (is_own or draws) and id(one) not in of_data and not self._holds(one):
+                yield one
+
     def _copies_among(self, around: Iterable[object]) -> Iterator[_Copy]:
         """Yield modules, and tensors held by objects of the user's own, that are like a model's."""
         own = [part for one in all_objects(self._objects) for part in _tensors_in(one)]
@@ -396,6 +418,29 @@ class _Copy:
         return before != self._last and (
             is_module or self._last != _sample(list(self._model.parameters()))
         )
+
+
+_SAVED_ANYWAY = frozenset(map(id, (torch.default_generator, random._inst, np.random.mtrand._rand)))
+
+
+def _moved_by(thing: Any) -> Any:
+    """Return what is another for a generator that was drawn from, or a module with new buffers."""
+    if isinstance(thing, nn.Module):
+        return [_sample([one]) for one in thing.buffers()]
+    if isinstance(thing, torch.Generator):
+        return thing.get_state().tolist()
+    if isinstance(thing, np.random.Generator):
+        return repr(thing.bit_generator.state)
+    return thing.getstate() if isinstance(thing, random.Random) else repr(thing.get_state())
+
+
+def _held_by(thing: object, depth: int = 3) -> Iterator[object]:
+    """Yield what an object holds, and what that holds."""
+    held = attributes(thing).values()
+    for one in (*held, *(item for part in held if type(part) in (list, tuple) for item in part)):
+        yield one
+        if depth and not isinstance(one, torch.Tensor | nn.Module):
+            yield from _held_by(one, depth - 1)
 
 
 def _numbers_of(thing: object) -> dict[str, Any]:
