@@ -41,7 +41,8 @@ def whole(tmp_path_factory):
 def test_a_run_that_is_killed_at_any_step_ends_with_the_same_bits(step, whole, tmp_path):
     folder, kill = str(tmp_path / "run"), (2, step)
     codes = run_ranks(train_shuffled, folder, kill, world_size=4, never_end=[0, 1, 3])
-    assert codes == [-signal.SIGKILL] * 4
+    assert codes[2] == -signal.SIGKILL
+    assert 0 not in codes  # the others may have seen it before they were ended
     assert finished(tmp_path / "run") == whole
 
 
