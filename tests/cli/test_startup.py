@@ -49,3 +49,8 @@ def test_the_probe_sees_torch_where_it_is_imported(here):
     probe = PROBE.replace("main(sys.argv[1:])", "import torch")
     ended = subprocess.run([sys.executable, "-c", probe], capture_output=True, check=False)
     assert b"imported ['numpy', 'torch']" in ended.stderr
+
+
+def test_settings_are_checked_without_pydantic(here):
+    probe = "import sys, unbroken; unbroken.TrainerConfig(); sys.exit('pydantic' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", probe], check=False).returncode == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -149,3 +150,9 @@ def test_the_schema_has_each_setting_with_its_default_and_its_text(capsys):
     assert settings["batch_size"]["default"] == 8
     assert "rises from 0" in settings["warmup_steps"]["description"]
     assert settings["data"]["properties"].keys() == {one.name for one in fields(DataSettings)}
+
+
+def test_without_pydantic_the_schema_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pydantic", None)
+    assert main(["train", "--schema"]) == 2
+    assert 'needs pydantic\n  pip install "unbroken[transformers]"' in capsys.readouterr().err
