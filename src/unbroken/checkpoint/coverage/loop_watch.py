@@ -129,8 +129,6 @@ class UnfinishedGradients:
     step behind: they are not stored. Until that was seen, and wherever they were added to since,
     they are.
 
-    Args:
-        objects: The registered objects, by name.
     """
 
     def __init__(self, objects: Mapping[str, object]) -> None:

@@ -184,12 +184,7 @@ _SAMPLE = 8
 
 
 class NotGiven:
-    """Notes what training depends on beside the registered objects.
-
-    Args:
-        objects: The registered objects, by name.
-        covers: Returns whether an object is saved though it is not one of these.
-    """
+    """Notes what training depends on beside the registered objects."""
 
     def __init__(self, objects: Mapping[str, object], covers: Callable[[object], bool]) -> None:
         self.steps = 0

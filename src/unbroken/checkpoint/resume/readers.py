@@ -84,10 +84,6 @@ class SentCheckpoint(RelayedCheckpoint):
 
     All ranks make the same calls. Damage that is found here is raised on all of them.
 
-    Args:
-        reader: Reads it.
-        group: The ranks.
-        stream: Carries the bytes.
     """
 
     def __init__(self, reader: CheckpointReader, group: Group, stream: ByteStream) -> None:
@@ -131,15 +127,7 @@ class SentCheckpoint(RelayedCheckpoint):
 
 
 class ReceivedCheckpoint(RelayedCheckpoint):
-    """The checkpoint as it comes from rank 0.
-
-    Args:
-        storage: Where rank 0 has it.
-        folder: Its folder there.
-        manifest: What it consists of.
-        group: The ranks.
-        stream: Carries the bytes.
-    """
+    """The checkpoint as it comes from rank 0."""
 
     def __init__(
         self, storage: Storage, folder: str, manifest: Manifest, group: Group, stream: ByteStream
@@ -254,9 +242,6 @@ class EachForItself:
     files: equal in size, time and identity, and read through the same cache of the same kernel. A
     rank that sees other files (another machine, a copy) verifies all that it reads.
 
-    Args:
-        run: The open run directory.
-        group: The ranks.
     """
 
     def __init__(self, run: RunDirectory, group: Group) -> None:
@@ -332,9 +317,6 @@ class FromRank0:
 
     The others need not see the run directory. They verify what arrives once more.
 
-    Args:
-        run: The run directory; on other ranks than 0 all that is known of it.
-        group: The ranks.
     """
 
     def __init__(self, run: RunDirectory, group: Group) -> None:

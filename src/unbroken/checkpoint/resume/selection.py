@@ -480,8 +480,6 @@ class Selector:
             it is loaded. One where it finds damage is passed over.
 
     Attributes:
-        run: As given.
-        group: As given.
         readers: How the ranks open and load a checkpoint.
     """
 

@@ -102,14 +102,7 @@ class SaveThread:
     The training threads call that: only they can tell that nothing changed the tensors while they
     were copied.
 
-    Args:
-        session: The checkpoint to make.
-        share: What this rank stores of it.
-        staged: The copy of that share.
-        group: The ranks that make it; no other thread uses this group.
-
     Attributes:
-        session: As given.
         modified: The paths of tensors, on any rank, because of which the save was abandoned; known
             when it is over.
         seconds: How long it took.
@@ -245,7 +238,6 @@ class AsyncSaver:
         objects: What is saved, by name.
 
     Attributes:
-        mode: As given.
         must_repeat: A save was abandoned, since tensors changed while they were copied.
         cost: What the last save took that is over; None: there was none.
 

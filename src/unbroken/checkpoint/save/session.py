@@ -243,13 +243,6 @@ class SaveSession:
     It becomes visible only by the commit, and only after every rank has stored its share.
     A context: at its end a staging folder that was not committed is removed.
 
-    Args:
-        run: The run directory, as this rank sees it.
-        request: What to make.
-        state: What this rank captured.
-        plan: How the ranks divided the save before.
-        lineage: The checkpoints before.
-
     Attributes:
         step: Completed optimizer steps.
         share: What this rank stores; None: not planned yet.
@@ -424,11 +417,7 @@ class SaveSession:
 
 
 class Rehearsal:
-    """Looks once at all that a save would store; nothing is copied, and nothing is written.
-
-    Args:
-        objects: What is saved, by name.
-    """
+    """Looks once at all that a save would store; nothing is copied, and nothing is written."""
 
     def __init__(self, objects: Mapping[str, object]) -> None:
         self._objects = objects

@@ -39,12 +39,7 @@ _NOT_THE_FILES_FAULT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR}
 
 
 class CheckpointFolder:
-    """Open the files of one checkpoint, and say what is wrong in the checkpoint's own terms.
-
-    Args:
-        storage: Where it is.
-        path: Its folder.
-    """
+    """Open the files of one checkpoint, and say what is wrong in the checkpoint's own terms."""
 
     def __init__(self, storage: Storage, path: str) -> None:
         self.storage = storage
