@@ -14,6 +14,7 @@ from unbroken.checkpoint import Checkpointer
 from unbroken.checkpoint.coverage.attributes import Attributes
 from unbroken.checkpoint.coverage.loop_watch import UnfinishedGradients
 from unbroken.data import batch_source
+from unbroken.errors import ConfigError
 from unbroken.store import KeepPolicy
 
 
@@ -39,6 +40,21 @@ def test_random_generators_come_back_after_all_that_may_draw(tmp_path):
     with Checkpointer(tmp_path, model=model(), sampler=Draws()) as checkpointer:
         assert checkpointer.resume().step == 1
         assert random.random() == expected
+
+
+def test_objects_that_are_made_late_are_registered(tmp_path):
+    late = model()
+    with Checkpointer(tmp_path, model=model()) as checkpointer:
+        checkpointer.register(ema=late)
+        checkpointer.save(1)
+    again = nn.Linear(4, 4)
+    with Checkpointer(tmp_path, model=model()) as checkpointer:
+        checkpointer.register(ema=nn.Linear(4, 4))
+        checkpointer.register(ema=again)  # the last of a name counts
+        assert checkpointer.resume().step == 1
+        with pytest.raises(ConfigError, match="this name is taken"):
+            checkpointer.register(rng=late)
+    assert torch.equal(again.weight, late.weight)
 
 
 def test_the_best_step_is_known_after_a_resume_and_stays(tmp_path):

@@ -161,6 +161,9 @@ CASES = {
         ("scaler: not covered: each rank has a state of its own", "scheduler: not covered"),
         {"per_rank": ()},
     ),
+    "a schedule that may differ": Case(
+        another_schedule, options={"per_rank": (), "may_differ": ("scaler", "scheduler")}
+    ),
     "a schedule that rank 0 stores for all": Case(
         unnamed_schedule, ("scheduler: not covered",), {"read_from": "rank0"}
     ),
