@@ -115,7 +115,6 @@ PARTS = {  # modules that serve one other module, each an idea of its own
     "unbroken.cli.trials": "what is tried out on a machine",
     "unbroken.cli.verify": "a command",
     "unbroken.data.sources.factory": "which source fits a user's data",
-    "unbroken.data.sources.own_generators": "random generators that data hold, and their states",
     "unbroken.language_model.corpus": "text as a data set",
     "unbroken.language_model.tokenizer": "tokens of a text, and back",
     "unbroken.language_model.train": "a command and its settings",

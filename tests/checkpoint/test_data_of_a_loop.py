@@ -185,9 +185,12 @@ OF_WORKERS = {"num_workers": 2}
 OWN = {
     "records": (lambda: Points(own=True), "data.repeatable"),
     "records that it seldom changes": (lambda: Seldom(own=True), "data.repeatable"),
-    "records of a loader": (lambda: shuffled(Points(own=True)), "data.repeatable"),
+    "records of a loader": (
+        lambda: shuffled(Points(own=True), **OF_WORKERS),
+        "data.repeatable",
+    ),
     "batches of a loader": (
-        lambda: shuffled(Points(), collate_fn=Scaled(own=True)),
+        lambda: shuffled(Points(), collate_fn=Scaled(own=True), **OF_WORKERS),
         "data.collate_fn.repeatable",
     ),
 }
@@ -206,6 +209,11 @@ OF_ONE_PROCESS = {
     "records": (lambda: Points(own=True), lambda: None),
     "records that it seldom changes": (lambda: Seldom(own=True), lambda: None),
     "batches": (lambda: [torch.ones(8)] * 16, lambda: Scaled(own=True)),
+    "records of a loader": (lambda: shuffled(Points(own=True)), lambda: None),
+    "batches of a loader": (
+        lambda: shuffled(Points(), collate_fn=Scaled(own=True)),
+        lambda: None,
+    ),
 }
 
 

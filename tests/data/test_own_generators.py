@@ -183,6 +183,25 @@ def test_generators_that_nothing_moves_are_not_stored_and_workers_may_read():
     source(lambda: Still(random.Random(1)), num_workers=2).load_state_dict(killed.state_dict())
 
 
+class Making(Noisy):
+    """Makes a generator for each record, and none before."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        self.rng = random.Random(index)
+        return super().__getitem__(index)
+
+
+def test_generators_that_reading_makes_are_made_again():
+    whole = bytes_of(read(source(Making), 7))
+    killed, again = source(Making), source(Making)
+    read(killed, 3)
+    again.load_state_dict(killed.state_dict())
+    assert whole.endswith(bytes_of(read(again, 4)))
+
+
 def test_workers_and_other_ranks_keep_none():
     assert source(KINDS["random.Random"]).own_generators.are_kept
     for more in ({"num_workers": 2}, {"world_size": 2}):

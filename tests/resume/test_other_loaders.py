@@ -136,6 +136,16 @@ class OwnOrder(IterableDataset):
         yield from self.rng.sample(PAIRS, 40)
 
 
+class CountsPasses(IterableDataset):
+    """Another order in each of its own passes."""
+
+    passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        yield from random.Random(self.passes).sample(PAIRS, 40)
+
+
 class LossWeighted(Sampler):
     def __init__(self) -> None:
         self.losses = torch.ones(40)
@@ -168,23 +178,31 @@ def of_own_order(folder, **settings):
     return small_trainer(folder, dataset=OwnOrder(), **settings)
 
 
+def by_passes(folder, **settings):
+    return small_trainer(folder, dataset=CountsPasses(), **settings)
+
+
 @pytest.mark.parametrize(
-    ("make", "epoch", "name"), [(of_own_order, 1, "rng"), (by_loss, 0, r"sampler\.losses")]
+    ("make", "epoch", "says"),
+    [
+        (by_passes, 1, "items 0 to .* of epoch 1: what is read again is not"),
+        (by_loss, 0, r"epoch 0 was drawn from another state of sampler\.losses"),
+    ],
 )
 def test_data_that_reading_again_does_not_bring_back_are_refused_before_the_first_step(
-    make, epoch, name, tmp_path
+    make, epoch, says, tmp_path
 ):
     constant = {"lr_scheduler_type": "constant"}
     step = 5 * epoch + 2
     make(tmp_path, max_steps=step, **constant).train()
-    with pytest.raises(DataError, match=f"epoch {epoch} was drawn from another state of {name}"):
+    with pytest.raises(DataError, match=says):
         make(tmp_path, max_steps=step + 2, **constant).train()
     assert max(steps_in(tmp_path)) == step
     make(tmp_path, max_steps=step + 2, **constant, allow=["data"]).train()
     assert max(steps_in(tmp_path)) == step + 2
 
 
-@pytest.mark.parametrize(("make", "step"), [(of_own_order, 3), (by_loss, 5)])
+@pytest.mark.parametrize(("make", "step"), [(of_own_order, 3), (of_own_order, 7), (by_loss, 5)])
 def test_data_that_reading_again_does_bring_back_go_on(make, step, tmp_path):
     constant = {"lr_scheduler_type": "constant"}
     make(tmp_path / "cut", max_steps=step, **constant).train()

@@ -448,7 +448,8 @@ class Attributes:
 
     def _kept_by_sources(self) -> dict[int, Any]:
         """Return the generators of data whose states are saved with the position."""
-        sources = (one for _, one in named_objects(self._objects) if isinstance(one, MapSource))
+        kinds = (MapSource, LoaderSource)
+        sources = (one for _, one in named_objects(self._objects) if isinstance(one, kinds))
         return {id(own): own for one in sources for own in one.own_generators.all}
 
     def _registered_bytes(self) -> int:

@@ -57,6 +57,7 @@ class ForeignLoader:
         self.loader = loader
         self.seed = seed
         self.on_workers: Callable[[], object] = lambda: None
+        self.on_epoch: Callable[[int], object] = lambda _: None
         _require_repeatable(loader)
         base = getattr(loader, "base_dataloader", None) if is_of(loader, "accelerate") else None
         leave_signals_of(loader if base is None else base)
@@ -66,6 +67,7 @@ class ForeignLoader:
 
     def begin(self, epoch: int, rng: KeyedRandom, state: Any = None) -> Iterator[Any]:
         """Return an iterator over one epoch; with the loader's own state, over the rest of it."""
+        self.on_epoch(epoch)
         _reset_epochs(self.loader, epoch)
         for part in _parts(self.loader):
             if has(part, "set_epoch") and callable(part.set_epoch):
@@ -95,6 +97,12 @@ class ForeignLoader:
             "num_workers": getattr(self.loader, "num_workers", None),
         }
         return {name: fact for name, fact in facts.items() if isinstance(fact, int | None)}
+
+    @property
+    def seeded(self) -> list[torch.Generator]:
+        """The generators that are seeded at the begin of each pass."""
+        found = (getattr(part, "generator", None) for part in _parts(self.loader))
+        return [one for one in found if isinstance(one, torch.Generator)]
 
     def drawn_from(self) -> dict[str, str]:
         """Return digests of the generators and weights that the loader holds now."""

@@ -18,6 +18,7 @@ from unbroken.data.keyed_rng import KeyedRandom, derive_key
 from unbroken.data.order import BatchShape
 from unbroken.data.sources.batch_digests import OR_ALLOW, BatchDigest, read_otherwise, weights_of
 from unbroken.data.sources.iterable import END, ForeignLoader, Grouping, Reader
+from unbroken.data.sources.own_generators import OwnGenerators
 from unbroken.data.sources.protocol import (
     OF_THE_DATA,
     MicroBatch,
@@ -97,6 +98,18 @@ class LoaderSource:
         self._batch: list[Any] = []
         self._reader: Reader | None = None
         self._left: _Left | None = None
+        self.own_generators = OwnGenerators(
+            {"data": loader},
+            is_alone=self.kind == "counted" and _is_read_here(loader) and shape.world_size == 1,
+            without=self._loader.seeded,
+        )
+        self._epochs: dict[int, dict[str, Any]] = {}  # their states when an epoch began
+        self._stored_generators: tuple[Position, Any] | None = None
+        self._loader.on_epoch = self._note_epoch
+
+    def _note_epoch(self, epoch: int) -> None:
+        before = {n: states for n, states in self._epochs.items() if epoch - 2 <= n < epoch}
+        self._epochs = {**before, epoch: self.own_generators.states()}
 
     @property
     def data(self) -> Any:
@@ -182,7 +195,17 @@ class LoaderSource:
             "pending": position.pending,
             "loader_state": position.loader_state,
             "trail": {**position.trail, **self._what_draws_next(position)},
+            **self._generators_at(position),
         }
+
+    def _generators_at(self, position: Position) -> dict[str, Any]:
+        """Return the states of generators that the data hold, here and when the epoch began."""
+        found = self.own_generators.state(position)
+        if found is None:
+            return {}
+        began = self._epochs.get(position.epoch)
+        is_known = found["is_known"] and (began is not None or not position.taken)
+        return {"generators": {**found, "is_known": is_known, "epoch": began or {}}}
 
     def _what_draws_next(self, position: Position) -> dict[str, Any]:
         """Return the weights that the next epoch is drawn from; if it began, was drawn from."""
@@ -206,6 +229,8 @@ class LoaderSource:
         trail = state.get("trail", {}) if is_same else {}
         self._weights, self._reader = trail.get("weights") or {}, None
         self.position = Position(**{name: state[name] for name in names}, trail=trail)
+        self._stored_generators = (self.position, state.get("generators") if trail else None)
+        self.own_generators.restore(self._stored_generators[1])
 
     def accept_other_data(self) -> None:
         """Accept a position even if the data now give other batches up to it."""
@@ -216,6 +241,8 @@ class LoaderSource:
         own = self._of_this_rank(state)
         require_same_facts(own, self._facts(), self._may_change)
         require_counts(own, "samples", "epoch", "taken", "pending")
+        if "trail" not in self._may_change:
+            self.own_generators.check(own.get("generators"))
 
     def _of_this_rank(self, state: Any) -> Any:
         if not isinstance(state, Mapping) or self._grouping.samples or state.get("gives_samples"):
@@ -262,6 +289,7 @@ class LoaderSource:
                     self._before = self._beginning(reader, position)
                     micro = self._next(reader, position, rng)
                 position = micro.after
+                self.own_generators.note(position)
                 yield micro
         finally:
             left = _Left(reader, position)
@@ -467,13 +495,25 @@ class CountedSource(LoaderSource):
         self._clock = clock
 
     def _resume(self, position: Position, rng: KeyedRandom) -> Reader:
+        began, now = self._generators_for(position)
+        self.own_generators.put(began)
         reader = Reader(
             self._loader, self._loader.begin(position.epoch, rng), position.epoch, taken=0
         )
         if position.taken:
             last = self._skip(reader, position.taken, position.trail, rng)
             self._collate_again(position, last, rng)
+        self.own_generators.put(now)
+        self.own_generators.begin(position)
         return reader
+
+    def _generators_for(self, position: Position) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """Return where generators of the data stood when the epoch began, and stand here."""
+        stored, self._stored_generators = self._stored_generators, None
+        if stored is not None and stored[0] is position and isinstance(stored[1], Mapping):
+            return stored[1].get("epoch") or {}, stored[1].get("states") or {}
+        began, now = self._epochs.get(position.epoch), self.own_generators.at(position)
+        return (began, now) if began and now and position.taken else ({}, {})
 
     def _skip(
         self, reader: Reader, count: int, trail: Mapping[str, Any], rng: KeyedRandom
@@ -546,6 +586,11 @@ class CountedSource(LoaderSource):
 
     def _trail(self, reader: Reader) -> dict[str, Any]:
         return {**super()._trail(reader), "drawn_from": dict(reader.drawn_from)}
+
+
+def _is_read_here(loader: Any) -> bool:
+    base = getattr(loader, "base_dataloader", loader)
+    return not getattr(base, "num_workers", 0)
 
 
 def _digest_of(batch: Any) -> str | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -46,7 +46,9 @@ class OwnGenerators:
     ) -> None:
         self._holders, self._is_alone = holders, is_alone
         self._without = {id(one) for one in without}
+        self._names: Collection[str] | None = None  # none is left out yet
         self._held = self._found()
+        self._names = self._held.keys()  # what reading makes first, it makes again
         self._first, self._is_restored = self.states(), False
         self._noted: deque[tuple[object, dict[str, Any]]] = deque(maxlen=_AHEAD)
 
@@ -62,7 +64,8 @@ class OwnGenerators:
 
     def _found(self) -> dict[str, Any]:
         found = generators_in(self._holders) if self._is_alone else {}
-        return {name: one for name, one in found.items() if id(one) not in self._without}
+        found = {name: one for name, one in found.items() if id(one) not in self._without}
+        return {n: one for n, one in found.items() if self._names is None or n in self._names}
 
     def _look(self) -> None:
         """See which are held now: others may have taken their places."""
@@ -79,9 +82,7 @@ class OwnGenerators:
         self._look()
         if not self._held:
             return
-        known = self._at(position)
-        if known and not self._others_drew():
-            self._set(known)
+        self.put(self.at(position))
         self._noted.clear()
         self.note(position)
 
@@ -103,6 +104,10 @@ class OwnGenerators:
         is_known = bool(known) and not self._others_drew()
         return {"states": known or now, "is_known": is_known}
 
+    def at(self, position: object) -> dict[str, Any]:
+        """Return what they had come to at a position; {}: nobody knows."""
+        return (None if self._others_drew() else self._at(position)) or {}
+
     def _at(self, position: object) -> dict[str, Any] | None:
         return next((states for one, states in self._noted if one is position), None)
 
@@ -118,8 +123,9 @@ class OwnGenerators:
         """
         if stored is None:
             return
-        states = stored.get("states") if isinstance(stored, Mapping) else None
-        if not isinstance(states, Mapping) or not all(map(_is_state, states.values())):
+        held: Mapping[str, Any] = stored if isinstance(stored, Mapping) else {}
+        states, began = held.get("states"), held.get("epoch", {})
+        if not _are_states(states) or not _are_states(began):
             raise DataError("data.generators", "are no states of generators")
         if stored.get("is_known") is not True:
             what = "others drew from them while batches were read ahead: where they stood is lost"
@@ -140,9 +146,10 @@ class OwnGenerators:
         self._noted.clear()
         if isinstance(stored, Mapping):
             self._is_restored = True
-            self._set(stored["states"])
+            self.put(stored["states"])
 
-    def _set(self, states: Mapping[str, Any]) -> None:
+    def put(self, states: Mapping[str, Any]) -> None:
+        """Let them stand there, as far as such generators are here."""
         for name, one in self._held.items():
             if name in states and _is_known(one) and states[name][0] == _state_of(one)[0]:
                 _set_state(one, states[name])
@@ -182,6 +189,10 @@ def _set_state(generator: Any, state: list[Any]) -> None:
         generator.set_state({**held, "state": {**held["state"], "key": key}})
     else:
         generator.setstate((held[0], tuple(held[1]), held[2]))
+
+
+def _are_states(states: Any) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(states, Mapping) and all(map(_is_state, states.values()))
 
 
 def _is_state(state: Any) -> bool:
