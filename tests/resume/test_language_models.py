@@ -61,7 +61,7 @@ def finetune(folder: str, kill_at: int | None, settings: dict) -> None:
     cache = os.path.join(folder, "..", "tokens")
     dataset = TokenDataset.from_files(builtin_text(), block_size=32, cache=cache)
     callbacks = [Kill(kill_at)]
-    layers = 1 if "torch_compile" in settings else 2  # a compiler takes 4 s for each
+    layers = 1 if "torch_compile" in settings else 2  # less to compile at the first time
     model = gpt2_or_its_maker(folder, layers)
     Trainer(model, config, dataset, callbacks=callbacks, display=NoDisplay()).train()
 
