@@ -14,7 +14,7 @@ from xxhash import xxh3_64_intdigest
 
 from store.plain_unpacker import unpack_file
 from unbroken.errors import ConfigError, NewerFormatError
-from unbroken.storage import CompressedStorage, LocalStorage, MemoryStorage, compressed, storage_at
+from unbroken.storage import CompressedStorage, LocalStorage, MemoryStorage, local, storage_at
 from unbroken.storage.compressed import (
     AS_IT_IS,
     MAGIC,
@@ -336,4 +336,4 @@ def test_only_the_folder_that_is_read_is_looked_at(tmp_path):
 
 
 def test_the_folders_in_which_checkpoints_stand_are_those_of_a_run():
-    assert set(compressed._INNER_FOLDERS) == {STAGING, TRASH, SET_ASIDE, BRANCHES}
+    assert set(local._INNER_FOLDERS) == {STAGING, TRASH, SET_ASIDE, BRANCHES}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from unbroken.storage.compressed import CompressedStorage as CompressedStorage
-from unbroken.storage.compressed import storage_at as storage_at
 from unbroken.storage.local import LocalStorage as LocalStorage
+from unbroken.storage.local import storage_at as storage_at
 from unbroken.storage.memory import MemoryStorage as MemoryStorage
 from unbroken.storage.protocol import Bytes as Bytes
 from unbroken.storage.protocol import Lock as Lock

@@ -18,8 +18,15 @@ from typing import Any, NamedTuple, NoReturn
 import xxhash
 
 from unbroken.errors import ConfigError, NewerFormatError
-from unbroken.storage.local import LocalStorage
-from unbroken.storage.protocol import Bytes, Closing, ReadHandle, Stat, Storage, WriteHandle
+from unbroken.storage.protocol import (
+    COMPRESSED,
+    Bytes,
+    Closing,
+    ReadHandle,
+    Stat,
+    Storage,
+    WriteHandle,
+)
 from unbroken.storage.subfolder import FolderStorage
 
 # Chunks of bytes, made smaller without loss: byte planes, and zstd behind them.
@@ -329,7 +336,6 @@ def _fail(what: str, where: str) -> NoReturn:
     raise OSError(errno.EIO, what, where)
 
 
-_KEPT = ".planes"  # behind the name of a compressed file, in the other storage
 _TENSORS = ".safetensors"
 _LONG_BYTES = 1 << 20
 
@@ -356,7 +362,7 @@ class PlainView(FolderStorage):
 
     def create(self, path: str, nbytes: int = 0) -> WriteHandle:
         """Create a file that did not exist, as the other storage does."""
-        self._refuse_taken(path + _KEPT, path)
+        self._refuse_taken(path + COMPRESSED, path)
         return self._inner.create(path, nbytes)
 
     def open(self, path: str) -> ReadHandle:
@@ -399,7 +405,7 @@ class PlainView(FolderStorage):
 
     def list(self, path: str) -> list[str]:
         """Return the sorted names in a folder."""
-        return sorted(name.removesuffix(_KEPT) for name in self._inner.list(path))
+        return sorted(name.removesuffix(COMPRESSED) for name in self._inner.list(path))
 
     def stat(self, path: str) -> Stat | None:
         """Return what is known of a file; the length of a compressed one is that of its content.
@@ -422,16 +428,16 @@ class PlainView(FolderStorage):
         """Return the name that a file has in the other storage."""
         if not path or self._inner.stat(path) is not None:
             return path
-        return path if self._inner.stat(path + _KEPT) is None else path + _KEPT
+        return path if self._inner.stat(path + COMPRESSED) is None else path + COMPRESSED
 
     def _names(self, source: str, target: str) -> tuple[str, str]:
         """Return the names of a file, and of what it is to become, in the other storage."""
         name = self._kept(source)
         if name == source:
-            self._refuse_taken(target + _KEPT, target)
+            self._refuse_taken(target + COMPRESSED, target)
             return source, target
         self._refuse_taken(target, target)
-        return name, target + _KEPT
+        return name, target + COMPRESSED
 
     def _refuse_taken(self, name: str, path: str) -> None:
         if self._inner.stat(name) is not None:
@@ -460,6 +466,7 @@ class CompressedStorage(PlainView):
 
     Example:
         >>> import tempfile
+        >>> from unbroken.storage import LocalStorage
         >>> storage = CompressedStorage(LocalStorage(tempfile.mkdtemp()))
         >>> with storage.create("model.safetensors", 2 << 20) as file:
         ...     file.write(bytes(2 << 20))
@@ -482,61 +489,5 @@ class CompressedStorage(PlainView):
             return super().create(path, nbytes)
         self._refuse_taken(path, path)
         # Long, but nobody knows how long: room for all of it may not be there, nor be needed.
-        file = self._inner.create(path + _KEPT, min(nbytes, _LONG_BYTES))
-        return CompressedWriteHandle(file, self.describe(path + _KEPT))
-
-
-# Folders of a run in which more folders of checkpoints stand.
-_INNER_FOLDERS = (".staging", ".trash", "set-aside", "branches")
-
-
-def storage_at(
-    path: str | os.PathLike[str], *, create: bool = True, folder: str | None = None
-) -> Storage:
-    """Return the storage of a folder on the local disk: a plain one where nothing is compressed.
-
-    Only one that holds compressed files is wrapped, so that all others pay nothing for it.
-
-    Args:
-        path: The folder.
-        create: As `LocalStorage` takes it.
-        folder: The name of the one folder in it that is going to be read; None: any.
-
-    Example:
-        >>> import tempfile
-        >>> storage_at(tempfile.mkdtemp()).list("")
-        []
-    """
-    local = LocalStorage(path, create=create)
-    root = os.fspath(path)
-    is_plain = not (_holds_compressed(root) if folder is None else _has_compressed(root, folder))
-    return local if is_plain else PlainView(local)
-
-
-def _holds_compressed(root: str) -> bool:
-    """Return whether a file in a folder of a run, or of one of its branches, is compressed."""
-    for name in _folders_in(root):
-        below = os.path.join(root, name)
-        if name in _INNER_FOLDERS and _holds_compressed(below):
-            return True
-        if name not in _INNER_FOLDERS and _has_compressed(root, name):
-            return True
-        if os.path.basename(root) == "branches" and _holds_compressed(below):
-            return True
-    return False
-
-
-def _folders_in(root: str) -> list[str]:
-    try:
-        with os.scandir(root) as entries:
-            return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-    except OSError:  # what cannot be listed is reported when it is used
-        return []
-
-
-def _has_compressed(root: str, name: str) -> bool:
-    try:
-        with os.scandir(os.path.join(root, name)) as entries:
-            return any(entry.name.endswith(_KEPT) for entry in entries)
-    except OSError:
-        return False
+        file = self._inner.create(path + COMPRESSED, min(nbytes, _LONG_BYTES))
+        return CompressedWriteHandle(file, self.describe(path + COMPRESSED))

@@ -12,7 +12,16 @@ from functools import cache
 
 from unbroken.storage.direct_io import LongRead, LongWrite, aligned_buffer
 from unbroken.storage.file_lock import ProcessLock, take_process_lock
-from unbroken.storage.protocol import Bytes, Closing, Stat, WriteHandle, check_path, open_regular
+from unbroken.storage.protocol import (
+    COMPRESSED,
+    Bytes,
+    Closing,
+    Stat,
+    Storage,
+    WriteHandle,
+    check_path,
+    open_regular,
+)
 
 # Rename that never replaces anything, atomically where the system can.
 #
@@ -463,3 +472,65 @@ def _make_folder_durably(path: str) -> None:
 def _sync_folder(path: str) -> None:
     with _closing(os.open(path, _FOLDER_FLAGS), path) as fd:
         _sync(fd)
+
+
+# The storage of a folder, be there compressed files in it or not.
+
+
+# Folders of a run in which more folders of checkpoints stand.
+_INNER_FOLDERS = (".staging", ".trash", "set-aside", "branches")
+
+
+def storage_at(
+    path: str | os.PathLike[str], *, create: bool = True, folder: str | None = None
+) -> Storage:
+    """Return the storage of a folder on the local disk: a plain one where nothing is compressed.
+
+    Only one that holds compressed files is wrapped, so that all others pay nothing for it.
+
+    Args:
+        path: The folder.
+        create: As `LocalStorage` takes it.
+        folder: The name of the one folder in it that is going to be read; None: any.
+
+    Example:
+        >>> import tempfile
+        >>> storage_at(tempfile.mkdtemp()).list("")
+        []
+    """
+    local = LocalStorage(path, create=create)
+    root = os.fspath(path)
+    if not (_holds_compressed(root) if folder is None else _has_compressed(root, folder)):
+        return local
+    from unbroken.storage.compressed import PlainView
+
+    return PlainView(local)
+
+
+def _holds_compressed(root: str) -> bool:
+    """Return whether a file in a folder of a run, or of one of its branches, is compressed."""
+    for name in _folders_in(root):
+        below = os.path.join(root, name)
+        if name in _INNER_FOLDERS and _holds_compressed(below):
+            return True
+        if name not in _INNER_FOLDERS and _has_compressed(root, name):
+            return True
+        if os.path.basename(root) == "branches" and _holds_compressed(below):
+            return True
+    return False
+
+
+def _folders_in(root: str) -> list[str]:
+    try:
+        with os.scandir(root) as entries:
+            return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except OSError:  # what cannot be listed is reported when it is used
+        return []
+
+
+def _has_compressed(root: str, name: str) -> bool:
+    try:
+        with os.scandir(os.path.join(root, name)) as entries:
+            return any(entry.name.endswith(COMPRESSED) for entry in entries)
+    except OSError:
+        return False

@@ -20,6 +20,9 @@ from typing import Protocol, Self, TypeAlias
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
 
+COMPRESSED = ".planes"
+"""What stands behind the name of a file whose bytes are kept compressed."""
+
 
 @dataclass(frozen=True)
 class Stat:
