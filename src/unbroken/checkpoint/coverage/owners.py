@@ -66,7 +66,10 @@ class Owner:
         if isinstance(thing, FunctionType):
             own = {n: v for n, v in vars(thing).items() if n != "__wrapped__"}
             return {**own, **_cells(thing)}
-        return {**_numbers_of(thing), **own_attributes(thing)}
+        if not isinstance(thing, nn.Module):
+            return own_attributes(thing)
+        numbers = _numbers_of(thing)
+        return {**numbers, **own_attributes(thing)} if keeps_attributes(thing) else numbers
 
     def put(self, name: str, value: Any) -> None:
         """Set an attribute, past any code of its class; a container or a tensor stays the same."""
@@ -171,7 +174,8 @@ class _Walk:
             )
         if not is_function or owner.held():
             yield owner
-        if depth < _DEPTH:
+        is_library = isinstance(owner.thing, nn.Module) and not keeps_attributes(owner.thing)
+        if depth < _DEPTH and not is_library:  # of which numbers alone are looked at
             yield from self._below(owner, depth)
 
     def _below(self, owner: Owner, depth: int) -> Iterator[Owner]:
@@ -233,18 +237,15 @@ def _is_constant(value: object) -> bool:
     return plain or isinstance(value, type | FunctionType | ModuleType | torch.dtype)
 
 
-def _numbers_of(thing: object) -> dict[str, Any]:
+def _numbers_of(thing: nn.Module) -> dict[str, Any]:
     """Return the numbers that a module of a library was built with, such as a dropout's `p`."""
-    if not isinstance(thing, nn.Module):
-        return {}
     return {
         name: value
         for name, value in vars(thing).items()
-        if type(value) in _NUMBERS and name[:1] != "_" and name not in _OF_EVERY_MODULE
+        if type(value) is float and name[:1] != "_" and name not in _OF_EVERY_MODULE
     }
 
 
-_NUMBERS = frozenset((bool, int, float))
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
@@ -267,6 +268,8 @@ def _hooks_of(thing: object) -> Iterator[tuple[str, object]]:
     elif isinstance(thing, Optimizer):
         places = [("", thing, ON_OPTIMIZERS)]
     for prefix, one, kinds in places:
+        if not any(getattr(one, kind, None) for kind in kinds):
+            continue  # nearly all have none
         for kind, hooks in hooks_on(one, kinds).items():
             yield from ((f"{prefix}{kind}.{at}", hook) for at, hook in enumerate(hooks))
 
@@ -282,7 +285,7 @@ def _bare(owner: Owner) -> Owner:
 
 
 def is_owner(thing: object) -> bool:
-    """Return whether attributes of an object are looked at: it is of the user's own class."""
+    """Return whether attributes of an object are looked at: of the user's own class, mostly."""
     if isinstance(thing, FunctionType):
         return is_user_code(thing)
     if type(thing) in _NAMESPACES or isinstance(thing, nn.Module):
