@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import random
+from io import StringIO
 
 import numpy as np
 import pytest
@@ -18,8 +20,7 @@ GENERATORS = {
     "torch": lambda: float(torch.rand(())),
 }
 STEPS, PORTIONS = 6, 2  # micro-batches in a step
-FORWARD: list[tuple[float, ...]] = []  # notes of one run; an attribute would come back in a resume
-HOOKED: list[tuple[str, tuple[float, ...]]] = []
+FORWARD, HOOKED = StringIO(), StringIO()  # notes of one run; a list would come back in a resume
 HOOKS = ("on_micro_batch_end", "on_step_end", "on_log", "on_evaluate", "on_save")
 
 
@@ -35,7 +36,7 @@ class Noted(nn.Linear):
 
     def forward(self, x):
         if self.training:
-            FORWARD.append(all_draws())
+            FORWARD.write(f"{all_draws()}\n")
         return super().forward(x)
 
 
@@ -46,21 +47,30 @@ class NotedHooks(Callback):
 for hook in HOOKS:
 
     def noted(self, trainer, *more, hook=hook):
-        HOOKED.append((hook, all_draws()))
+        HOOKED.write(f"{(hook, all_draws())}\n")
 
     setattr(NotedHooks, hook, noted)
+
+
+def clear() -> None:
+    for notes in (FORWARD, HOOKED):
+        notes.seek(0)
+        notes.truncate()
+
+
+def noted_in(notes: StringIO) -> list:
+    return [ast.literal_eval(line) for line in notes.getvalue().splitlines()]
 
 
 def train(folder, until=STEPS, **settings):
     """Train; return what forward passes drew, and what hooks drew."""
     torch.manual_seed(5)
-    FORWARD.clear()
-    HOOKED.clear()
+    clear()
     settings = {"max_steps": until, "micro_batch_size": 4, "eval_steps": 1, **settings}
     parts = {"callbacks": [NotedHooks()], "eval_dataset": [(torch.ones(6), torch.tensor(0))]}
     constant = {"lr_scheduler_type": "constant", "save_steps": 1}
     small_trainer(folder, model=Noted(), trainer=parts, **constant, **settings).train()
-    return [*FORWARD], [*HOOKED]
+    return noted_in(FORWARD), noted_in(HOOKED)
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +115,6 @@ def test_another_seed_draws_other_numbers(whole, tmp_path):
 
 def test_a_hook_that_draws_leaves_the_forward_passes_their_numbers(whole, tmp_path):
     torch.manual_seed(5)
-    FORWARD.clear()
+    clear()
     small_trainer(tmp_path, model=Noted(), max_steps=STEPS, micro_batch_size=4).train()
-    assert whole[0] == FORWARD
+    assert whole[0] == noted_in(FORWARD)
