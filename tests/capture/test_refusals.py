@@ -73,6 +73,34 @@ def test_it_is_refused_by_its_path(value):
     assert caught.value.found is not None or "tensor" in caught.value.what
 
 
+WEIGHT = nn.Parameter(torch.zeros(2))
+PAIR = (WEIGHT, 1)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {WEIGHT: 1},
+        defaultdict(int, {WEIGHT: 1}),
+        {(0, (WEIGHT,)): 1},
+        {PAIR: 1},
+        {WEIGHT},
+        {frozenset({WEIGHT})},
+    ],
+    ids=str,
+)
+def test_a_tensor_that_was_seen_before_is_no_key_either(value):
+    """It was saved, and no checkpoint of such a run could ever be read."""
+    with pytest.raises(CaptureError, match="a tensor cannot be a key"):
+        encode({"model": {"weight": WEIGHT, "pair": PAIR}, "slow": value})
+
+
+def test_a_pair_that_stands_elsewhere_too_may_be_a_key():
+    pair = (1, "a")
+    tree = {"pair": pair, "by pair": {pair: 2}}
+    assert there_and_back(tree) == tree
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_a_nested_tensor_is_refused():
     with pytest.raises(CaptureError, match="a nested tensor"):

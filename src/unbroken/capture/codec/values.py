@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, Flag
 from functools import cached_property
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -210,6 +210,9 @@ class _Encoder:
         return [[self._key(k, path), self.value(v, join(path, k))] for k, v in value.items()]
 
     def _key(self, key: Any, path: str) -> Json:
+        if _holds_a_tensor(key):  # be it one that stood elsewhere: it would come back as another
+            what, hint = "a tensor cannot be a key or stand in a set", "use the parameter's name"
+            raise CaptureError(path, what, hint=hint)
         outer, self._in_key = self._in_key, True
         try:
             return self.value(key, path)
@@ -266,14 +269,10 @@ class _Encoder:
         return node
 
     def write_tensor(self, value: torch.Tensor, path: str) -> Json:
-        if self._in_key:
-            self._refuse_key(path)
         return self._leaves.add_tensor(value, path)
 
     def write_subclass(self, value: Any, path: str) -> Json:
         """Store the inner tensors, and what its class needs besides to put them together."""
-        if self._in_key:
-            self._refuse_key(path)
         check_graph(value, path)
         parts, context = parts_of(value)
         return {
@@ -288,8 +287,6 @@ class _Encoder:
         }
 
     def write_quantized(self, value: torch.Tensor, path: str) -> Json:
-        if self._in_key:
-            self._refuse_key(path)
         check_tensor(value, path)
         node: dict[str, Json] = {TAG: "quantized", "dtype": dtype_name(value.dtype)}
         scale: object
@@ -305,8 +302,11 @@ class _Encoder:
             node[key] = self.value(part, join(path, key))
         return node
 
-    def _refuse_key(self, path: str) -> NoReturn:
-        raise CaptureError(path, "a tensor cannot be a key or stand in a set")
+
+def _holds_a_tensor(key: Any) -> bool:
+    if isinstance(key, tuple | frozenset):
+        return any(_holds_a_tensor(one) for one in key)
+    return isinstance(key, torch.Tensor)
 
 
 class _Decoder:
