@@ -92,7 +92,7 @@ def _progress(trainer: Trainer) -> None:
 
 
 def _end_of_the_metrics(trainer: Trainer) -> None:
-    resume._Beginning._cut_metrics = lambda *_, **__: ()
+    resume._RunStart._cut_metrics = lambda *_, **__: ()
 
 
 def _random_generators(trainer: Trainer) -> None:

@@ -61,7 +61,7 @@ PARAMETERS = {
     unbroken.Checkpointer: "directory branch save_steps save keep resume ranks "
     "settings types clock tell objects",
     unbroken.Checkpointer.resume: "self which ahead",
-    unbroken.Checkpointer.import_state: "self step values facts came",
+    unbroken.Checkpointer.import_state: "self step values facts source",
     unbroken.Checkpointer.load: "self step names",
     unbroken.Checkpointer.save: "self step values facts",
     unbroken.Checkpointer.save_if_due: "self step values",

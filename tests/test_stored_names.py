@@ -92,7 +92,13 @@ def test_the_names_of_places_on_the_disk_are_frozen():
         name: value for name, value in vars(names).items() if name.isupper() and name[0] != "_"
     }
     kept("places", sorted(str(value) for value in files.values() if isinstance(value, str)))
-    of_parts = (per_rank.FACT, ddp_buckets.FACT, unregistered.FACT, attributes.NAME, GRADIENTS)
+    of_parts = (
+        per_rank.RANK_FACTS_KEY,
+        ddp_buckets.BUCKETS_KEY,
+        unregistered.NOT_GIVEN_KEY,
+        attributes.ATTRIBUTES_KEY,
+        GRADIENTS,
+    )
     of_ranks = (names.own_key(1), names.own_state_file(1), names.checkpoint_name(8))
     kept("parts of a checkpoint", sorted((*of_parts, *of_ranks)))
 

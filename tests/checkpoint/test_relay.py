@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from store.small_runs import leaves_of, save
-from unbroken.checkpoint.resume.readers import SentCheckpoint
+from unbroken.checkpoint.resume.readers import BroadcastSender
 from unbroken.distributed import ByteStream, SingleProcess
 from unbroken.storage import MemoryStorage
 from unbroken.store import CheckpointReader
@@ -22,7 +22,7 @@ def test_a_part_is_cut_out_of_the_whole(offsets, shape):
     save(storage, 1)
     assert any(leaf.path == PATH for leaf in leaves_of("state at 1"))
     reader = CheckpointReader(storage, "checkpoint-1")
-    relayed = SentCheckpoint(reader, SingleProcess(), ByteStream(SingleProcess()))
+    relayed = BroadcastSender(reader, SingleProcess(), ByteStream(SingleProcess()))
     parts = [bytearray(4 * shape[0] * shape[1]) for _ in range(2)]
     for source, part in zip((reader, relayed), parts, strict=True):
         source.read_box_into(PATH, offsets, shape, memoryview(part))

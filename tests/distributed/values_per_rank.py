@@ -163,7 +163,7 @@ def other_hyperparameters(folder: str, group: Group) -> None:
 def other_script(folder: str, group: Group) -> None:
     code = {"script": "train.py", "script_digest": "abc" if group.rank == 0 else "def"}
     checkpointer = Checkpointer(folder, ranks=group, model=nn.Linear(2, 2))
-    checkpointer.comparison.note_what_is_here()
+    checkpointer.comparison.record_current_facts()
     checkpointer.comparison.facts["fingerprint"]["code"].update(code)
     checkpointer.resume()
 

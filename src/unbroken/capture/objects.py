@@ -183,7 +183,7 @@ KINDS = (
 _FILLED_LATER = (nn.Module, Optimizer, torch.Tensor)
 
 
-def capture(objects: Mapping[str, object], *, asks: bool = True) -> dict[str, Any]:
+def capture(objects: Mapping[str, object], *, call_state_dict: bool = True) -> dict[str, Any]:
     """Return the whole state of live objects as a tree for `encode`.
 
     Covered by kind: modules (parameters, all buffers, ties, modes, `requires_grad`, extra state),
@@ -192,7 +192,7 @@ def capture(objects: Mapping[str, object], *, asks: bool = True) -> dict[str, An
 
     Args:
         objects: The objects by name. The parameters of the one called "model" go by bare names.
-        asks: Whether objects that are none of the kinds above are asked for their `state_dict`;
+        call_state_dict: Whether `state_dict` of objects of none of the kinds above is called;
             else each of them is None in the result.
 
     Returns:
@@ -211,7 +211,10 @@ def capture(objects: Mapping[str, object], *, asks: bool = True) -> dict[str, An
     """
     settle(objects)
     names = ParameterNames(objects)
-    return {name: _capture(value, name, names, asks=asks) for name, value in objects.items()}
+    return {
+        name: _capture(value, name, names, call_state_dict=call_state_dict)
+        for name, value in objects.items()
+    }
 
 
 def check(
@@ -381,12 +384,17 @@ def _makes_it_up(value: object) -> bool:
     return not held and hasattr(value, "_unbroken_asks_for_a_name_that_nobody_has")
 
 
-def _capture(value: object, path: str, names: ParameterNames, *, asks: bool = True) -> Any:
+def _capture(
+    value: object, path: str, names: ParameterNames, *, call_state_dict: bool = True
+) -> Any:
     if type(value) in (list, tuple, dict):
-        pairs = [(k, _capture(v, f"{path}.{k}", names, asks=asks)) for k, v in _items(value)]
+        pairs = [
+            (k, _capture(v, f"{path}.{k}", names, call_state_dict=call_state_dict))
+            for k, v in _items(value)
+        ]
         return dict(pairs) if type(value) is dict else type(value)(v for _, v in pairs)  # type: ignore[call-arg]
     kind = kind_of(value, path)
-    if kind.type is Stateful and not asks:
+    if kind.type is Stateful and not call_state_dict:
         return None
     state, facts = kind.capture(value, path, names)
     return Captured(kind.name, kind.class_name(value), state, facts)

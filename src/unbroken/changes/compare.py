@@ -285,7 +285,7 @@ class Comparison:
         self._policy = ResumePolicy() if policy is None else policy
         self._examine = examine
 
-    def note_what_is_here(self) -> None:
+    def record_current_facts(self) -> None:
         """Take the facts and the hyperparameters now, before a resume puts others in place."""
         self._begun  # noqa: B018 (is kept from now on)
         self.built  # noqa: B018
@@ -438,19 +438,21 @@ class Comparison:
     ) -> tuple[dict[str, Any], tuple[Difference, ...]]:
         """Return the tree to load, and a difference for each part of it that is not loaded."""
         paths = {difference.path for difference in found}
-        goes = [
+        not_loaded = [
             part
             for path, part in self._policy.parts.items()
             if path in paths and part not in patterns and not self._has_class(tree, part)
         ]
         changed, named = self.added_or_removed(tree), Skip(patterns)
-        goes += [d.path for d in changed if not (named.whole("callbacks") or named.whole(d.path))]
+        not_loaded += [
+            d.path for d in changed if not (named.whole("callbacks") or named.whole(d.path))
+        ]
         untrained = untrained_names(found)
-        if not (patterns or goes or untrained):
+        if not (patterns or not_loaded or untrained):
             return dict(tree), ()
-        skip = Skip((*patterns, *goes), untrained)
+        skip = Skip((*patterns, *not_loaded), untrained)
         loaded, skipped = keep_skipped(self._objects, tree, skip)
-        by_skip = [path for path in skipped if path not in goes]
+        by_skip = [path for path in skipped if path not in not_loaded]
         return loaded, tuple(
             Difference(path, "in the checkpoint", "as built here", NOT_LOADED, "changed")
             for path in by_skip
@@ -527,8 +529,8 @@ def _structures(objects: Mapping[str, object]) -> dict[str, Any]:
     }
 
 
-_ADDED = ("no such callback", "as built here", "it came, and begins anew")
-_REMOVED = ("with a state", "no such callback", "it went, and its state with it")
+_ADDED = ("no such callback", "as built here", "added: starts with fresh state")
+_REMOVED = ("with a state", "no such callback", "removed: its stored state is dropped")
 _NAMING: Mapping[str, Rule] = {
     "data.cache": ("harmless", "where things are; the training is the same")
 }

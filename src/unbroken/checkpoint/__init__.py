@@ -31,8 +31,8 @@ from unbroken.checkpoint.preemption import Preemption as Preemption
 from unbroken.checkpoint.preemption import TrainingStopped as TrainingStopped
 from unbroken.checkpoint.resume.readers import ReadAhead as ReadAhead
 from unbroken.checkpoint.resume.readers import ReadFrom as ReadFrom
+from unbroken.checkpoint.resume.selection import ResumeChoice as ResumeChoice
 from unbroken.checkpoint.resume.selection import ResumeFrom as ResumeFrom
-from unbroken.checkpoint.resume.selection import Selection as Selection
 from unbroken.checkpoint.resume.selection import read_ahead as read_ahead
 from unbroken.checkpoint.save.async_saver import SaveCost as SaveCost
 from unbroken.checkpoint.save.async_saver import SaveMode as SaveMode
@@ -56,6 +56,7 @@ __all__ = [
     "RankPolicy",
     "ReadAhead",
     "ReadFrom",
+    "ResumeChoice",
     "ResumeFrom",
     "ResumePolicy",
     "ResumeReport",
@@ -64,7 +65,6 @@ __all__ = [
     "SaveCost",
     "SaveMode",
     "SavePolicy",
-    "Selection",
     "Timer",
     "TrainingStopped",
     "Verdict",

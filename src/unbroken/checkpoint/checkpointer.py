@@ -28,25 +28,30 @@ from unbroken.checkpoint.arguments import (
     tell_line,
 )
 from unbroken.checkpoint.cadence import SavePolicy, SaveSteps, SaveTimer
-from unbroken.checkpoint.coverage.attributes import NAME, Attributes, is_bare
+from unbroken.checkpoint.coverage.attributes import ATTRIBUTES_KEY, Attributes, is_bare
 from unbroken.checkpoint.coverage.loop_watch import GRADIENTS, LoopWatch
 from unbroken.checkpoint.coverage.unregistered import missing_facts
 from unbroken.checkpoint.ddp_buckets import DdpBuckets
-from unbroken.checkpoint.resume.per_rank import FACT, Other, agree_on_versions, others_of_ranks
+from unbroken.checkpoint.resume.per_rank import (
+    RANK_FACTS_KEY,
+    RankFact,
+    agree_on_versions,
+    others_of_ranks,
+)
 from unbroken.checkpoint.resume.readers import ReadAhead
 from unbroken.checkpoint.resume.resume import (
     ResumeRequest,
+    check_branch_start,
     load_only,
-    refuse_beginning,
     resume_run,
 )
 from unbroken.checkpoint.resume.selection import (
     Candidate,
+    CandidateSelector,
     ForeignFormat,
     Origin,
+    ResumeChoice,
     ResumeFrom,
-    Selection,
-    Selector,
 )
 from unbroken.checkpoint.run_access import RunAccess
 from unbroken.checkpoint.save.async_saver import AsyncSaver, SaveCost
@@ -73,8 +78,8 @@ from unbroken.store import Json, KeepPolicy, RunDirectory
 from unbroken.store.run.directory import now_as_text
 from unbroken.stored_names import stored_class_name
 
-_ONCE = "each rank has a state of its own, and rank 0's is stored for all"
-_RESERVED = ("rng", "values", NAME, GRADIENTS, MODES)
+_ONCE = "the ranks hold different states; only rank 0's is saved"
+_RESERVED = ("rng", "values", ATTRIBUTES_KEY, GRADIENTS, MODES)
 
 
 class Checkpointer:
@@ -88,8 +93,8 @@ class Checkpointer:
 
     Args:
         directory: The run directory; made, and locked, when first used.
-        branch: Work in the branch of this name instead: a run of its own that begins in the
-            checkpoint which the first `resume` names, and that each later one goes on with.
+        branch: Work in the branch of this name instead, a run of its own. The first `resume`
+            names the checkpoint where the branch starts; later calls continue the branch.
         save_steps: `save_if_due` saves every so many steps: short for `SavePolicy(steps=...)`.
         save: When `save_if_due` saves, and whether training goes on meanwhile.
         keep: Which checkpoints stay; applied after each commit. None: all.
@@ -170,16 +175,16 @@ class Checkpointer:
         wall = self._clock.wall
         self._access = RunAccess(self.group, directory, branch, clock=wall, unseen=unseen)
         self._layout, self._tell_user, self._types = save.layout, tell, tuple(types)
-        self._among_others = False  # whether the run directory may hold what is of no run
-        self._known: set[str] = set()  # paths of what is not covered, and was told
-        self._others: dict[str, list[Other]] | None = None  # what other ranks are
-        self._look_around(resume)
+        self._may_hold_foreign_files = False  # which are of no run
+        self._reported_paths: set[str] = set()  # of what is not covered
+        self._rank_facts: dict[str, list[RankFact]] | None = None  # that differ from rank 0's
+        self._build_checks(resume)
         self._lineage = SaveLineage()
         self._saver = AsyncSaver(save.mode, self.group, self.objects)
         self._plan = SharePlan()
         self._timer = SaveTimer(save, group=self.group, clock=self._clock.monotonic)
 
-    def _look_around(self, policy: ResumePolicy | None) -> None:
+    def _build_checks(self, policy: ResumePolicy | None) -> None:
         """Make what compares this start with others, and finds what was not given to be saved."""
         facts = self._run_facts
         self.buckets = DdpBuckets(self.objects, self.group, self._tell_of)
@@ -224,34 +229,39 @@ class Checkpointer:
     @property
     def run(self) -> RunDirectory:
         """The run directory, opened and locked by the first use."""
-        return self._access.run(among_others=self._among_others)
+        return self._access.run(may_hold_foreign_files=self._may_hold_foreign_files)
 
     def choose(
         self,
-        which: ResumeFrom | Selection = "auto",
+        which: ResumeFrom | ResumeChoice = "auto",
         *,
         foreign: ForeignFormat | None = None,
         examine: Callable[[Candidate], None] | None = None,
     ) -> Candidate:
-        """Return the checkpoint that `resume` is to go on from, which verifies its bytes.
+        """Return the checkpoint for `resume`: its manifest is valid, and file sizes match.
+
+        Its bytes are not verified yet; `resume` verifies them.
 
         Args:
             which: As `resume` takes it, and raising as that does.
             foreign: Another format whose checkpoints are taken too; the caller loads those. The
                 run may then begin in a directory that holds other things, which stay.
-            examine: Called on each rank with each candidate; damage found there passes it over.
+            examine: Called on each rank with each candidate; if it raises CorruptCheckpointError,
+                the candidate is skipped.
         """
-        with self._spelled():
+        with self._errors_in_loop_words():
             self.wait()
-            self._among_others = self._among_others or foreign is not None
-            return self._selector(foreign, examine).first(Selection.parse(which))
+            self._may_hold_foreign_files = self._may_hold_foreign_files or foreign is not None
+            return self._selector(foreign, examine).first(ResumeChoice.parse(which))
 
-    def _selector(self, *more: Any, run: RunDirectory | None = None) -> Selector:
-        return Selector(self.run if run is None else run, self.group, self._ranks.read_from, *more)
+    def _selector(self, *more: Any, run: RunDirectory | None = None) -> CandidateSelector:
+        return CandidateSelector(
+            self.run if run is None else run, self.group, self._ranks.read_from, *more
+        )
 
     def resume(
         self,
-        which: ResumeFrom | Selection | Candidate = "auto",
+        which: ResumeFrom | ResumeChoice | Candidate = "auto",
         *,
         ahead: ReadAhead | None = None,
     ) -> ResumeReport:
@@ -281,14 +291,14 @@ class Checkpointer:
             StateMismatchError: If the checkpoint does not fit the objects; likewise.
             DamagedCandidateError: If what `choose` returned is damaged; the error has the next one.
         """
-        with self._spelled():
+        with self._errors_in_loop_words():
             report = self._resumed(which, ahead)
         for line in () if self._run_facts.is_complete else report.lines():
             self._tell(line)
         return report
 
     def _resumed(
-        self, which: ResumeFrom | Selection | Candidate, ahead: ReadAhead | None
+        self, which: ResumeFrom | ResumeChoice | Candidate, ahead: ReadAhead | None
     ) -> ResumeReport:
         self.wait()
         lines: list[str] = []
@@ -298,15 +308,15 @@ class Checkpointer:
         if not self._lineage.is_torn:  # else an attempt before has noted what was here
             self.attributes.note()
         with self.attributes.initial_values():
-            self.comparison.note_what_is_here()
+            self.comparison.record_current_facts()
         agree_on_versions(self.group)
-        self._others = self._facts_of_others()
+        self._rank_facts = self._facts_of_others()
         self._rehearsal.at_the_start(self.group)
         request = self._resume_request(ahead)
         is_given = isinstance(which, Candidate)
         candidate = which if isinstance(which, Candidate) else self._chosen_here(which, request)
         request = replace(request, notes=(*self._access.notes, *lines))
-        resumed = resume_run(candidate, self.objects, request, passes_over=not is_given)
+        resumed = resume_run(candidate, self.objects, request, skip_damaged=not is_given)
         report, self.resumed_facts = resumed.report, resumed.facts
         self.values, self.best_step = resumed.values, resumed.best_step
         self._lineage.resumed(self._access.reader_of(report), resumed.origin, resumed.skipped)
@@ -315,28 +325,30 @@ class Checkpointer:
         self._timer.begin(report.step, self.run.history.records(past_damage=True))
         self._access.has_started = True
         if self._loop is not None:
-            self._loop.schedules.has_resumed()
-        self._known = {one.path for one in report.differences}
+            self._loop.schedules.note_resumed()
+        self._reported_paths = {one.path for one in report.differences}
         if self.comparison.is_strict:
             self.group.run_on_all("look for what is not covered", self._tell_uncovered)
         self._rehearsal.begin(report.step)
         return report
 
-    def _chosen_here(self, which: ResumeFrom | Selection, request: ResumeRequest) -> Candidate:
+    def _chosen_here(self, which: ResumeFrom | ResumeChoice, request: ResumeRequest) -> Candidate:
         """Return the first candidate in this run; one that begins as a branch is made."""
-        selection = Selection.parse(which)
+        selection = ResumeChoice.parse(which)
         if selection.path is not None and self._access.holds(selection.path):
-            self._among_others = True  # a checkpoint that was copied there under another name
+            self._may_hold_foreign_files = (
+                True  # a checkpoint that was copied there under another name
+            )
 
         def refuse(left: RunDirectory, step: int) -> None:
             selector = self._selector(run=left)
-            refuse_beginning(selector.at_step(step), selector, self.objects, request)
+            check_branch_start(selector.at_step(step), selector, self.objects, request)
 
         selection = self._access.begin_branch(selection, refuse)
         return self._selector().first(selection)
 
     def import_state(
-        self, step: int, values: Any = None, *, facts: Mapping[str, Any], came: str | Origin
+        self, step: int, values: Any = None, *, facts: Mapping[str, Any], source: str | Origin
     ) -> str:
         """Begin the run in a state that the objects already have, brought from elsewhere.
 
@@ -347,15 +359,15 @@ class Checkpointer:
             step: Completed optimizer steps of the state.
             values: As `save` takes them.
             facts: As `save` takes them.
-            came: Where the state is from, for the history; `origin_of` a checkpoint, by which
+            source: Where the state is from, for the history; `origin_of` a checkpoint, by which
                 the run knows where it began.
 
         Returns:
             The folder of the checkpoint.
         """
-        origin = {"origin": came} if isinstance(came, str) else came
+        origin = {"origin": source} if isinstance(source, str) else source
         self._lineage.has_begun, self._lineage.origin = True, origin
-        self.comparison.note_what_is_here()
+        self.comparison.record_current_facts()
         path = self.save(step, values, facts=facts)
         self.wait()
         if self.group.rank == 0:
@@ -404,10 +416,10 @@ class Checkpointer:
         return self._timer.due(step, again=self._saver.must_repeat, cost=self._saver.cost)
 
     def save(self, step: int, values: Any = None, *, facts: Mapping[str, Any] | None = None) -> str:
-        """Save the objects as they are now; the checkpoint is durable when this returns.
+        """Save the objects as they are now. In mode "blocking" it is durable on return.
 
-        With a mode other than "blocking" it is so when `wait` returns, or when `poll`
-        names it; the next `save`, `should_save`, `poll` or `wait` raises what it failed at.
+        In other modes it is durable when `wait` returns, or when `poll` names it; an error of
+        such a save is raised by the next `save`, `should_save`, `poll` or `wait`.
 
         Args:
             step: Completed optimizer steps.
@@ -422,15 +434,15 @@ class Checkpointer:
             SaveError: If the disk fails or is full; all earlier checkpoints are as they were.
             RankError: If it failed on another rank, or the ranks do not hold the same state.
         """
-        with self._spelled():
-            self._saver.finish_previous()  # what that failed at is raised here
+        with self._errors_in_loop_words():
+            self._saver.finish_previous()  # an error of that save is raised here
             run = self.run
             if self._loop is not None:
                 self._loop.look()
             state, missing = self._captured(values)
             request = self._save_request(step, run, missing, facts or {})
             self._saver.submit(SaveSession(run, request, state, self._plan, self._lineage))
-            self._rehearsal.has_saved(step)
+            self._rehearsal.note_saved(step)
             self._lineage.has_begun = True
             self._timer.done(step)
             return self.path(step)
@@ -470,7 +482,7 @@ class Checkpointer:
         return {GRADIENTS: found} if self.group.any(found is not None) else {}
 
     @contextmanager
-    def _spelled(self) -> Iterator[None]:
+    def _errors_in_loop_words(self) -> Iterator[None]:
         """Let errors name settings as they are named here, unless a Trainer has them."""
         try:
             yield
@@ -486,7 +498,7 @@ class Checkpointer:
         if own is None or own or self.group.world_size == 1:
             return (), ()
         is_complete, ranks = self._run_facts.is_complete, self._ranks
-        every = tree.keys() - {"rng", "values", NAME, MODES}
+        every = tree.keys() - {"rng", "values", ATTRIBUTES_KEY, MODES}
         names = sorted(ranks.may_differ if is_complete else every)
         found = differing(self.group, tree, names, self._plan.saves)
         separate = found.intersection(() if ranks.read_from == "rank0" else ranks.may_differ)
@@ -508,11 +520,11 @@ class Checkpointer:
         return (*self.comparison.uncovered, *(() if buckets is None else buckets.uncovered()))
 
     def _tell_of(self, found: tuple[Difference, ...]) -> None:
-        new = tuple(one for one in found if one.path not in self._known)
+        new = tuple(one for one in found if one.path not in self._reported_paths)
         if not new:
             return
         self.comparison.refuse(self.run.storage.describe(), new)
-        self._known |= {one.path for one in new}
+        self._reported_paths |= {one.path for one in new}
         for one in new:
             self._tell(str(one))
 
@@ -524,7 +536,7 @@ class Checkpointer:
         """Return what training has made of attributes; nothing if no rank has any."""
         moved = self.group.run_on_all("capture the state", lambda: self.attributes.state(tree))
         alone = self.group.world_size == 1
-        return {NAME: moved} if (moved if alone else self.group.any(bool(moved))) else {}
+        return {ATTRIBUTES_KEY: moved} if (moved if alone else self.group.any(bool(moved))) else {}
 
     def rehearse(self, step: int, values: Callable[[], Any] = lambda: None) -> None:
         """Raise, after the first step of a start, what a save would raise; nothing is written.
@@ -572,7 +584,7 @@ class Checkpointer:
         """Return the path of the checkpoint of a step, whether it is there or not."""
         return self.run.storage.describe(f"checkpoint-{step}")
 
-    def _facts_of_others(self) -> dict[str, list[Other]]:
+    def _facts_of_others(self) -> dict[str, list[RankFact]]:
         return others_of_ranks(
             self.group,
             self.comparison.facts if self.group.world_size > 1 else {},
@@ -581,8 +593,8 @@ class Checkpointer:
         )
 
     def _facts(self, run: RunDirectory) -> dict[str, Any]:
-        if self._others is None:
-            self._others = self._facts_of_others()
+        if self._rank_facts is None:
+            self._rank_facts = self._facts_of_others()
         schedules = None if self._loop is None else self._loop.schedules
         buckets = self._shared_buckets
         return {
@@ -593,7 +605,7 @@ class Checkpointer:
             "covers": self._covers(),
             **({} if buckets is None else buckets.facts()),
             **({"found": schedules.facts()} if schedules is not None and schedules.found else {}),
-            **({FACT: self._others} if self._others else {}),
+            **({RANK_FACTS_KEY: self._rank_facts} if self._rank_facts else {}),
             **({"not_judged": self.attributes.unknown} if self.attributes.unknown else {}),
         }
 
@@ -618,7 +630,7 @@ class Checkpointer:
             {str(name): loggable(one, str(name)) for name, one in record.items()},
         )
         if self.group.rank == 0:
-            self._lineage.refuse_another(run)
+            self._lineage.require_resumed(run)
             run.metrics.append(record)
 
     def note_event(self, event: Mapping[str, Any]) -> None:

@@ -30,7 +30,7 @@ from unbroken.distributed import Group
 # ruff: noqa: SLF001 (PyTorch has no public names for any of this)
 
 
-FACT = "ddp"
+BUCKETS_KEY = "ddp"
 """Where the facts of a checkpoint hold what `DdpBuckets.facts` returns."""
 
 _TWO = 2  # numbers have one sum, in whatever order
@@ -72,7 +72,7 @@ class DdpBuckets:
         modules = self._found()
         self._lay_out(modules)
         entries = {name: self._entry(ddp) for name, ddp in modules.items()}
-        return {FACT: {**self._waiting, **entries}}
+        return {BUCKETS_KEY: {**self._waiting, **entries}}
 
     def differences(self, stored: Mapping[str, Any]) -> tuple[Difference, ...]:
         """Return why sums will not be rounded as in the run that made a checkpoint.
@@ -83,7 +83,7 @@ class DdpBuckets:
         if _ranks() == 1:
             return ()
         self._look()
-        modules, entries = self._modules(), stored.get(FACT)
+        modules, entries = self._modules(), stored.get(BUCKETS_KEY)
         if not isinstance(entries, Mapping):
             return tuple(
                 _lost(n, "not known", _OLD) for n, ddp in modules.items() if _is_summed(ddp)
@@ -94,7 +94,9 @@ class DdpBuckets:
         """Return what no checkpoint of this run holds."""
         modules = self._found() if _ranks() > 1 else {}
         return tuple(
-            Difference(f"{FACT}.{name}.comm_hook", None, None, _STATE.format(hook), "not covered")
+            Difference(
+                f"{BUCKETS_KEY}.{name}.comm_hook", None, None, _STATE.format(hook), "not covered"
+            )
             for name, ddp in modules.items()
             for hook in _hooks(ddp, with_state=True)
         )
@@ -117,7 +119,7 @@ class DdpBuckets:
         """
         if _ranks() == 1:
             return
-        entries = stored.get(FACT)
+        entries = stored.get(BUCKETS_KEY)
         self._waiting = dict(entries) if isinstance(entries, Mapping) else {}
         self._look()
         self._bring_back(self._modules())
@@ -253,7 +255,7 @@ class DdpBuckets:
             return  # that the ranks are others is told by itself
         now = _settings(ddp)
         for one in compare(entry, now, dict.fromkeys(now, _OTHER)):
-            yield replace(one, path=f"{FACT}.{name}.{one.path}")
+            yield replace(one, path=f"{BUCKETS_KEY}.{name}.{one.path}")
         reason = self._cannot(ddp, entry) if _is_summed(ddp) else None
         if reason is not None:
             yield _lost(name, "the checkpoint's", reason)
@@ -327,7 +329,9 @@ def _hooks(ddp: Ddp, *, with_state: bool = False) -> list[str]:
 
 def _lost(name: str, stored: str, reason: str) -> Difference:
     effect = f"{_OTHER[1]}: {reason}"
-    return Difference(f"{FACT}.{name}.order", stored, "that of a new process", effect, "equivalent")
+    return Difference(
+        f"{BUCKETS_KEY}.{name}.order", stored, "that of a new process", effect, "equivalent"
+    )
 
 
 def _summed(ddp: Any) -> list[nn.Parameter]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from unbroken.changes.differences import ResumeReport
 from unbroken.checkpoint.resume.readers import UnseenStorage
-from unbroken.checkpoint.resume.selection import Selection, best_step
+from unbroken.checkpoint.resume.selection import ResumeChoice, best_step
 from unbroken.distributed import Group
 from unbroken.errors import CheckpointNotFoundError, ConfigError, RunDirectoryError, SaveError
 from unbroken.storage import FolderStorage, Storage
@@ -76,13 +76,13 @@ class RunAccess:
         where = given if isinstance(given, str) else given.describe()
         return path.resolve().parent == Path(where).resolve()
 
-    def run(self, *, among_others: bool) -> RunDirectory:
+    def run(self, *, may_hold_foreign_files: bool) -> RunDirectory:
         """Return the run directory; it may hold files that are not the run's if so said."""
         if self._run is None:
-            self._run = self._open(None, among_others=among_others)
+            self._run = self._open(None, may_hold_foreign_files=may_hold_foreign_files)
         return self._run
 
-    def begin_branch(self, selection: Selection, refuse: RefuseBeginning) -> Selection:
+    def begin_branch(self, selection: ResumeChoice, refuse: RefuseBeginning) -> ResumeChoice:
         """Open the branch anew, which begins in `selection`; return which of its own it means.
 
         Args:
@@ -94,10 +94,12 @@ class RunAccess:
             return selection
         self.close(None)
         self._refuse_beginning(self._branch, selection, refuse)
-        self._run = self._open(selection, among_others=False)
-        return Selection("auto")
+        self._run = self._open(selection, may_hold_foreign_files=False)
+        return ResumeChoice("auto")
 
-    def _refuse_beginning(self, branch: str, selection: Selection, refuse: RefuseBeginning) -> None:
+    def _refuse_beginning(
+        self, branch: str, selection: ResumeChoice, refuse: RefuseBeginning
+    ) -> None:
         group, what, given = self._group, "open the run directory", self._directory
         left = group.run_on_all(
             what, lambda: None if group.rank else RunDirectory.open_readonly(given)
@@ -134,19 +136,26 @@ class RunAccess:
                 run.history.append(record)
         run.close()
 
-    def _open(self, selection: Selection | None, *, among_others: bool) -> RunDirectory:
+    def _open(
+        self, selection: ResumeChoice | None, *, may_hold_foreign_files: bool
+    ) -> RunDirectory:
         group, what = self._group, "open the run directory"
         own = group.run_on_all(
-            what, lambda: None if group.rank else self._open_as_owner(selection, among_others)
+            what,
+            lambda: None if group.rank else self._open_as_owner(selection, may_hold_foreign_files),
         )
         known = group.broadcast("the run directory", None if own is None else _described(own))
         given, unseen = self._directory, self._unseen
         return group.run_on_all(what, lambda: own or _open_as_another(known, given, unseen=unseen))
 
-    def _open_as_owner(self, selection: Selection | None, among_others: bool) -> RunDirectory:
+    def _open_as_owner(
+        self, selection: ResumeChoice | None, may_hold_foreign_files: bool
+    ) -> RunDirectory:
         directory, clock = self._directory, self._clock
         if self._branch is None:
-            run = RunDirectory.open(directory, clock=clock, among_others=among_others)
+            run = RunDirectory.open(
+                directory, clock=clock, may_hold_foreign_files=may_hold_foreign_files
+            )
             self.notes = run.notes
             return run
         run, notes = _open_branch(directory, self._branch, selection, clock=clock)
@@ -197,7 +206,7 @@ def _seen_from_here(path: str, given: str | Storage) -> str | Storage:
 
 
 def _open_branch(
-    parent: str | Storage, name: str, selection: Selection | None, *, clock: Callable[[], float]
+    parent: str | Storage, name: str, selection: ResumeChoice | None, *, clock: Callable[[], float]
 ) -> tuple[RunDirectory, tuple[str, ...]]:
     """Open a branch of a run, which is made in the checkpoint selected unless it is there.
 
@@ -227,7 +236,7 @@ def _open_branch(
     return run, tuple(notes)
 
 
-def _beginning_of(parent: RunDirectory, name: str, selection: Selection) -> int | None:
+def _beginning_of(parent: RunDirectory, name: str, selection: ResumeChoice) -> int | None:
     """Return the step in which a branch would begin that is not there yet; None: it is there.
 
     Raises:
@@ -237,7 +246,7 @@ def _beginning_of(parent: RunDirectory, name: str, selection: Selection) -> int 
 
 
 def _beginning(
-    parent: RunDirectory, name: str, selection: Selection | None
+    parent: RunDirectory, name: str, selection: ResumeChoice | None
 ) -> tuple[int | None, tuple[Rejection, ...]]:
     """Return the step that was asked for; None where a branch that is there is just continued."""
     if selection is not None and selection.kind == "never":

@@ -38,14 +38,14 @@ class ByteStream:
 
     Example:
         >>> from unbroken.distributed import SingleProcess
-        >>> ByteStream(SingleProcess()).send(memoryview(bytearray(b"alone")))
+        >>> ByteStream(SingleProcess()).transfer(memoryview(bytearray(b"alone")))
     """
 
     def __init__(self, group: Group) -> None:
         self._group = group
         self._process_group = None if group.world_size == 1 else _for_the_cpu()
 
-    def send(self, buffer: memoryview) -> None:
+    def transfer(self, buffer: memoryview) -> None:
         """Fill the buffer with the bytes of rank 0's buffer, which must be as long.
 
         Raises:

@@ -23,12 +23,12 @@ from unbroken.checkpoint import (
     InitialHyperparameters,
     Layout,
     RankPolicy,
+    ResumeChoice,
     ResumeFrom,
     ResumePolicy,
     ResumeReport,
     RunFacts,
     SavePolicy,
-    Selection,
     TrainingStopped,
     may_go_on,
 )
@@ -126,7 +126,7 @@ def _from_text(text: Any, types: Iterable[type]) -> Any:
     return decode(text["structure"], _Leaves(text["leaves"]), types=types)
 
 
-def check_first_step_dealing(
+def check_first_step_batches(
     windows: Iterable[list[MicroBatch]], source: BatchSource | None, division: DataParallelLayout
 ) -> Iterator[list[MicroBatch]]:
     """Yield the windows; raise before the first step if a loader does not deal as it must.
@@ -586,7 +586,7 @@ class RunCheckpoints:
     def resume(self, which: ResumeFrom) -> ResumeReport:
         """Restore all state from a checkpoint. As `Checkpointer.resume`."""
         state, construction = self._state, self._parts.construction
-        if Selection.parse(which).kind == "never" and state.progress != Progress():
+        if ResumeChoice.parse(which).kind == "never" and state.progress != Progress():
             raise ConfigError("train", 'make a new Trainer for "never"', found=str(state.progress))
         self._parts.group.agree("the configuration", state.config.to_dict())
         with ExitStack() as stack:

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from unbroken.capture import capture_rng, restore_rng
-from unbroken.checkpoint import ReadAhead, Selection, read_ahead
+from unbroken.checkpoint import ReadAhead, ResumeChoice, read_ahead
 from unbroken.checkpoint.resume.selection import may_resume
 from unbroken.data import BatchSource, MapSource, batch_source, derive_key
 from unbroken.data.keyed_rng import Randomness, seed_ambient
@@ -123,7 +123,7 @@ def _resumes(config: TrainerConfig, storage: Storage | None) -> bool:
         return False
     if storage is None:
         storage = LocalStorage(config.output_dir) if os.path.isdir(config.output_dir) else None
-    return may_resume(storage, Selection.parse(config.resume_from_checkpoint))
+    return may_resume(storage, ResumeChoice.parse(config.resume_from_checkpoint))
 
 
 def _begin_to_read(config: TrainerConfig, storage: Storage | None) -> ReadAhead | None:
@@ -132,7 +132,7 @@ def _begin_to_read(config: TrainerConfig, storage: Storage | None) -> ReadAhead 
         if not os.path.isdir(config.output_dir):
             return None
         storage = storage_at(config.output_dir)
-    selection = Selection.parse(config.resume_from_checkpoint)
+    selection = ResumeChoice.parse(config.resume_from_checkpoint)
     return read_ahead(storage, selection, ("model", "optimizer"))
 
 

@@ -33,7 +33,7 @@ from unbroken.training.callback import Callback, Hooks, named
 from unbroken.training.checkpoints import (
     RunCheckpoints,
     TrainerFacts,
-    check_first_step_dealing,
+    check_first_step_batches,
     make_checkpointer,
     objects_to_save,
     run_fingerprint,
@@ -56,19 +56,19 @@ from unbroken.training.step import OomRetry, StepRunner, keep_freed_memory
 T = TypeVar("T")
 
 
-class OfState(Generic[T]):
+class RunStateAttribute(Generic[T]):
     """An attribute of a Trainer that is one of its `RunState`, by the same name."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
     @overload
-    def __get__(self, trainer: None, owner: type) -> OfState[T]: ...
+    def __get__(self, trainer: None, owner: type) -> RunStateAttribute[T]: ...
 
     @overload
     def __get__(self, trainer: Trainer, owner: type) -> T: ...
 
-    def __get__(self, trainer: Trainer | None, owner: type) -> OfState[T] | T:
+    def __get__(self, trainer: Trainer | None, owner: type) -> RunStateAttribute[T] | T:
         if trainer is None:
             return self
         value: T = getattr(trainer._run_state, self._name)  # noqa: SLF001 (the one that it stands for)
@@ -92,7 +92,7 @@ class Trainer:
         train_dataset: A map-style data set; or an iterable of micro-batches, resumed through
             its `state_dict`, or else by counting and skipping.
         eval_dataset: A map-style data set, or an iterable of batches.
-        callbacks: Followers of the run; their state is saved.
+        callbacks: Called at the edges of steps; their state is saved.
         optimizer: None: the one that the configuration names.
         scheduler: None: the one that the configuration names. Stepped with the optimizer; a
             ReduceLROnPlateau after each evaluation.
@@ -127,13 +127,13 @@ class Trainer:
         8
     """
 
-    config = OfState[TrainerConfig]()
-    max_steps = OfState[int]()
-    progress = OfState[Progress]()
-    statistics = OfState[Statistics]()
-    stop_reason = OfState["str | None"]()
-    save_requested = OfState[bool]()
-    resume_report = OfState[ResumeReport]()
+    config = RunStateAttribute[TrainerConfig]()
+    max_steps = RunStateAttribute[int]()
+    progress = RunStateAttribute[Progress]()
+    statistics = RunStateAttribute[Statistics]()
+    stop_reason = RunStateAttribute["str | None"]()
+    save_requested = RunStateAttribute[bool]()
+    resume_report = RunStateAttribute[ResumeReport]()
 
     def __init__(
         self,
@@ -193,7 +193,7 @@ class Trainer:
 
     @property
     def callbacks(self) -> list[Callback]:
-        """The followers of the run; more may be added."""
+        """The callbacks of the run; more may be added."""
         return self._hooks.callbacks
 
     @callbacks.setter
@@ -290,7 +290,7 @@ class Trainer:
     def _micro_batches_of_steps(self, preemption: Preemption) -> Iterator[list[MicroBatch]]:
         """Yield the micro-batches of one optimizer step after the other, until the end."""
         windows = self._windows(preemption)
-        return check_first_step_dealing(windows, self.source, self.division)
+        return check_first_step_batches(windows, self.source, self.division)
 
     def _windows(self, preemption: Preemption) -> Iterator[list[MicroBatch]]:
         state, source = self._run_state, self._parts.batches
@@ -378,6 +378,7 @@ class Trainer:
         """
         if self._at_edge or self._run_checkpoints.must_wait():
             self.save_requested = True
+            # At the edge of a step this step is saved; inside of one, the step that it ends in.
             return self.checkpointer.path(self.progress.step + (not self._at_edge))
         self._count_time()
         return self._run_checkpoints.save()

@@ -70,10 +70,10 @@ from unbroken.checkpoint import (
     Checkpointer,
     Difference,
     Preemption,
+    ResumeChoice,
     ResumeReport,
     RunFacts,
     SavePolicy,
-    Selection,
     may_go_on,
 )
 from unbroken.checkpoint.preemption import agreed_reason
@@ -125,7 +125,7 @@ def no_losses(step: int) -> dict[str, Any]:
     return {"since_log": 0.0, "logged": 0.0, "last_logged": step, "first_step": step}
 
 
-_NOTE = "the checkpoint is one of transformers' own Trainer: it goes on as that would"
+_NOTE = "from transformers' Trainer; continues as that Trainer would"
 _NAMES = ("path", "step")
 _TRAINS = ("changed", "")  # what a rule does not know
 
@@ -145,7 +145,7 @@ class TrainSession:
         position_callback: Knows the position in the data.
         report: What the start found; known once the host has built its optimizer.
         batching: How this start divides an epoch into batches and steps.
-        shift: As in `StoredPosition`.
+        shift: Steps by which a changed division moved the count off that of whole epochs.
         restarted: The position in an epoch that is begun again; None: none is.
         own_loader: The loader of the training data, if it is the user's own.
     """
@@ -185,7 +185,7 @@ class TrainSession:
         self.checkpointer = Checkpointer(
             args.output_dir,
             keep=KeepPolicy(last=args.save_total_limit),
-            resume=choices.policy(is_named=Selection.parse(requested).kind in _NAMES),
+            resume=choices.policy(is_named=ResumeChoice.parse(requested).kind in _NAMES),
             settings=RunFacts(
                 more=self._fingerprint,
                 filter=lambda facts, found: self._settings.differences(facts, found),
@@ -236,9 +236,9 @@ class TrainSession:
             return None if foreign is None else foreign.path
         return Path(source.storage.describe(source.folder))
 
-    def _selection(self) -> Selection:
+    def _selection(self) -> ResumeChoice:
         """Return what is asked for; a path may also be meant inside the output directory."""
-        selection = Selection.parse(self._requested)
+        selection = ResumeChoice.parse(self._requested)
         if selection.path is None or selection.path.exists():
             return selection
         inside = Path(self.trainer.args.output_dir).absolute() / selection.path
@@ -333,7 +333,7 @@ class TrainSession:
         """What `loader` returned last."""
         return self._loader
 
-    def settled(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    def adjusted_counts(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return the host's loop counts, adjusted to the position of the run."""
         counts = LoopCounts(*values)
         args = self.trainer.args
@@ -390,7 +390,7 @@ class TrainSession:
         if self._begins_again and isinstance(scheduler, LRScheduler):
             self.checkpointer.comparison.built.note_schedule(scheduler)
         try:
-            self._bring_back()
+            self._resume_or_import()
         finally:
             if wrapped is not None:
                 scheduler.optimizer = wrapped
@@ -398,7 +398,7 @@ class TrainSession:
         states: Mapping[str, CallbackState] = self.checkpointer.objects["callbacks"]  # type: ignore[assignment]
         self._callbacks = {name: copy.deepcopy(one.state_dict()) for name, one in states.items()}
 
-    def _bring_back(self) -> None:
+    def _resume_or_import(self) -> None:
         arguments = plain_arguments(self.trainer.args)
         of_all = {n: v for n, v in arguments.items() if RULES.get(n, _TRAINS)[0] != "harmless"}
         self.group.agree("TrainingArguments", of_all)
@@ -430,7 +430,7 @@ class TrainSession:
             hint = "resume it once under DDP or on one process: from then on it is one of ours"
             what = "a checkpoint of transformers' own Trainer cannot be put into a sharded model"
             raise StateMismatchError(checkpoint, what, hint=hint)
-        checkpointer.comparison.note_what_is_here()
+        checkpointer.comparison.record_current_facts()
         differences = self._differences_from_hf(folder, stored)
         checkpointer.comparison.refuse(checkpoint, differences)
         # The host draws the order of an epoch before it brings back its random states.
@@ -439,9 +439,9 @@ class TrainSession:
         group.run_on_all("check the checkpoint", lambda: refuse_what_does_not_fit(folder, objects))
         load_hf_checkpoint(folder, objects, rank=group.rank)
         self._apply(differences)
-        came = origin_of(folder, HfCheckpoints())
+        source = origin_of(folder, HfCheckpoints())
         checkpointer.import_state(
-            stored.step, self._adopted, facts=self._facts_to_save(), came=came
+            stored.step, self._adopted, facts=self._facts_to_save(), source=source
         )
         rejected = self.candidate.rejected
         return ResumeReport(
@@ -462,7 +462,7 @@ class TrainSession:
                 found = (*found, *self.checkpointer.buckets.differences({}))
         missing = missing_devices_of_hf_checkpoint(folder, rank=self.group.rank)
         if missing is not None:
-            effect = "devices: what draws on them draws otherwise from here on"
+            effect = "random numbers on these devices differ from here on"
             found = (*found, Difference("rng.cuda", *missing, effect, "changed"))
         return self._settings.differences(facts, found)
 
@@ -495,7 +495,7 @@ class TrainSession:
         """Prepare an epoch; before the first one of a resumed run, restore the rest."""
         if self._is_back or self._loop_start is None:
             self.position_callback.position = DataPosition(epoch)
-            self.bring_back()
+            self.restore_after_host_reset()
             self._workers_begin()
             return
         samples = self._loop_start.position.samples if self._loop_start.in_samples else None
@@ -505,7 +505,7 @@ class TrainSession:
         seeds = {} if reseeded else stored.get("seeds", {})
         given = {"data": self.values.get("data"), "seeds": seeds, "trail": self._trail()}
         begin_at(self._loader, Beginning(epoch, self._loop_start.batches, samples, order, **given))
-        self.bring_back()
+        self.restore_after_host_reset()
         self._workers_begin()
         if "before" in order:  # the host restores its own after the first batch
             restore_rng(order["before"])
@@ -532,7 +532,7 @@ class TrainSession:
             self._has_workers = True
             self.checkpointer.attributes.workers_begin()
 
-    def bring_back(self) -> None:
+    def restore_after_host_reset(self) -> None:
         """Restore, once, what the host resets when it begins to train."""
         if self._is_back:
             return
@@ -563,8 +563,11 @@ class TrainSession:
 
     # What follows is called at the edges of steps.
 
-    def reason_to_stop(self) -> str | None:
-        """Return why to stop now; None to go on, as at the end of the run."""
+    def end_of_step(self) -> str | None:
+        """Rehearse a save once, raise what a save in the background failed at; return why to stop.
+
+        None: go on, as at the end of the run, too.
+        """
         state = self.trainer.state
         self.checkpointer.rehearse(state.global_step, self._values)
         self.checkpointer.poll()  # raises the error of a background save
@@ -669,7 +672,8 @@ def refuse_own_windows(kind: type) -> None:
     own: Any = kind.get_batch_samples  # type: ignore[attr-defined]
     if own.__module__ == __name__.rpartition(".")[0] + ".trainer" or "super" in names_in(own):
         return
-    what = "does not call super(): the checkpoint lies inside of a step, whose rest it must fetch"
+    middle = "the checkpoint is in the middle of a step"
+    what = f"does not call super(): {middle}, and only the remaining batches must be fetched"
     hint = "call super().get_batch_samples(...), or resume from a checkpoint between two steps"
     raise ConfigError(own.__qualname__, what, hint=hint)
 

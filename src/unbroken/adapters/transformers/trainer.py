@@ -232,7 +232,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         if self._session is None:
             return super().set_initial_training_values(args, dataloader)
         loader = self._session.loader(dataloader)
-        return self._session.settled(super().set_initial_training_values(args, loader))
+        return self._session.adjusted_counts(super().set_initial_training_values(args, loader))
 
     def _init_training_state(
         self,
@@ -323,7 +323,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         if session is None:
             super()._maybe_log_save_evaluate(*arguments, **options)
             return
-        reason = session.reason_to_stop()
+        reason = session.end_of_step()
         if reason is not None:
             self.control.should_save = True
         super()._maybe_log_save_evaluate(*arguments, **options)
@@ -356,7 +356,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         session = self._session
         if session is None:
             return super()._finalize_training(trial, num_train_samples, start_time)
-        session.bring_back()
+        session.restore_after_host_reset()
         session.checkpointer.wait()
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # it deletes nothing
         try:

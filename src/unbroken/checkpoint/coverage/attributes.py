@@ -50,7 +50,7 @@ from unbroken.errors import CaptureError, CheckpointError, CorruptCheckpointErro
 from unbroken.fingerprint import changed_by_reading, keeps_attributes
 from unbroken.stored_names import from_stored, to_stored
 
-NAME = "attributes"
+ATTRIBUTES_KEY = "attributes"
 """Under which they stand in the state of a checkpoint."""
 
 _DEPTH = 4
@@ -540,7 +540,9 @@ def _is_reported(path: str, reported: Collection[Difference]) -> bool:
 def _pair(entry: Any) -> tuple[str, str]:
     if isinstance(entry, list) and {*map(type, entry)} == {str} and len(entry) in (2, 3):
         return entry[0], entry[1]
-    raise CorruptCheckpointError(NAME, "is not the state of an attribute", found=brief(entry))
+    raise CorruptCheckpointError(
+        ATTRIBUTES_KEY, "is not the state of an attribute", found=brief(entry)
+    )
 
 
 def _shown(text: str) -> str:

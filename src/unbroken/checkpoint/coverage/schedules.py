@@ -256,7 +256,7 @@ class FoundSchedules:
                 reported += [] if name in skipped else [_not_stored(name, self.found[name])]
         return rest, objects, tuple(reported)
 
-    def has_resumed(self) -> None:
+    def note_resumed(self) -> None:
         """Take note of where all stand after a resume."""
         self.is_checked = False
         for name, one in self.found.items():

@@ -176,7 +176,7 @@ def _heard(plain: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return __next__
 
 
-FACT = "not_given"
+NOT_GIVEN_KEY = "not_given"
 """Where the facts of a checkpoint hold what its training had and it has not."""
 
 _FRAMES, _STEPS = 8, 3  # a scaler is looked for around the first steps
@@ -468,7 +468,7 @@ _OF_LOADER = (
 def missing_facts(missing: Iterable[Difference]) -> dict[str, Json]:
     """Return what a checkpoint says of all that it does not hold; see `of_checkpoint`."""
     found: list[Json] = [{"path": one.path, "effect": one.effect} for one in missing]
-    return {FACT: found} if found else {}
+    return {NOT_GIVEN_KEY: found} if found else {}
 
 
 def of_checkpoint(facts: Mapping[str, Any]) -> tuple[Difference, ...]:
@@ -478,7 +478,7 @@ def of_checkpoint(facts: Mapping[str, Any]) -> tuple[Difference, ...]:
         >>> of_checkpoint({"not_given": [{"path": "scaler", "effect": "scales the loss"}]})[0].path
         'scaler'
     """
-    stored = facts.get(FACT)
+    stored = facts.get(NOT_GIVEN_KEY)
     found = [one for one in stored if isinstance(one, dict)] if isinstance(stored, list) else []
     return tuple(
         Difference(str(one.get("path")), None, None, str(one.get("effect")), "not covered")

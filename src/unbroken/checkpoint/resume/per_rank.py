@@ -20,7 +20,7 @@ import xxhash
 
 from unbroken.capture import load_tensors
 from unbroken.changes.differences import Difference, by_severity
-from unbroken.checkpoint.coverage.attributes import NAME
+from unbroken.checkpoint.coverage.attributes import ATTRIBUTES_KEY
 from unbroken.checkpoint.save.rank_shares import (
     MODES,
     state_digest,
@@ -64,11 +64,11 @@ def agree_on_versions(group: Group) -> None:
     group.agree("versions", {name: own[name] for name in sorted(shared)})
 
 
-FACT = "of_ranks"
-"""Where the facts of a checkpoint hold what other ranks have otherwise: by rank, `Other`s."""
+RANK_FACTS_KEY = "of_ranks"
+"""Where the facts of a checkpoint hold what other ranks have otherwise: by rank, `RankFact`s."""
 
-Other = list[Any]
-"""The keys of a fact, one in the other, and its value; no value where the rank does not have it."""
+RankFact = list[Any]
+"""The nested keys of a fact, then its value if the rank has one."""
 
 _FOR_ALL = ("callbacks", "eval_data")  # one rank may evaluate, and print, for all
 _OF_MODELS = ("layer", "frozen", "attn_implementation")
@@ -80,7 +80,7 @@ def others_of_ranks(
     *,
     per_rank: Collection[str] = (),
     one_data_set: bool = False,
-) -> dict[str, list[Other]]:
+) -> dict[str, list[RankFact]]:
     """Return which facts other ranks have than rank 0; all ranks call this.
 
     Args:
@@ -130,11 +130,11 @@ def facts_of_rank(
 
     Example:
         >>> stored = {"settings": {"rank": 0}, "environment": {"world_size": 2}}
-        >>> stored[FACT] = {"1": [[["settings", "rank"], 1]]}
+        >>> stored[RANK_FACTS_KEY] = {"1": [[["settings", "rank"], 1]]}
         >>> facts_of_rank(stored, {}, 1, 2)["settings"]
         {'rank': 1}
     """
-    others = stored.get(FACT)
+    others = stored.get(RANK_FACTS_KEY)
     if not isinstance(others, Mapping) or not others:
         return stored
     environment = stored.get("environment")
@@ -179,7 +179,7 @@ def from_rank_0(group: Group, own: tuple[Difference, ...]) -> tuple[Difference, 
     return by_severity((*own, *more.values()))
 
 
-def _others(first: Any, own: Any, keys: tuple[str, ...]) -> Iterator[Other]:
+def _others(first: Any, own: Any, keys: tuple[str, ...]) -> Iterator[RankFact]:
     if not (isinstance(first, dict) and isinstance(own, dict)):
         if first != own:
             yield [[*keys], own]
@@ -216,7 +216,7 @@ def _put(facts: dict[str, Any], keys: list[str], value: list[Any]) -> None:
 
 def _refuse_other_trainings(
     first: Mapping[str, Any],
-    ranks: list[list[Other]],
+    ranks: list[list[RankFact]],
     per_rank: Collection[str],
     *,
     one_data_set: bool,
@@ -263,7 +263,7 @@ def _other_training(keys: tuple[str, ...], values: list[list[Any]]) -> RankError
 # State.
 
 
-_ANYWHERE = ("rng", "values", NAME, MODES)
+_ANYWHERE = ("rng", "values", ATTRIBUTES_KEY, MODES)
 """What a rank can go on without having had it: generators are seeded anew, others are rank 0's."""
 
 
@@ -274,9 +274,9 @@ def state_of_rank(
     per_rank: Collection[str] | None,
     read: Callable[[str], Mapping[str, Any]],
     *,
-    alike: bool,
-    apart: Collection[str] = (),
-    may_choose: bool = True,
+    read_by_rank_0: bool,
+    may_differ: Collection[str] = (),
+    can_set_per_rank: bool = True,
 ) -> tuple[dict[str, Any], bool, tuple[Difference, ...]]:
     """Return what this rank has of its own in a checkpoint, in place of what rank 0 has.
 
@@ -286,9 +286,9 @@ def state_of_rank(
         group: The ranks that resume.
         per_rank: As `Checkpointer` has it.
         read: Decodes a file of the checkpoint.
-        alike: Whether all ranks must read the same, as one reads for all of them.
-        apart: As `Checkpointer` has it.
-        may_choose: Whether the caller can say `per_rank`, which a hint then tells.
+        read_by_rank_0: Whether rank 0 reads for all, and so all must read the same.
+        may_differ: Objects that may differ between ranks, as `RankPolicy` has it.
+        can_set_per_rank: Whether the caller can say `per_rank`, which a hint then tells.
 
     Returns:
         The state by name, whether the random generators of this rank have to begin anew, and what
@@ -300,19 +300,20 @@ def state_of_rank(
     saved, rank = ranks_with_own_state(manifest), group.rank
     if saved == 1:
         return {}, False, ()
-    movable = (*_ANYWHERE, *apart)
+    movable = (*_ANYWHERE, *may_differ)
     names = [
         name
         for name in _own_tree(read, 1)
-        if name in tree and (per_rank is None or name in (*per_rank, NAME, MODES, *apart))
+        if name in tree
+        and (per_rank is None or name in (*per_rank, ATTRIBUTES_KEY, MODES, *may_differ))
     ]
     differing: tuple[Difference, ...] = ()
     if saved != group.world_size:
         left = [name for name in names if name not in movable]
-        _refuse_what_cannot_move(left, saved, group.world_size, may_choose=may_choose)
+        _refuse_what_cannot_move(left, saved, group.world_size, can_set_per_rank=can_set_per_rank)
         differing = tuple(_of_other_ranks(names, saved, group.world_size))
     reseeds_rank = rank >= saved and "rng" in names
-    if alike:
+    if read_by_rank_0:
         first = load_tensors({name: tree[name] for name in names})
         found = [first, *(load_tensors(_own_tree(read, other)) for other in range(1, saved))]
         own = found[rank] if rank < saved else first
@@ -367,9 +368,11 @@ def _of_other_ranks(names: Collection[str], saved: int, here: int) -> Iterator[D
 
 
 def _refuse_what_cannot_move(
-    names: Collection[str], saved: int, here: int, *, may_choose: bool
+    names: Collection[str], saved: int, here: int, *, can_set_per_rank: bool
 ) -> None:
-    for_all = "; or take rank 0's for all: ranks=RankPolicy(..., per_rank=())" if may_choose else ""
+    for_all = (
+        "; or take rank 0's for all: ranks=RankPolicy(..., per_rank=())" if can_set_per_rank else ""
+    )
     for name in names:
         raise StateMismatchError(
             name,

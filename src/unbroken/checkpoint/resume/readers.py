@@ -57,7 +57,7 @@ class UnseenStorage(MemoryStorage):
         return os.path.join(self._path, path) if path else self._path
 
 
-class RelayedCheckpoint(ABC):
+class BroadcastCheckpoint(ABC):
     """A checkpoint of which all ranks read the same things in the same order.
 
     A part of a tensor is cut out of the whole one, which every rank gets.
@@ -79,7 +79,7 @@ class RelayedCheckpoint(ABC):
         """Fill `buffer` with the verified bytes of a tensor."""
 
 
-class SentCheckpoint(RelayedCheckpoint):
+class BroadcastSender(BroadcastCheckpoint):
     """The checkpoint as rank 0 has it: what it reads for itself goes to the others as well.
 
     All ranks make the same calls. Damage that is found here is raised on all of them.
@@ -122,11 +122,11 @@ class SentCheckpoint(RelayedCheckpoint):
             self._group.broadcast(f"read {what}", {"damage": str(damage)})
             raise
         self._group.broadcast(f"read {what}", {"digest": digest_of(view)})
-        self._stream.send(view)
+        self._stream.transfer(view)
         return view
 
 
-class ReceivedCheckpoint(RelayedCheckpoint):
+class BroadcastReceiver(BroadcastCheckpoint):
     """The checkpoint as it comes from rank 0."""
 
     def __init__(
@@ -159,7 +159,7 @@ class ReceivedCheckpoint(RelayedCheckpoint):
         said: Any = self._group.broadcast(f"read {what}")
         if "damage" in said:
             raise CorruptCheckpointError("rank 0", said["damage"])
-        self._stream.send(view)
+        self._stream.transfer(view)
         found = digest_of(view)
         if found != said["digest"]:
             where = f"rank {self._group.rank}: {what}"
@@ -235,7 +235,7 @@ class Readers(Protocol):
         """
 
 
-class EachForItself:
+class ReadOnEveryRank:
     """Every rank reads all that it needs; the ranks of one machine divide the verification.
 
     What a rank has not verified itself was verified by a rank on the same machine, in the same
@@ -312,7 +312,7 @@ class EachForItself:
         raise RankError(f"rank {rank}", f"could not resume: {text}", ranks=tuple(failed))
 
 
-class FromRank0:
+class ReadOnRank0:
     """Rank 0 reads and verifies; each tensor goes to the others straight into its place.
 
     The others need not see the run directory. They verify what arrives once more.
@@ -335,11 +335,11 @@ class FromRank0:
         own = found if isinstance(found, CheckpointReader) else None
         text = group.broadcast("the manifest", None if own is None else _text_of(own))
         if own is not None:
-            return SentCheckpoint(own, group, self._stream)
+            return BroadcastSender(own, group, self._stream)
         manifest = Manifest.from_bytes(str(text).encode(), said["folder"])
         is_here = said["directory"] == self._run.storage.describe()
         storage = self._run.storage if is_here else UnseenStorage(said["directory"])
-        return ReceivedCheckpoint(storage, said["folder"], manifest, group, self._stream)
+        return BroadcastReceiver(storage, said["folder"], manifest, group, self._stream)
 
     def load(self, load: Callable[[], None]) -> CorruptCheckpointError | None:
         """Load on every rank; damage that rank 0 finds is raised in all of them."""

@@ -26,10 +26,9 @@ from unbroken.capture import (
 from unbroken.changes.compare import Comparison
 from unbroken.changes.differences import Difference, ResumeReport, by_severity
 from unbroken.checkpoint.arguments import RankPolicy
-from unbroken.checkpoint.coverage.attributes import NAME, Attributes
+from unbroken.checkpoint.coverage.attributes import ATTRIBUTES_KEY, Attributes
 from unbroken.checkpoint.coverage.loop_watch import GRADIENTS, LoopWatch
-from unbroken.checkpoint.coverage.unregistered import FACT as NOT_GIVEN
-from unbroken.checkpoint.coverage.unregistered import of_checkpoint
+from unbroken.checkpoint.coverage.unregistered import NOT_GIVEN_KEY, of_checkpoint
 from unbroken.checkpoint.ddp_buckets import DdpBuckets
 from unbroken.checkpoint.resume.per_rank import (
     facts_of_rank,
@@ -41,10 +40,10 @@ from unbroken.checkpoint.resume.per_rank import (
 from unbroken.checkpoint.resume.readers import ReadAhead, Source
 from unbroken.checkpoint.resume.selection import (
     Candidate,
+    CandidateSelector,
     DamagedCandidateError,
     Origin,
-    Selection,
-    Selector,
+    ResumeChoice,
     origin_in,
 )
 from unbroken.checkpoint.save.rank_shares import MODES
@@ -110,7 +109,7 @@ def resume_run(
     objects: Mapping[str, object],
     request: ResumeRequest,
     *,
-    passes_over: bool = True,
+    skip_damaged: bool = True,
 ) -> Resumed:
     """Go on from a candidate, or make ready for a fresh start; all ranks call this.
 
@@ -121,30 +120,33 @@ def resume_run(
         candidate: The checkpoint; without one: a fresh start.
         objects: The live objects, by name.
         request: What they are held against, and how they are loaded.
-        passes_over: Whether the next candidate takes the place of one that is damaged; else a
-            `DamagedCandidateError` has it.
+        skip_damaged: Whether to go on with the next candidate where one is damaged; else
+            `DamagedCandidateError` is raised, which holds the next one.
     """
     selector = candidate.selector
     while candidate.source is not None:
         attempt = _Attempt(candidate.source, selector, objects, request)
         damage = attempt.load()
         if damage is None:
-            begun = _Beginning(selector, request, attempt.differences, attempt.same)
+            begun = _RunStart(selector, request, attempt.differences, attempt.same)
             report = begun.report(candidate)
             origin = candidate.origin or origin_in(candidate.source.manifest.facts)
             return attempt.resumed(report, origin)
         older = candidate.after(damage)
-        if not passes_over:
+        if not skip_damaged:
             raise DamagedCandidateError(damage, older)
         candidate = older
     request.lineage.refuse_torn(selector.run)
-    return Resumed(_Beginning(selector, request).report(candidate))
+    return Resumed(_RunStart(selector, request).report(candidate))
 
 
-def refuse_beginning(
-    source: Source, selector: Selector, objects: Mapping[str, object], request: ResumeRequest
+def check_branch_start(
+    source: Source,
+    selector: CandidateSelector,
+    objects: Mapping[str, object],
+    request: ResumeRequest,
 ) -> None:
-    """Raise if a branch that begins in a checkpoint would not be gone on with."""
+    """Raise if a branch could not start in a checkpoint; nothing is changed."""
     attempt = _Attempt(source, selector, objects, request, is_beginning=True)
     try:
         damage = selector.readers.load(attempt.examine)
@@ -155,7 +157,10 @@ def refuse_beginning(
 
 
 def load_only(
-    source: Source, selector: Selector, objects: Mapping[str, object], request: ResumeRequest
+    source: Source,
+    selector: CandidateSelector,
+    objects: Mapping[str, object],
+    request: ResumeRequest,
 ) -> None:
     """Fill these objects alone from a checkpoint."""
     growth = Growth(objects, _was_built_alike(source, request.comparison))
@@ -180,7 +185,7 @@ def load_only(
 # What a checkpoint holds for this rank.
 
 
-_NO_OBJECTS = ("rng", "values", NAME, GRADIENTS, MODES)
+_NO_OBJECTS = ("rng", "values", ATTRIBUTES_KEY, GRADIENTS, MODES)
 """What of the state is of no registered object."""
 
 
@@ -201,7 +206,10 @@ class _Classes:
 
 
 def _read_state(
-    source: Source, selector: Selector, objects: Mapping[str, object], request: ResumeRequest
+    source: Source,
+    selector: CandidateSelector,
+    objects: Mapping[str, object],
+    request: ResumeRequest,
 ) -> tuple[dict[str, Any], bool, tuple[Difference, ...]]:
     """Return the state by name; whether to reseed this rank; what of other ranks is lost."""
     decoded = partial(_decoded, source, objects, request)
@@ -216,9 +224,9 @@ def _read_state(
         selector.group,
         ranks.per_rank,
         decoded,
-        alike=ranks.read_from == "rank0",
-        apart=ranks.may_differ,
-        may_choose=request.loop is not None,
+        read_by_rank_0=ranks.read_from == "rank0",
+        may_differ=ranks.may_differ,
+        can_set_per_rank=request.loop is not None,
     )
     return with_own_modes({**tree, **own}), reseeds_rank, lost
 
@@ -265,7 +273,7 @@ class _Attempt:
     def __init__(
         self,
         source: Source,
-        selector: Selector,
+        selector: CandidateSelector,
         objects: Mapping[str, object],
         request: ResumeRequest,
         *,
@@ -278,7 +286,7 @@ class _Attempt:
         self._objects, self._request = objects, request
         self._is_beginning = is_beginning
         self._patterns: tuple[str, ...] = ()
-        self._given_since: set[str] = set()
+        self._newly_registered: set[str] = set()
         self._examined: _Examined | None = None
 
     def load(self) -> CorruptCheckpointError | None:
@@ -307,7 +315,7 @@ class _Attempt:
         if selector.group.rank == 0 and not run.is_readonly:
             run.check_journals()
         tree, reseeds_rank, lost = _read_state(source, selector, self._objects, request)
-        moved = tree.pop(NAME, None)
+        moved = tree.pop(ATTRIBUTES_KEY, None)
         rng, values = load_tensors(tree.pop("rng"), "cpu"), load_tensors(tree.pop("values"))
         request.comparison.check_values(values)
         waiting = tree.pop(GRADIENTS, None)
@@ -327,15 +335,15 @@ class _Attempt:
     ) -> tuple[dict[str, Any], Mapping[str, object], tuple[Difference, ...]]:
         """Return what is stored and here, now that schedules were found that were not given."""
         loop, facts = self._request.loop, self._source.manifest.facts
-        missing = of_checkpoint(facts) if NOT_GIVEN in facts else ()
+        missing = of_checkpoint(facts) if NOT_GIVEN_KEY in facts else ()
         objects, differences = self._objects, tuple[Difference, ...]()
         if loop is not None:
             known = facts.get("found")
             known = known if isinstance(known, Mapping) else {}
             skipped = self._request.comparison.skipped
             tree, objects, differences = loop.schedules.fit(tree, known, skipped)
-        self._given_since = {name for name in objects if missing and name not in tree}
-        objects = {n: one for n, one in objects.items() if n not in self._given_since}
+        self._newly_registered = {name for name in objects if missing and name not in tree}
+        objects = {n: one for n, one in objects.items() if n not in self._newly_registered}
         return tree, objects, (*differences, *missing)
 
     def _compared(
@@ -374,14 +382,14 @@ class _Attempt:
         rows = comparison.rows(facts, sums)
         self.same = tuple(row for row in rows if row.verdict == "same")
         rows = tuple(row for row in rows if row.verdict != "same")
-        found = tuple(row for row in rows if not self._is_of_what_was_given_since(row))
+        found = tuple(row for row in rows if not self._is_of_newly_registered(row))
         reported = {row.path for row in found}
         found = by_severity((*found, *(one for one in more if one.path not in reported)))
         return facts, by_severity((*found, *attributes.differences(moved, found)))
 
-    def _is_of_what_was_given_since(self, row: Difference) -> bool:
+    def _is_of_newly_registered(self, row: Difference) -> bool:
         """Return whether a row tells only that an object came, which is told otherwise."""
-        is_of = (f".{name}." in f".{row.path}." for name in self._given_since)
+        is_of = (f".{name}." in f".{row.path}." for name in self._newly_registered)
         return row.stored is None and any(is_of)
 
     def _checked(self) -> _Examined:
@@ -413,19 +421,19 @@ def _of_devices(rng: Mapping[str, Any]) -> tuple[Difference, ...]:
     if missing is None:
         return ()
     where, stored, now = missing
-    effect = "devices: what draws on them draws otherwise from here on"
+    effect = "random numbers on these devices differ from here on"
     return (Difference(where, stored, now, effect, "changed"),)
 
 
 # The run directory, cleared of what belongs to another future.
 
 
-class _Beginning:
+class _RunStart:
     """What a start makes of the run directory; rank 0 alone writes there."""
 
     def __init__(
         self,
-        selector: Selector,
+        selector: CandidateSelector,
         request: ResumeRequest,
         differences: tuple[Difference, ...] = (),
         same: tuple[Difference, ...] = (),
@@ -435,13 +443,13 @@ class _Beginning:
         self._differences, self._same = differences, same
 
     def report(self, candidate: Candidate) -> ResumeReport:
-        """Let rank 0 clear the way, and return what is told of the start; all ranks call this."""
+        """Return the report, once rank 0 has set later state aside; all ranks call this."""
         group, source = self._group, candidate.source
         agreed = from_rank_0(group, self._differences)
 
         def begin() -> ResumeReport | None:
             with as_directory_error(self._run.storage):
-                return self._clear_the_way(candidate, agreed)
+                return self._set_aside_later_state(candidate, agreed)
 
         report = group.run_on_all("begin", begin if group.rank == 0 else lambda: None)
         if report is not None:
@@ -451,7 +459,7 @@ class _Beginning:
         rejected = candidate.rejected
         return ResumeReport(step, checkpoint, rejected, differences=differences, same=self._same)
 
-    def _clear_the_way(
+    def _set_aside_later_state(
         self, candidate: Candidate, differences: tuple[Difference, ...]
     ) -> ResumeReport:
         """Set aside what belongs to another future, cut the metrics, and tell the history."""
@@ -463,10 +471,10 @@ class _Beginning:
         moved = tuple(
             (folder, run.catalog.set_aside(later, f"a run from step {step} began"))
             for later, folder in run.catalog.folders()
-            if self._goes(later, folder, source, own=own)
+            if self._must_be_set_aside(later, folder, source, own=own)
         )
         known = _metrics_bytes(source) if source is not None and own else 0
-        follows = own and selection.kind in ("auto", "begun")
+        follows = own and selection.kind in ("auto", "continue_from_path")
         notes = self._cut_metrics(known, step, keep_copy=not follows)
         notes = (*self._notes_on(selection, source, own=own), *notes)
         report = ResumeReport(
@@ -483,7 +491,9 @@ class _Beginning:
         run.history.append({**started, **report.to_json()})
         return report
 
-    def _goes(self, step: int, folder: str, source: Source | None, *, own: bool) -> bool:
+    def _must_be_set_aside(
+        self, step: int, folder: str, source: Source | None, *, own: bool
+    ) -> bool:
         """Return whether a checkpoint is of another future than what comes after `source`."""
         if source is None or source.storage is not self._run.storage:
             return True
@@ -515,10 +525,10 @@ class _Beginning:
         return (*notes, f"set aside: the old metrics.jsonl is now {copy}")
 
     def _notes_on(
-        self, selection: Selection, source: Source | None, *, own: bool
+        self, selection: ResumeChoice, source: Source | None, *, own: bool
     ) -> tuple[str, ...]:
         """Say where a run began, where that is not what the selection says by itself."""
-        if selection.kind == "begun":
+        if selection.kind == "continue_from_path":
             goes_on = "it goes on from its own newest checkpoint"
             where = f"this run began in {selection.path}"
             return (f"{where}: {goes_on}; another directory begins anew",)

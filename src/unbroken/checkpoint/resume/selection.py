@@ -1,8 +1,7 @@
 """Selecting a checkpoint: what `resume_from_checkpoint` may say, and which checkpoint that means.
 
-All ranks decide together. What is selected has a manifest that is right, and files of the sizes
-that it tells; each byte of it is verified once, by the load. Whoever finds damage then asks for the
-next candidate.
+All ranks decide together. The manifest of a candidate is valid, and file sizes match. Its bytes are
+verified by the load; on damage the load asks for the next candidate.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from typing import Any, Literal, Protocol
 
 from unbroken.changes.differences import brief
 from unbroken.checkpoint.resume.readers import (
-    EachForItself,
-    FromRank0,
     ReadAhead,
     Readers,
     ReadFrom,
+    ReadOnEveryRank,
+    ReadOnRank0,
     Source,
 )
 from unbroken.distributed import Group
@@ -45,7 +44,7 @@ from unbroken.store.checkpoint.reader import CheckpointFolder
 from unbroken.store.format.names import step_of
 
 ResumeFrom = bool | int | str | os.PathLike[str] | None
-"""What the user may give: see `Selection.parse`."""
+"""What the user may give: see `ResumeChoice.parse`."""
 
 _WORDS: dict[str, Literal["auto", "must", "never", "best"]] = {
     "auto": "auto",
@@ -60,24 +59,24 @@ _WORDS: dict[str, Literal["auto", "must", "never", "best"]] = {
 
 
 @dataclass(frozen=True)
-class Selection:
+class ResumeChoice:
     """Which checkpoint to resume from.
 
     Attributes:
         kind: "auto": the newest intact one, or a fresh start when there is none;
             "must": the newest intact one, or an error; "never": a fresh start;
             "best": the one with the best metric; "step": `step`; "path": `path`;
-            "begun": the newest intact one of a run that began in `path`.
+            "continue_from_path": the newest intact one of a run that began in `path`.
         step: The step asked for, with kind "step".
-        path: The checkpoint folder asked for, with kind "path" and "begun".
+        path: The checkpoint folder asked for, with kind "path" and "continue_from_path".
     """
 
-    kind: Literal["auto", "must", "never", "best", "step", "path", "begun"]
+    kind: Literal["auto", "must", "never", "best", "step", "path", "continue_from_path"]
     step: int | None = None
     path: Path | None = None
 
     @classmethod
-    def parse(cls, value: ResumeFrom | Selection) -> Selection:
+    def parse(cls, value: ResumeFrom | ResumeChoice) -> ResumeChoice:
         """Read what the user gave.
 
         Args:
@@ -88,10 +87,10 @@ class Selection:
             ConfigError: If `value` is none of these.
 
         Example:
-            >>> Selection.parse("latest").kind, Selection.parse(1200).step
+            >>> ResumeChoice.parse("latest").kind, ResumeChoice.parse(1200).step
             ('must', 1200)
         """
-        if isinstance(value, Selection):
+        if isinstance(value, ResumeChoice):
             return value
         if value is None:
             return cls("auto")
@@ -104,7 +103,7 @@ class Selection:
         return cls._of_text(value)
 
     @classmethod
-    def _of_text(cls, text: object) -> Selection:
+    def _of_text(cls, text: object) -> ResumeChoice:
         if not isinstance(text, str) or not text:
             raise ConfigError("resume_from_checkpoint", expected=_CHOICES, found=repr(text))
         word = _WORDS.get(text.lower())
@@ -162,11 +161,11 @@ class ForeignCheckpoint:
     step: int | None = None
 
 
-Found = CheckpointReader | ForeignCheckpoint | Rejection
+FoundCheckpoint = CheckpointReader | ForeignCheckpoint | Rejection
 """A checkpoint that a selection means, or why it cannot be used."""
 
 
-class Candidates:
+class CheckpointLookup:
     """The checkpoints of a run, those that a path names, and those that were copied here.
 
     Args:
@@ -191,23 +190,23 @@ class Candidates:
         self._foreign = foreign
         self.origin: Origin = {}
 
-    def resolved(self, selection: Selection) -> Selection:
+    def resolved(self, selection: ResumeChoice) -> ResumeChoice:
         """Return what a selection means for this run.
 
         The path of a checkpoint of another run says where a run begins. One that began there goes
         on from its own newest: else the same command, given again and again, would never end.
         """
         if selection.kind == "path" and selection.path is not None and self._began_in(selection):
-            return replace(selection, kind="begun")
+            return replace(selection, kind="continue_from_path")
         return selection
 
-    def of(self, selection: Selection) -> Iterator[Found]:
+    def of(self, selection: ResumeChoice) -> Iterator[FoundCheckpoint]:
         """Yield what may be resumed, opened; or why it cannot be.
 
         Raises:
             CheckpointNotFoundError: The selection names a checkpoint that is not there.
         """
-        if selection.kind in ("auto", "must", "begun"):
+        if selection.kind in ("auto", "must", "continue_from_path"):
             yield from self.newest_first()
         elif selection.kind == "step" and selection.step is not None:
             yield self.at_step(selection.step)
@@ -216,7 +215,7 @@ class Candidates:
         elif selection.kind == "path" and selection.path is not None:
             yield self._at_path(selection.path)
 
-    def newest_first(self) -> Iterator[Found]:
+    def newest_first(self) -> Iterator[FoundCheckpoint]:
         """Yield the run's own checkpoints; where it has none yet, those that were copied here."""
         for found in self._catalog.newest_first():
             self.origin = {}
@@ -293,7 +292,7 @@ class Candidates:
     def _records(self) -> Iterator[Mapping[str, Any]]:
         return iter(()) if self._history is None else self._history.records(past_damage=True)
 
-    def _began_in(self, selection: Selection) -> bool:
+    def _began_in(self, selection: ResumeChoice) -> bool:
         """Return whether the run began in the checkpoint at a path, and has been saved since."""
         if selection.path is None or not self._has_own or self._is_here(selection.path):
             return False
@@ -392,7 +391,7 @@ def state_of(path: Path, foreign: ForeignFormat | None = None) -> str | None:
         return None if foreign is None else foreign.state_of(folder)
 
 
-def may_resume(storage: Storage | None, selection: Selection) -> bool:
+def may_resume(storage: Storage | None, selection: ResumeChoice) -> bool:
     """Return whether a run is likely to go on from a checkpoint: a guess, nothing is opened.
 
     Args:
@@ -405,7 +404,7 @@ def may_resume(storage: Storage | None, selection: Selection) -> bool:
 
 
 def read_ahead(
-    storage: Storage, selection: Selection, objects: Collection[str]
+    storage: Storage, selection: ResumeChoice, objects: Collection[str]
 ) -> ReadAhead | None:
     """Begin to read what a resume will choose; None if there is nothing, or it cannot be known.
 
@@ -417,7 +416,7 @@ def read_ahead(
         objects: Names of the objects whose tensors are read.
     """
     with suppress(UnbrokenError, OSError):
-        candidates = Candidates(Catalog(storage), storage)
+        candidates = CheckpointLookup(Catalog(storage), storage)
         for candidate in candidates.of(candidates.resolved(selection)):
             if isinstance(candidate, CheckpointReader):
                 return ReadAhead(candidate, objects)
@@ -444,15 +443,15 @@ class Candidate:
         origin: Facts of it, if it is not the run's own.
     """
 
-    selector: Selector
-    selection: Selection
+    selector: CandidateSelector
+    selection: ResumeChoice
     source: Source | None = None
     foreign: ForeignCheckpoint | None = None
     rejected: tuple[Rejection, ...] = ()
     origin: Origin = field(default_factory=dict)
 
     def after(self, damage: CorruptCheckpointError) -> Candidate:
-        """Return the next one, as this one is damaged; raises as `Selector.first` does."""
+        """Return the next one, as this one is damaged; raises as `CandidateSelector.first` does."""
         return self.selector.after(self, damage)
 
 
@@ -468,7 +467,7 @@ class DamagedCandidateError(CorruptCheckpointError):
         self.older = older
 
 
-class Selector:
+class CandidateSelector:
     """Finds what a selection means, candidate after candidate. Rank 0 looks, all ranks follow.
 
     Args:
@@ -477,7 +476,8 @@ class Selector:
         read_from: Which of them read checkpoints.
         foreign: The other format that is taken too.
         examine: Called on every rank with each candidate: reads what of it has to be right before
-            it is loaded. One where it finds damage is passed over.
+            it is loaded. If it raises
+            CorruptCheckpointError, the candidate is skipped.
 
     Attributes:
         readers: How the ranks open and load a checkpoint.
@@ -492,17 +492,17 @@ class Selector:
         examine: Callable[[Candidate], None] | None = None,
     ) -> None:
         one_for_all = read_from == "rank0" and group.world_size > 1
-        self.readers: Readers = (FromRank0 if one_for_all else EachForItself)(run, group)
+        self.readers: Readers = (ReadOnRank0 if one_for_all else ReadOnEveryRank)(run, group)
         self.run = run
         self.group = group
         self._foreign = foreign
         self._examine = examine
-        self._candidates = Candidates(run.catalog, run.storage, run.history, foreign)
-        self._rest: Iterator[Found] = iter(())
-        self._selection = Selection("never")
+        self._candidates = CheckpointLookup(run.catalog, run.storage, run.history, foreign)
+        self._rest: Iterator[FoundCheckpoint] = iter(())
+        self._selection = ResumeChoice("never")
         self._rejected: list[Rejection] = []
 
-    def first(self, selection: Selection) -> Candidate:
+    def first(self, selection: ResumeChoice) -> Candidate:
         """Return the first candidate for a selection; one without a checkpoint: a fresh start.
 
         Raises:
@@ -534,7 +534,7 @@ class Selector:
             raise CheckpointNotFoundError(where, source.reason if source else "no checkpoint")
         return source
 
-    def _resolved(self, selection: Selection) -> Selection:
+    def _resolved(self, selection: ResumeChoice) -> ResumeChoice:
         """Return what a selection means for this run, as rank 0 sees it."""
         if selection.kind != "path":
             return selection
@@ -543,7 +543,11 @@ class Selector:
             what, lambda: None if group.rank else self._candidates.resolved(selection)
         )
         kind = group.broadcast(what, None if own is None else own.kind)
-        return replace(selection, kind="begun") if kind == "begun" else selection
+        return (
+            replace(selection, kind="continue_from_path")
+            if kind == "continue_from_path"
+            else selection
+        )
 
     def _next(self) -> Candidate:
         while (candidate := self._opened()) is not None:
@@ -606,7 +610,7 @@ class Selector:
             raise CheckpointNotFoundError(
                 where,
                 "not one checkpoint is intact",
-                found=f"damage in each of {len(self._rejected)}",
+                found=f"{len(self._rejected)} damaged",
                 hint="\n".join([*map(_in_short, self._rejected), _ALL_DAMAGED]),
             )
         if self._selection.kind == "must" or self.run.parent is not None:
@@ -623,7 +627,7 @@ class Selector:
         folders = (self.run.storage.describe(one.folder) for one in self._rejected)
         if any(self._foreign.is_one(Path(folder)) for folder in folders):
             lines = [f"{one.folder}: {one.reason}" for one in self._rejected]
-            what = "not one of the checkpoints can be gone on from"
+            what = "no checkpoint here can be resumed"
             hint = "\n".join([*lines, 'resume_from_checkpoint="never" starts anew'])
             raise CheckpointNotFoundError(self.run.storage.describe(), what, hint=hint)
 

@@ -29,7 +29,7 @@ from unbroken.capture import (
     structure_to_bytes,
 )
 from unbroken.capture.codec.leaves import TensorMemo
-from unbroken.checkpoint.coverage.attributes import NAME
+from unbroken.checkpoint.coverage.attributes import ATTRIBUTES_KEY
 from unbroken.distributed import Group, divide, name_ranks
 from unbroken.errors import ConfigError, RankError
 from unbroken.store.format.names import STATE_FILE, file_of_rank, own_key, own_state_file
@@ -302,7 +302,7 @@ def _private_names(
     """Return the names of what each rank has of its own."""
     if per_rank is not None:
         own = frozenset(per_rank).intersection(tree)
-        moved = {name: tree[name] for name in (NAME, MODES) if name in tree}
+        moved = {name: tree[name] for name in (ATTRIBUTES_KEY, MODES) if name in tree}
         return own | (_private_names(group, moved, None) if moved else own)
     digests = group.run_on_all(
         "capture the state",
@@ -345,7 +345,7 @@ def _add(digest: xxhash.xxh3_128, leaf: TensorLeaf) -> xxhash.xxh3_128:
 
 def _are_alike(name: str, value: Any) -> bool:
     """Return whether ranks have an object in common; one may follow a run with objects alone."""
-    return name != NAME and _is_common(value)
+    return name != ATTRIBUTES_KEY and _is_common(value)
 
 
 def _is_common(value: Any) -> bool:

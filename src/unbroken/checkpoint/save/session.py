@@ -1,4 +1,7 @@
-"""One save: how its folder looks; stored by every rank, agreed on, committed by one; rehearsed."""
+"""One save: every rank stores its share, all agree, rank 0 commits; and how its folder looks.
+
+A rehearsal finds, before or right after the first step, what a save could not store.
+"""
 
 from __future__ import annotations
 
@@ -164,11 +167,14 @@ class SaveLineage:
     def resumed(
         self, checkpoint: CheckpointReader | None, origin: Origin, skipped: tuple[str, ...]
     ) -> None:
-        """Go on from a checkpoint, every byte of which was read; None: one of elsewhere."""
+        """Go on from a checkpoint, every byte of which was read.
+
+        None: the checkpoint is not in this run directory.
+        """
         self.has_begun = True
         self.previous, self.origin, self.skipped = checkpoint, origin, skipped
 
-    def refuse_another(self, run: RunDirectory) -> None:
+    def require_resumed(self, run: RunDirectory) -> None:
         """Refuse to save into a run that has checkpoints this process did not resume from.
 
         Raises:
@@ -287,7 +293,7 @@ class SaveSession:
             self.stage(group)
         share = self.share or self.plan_share(group)
         stored, error = group.run_on_all("save", partial(self._store, share))
-        by_rank = self._agree(group, stored, error, modified())
+        by_rank = self._gather_and_check(group, stored, error, modified())
         group.run_on_all("commit", partial(self._commit_and_prune, by_rank))
 
     def stage(self, group: Group) -> None:
@@ -337,7 +343,7 @@ class SaveSession:
         if rank > 0:
             return
         run, constant = self._run, self._request.layout.constant
-        self._lineage.refuse_another(run)
+        self._lineage.require_resumed(run)
         run.require_ownership()  # at the commit, too; here, before anything is written
         self._writer = CheckpointWriter(
             run.storage,
@@ -372,7 +378,7 @@ class SaveSession:
             return (), error
         return (), None
 
-    def _agree(
+    def _gather_and_check(
         self,
         group: Group,
         stored: Sequence[FileEntry],
@@ -431,7 +437,7 @@ class Rehearsal:
         Raises:
             CaptureError: Something in them cannot be stored.
         """
-        group.run_on_all("capture the state", lambda: self._look(asks=False))
+        group.run_on_all("capture the state", lambda: self._look(call_state_dict=False))
 
     def begin(self, step: int) -> None:
         """Let each optimizer be looked at after its first step, whoever calls that."""
@@ -473,8 +479,8 @@ class Rehearsal:
 
         group.run_on_all("capture the state", look)
 
-    def has_saved(self, step: int) -> None:
-        """Look no more after the save of this step, if it is one after the start."""
+    def note_saved(self, step: int) -> None:
+        """Note a save, which has looked at everything: no further look is needed."""
         if self._waits(step):
             self.end()
 
@@ -487,8 +493,8 @@ class Rehearsal:
         for one in list(self._hooks):
             self._let_go(one)
 
-    def _look(self, values: Any = None, *, asks: bool = True) -> None:
-        tree = capture(self._objects, asks=asks)
+    def _look(self, values: Any = None, *, call_state_dict: bool = True) -> None:
+        tree = capture(self._objects, call_state_dict=call_state_dict)
         refuse_what_cannot_be_stored({**tree, "values": values})
 
     def _step_begins(self, optimizer: Optimizer, *_: Any) -> None:
@@ -498,7 +504,7 @@ class Rehearsal:
         self._open[optimizer] -= 1
         if self._open[optimizer] <= 0 and not torch.compiler.is_compiling():
             self._let_go(optimizer)
-            self._look(asks=False)
+            self._look(call_state_dict=False)
 
     def _let_go(self, optimizer: Optimizer) -> None:
         for hook in self._hooks.pop(optimizer, ()):

@@ -20,7 +20,7 @@ from unbroken.data.sources.batch_digests import OR_ALLOW, BatchDigest, read_othe
 from unbroken.data.sources.iterable import END, ForeignLoader, Grouping, Reader
 from unbroken.data.sources.own_generators import OwnGenerators
 from unbroken.data.sources.protocol import (
-    OF_THE_DATA,
+    MAY_CHANGE_WITH_DATA,
     MicroBatch,
     Position,
     RunningIterator,
@@ -234,7 +234,7 @@ class LoaderSource:
 
     def accept_other_data(self) -> None:
         """Accept a position even if the data now give other batches up to it."""
-        self._may_change |= OF_THE_DATA
+        self._may_change |= MAY_CHANGE_WITH_DATA
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raise what `load_state_dict` would raise, and change nothing."""

@@ -15,7 +15,7 @@ from unbroken.data.keyed_rng import KeyedRandom, derive_key
 from unbroken.data.order import BatchShape, GlobalOrder, MicroBatchSampler, SampleKey
 from unbroken.data.sources.own_generators import OwnGenerators
 from unbroken.data.sources.protocol import (
-    OF_THE_DATA,
+    MAY_CHANGE_WITH_DATA,
     MicroBatch,
     Position,
     RunningIterator,
@@ -291,13 +291,13 @@ class MapSource:
 
     def accept_other_data(self) -> None:
         """Accept a position even if the data now give other batches up to it."""
-        self._may_change |= OF_THE_DATA
+        self._may_change |= MAY_CHANGE_WITH_DATA
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raise what `load_state_dict` would raise, and change nothing."""
         require_same_facts(state, self._facts(), self._may_change)
         require_counts({"steps_from": 0, **state}, "samples", "steps_from", "global_batch_size")
-        if not self._may_change >= OF_THE_DATA:
+        if not self._may_change >= MAY_CHANGE_WITH_DATA:
             self.own_generators.check(state.get("generators"))
         size, now = state["global_batch_size"], self.shape.global_batch_size
         if size != now and size and (state["samples"] - state.get("steps_from", 0)) % size:

@@ -23,7 +23,7 @@ class Position:
         taken: Batches (samples, for an iterable of samples) taken from the loader in this pass.
         pending: Micro-batches used since the last whole optimizer step.
         loader_state: The loader's own state, where it has one.
-        trail: What was read up to there, for a loader that comes there again to be held against.
+        trail: Digests of what was read, to check a replayed loader against.
     """
 
     samples: int = 0
@@ -138,7 +138,7 @@ class RunningIterator:
             self._running = None
 
 
-OF_THE_DATA = frozenset({"n", "epoch_size", "fingerprint", "length", "trail"})
+MAY_CHANGE_WITH_DATA = frozenset({"n", "epoch_size", "fingerprint", "length", "trail"})
 """What may differ in the state of a source where other data are meant."""
 
 

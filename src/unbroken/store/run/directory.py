@@ -280,7 +280,7 @@ class RunDirectory(Closing):
         clock: Callable[[], float] = time.time,
         owner: str | None = None,
         new_id: Callable[[], str] = random_id,
-        among_others: bool = False,
+        may_hold_foreign_files: bool = False,
     ) -> Self:
         """Take the directory of a run, or begin one in a directory that is empty or not there.
 
@@ -293,7 +293,7 @@ class RunDirectory(Closing):
             owner: What others read when they find it locked; by default host, process, boot
                 and time.
             new_id: Where the identity of a new run comes from.
-            among_others: Begin a run also beside files that are not its own, which stay.
+            may_hold_foreign_files: Begin a run also beside files that are not its own, which stay.
 
         Raises:
             LockHeldError: A live process works in it.
@@ -302,11 +302,13 @@ class RunDirectory(Closing):
         """
         with as_directory_error(where):
             storage = _storage_of(where, create=True)
-            if not among_others:
+            if not may_hold_foreign_files:
                 _refuse_foreign(storage)
             lock = storage.lock(LOCK_NAME, owner or describe_owner(clock))
             try:
-                identity, notes = _identity_of(storage, clock, new_id, among_others=among_others)
+                identity, notes = _identity_of(
+                    storage, clock, new_id, may_hold_foreign_files=may_hold_foreign_files
+                )
                 return cls(storage, identity, lock, tuple(sweep(storage)), notes)
             except BaseException:
                 with suppress(OSError):
@@ -487,7 +489,7 @@ def _identity_of(
     clock: Callable[[], float],
     new_id: Callable[[], str],
     *,
-    among_others: bool,
+    may_hold_foreign_files: bool,
 ) -> tuple[RunIdentity, tuple[str, ...]]:
     """Return the run's identity; under the lock, so that two starts cannot both give one."""
     identity, problem = find_identity(storage)
@@ -496,7 +498,7 @@ def _identity_of(
         warning = f"run.json {problem}: made anew from what the checkpoints say (run {identity.id})"
         return identity, (warning,)
     if identity is None:
-        if not among_others:
+        if not may_hold_foreign_files:
             _refuse_others(storage)
         write_identity(storage, RunIdentity(new_id(), now_as_text(clock)))
         identity = read_identity(storage)
