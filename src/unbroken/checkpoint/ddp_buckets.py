@@ -167,7 +167,8 @@ class DdpBuckets:
 
     def _look(self) -> None:
         """Find the modules that exist: a wrapper cannot be reached from what is inside of it."""
-        found = [one for one in gc.get_objects() if issubclass(type(one), Ddp)]
+        # issubclass is too slow here: it asks Ddp's abstract base, 300,000 times
+        found = [one for one in gc.get_objects() if Ddp in type(one).__mro__]
         self._known.update(found)
         if len({id(ddp.module) for ddp in found}) < len(found):
             found.clear()
