@@ -146,12 +146,19 @@ class CountingSampler(torch.utils.data.Sampler):
         return iter(random.Random(self.passes).sample(range(self.length), self.length))
 
 
-class CountingOnRank1(CountingSampler):
-    """Where the other ranks draw each pass in the same order."""
+class OfTheProcess(CountingSampler):
+    """Another order in each process."""
 
     def __iter__(self):
-        self.passes -= os.environ.get("RANK") != "1"
-        return super().__iter__()
+        return iter(random.Random(os.getpid()).sample(range(self.length), self.length))
+
+
+class OfTheProcessOnRank1(CountingSampler):
+    """Another order in each process of rank 1, where the other ranks draw the same in each pass."""
+
+    def __iter__(self):
+        seed = os.getpid() if os.environ.get("RANK") == "1" else 1
+        return iter(random.Random(seed).sample(range(self.length), self.length))
 
 
 class LossWeighted(CountingSampler):

@@ -39,11 +39,12 @@ from adapters.data_sets import (
     BLOCK,
     SAMPLES,
     Augmented,
-    CountingOnRank1,
     CountingSampler,
     LossWeighted,
     Noisy,
     OfARank,
+    OfTheProcess,
+    OfTheProcessOnRank1,
     OwnOrder,
     OwnSampler,
     Ragged,
@@ -117,7 +118,7 @@ def trainer_class(order: dict) -> type:
     if "loader" in order:
         return with_own_loader(base, order["loader"])
     kinds = {"own": OwnSampler, "counting": CountingSampler, "by loss": LossWeighted}
-    kinds["counting on rank 1"] = CountingOnRank1
+    kinds |= {"of the process": OfTheProcess, "of the process on rank 1": OfTheProcessOnRank1}
     if (kind := kinds.get(order.get("sampler"))) is None:
         return base
 

@@ -122,8 +122,8 @@ def test_a_collator_that_knows_its_rank_is_compared_with_that_of_the_rank(run, u
 
 
 READ_OTHERWISE = {
-    "a sampler that counts its passes": {"sampler": "counting"},
-    "one that does so on one rank": {"sampler": "counting on rank 1"},
+    "a sampler that is another in each process": {"sampler": "of the process"},
+    "one that is so on one rank": {"sampler": "of the process on rank 1"},
     "weights that training changes": {"sampler": "by loss"},
     "a stream of its own order": {
         "data": "stream of its own order",

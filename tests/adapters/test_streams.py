@@ -44,7 +44,7 @@ def test_data_that_draw_from_a_generator_of_their_own_are_never_called_exact(run
 
 READ_OTHERWISE = {
     "a generator in a stream": ({"data": "stream of its own order"}, 21, "dataset.rng"),
-    "a sampler that counts its passes": ({"sampler": "counting"}, 21, "batches 0 to "),
+    "a sampler of the process": ({"sampler": "of the process"}, 21, "batches 0 to "),
     "weights that training changes": ({"sampler": "by loss"}, 8, "batch_sampler.sampler.weights"),
 }
 
@@ -60,6 +60,16 @@ def test_data_that_come_otherwise_when_they_are_read_again_are_refused(name, run
     assert "what is read again is not what the run was trained on: expected digest" in text
     named = run(allow=["data"], **case)
     assert named.first_step == kill_at // 5 * 5 + 1, named.text
+
+
+@pytest.mark.parametrize("kill_at", [14, 21], ids=["end of an epoch", "inside of one"])
+def test_a_sampler_that_counts_its_passes_goes_on_with_the_next_one(kill_at, run, uninterrupted):
+    case = {"sampler": "counting", "args": {"max_steps": 30, "save_steps": 6}}
+    run(kill_at=kill_at, **case)
+    resumed = run(**case)
+    assert resumed.first_step == kill_at // 6 * 6 + 1, resumed.text
+    assert resumed.bits == uninterrupted(**case).bits
+    assert resumed.report[0].endswith(": exact")
 
 
 def test_a_stream_of_its_own_order_goes_on_in_its_first_pass(run, uninterrupted):

@@ -37,6 +37,7 @@ from unbroken.data import EpochDigests, KeyedDataset, KeyedRandom, SampleKey, de
 from unbroken.data.sources.iterable import reason_to_replay
 from unbroken.data.worker_signals import leaving_signals
 from unbroken.errors import ConfigError
+from unbroken.fingerprint import keeps_attributes
 from unbroken.stored_names import stored_name
 
 # Batches of a map-style data set: in the host's order, from any position, keyed.
@@ -131,9 +132,9 @@ class IndexBatches(BatchSampler):
         self.drawn_from: dict[str, Any] = {}
         self.beginning: Beginning | None = None
         self._samples, self._rank, self._world_size = samples, rank, world_size
-        self._data, self._sets_epochs = data, sets_epochs
-        self._epoch = 0
+        self._data, self._sets_epochs, self._epoch = data, sets_epochs, 0
         self._digests: tuple[int, EpochDigests] | None = None
+        self._has_caught_up = False
 
     def trail(self, epoch: int, batches: int) -> dict[str, Any]:
         """Return the digests that the order of an epoch must match up to a position."""
@@ -200,6 +201,7 @@ class IndexBatches(BatchSampler):
         begin = self.beginning
         if begin is None or begin.epoch != self._epoch:
             begin = Beginning(self._epoch, 0)
+        self._catch_up()
         if "own" in begin.order:
             self._draw_from(begin.order)
         self.drawn_from = self._generators()
@@ -210,6 +212,16 @@ class IndexBatches(BatchSampler):
         for number, indices in enumerate(self._lists(begin, digests)):
             place = first + number * size + self._rank * (self.batch_size or 1)
             yield [SampleKey(index, self._epoch, place + k) for k, index in enumerate(indices)]
+
+    def _catch_up(self) -> None:
+        """Draw the orders of the epochs before: a sampler of the user's may count them itself."""
+        if self.beginning is None or self._has_caught_up:
+            return
+        self._has_caught_up = True
+        own, now = filter(keeps_attributes, _parts(self.inner)), self._generators()
+        epochs = self._epoch if any(not hasattr(part, "set_epoch") for part in own) else 0
+        deque((0 for _ in range(epochs) for _ in islice(self.inner, len(self.inner))), maxlen=0)
+        self._draw_from(now)
 
     def _begin_digests(self, begin: Beginning) -> EpochDigests | None:
         """Return the digests of the order, where it is read from its beginning."""
