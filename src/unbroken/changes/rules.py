@@ -41,8 +41,12 @@ CACHED_CASTS: Rule = ("harmless", "the same casts, kept or made again")
 SETS: Rule = ("harmless", "the order of sets of text; nothing in unbroken depends on it")
 
 # What a difference in a setting means: each setting of `TrainerConfig` names one of these, and so
-# does each argument of a host.
+# does each argument of a host (a trainer of another library).
 CADENCE: Rule = ("harmless", "something happens at other steps; the training is the same")
+LOGGING: Rule = ("harmless", "what is logged, or shown; the training is the same")
+EVALUATING: Rule = ("harmless", "how evaluations run; the training is the same")
+KEEPING: Rule = ("harmless", "which checkpoints are kept; the training is the same")
+STOPPING: Rule = ("harmless", "when a process saves and stops; the training is the same")
 STORING: Rule = ("harmless", "how checkpoints are stored; the training is the same")
 NAMING: Rule = ("harmless", "where things are; the training is the same")
 LOADING: Rule = ("harmless", "how data are read; the order and the samples are the same")

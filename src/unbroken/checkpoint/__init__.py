@@ -29,10 +29,13 @@ from unbroken.checkpoint.checkpointer import Checkpointer as Checkpointer
 from unbroken.checkpoint.preemption import EXIT_STOPPED as EXIT_STOPPED
 from unbroken.checkpoint.preemption import Preemption as Preemption
 from unbroken.checkpoint.preemption import TrainingStopped as TrainingStopped
+from unbroken.checkpoint.preemption import agreed_reason as agreed_reason
 from unbroken.checkpoint.resume.readers import ReadAhead as ReadAhead
 from unbroken.checkpoint.resume.readers import ReadFrom as ReadFrom
+from unbroken.checkpoint.resume.selection import Candidate as Candidate
 from unbroken.checkpoint.resume.selection import ResumeChoice as ResumeChoice
 from unbroken.checkpoint.resume.selection import ResumeFrom as ResumeFrom
+from unbroken.checkpoint.resume.selection import origin_of as origin_of
 from unbroken.checkpoint.resume.selection import read_ahead as read_ahead
 from unbroken.checkpoint.save.async_saver import SaveCost as SaveCost
 from unbroken.checkpoint.save.async_saver import SaveMode as SaveMode
@@ -44,6 +47,7 @@ __all__ = [
     "ENVIRONMENT_RULES",
     "EXIT_STOPPED",
     "Cadence",
+    "Candidate",
     "Checkpointer",
     "Clock",
     "Comparison",
@@ -69,6 +73,7 @@ __all__ = [
     "TrainingStopped",
     "Verdict",
     "Word",
+    "agreed_reason",
     "brief",
     "by_severity",
     "code_differences",
@@ -77,6 +82,7 @@ __all__ = [
     "environment_differences",
     "environment_facts",
     "may_go_on",
+    "origin_of",
     "overall",
     "read_ahead",
     "unchanged",

@@ -10,9 +10,12 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from unbroken.changes.rules import (
     CADENCE,
+    EVALUATING,
     FORWARD,
     JUDGING,
+    KEEPING,
     LOADING,
+    LOGGING,
     METRIC,
     NAMING,
     OPTIMIZER,
@@ -23,6 +26,7 @@ from unbroken.changes.rules import (
     SCHEDULE,
     SIZE,
     SPLIT,
+    STOPPING,
     STORING,
     UPDATES,
 )
@@ -71,7 +75,7 @@ class Setting:
     """What a setting means for a run that is resumed with another value of it.
 
     Attributes:
-        rule: What follows from another value; None: it says how to start, not what to train.
+        rule: What follows from another value; `START`: nothing, it is not compared.
         options: The options of the optimizer that it makes.
         in_data: What it makes in the state of the data.
         steers: Whether it decides what evaluations say, and so a learning rate that follows them.
@@ -86,7 +90,7 @@ class Setting:
 
 
 START: Rule | None = None
-"""The rule of a setting that says how to start."""
+"""In place of a rule: the setting says how to start, not what to train, and is not compared."""
 
 
 def setting(default: T, rule: Rule | None, **meaning: Any) -> T:
@@ -94,7 +98,7 @@ def setting(default: T, rule: Rule | None, **meaning: Any) -> T:
 
     Args:
         default: Its default.
-        rule: What another value means when a run is resumed.
+        rule: What another value means when a run is resumed, from `changes.rules`; or `START`.
         meaning: Further fields of `Setting`.
     """
     made: T = field(default=default, metadata={"setting": Setting(rule, **meaning)})
@@ -204,8 +208,11 @@ class TrainerConfig:
     weight_decay: NotNegative = setting(0.0, UPDATES, options=("weight_decay",))
     """Decoupled weight decay; one-dimensional parameters (biases, norms) are left out."""
     adam_beta1: Share = setting(0.9, UPDATES, options=("betas",))
+    """Decay of Adam's mean of gradients."""
     adam_beta2: Share = setting(0.999, UPDATES, options=("betas",))
+    """Decay of Adam's mean of squared gradients."""
     adam_epsilon: Positive = setting(1e-8, UPDATES, options=("eps",))
+    """Added to the divisor of Adam's update."""
     sgd_momentum: NotNegative = setting(0.0, UPDATES, options=("momentum",))
     """Momentum of `optim="sgd"`."""
     max_grad_norm: NotNegative = setting(1.0, FORWARD)
@@ -237,22 +244,25 @@ class TrainerConfig:
     logging_steps: PositiveInt | None = setting(10, CADENCE)
     """Write statistics every so many steps; None: not by steps."""
     logging_minutes: Positive | None = setting(None, CADENCE)
-    log_data_digest: bool = setting(False, CADENCE)
+    """Write statistics every so many minutes; None: not by time."""
+    log_data_digest: bool = setting(False, LOGGING)
     """Log a running digest of all training batches used: proof of the order of the data."""
     eval_steps: PositiveInt | None = setting(None, CADENCE, steers=True)
     """Evaluate every so many steps; None: not by steps."""
     eval_minutes: Positive | None = setting(None, CADENCE, steers=True)
-    eval_batch_size: PositiveInt | None = setting(None, CADENCE, steers=True)
+    """Evaluate every so many minutes; None: not by time."""
+    eval_batch_size: PositiveInt | None = setting(None, EVALUATING, steers=True)
     """Samples in one forward pass of the evaluation; None: the micro-batch size."""
     save_steps: PositiveInt | Literal["auto"] | None = setting(500, CADENCE)
     """Save a checkpoint every so many steps; "auto": as often as loses least time, by what saves
     cost and how often the run fails; None: not by steps."""
     save_minutes: Positive | None = setting(None, CADENCE)
+    """Save a checkpoint every so many minutes; None: not by time."""
     max_lost_minutes: Positive | None = setting(None, CADENCE)
     """Save so often, besides, that a failure takes no more than so many minutes of training."""
     mtbf_hours: Positive | None = setting(None, CADENCE)
     """Mean time between failures, for `save_steps="auto"`; None: as the history of the run says."""
-    save_mode: SaveMode = setting("blocking", CADENCE)
+    save_mode: SaveMode = setting("blocking", STORING)
     """How a save gets hold of the state: "blocking" writes it while training waits, "async" copies
     it and writes while training goes on, "overlap" copies meanwhile, too; see `Checkpointer`."""
     save_compressed: bool = setting(False, STORING)
@@ -261,16 +271,17 @@ class TrainerConfig:
     save_at_start: bool = setting(True, CADENCE)
     """Save `checkpoint-0` before the first step, so that a run killed before its first
     regular checkpoint starts again from the same weights."""
-    save_total_limit: PositiveInt | None = setting(None, CADENCE)
+    save_total_limit: PositiveInt | None = setting(None, KEEPING)
     """Keep only so many of the newest intact checkpoints; None: all."""
-    keep_every_n_steps: PositiveInt | None = setting(None, CADENCE)
+    keep_every_n_steps: PositiveInt | None = setting(None, KEEPING)
     """Keep, besides, every checkpoint whose step is a multiple of this."""
-    max_time: float | str | None = setting(None, CADENCE)
+    max_time: float | str | None = setting(None, STOPPING)
     """Save and stop after so many seconds, or "HH:MM:SS", in this process."""
 
     metric_for_best_model: str = setting("eval_loss", METRIC, steers=True, ends=True)
     """The evaluation metric that decides which checkpoint is the best."""
     greater_is_better: bool = setting(False, METRIC, steers=True, ends=True)
+    """Whether the best value of that metric is the highest; else it is the lowest."""
     load_best_model_at_end: bool = setting(False, JUDGING)
     """Put the weights of the best checkpoint into the model when training ends."""
     early_stopping_patience: PositiveInt | None = setting(None, JUDGING, ends=True)

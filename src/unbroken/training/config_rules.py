@@ -14,14 +14,17 @@ from unbroken.checkpoint import Difference, Rule, by_severity, compare, unchange
 from unbroken.data import BatchSource
 from unbroken.distributed import Group
 from unbroken.errors import ConfigError
-from unbroken.training.config import TrainerConfig, settings
+from unbroken.training.config import START, TrainerConfig, settings
 from unbroken.training.optim import factor_of
 from unbroken.training.run_state import Progress, RunState, count_steps
 
 _SETTINGS = settings()
-_OF_THE_START = {name for name, one in _SETTINGS.items() if one.rule is None}
+_OF_THE_START = {name for name, one in _SETTINGS.items() if one.rule is START}
 RULES: Mapping[str, Rule] = {n: one.rule for n, one in _SETTINGS.items() if one.rule is not None}
-"""What a difference in each setting means, if nothing else of the run says otherwise."""
+"""What a difference in each setting means, if nothing else of the run says otherwise.
+
+Derived: the rule of a setting stands at its field in `TrainerConfig`.
+"""
 
 OPTIMIZER_SETTINGS = {name for name, rule in RULES.items() if rule == UPDATES}
 SCHEDULE_SETTINGS = {name for name, rule in RULES.items() if rule == SCHEDULE}

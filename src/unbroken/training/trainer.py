@@ -21,9 +21,9 @@ from unbroken.checkpoint import (
     ResumeFrom,
     ResumeReport,
     Timer,
+    agreed_reason,
 )
 from unbroken.checkpoint.arguments import check_kinds
-from unbroken.checkpoint.preemption import agreed_reason
 from unbroken.data import MicroBatch
 from unbroken.data.worker_signals import is_end_of_a_worker
 from unbroken.distributed import Group

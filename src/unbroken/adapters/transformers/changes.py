@@ -23,14 +23,18 @@ from unbroken.adapters.transformers.position import Batching, DataPosition
 from unbroken.changes.apply import InitialHyperparameters, apply_settings
 from unbroken.changes.rules import (
     CADENCE,
+    EVALUATING,
     FORWARD,
+    KEEPING,
     LENGTH,
     LOADING,
+    LOGGING,
     OPTIMIZER,
     RANDOM,
     ROUNDING,
     RUN_LENGTH,
     SCHEDULE,
+    STORING,
     UPDATES,
     with_schedule_length,
 )
@@ -62,13 +66,15 @@ _SIZE: Rule = ("changed", "steps of another size from here on; the position is k
 _CUT: Rule = ("equivalent", "steps of the same size, in other parts: rounded in another order")
 
 _RULED: tuple[tuple[Rule, str], ...] = (
-    (CADENCE, "logging_strategy logging_steps logging_first_step log_on_each_node log_level"),
-    (CADENCE, "log_level_replica disable_tqdm include_num_input_tokens_seen eval_strategy"),
-    (CADENCE, "eval_steps eval_delay per_device_eval_batch_size prediction_loss_only"),
-    (CADENCE, "eval_on_start eval_do_concat_batches eval_use_gather_object"),
-    (CADENCE, "eval_accumulation_steps include_for_metrics batch_eval_metrics save_strategy"),
-    (CADENCE, "save_steps save_on_each_node save_total_limit skip_memory_metrics"),
-    (CADENCE, "logging_nan_inf_filter bf16_full_eval fp16_full_eval torch_empty_cache_steps"),
+    (CADENCE, "logging_strategy logging_steps logging_first_step eval_strategy eval_steps"),
+    (CADENCE, "eval_delay eval_on_start save_strategy save_steps torch_empty_cache_steps"),
+    (LOGGING, "log_on_each_node log_level log_level_replica disable_tqdm skip_memory_metrics"),
+    (LOGGING, "include_num_input_tokens_seen logging_nan_inf_filter"),
+    (EVALUATING, "per_device_eval_batch_size prediction_loss_only eval_do_concat_batches"),
+    (EVALUATING, "eval_use_gather_object eval_accumulation_steps include_for_metrics"),
+    (EVALUATING, "batch_eval_metrics bf16_full_eval fp16_full_eval"),
+    (KEEPING, "save_total_limit"),
+    (STORING, "save_on_each_node"),
     (_NAMING, "report_to run_name project trackio_space_id trackio_bucket_id label_names"),
     (_NAMING, "trackio_static_space_id hub_revision hub_always_push push_to_hub hub_model_id"),
     (_NAMING, "hub_private_repo hub_strategy remove_unused_columns length_column_name"),

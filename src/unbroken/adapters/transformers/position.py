@@ -113,7 +113,8 @@ class StoredPosition:
         step: Optimizer steps so far.
         position: Where in the data.
         batching: How epochs were batched; None: nobody knows, so as now.
-        shift: Steps so far, less those that as many epochs have.
+        shift: Steps done, less those that so much data makes as it is batched now; 0 unless the
+            batching was changed.
         stopped: Whether a callback has ended the run, or the epoch.
     """
 

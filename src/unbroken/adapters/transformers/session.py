@@ -67,6 +67,7 @@ from unbroken.adapters.transformers.position import (
 )
 from unbroken.capture import Stateful, capture_rng, how_cut, restore_rng, unwrapped
 from unbroken.checkpoint import (
+    Candidate,
     Checkpointer,
     Difference,
     Preemption,
@@ -74,10 +75,10 @@ from unbroken.checkpoint import (
     ResumeReport,
     RunFacts,
     SavePolicy,
+    agreed_reason,
     may_go_on,
+    origin_of,
 )
-from unbroken.checkpoint.preemption import agreed_reason
-from unbroken.checkpoint.resume.selection import Candidate, origin_of
 from unbroken.distributed import Group, SingleProcess, join
 from unbroken.errors import ConfigError, CorruptCheckpointError, StateMismatchError
 from unbroken.fingerprint import names_in
@@ -145,7 +146,7 @@ class TrainSession:
         position_callback: Knows the position in the data.
         report: What the start found; known once the host has built its optimizer.
         batching: How this start divides an epoch into batches and steps.
-        shift: Steps by which a changed division moved the count off that of whole epochs.
+        shift: Steps done, less those that so much data makes as it is batched now.
         restarted: The position in an epoch that is begun again; None: none is.
         own_loader: The loader of the training data, if it is the user's own.
     """

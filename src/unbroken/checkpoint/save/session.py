@@ -397,7 +397,11 @@ class SaveSession:
         return [files for files, *_ in replies]
 
     def _commit_and_prune(self, by_rank: Sequence[Any]) -> None:
-        """On rank 0: commit, add a line to the history, remove what is no longer kept."""
+        """On rank 0: commit, add a line to the history, remove what is no longer kept.
+
+        If one of the last two fails, the save raises although its checkpoint stands, whole and
+        durable: a resume takes it, and saving the same state again keeps it.
+        """
         if self._writer is None:
             return
         run, request = self._run, self._request
