@@ -73,7 +73,7 @@ def test_a_stateful_callback_comes_and_goes_by_the_name_in_the_message(name, way
     assert "allow=['callbacks.0-StopAfterWithState']" in came.value.hint
     told = run(tmp_path, stop, max_steps=4, **named).resume_report
     assert told.verdict == "changed"
-    with pytest.raises(DifferenceError, match="went"):
+    with pytest.raises(DifferenceError, match="removed"):
         run(tmp_path, max_steps=6)
     assert run(tmp_path, max_steps=6, **named).resume_report.verdict == "changed"
 
