@@ -351,7 +351,7 @@ class TrainerFacts:
         settings: The user's own, in groups.
         types: Classes of namedtuples and enums inside saved state.
         fingerprint: Returns the facts of data, loss and callbacks.
-        followers: Returns what else may remember something of the run.
+        other_objects: Returns unregistered objects that may keep state of the run.
         one_data_set: Whether all ranks are given the same data, and share them out.
         of_users: Names of objects of the user's own, which may differ between ranks.
         processor_files: The files of a tokenizer, which each checkpoint holds too.
@@ -360,7 +360,7 @@ class TrainerFacts:
     settings: Mapping[str, Mapping[str, Any]] | None
     types: Sequence[type]
     fingerprint: Callable[[], Mapping[str, Any]]
-    followers: Callable[[], dict[str, object]]
+    other_objects: Callable[[], dict[str, object]]
     one_data_set: bool
     of_users: Collection[str]
     processor_files: Mapping[str, bytes]
@@ -400,7 +400,7 @@ def make_checkpointer(
             filter=_examination(parts, state),
             made_by_settings=[name for name, is_made in by_config.items() if is_made],
             check_values=_check_values,
-            other_objects=facts.followers,
+            other_objects=facts.other_objects,
             one_data_set=facts.one_data_set,
             reads_ahead=config.dataloader_num_workers > 0,
             is_complete=True,

@@ -409,7 +409,7 @@ class Trainer:
             settings,
             types,
             fingerprint=partial(self._fingerprint, dataset),
-            followers=self._followers,
+            other_objects=self._other_objects,
             one_data_set=hasattr(dataset, "__getitem__"),
             of_users=("callbacks", "scheduler", "trainer", *state),
             processor_files={} if processor is None else files_of_processor(processor),
@@ -435,7 +435,7 @@ class Trainer:
             wall_clock=self._wall_clock,
         )
 
-    def _followers(self) -> dict[str, object]:
+    def _other_objects(self) -> dict[str, object]:
         """Return unregistered objects that may keep state of the run."""
         callbacks = {f"callbacks.{name}": one for name, one in named(self.callbacks).items()}
         return {"trainer": self, "loss": self._parts.loss_fn, **callbacks}
