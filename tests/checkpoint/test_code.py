@@ -56,8 +56,33 @@ def test_a_module_is_a_script_too(tmp_path):
     assert facts["script_digest"] == digest_of(SCRIPT.encode())
 
 
+def test_modules_beside_a_script_are_known_by_their_bytes_and_the_script_only_once(tmp_path):
+    text = f"import train, helpers, torch\nif __name__ == '__main__': {SCRIPT}"
+    write(tmp_path / "train.py", text)
+    write(tmp_path / "helpers.py", "ONE = 1\n")
+    for command in (["train.py"], ["-m", "train"]):
+        facts = run(*command, cwd=tmp_path)
+        assert facts["modules"] == {"helpers": digest_of(b"ONE = 1\n")}
+        assert facts["script_digest"] == digest_of(text.encode())
+
+
+def test_modules_that_nobody_can_read_or_that_wait_for_their_first_use_are_left_alone(tmp_path):
+    text = """import importlib.util, sys, types, unbroken.checkpoint
+found = importlib.util.find_spec("late")
+found.loader = importlib.util.LazyLoader(found.loader)
+sys.modules["late"] = importlib.util.module_from_spec(found)
+found.loader.exec_module(sys.modules["late"])
+sys.modules["odd"], sys.modules["gone"] = None, types.ModuleType("gone")
+sys.modules["gone"].__file__ = "/nowhere/gone.py"
+"""
+    write(tmp_path / "train.py", text + SCRIPT)
+    write(tmp_path / "late.py", "raise RuntimeError\n")
+    assert {*run("train.py", cwd=tmp_path)["modules"]} <= {"late"}
+
+
 def test_of_an_interpreter_nothing_is_known(tmp_path):
     facts = run("-c", SCRIPT, cwd=repository(tmp_path, main=ONE))
+    assert facts.pop("modules") == {}
     assert {value for name, value in facts.items() if name != "unbroken"} == {None}
 
 
@@ -69,6 +94,7 @@ def test_of_an_installed_command_only_the_name_is_known(tmp_path):
     own.__spec__ = type("Spec", (), {"name": "unbroken.__main__"})()
     facts = code_facts_of(own)
     assert facts.pop("unbroken")
+    assert isinstance(facts.pop("modules"), dict)
     assert facts == {**dict.fromkeys(facts), "script": "unbroken"}
 
 
@@ -172,6 +198,7 @@ def test_a_real_repository_tells_a_changed_tracked_file_from_an_untracked_one(tm
 
 
 BASE = {"script": "a.py", "script_digest": "5a", "git_commit": ONE, "git_dirty": False}
+BASE |= {"modules": {"a": "1", "b": "1"}}
 
 
 @pytest.mark.parametrize(
@@ -182,6 +209,10 @@ BASE = {"script": "a.py", "script_digest": "5a", "git_commit": ONE, "git_dirty":
         ({"git_commit": TWO}, {"code.git_commit": "equivalent"}),
         ({"git_dirty": True}, {"code.git_dirty": "equivalent"}),
         ({"script": "b.py"}, {"code.script": "harmless"}),
+        ({"modules": {"a": "1", "new": "2"}}, {}),
+        ({"modules": {"a": "2"}}, {"code.modules.a": "equivalent"}),
+        ({"modules": {"a": "2", "b": "2"}}, {"code.modules": "equivalent"}),
+        ({"modules": ["a"]}, {}),
         ({"script": "unbroken", "script_digest": None}, {"code.script": "equivalent"}),
         (dict.fromkeys(BASE), {}),
     ],

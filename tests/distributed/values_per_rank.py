@@ -19,6 +19,7 @@ from distributed.training import make_trainer
 from unbroken.checkpoint import Checkpointer, RunFacts
 from unbroken.distributed import Group, join
 from unbroken.errors import UnbrokenError
+from unbroken.fingerprint import COMPILED
 from unbroken.training import Callback, Trainer
 
 STEPS = 4
@@ -168,6 +169,16 @@ def other_script(folder: str, group: Group) -> None:
     checkpointer.resume()
 
 
+def other_module(folder: str, group: Group) -> None:
+    """Begin where rank 1 has another file of a module, and each loads one that is its own."""
+    checkpointer = Checkpointer(folder, ranks=group, model=nn.Linear(2, 2))
+    checkpointer.comparison.record_current_facts()
+    modules = {"helpers": "abc" if group.rank == 0 else "def", f"of_{group.rank}": "1"}
+    modules["kernels"] = f"{COMPILED}{group.rank}"  # each machine may have compiled it
+    checkpointer.comparison.facts["fingerprint"]["code"].update(modules=modules)
+    checkpointer.resume()
+
+
 def other_records(folder: str, group: Group) -> None:
     trainer_on(folder, group, Numbers(None, offset=group.rank))
 
@@ -187,6 +198,7 @@ OTHERS: MappingProxyType[str, tuple[Callable[[str, Group], None], str]] = Mappin
         "layers": (other_layers, "rank 1: model.layer.dropout"),
         "hyperparameters": (other_hyperparameters, "rank 1: optimizer."),
         "script": (other_script, "rank 1: code.script_digest: expected"),
+        "modules": (other_module, "rank 1: code.modules.helpers: expected"),
         "records": (other_records, "rank 1: data.records"),
         "class of data": (other_class, "rank 1: data.class"),
     }

@@ -53,6 +53,7 @@ from unbroken.changes.rules import (
 from unbroken.data import LoaderSource, MapSource
 from unbroken.fingerprint import (
     MAX_REACHED,
+    MODULES,
     Plain,
     begin_source_facts,
     cut_off,
@@ -157,7 +158,7 @@ def code_differences(
     exception: at one commit it can only change when tracked files did. (That files are dirty at
     both starts says nothing about whether they are the same; only the script is compared.) A
     script that was renamed, and has the same bytes, is "harmless". What one side does not know
-    is no difference.
+    is no difference, nor is a module that only one of them has loaded.
 
     Args:
         stored: `code_facts()` of the checkpoint.
@@ -173,12 +174,33 @@ def code_differences(
         ...     print(difference.path, difference.verdict)
         code.script_digest equivalent
     """
-    before, after = _known(stored), _known(code_facts() if now is None else now)
+    facts: Mapping[str, Any] = code_facts() if now is None else now
+    before, after = _known(stored), _known(facts)
     rules = dict(CODE_RULES)
     digest = before.get("code.script_digest")
     if digest is not None and digest == after.get("code.script_digest"):
         rules["code.script"] = SCRIPT_RENAMED
-    return compare(before, after, rules)
+    after.pop("code.modules", None)
+    modules = _of_modules(_group(stored, "modules"), _group(facts, "modules"))
+    return by_severity((*compare(before, after, rules), *modules))
+
+
+def _of_modules(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[Difference, ...]:
+    """Return one difference for all modules that are not the same files."""
+    names = [name for name, digest in after.items() if before.get(name, digest) != digest]
+    if not names:
+        return ()
+    path = f"code.modules.{names[0]}" if len(names) == 1 else "code.modules"
+    verdict, effect = CODE_RULES["code.modules"]
+    more = f" and {len(names) - _MANY} more" if len(names) > _MANY else ""
+    told = f"{', '.join(names[:_MANY])}{more}: {effect}"
+    sides = (before[names[0]], after[names[0]])
+    if len(names) > 1:
+        sides = (f"{len(names)} modules", "other files")
+    return (Difference(path, *sides, told, verdict),)
+
+
+_MANY = 5
 
 
 def _known(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -513,10 +535,13 @@ def fingerprint_of(objects: Mapping[str, object]) -> dict[str, Plain]:
 
 def _cut_off_code() -> tuple[Difference, ...]:
     """Report user code that has too many functions to be compared completely."""
-    effect = f"it runs more than {MAX_REACHED} functions and classes of your own: the rest of them "
-    effect += "is not compared"
-    names = sorted(cut_off)
-    return tuple(Difference(f"code.{n}", None, None, effect, "not covered") for n in names)
+    left = "of your own: the rest of them is not compared"
+    of_modules = f"more than {MAX_REACHED} modules {left}"
+    effect = f"it runs more than {MAX_REACHED} functions and classes {left}"
+    return tuple(
+        Difference(f"code.{n}", None, None, of_modules if n == MODULES else effect, "not covered")
+        for n in sorted(cut_off)
+    )
 
 
 def _structures(objects: Mapping[str, object]) -> dict[str, Any]:

@@ -116,6 +116,7 @@ SCRIPT_RENAMED: Rule = ("harmless", "the script has another name; it is the same
 CODE_RULES: Mapping[str, Rule] = {
     "code.script": ("equivalent", f"another script was started: {_UNSEEN}"),
     "code.script_digest": ("equivalent", f"the script is not the same file: {_UNSEEN}"),
+    "code.modules": ("equivalent", f"not the same file: {_UNSEEN}"),
     "code.git_commit": ("equivalent", f"another commit is checked out: {_UNSEEN}"),
     "code.git_dirty": ("equivalent", f"files differ from the commit, or do no longer: {_UNSEEN}"),
     "code.unbroken": ("equivalent", "another version of unbroken; its changelog tells of changes"),

@@ -18,7 +18,9 @@ from unbroken.fingerprint.objects import optimizer_facts as optimizer_facts
 from unbroken.fingerprint.objects import own_attributes as own_attributes
 from unbroken.fingerprint.objects import scheduler_facts as scheduler_facts
 from unbroken.fingerprint.objects import subclass_facts as subclass_facts
+from unbroken.fingerprint.source_code import COMPILED as COMPILED
 from unbroken.fingerprint.source_code import MAX_REACHED as MAX_REACHED
+from unbroken.fingerprint.source_code import MODULES as MODULES
 from unbroken.fingerprint.source_code import cut_off as cut_off
 from unbroken.fingerprint.source_code import functions_of as functions_of
 from unbroken.fingerprint.source_code import is_user_code as is_user_code
@@ -38,7 +40,9 @@ from unbroken.fingerprint.values import plain_or_text as plain_or_text
 from unbroken.fingerprint.values import record_digest as record_digest
 
 __all__ = [
+    "COMPILED",
     "MAX_REACHED",
+    "MODULES",
     "NOT_COMPARED",
     "ON_MODULES",
     "ON_OPTIMIZERS",

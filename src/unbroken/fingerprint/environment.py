@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from unbroken.fingerprint.source_code import user_module_digests
 from unbroken.store import Json
 from unbroken.store.format.canonical_json import digest_of
 
@@ -147,14 +148,15 @@ def code_facts() -> dict[str, Json]:
 
     Returns:
         `script`: the file name of the script, or the module of `python -m`; None in a notebook
-        or an interpreter. `script_digest`: of its bytes. `git_commit` and `git_dirty` (whether
+        or an interpreter. `script_digest`: of its bytes. `modules`: digests of the files of the
+        user's own modules that are loaded, by name. `git_commit` and `git_dirty` (whether
         tracked files differ from it): of the repository that the script is in. `unbroken`: the
         version. Of installed commands (`unbroken train`, pytest) only the name is told: their
         packages' versions say what they are. None: there is none, or it could not be known.
 
     Example:
         >>> sorted(code_facts())
-        ['git_commit', 'git_dirty', 'script', 'script_digest', 'unbroken']
+        ['git_commit', 'git_dirty', 'modules', 'script', 'script_digest', 'unbroken']
     """
     return dict(_facts())
 
@@ -174,6 +176,7 @@ def code_facts_of(main: ModuleType | None) -> dict[str, Json]:
     return {
         "script": name,
         "script_digest": digest,
+        "modules": {**user_module_digests()},
         "git_commit": commit,
         "git_dirty": dirty,
         "unbroken": vars(sys.modules[_PACKAGE])["__version__"],  # imports point down

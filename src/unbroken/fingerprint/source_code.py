@@ -19,6 +19,7 @@ import sysconfig
 import textwrap
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -182,11 +183,52 @@ def is_of_unbroken(thing: object) -> bool:
 
 def is_user_module(thing: object) -> bool:
     """Return whether a module is a file of the user's."""
-    path = vars(thing).get("__file__") if isinstance(thing, ModuleType) else None
-    if not isinstance(path, str) or str(vars(thing)["__name__"]).startswith("unbroken"):
+    known = _names_in_module(thing)
+    path, top = known.get("__file__"), str(known.get("__name__")).partition(".")[0]
+    if not isinstance(path, str) or top == "unbroken":
         return False
-    top = str(vars(thing)["__name__"]).partition(".")[0]
     return not _is_installed(path) and not _is_library(top)
+
+
+def _names_in_module(thing: object) -> dict[str, Any]:
+    """Return the names in a module, without loading one that waits for its first use."""
+    is_one = isinstance(thing, ModuleType)
+    return object.__getattribute__(thing, "__dict__") if is_one else {}
+
+
+def user_module_digests() -> dict[str, str]:
+    """Return digests of the files of the user's own modules that are loaded, by name.
+
+    Not of the script: it is told by itself. What was compiled says so in front of its digest.
+
+    Example:
+        >>> "ast" in user_module_digests()
+        False
+    """
+    script = _names_in_module(sys.modules.get("__main__")).get("__file__")
+    found: dict[str, str] = {}
+    for name, module in sorted(sys.modules.copy().items()):
+        if name in ("__main__", "__mp_main__") or not is_user_module(module):
+            continue
+        path = _names_in_module(module)["__file__"]
+        if len(found) >= MAX_REACHED:
+            cut_off.add(MODULES)
+            break
+        if path != script and (content := _content_of(path)) is not None:
+            digest = xxhash.xxh3_128_hexdigest(content)
+            found[name] = digest if path.endswith(".py") else f"{COMPILED}{digest}"
+    return found
+
+
+COMPILED, MODULES = "compiled: ", "modules"
+"""What stands before the digest of a file without source; which modules were too many."""
+
+
+def _content_of(path: str) -> bytes | None:
+    try:
+        return Path(path).read_bytes() if Path(path).is_file() else None
+    except (OSError, ValueError):  # it is gone, or in an archive
+        return None
 
 
 @functools.cache
@@ -201,7 +243,7 @@ def _is_library(top: str) -> bool:
     module = sys.modules.get(top)
     if module is None or top == "__main__":
         return False
-    known = vars(module)
+    known = _names_in_module(module)
     if top in _HOSTS and "__path__" in known and isinstance(_version_of(module), str):
         return True  # a folder of the user's with such a name has no version
     found = _installation(_NAMED_OTHERWISE.get(top, top))

@@ -28,6 +28,7 @@ from unbroken.checkpoint.save.rank_shares import (
 )
 from unbroken.distributed import Group, disagreement, name_ranks
 from unbroken.errors import CorruptCheckpointError, RankError, StateMismatchError
+from unbroken.fingerprint import COMPILED
 from unbroken.fingerprint.environment import environment_facts
 from unbroken.store import Manifest
 from unbroken.store.format.names import own_key, own_state_file
@@ -238,6 +239,9 @@ def _refuse_other_trainings(
 def _is_other_code(keys: tuple[str, ...], values: list[list[Any]]) -> bool:
     """Return whether such a difference means that ranks train otherwise."""
     _, group, *names = keys
+    if names[:1] == ["modules"] and group == "code":  # each rank may load some of its own
+        loaded = {str(value[0]) for value in values if value}
+        return len({one for one in loaded if not one.startswith(COMPILED)}) > 1
     if group == "code":  # git may not have answered in time, or not be there
         return names != ["git_dirty"] and all(value and value[0] is not None for value in values)
     if group in _FOR_ALL or any(name.endswith(("values", "globals")) for name in names):
