@@ -193,11 +193,11 @@ def _of_modules(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[Di
     path = f"code.modules.{names[0]}" if len(names) == 1 else "code.modules"
     verdict, effect = CODE_RULES["code.modules"]
     more = f" and {len(names) - _MANY} more" if len(names) > _MANY else ""
-    told = f"{', '.join(names[:_MANY])}{more}: {effect}"
+    text = f"{', '.join(names[:_MANY])}{more}: {effect}"
     sides = (before[names[0]], after[names[0]])
     if len(names) > 1:
         sides = (f"{len(names)} modules", "other files")
-    return (Difference(path, *sides, told, verdict),)
+    return (Difference(path, *sides, text, verdict),)
 
 
 _MANY = 5
