@@ -119,6 +119,7 @@ PARTS = {  # modules that serve one other module, each an idea of its own
     "unbroken.language_model.tokenizer": "tokens of a text, and back",
     "unbroken.language_model.train": "a command and its settings",
     "unbroken.adapters.transformers.dataloader": "the host's loader, rebuilt",
+    "unbroken.adapters.transformers.keyed_iterable": "the batches of an iterable",
     "unbroken.adapters.transformers.hf_checkpoint": "a checkpoint of the host's own, read",
     "unbroken.adapters.transformers.session": "one call of train",
     "unbroken.checkpoint.coverage.owners": "what holds attributes, and what is around functions",

@@ -161,6 +161,54 @@ class OfTheProcessOnRank1(CountingSampler):
         return iter(random.Random(seed).sample(range(self.length), self.length))
 
 
+class OfAWrongLength(CountingSampler):
+    """Says that it gives each sample once, and gives fewer or more, in another order each time."""
+
+    def __init__(self, length: int, given: int, draws: str) -> None:
+        super().__init__(length)
+        self.given, self.draws = given, draws
+        self.own = random.Random(3)
+
+    def __iter__(self):
+        if self.draws == "global":
+            for _ in range(self.given):
+                yield int(torch.randint(self.length, ()))
+        elif self.draws == "own":
+            for _ in range(self.given):
+                yield self.own.randrange(self.length)
+        elif self.draws == "first":
+            self.passes += 1
+            yield from random.Random(self.passes).choices(range(self.length), k=self.given)
+        else:
+            yield from random.Random(self.passes).choices(range(self.length), k=self.given)
+            self.passes += 1
+
+
+class ListsOfAWrongLength(OfAWrongLength):
+    """The same, in lists."""
+
+    def __len__(self) -> int:
+        return self.length // 4
+
+    def __iter__(self):
+        return iter(torch.utils.data.BatchSampler(super().__iter__(), 4, drop_last=False))
+
+
+class BatchesOfAWrongLength(OfAWrongLength):
+    """The same, with no loader."""
+
+    def __init__(self, rows, collate, given: int, draws: str) -> None:
+        super().__init__(len(rows), given, draws)
+        self.rows, self.collate = rows, collate
+
+    def __len__(self) -> int:
+        return self.length // 4
+
+    def __iter__(self):
+        for indices in torch.utils.data.BatchSampler(super().__iter__(), 4, drop_last=False):
+            yield self.collate([self.rows[index] for index in indices])
+
+
 class LossWeighted(CountingSampler):
     """Draws by weights that differ from start to start, as if training had made them."""
 
@@ -243,6 +291,13 @@ def own_loader(trainer, kind: str, stock):
     options = {"collate_fn": collate, "num_workers": trainer.args.dataloader_num_workers}
     if kind == "wrapped":
         return Wrapped(stock())
+    if kind.startswith("lists of "):
+        given, draws = kind[9:].split()
+        lists = ListsOfAWrongLength(len(rows), int(given), draws)
+        return torch.utils.data.DataLoader(rows, batch_sampler=lists, **options)
+    if kind.startswith("no loader of "):
+        given, draws = kind[13:].split()
+        return BatchesOfAWrongLength(rows, collate, int(given), draws)
     if kind == "uneven":
         return torch.utils.data.DataLoader(rows, batch_sampler=UnevenBatches(len(rows)), **options)
     if kind.startswith("of "):

@@ -43,6 +43,7 @@ from adapters.data_sets import (
     LossWeighted,
     Noisy,
     OfARank,
+    OfAWrongLength,
     OfTheProcess,
     OfTheProcessOnRank1,
     OwnOrder,
@@ -119,6 +120,7 @@ def trainer_class(order: dict) -> type:
         return with_own_loader(base, order["loader"])
     kinds = {"own": OwnSampler, "counting": CountingSampler, "by loss": LossWeighted}
     kinds |= {"of the process": OfTheProcess, "of the process on rank 1": OfTheProcessOnRank1}
+    kinds["of a wrong length"] = lambda length: OfAWrongLength(length, **order["length"])
     if (kind := kinds.get(order.get("sampler"))) is None:
         return base
 

@@ -433,3 +433,16 @@ def test_an_order_is_held_against_what_it_was_drawn_from_when_its_first_batch_ca
     assert passed(1, trail).trail(2) == trail
     with pytest.raises(DataError, match="drawn from another state of rng"):
         passed(2, trail)
+
+
+def test_an_epoch_that_ends_before_the_place_that_it_is_read_up_to_is_refused():
+    first = EpochDigests("stream", {})
+    for number in range(3):
+        first.add([number])
+    again = EpochDigests("stream", {}, first.trail(3))
+    again.add([0])
+    with pytest.raises(DataError, match="shorter than when it was saved: expected at least 3"):
+        again.end()
+    again.add([1])
+    again.add([2])
+    again.end()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import count, islice, repeat
+from itertools import islice, repeat
 from typing import Any
 
 import torch
@@ -18,7 +16,6 @@ from torch.utils.data import (
     RandomSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
-    get_worker_info,
 )
 from transformers import (
     DataCollatorForLanguageModeling,
@@ -30,11 +27,18 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from unbroken.adapters.transformers.drawn_lists import (
+    AskedFor,
+    draw_again,
+    drawn_apart,
+    parts_of,
+    rest_of,
+)
+from unbroken.adapters.transformers.keyed_iterable import KeyedIterable
 from unbroken.adapters.transformers.position import DataPosition
 from unbroken.capture import capture_rng, restore_rng
 from unbroken.checkpoint import Difference
-from unbroken.data import EpochDigests, KeyedDataset, KeyedRandom, SampleKey, derive_key
-from unbroken.data.sources.iterable import reason_to_replay
+from unbroken.data import EpochDigests, KeyedDataset, SampleKey
 from unbroken.data.worker_signals import leaving_signals
 from unbroken.errors import ConfigError
 from unbroken.fingerprint import keeps_attributes
@@ -54,7 +58,8 @@ class Beginning:
         epoch: The epoch.
         batches: So many batches of it are over, as the host's loop counts them.
         samples: Begin after so many samples instead, where batches were cut otherwise before.
-        order: What the order of the epoch was drawn from, as `IndexBatches.drawn_from` had it.
+        order: What the order of the epoch was drawn from, as `IndexBatches.order` had it.
+        saved_order: The same of the epoch that the checkpoint was saved in.
         data: The state of an iterable data set there, as `KeyedIterable.state_after` had it.
         seeds: As `IndexBatches.seeds` had them.
         trail: What the batches that are over are held against, as `EpochDigests` has it.
@@ -64,6 +69,7 @@ class Beginning:
     batches: int
     samples: int | None = None
     order: Mapping[str, Any] = field(default_factory=dict)
+    saved_order: Mapping[str, Any] = field(default_factory=dict)
     data: Any = None
     seeds: Mapping[str, int] = field(default_factory=dict)
     trail: Mapping[str, Any] = field(default_factory=dict)
@@ -134,7 +140,14 @@ class IndexBatches(BatchSampler):
         self._samples, self._rank, self._world_size = samples, rank, world_size
         self._data, self._sets_epochs, self._epoch = data, sets_epochs, 0
         self._digests: tuple[int, EpochDigests] | None = None
-        self._has_caught_up = False
+        self._own = [part for part in parts_of(inner) if keeps_attributes(part)]
+        self._asked = AskedFor()
+        self._to_catch_up: Beginning | None = None
+
+    def begin(self, beginning: Beginning) -> None:
+        """Let the first epoch of a resumed run begin there."""
+        self.beginning = self._to_catch_up = beginning
+        self.seeds = beginning.seeds
 
     def trail(self, epoch: int, batches: int) -> dict[str, Any]:
         """Return the digests that the order of an epoch must match up to a position."""
@@ -162,18 +175,18 @@ class IndexBatches(BatchSampler):
     @property
     def drawn_by(self) -> str | None:
         """What draws the order from the state of a generator; None: it follows from the epoch."""
-        kinds = [type(part) for part in _parts(self.inner) if isinstance(part, _DRAW)]
+        kinds = [type(part) for part in parts_of(self.inner) if isinstance(part, _DRAW)]
         return next((k.__name__ for k in kinds if not issubclass(k, SeedableRandomSampler)), None)
 
     @property
     def seeds(self) -> dict[str, int]:
         """The seeds that the samplers draw the order of each epoch from, by number."""
-        parts = enumerate(_parts(self.inner))
+        parts = enumerate(parts_of(self.inner))
         return {str(i): p.initial_seed for i, p in parts if isinstance(p, SeedableRandomSampler)}
 
     @seeds.setter
     def seeds(self, seeds: Mapping[str, int]) -> None:
-        for i, part in enumerate(_parts(self.inner)):
+        for i, part in enumerate(parts_of(self.inner)):
             if isinstance(part, SeedableRandomSampler) and str(i) in seeds:
                 part.initial_seed = seeds[str(i)]
 
@@ -187,12 +200,12 @@ class IndexBatches(BatchSampler):
             shared, "sampler"
         ):
             return None
-        return len(_rest(self.inner, samples))
+        return len(rest_of(self.inner, samples))
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of all parts that draw the order."""
         self._epoch = epoch
-        parts = _parts(self.inner) if self._sets_epochs else []
+        parts = parts_of(self.inner) if self._sets_epochs else []
         for part in (*parts, self._data):
             if callable(getattr(part, "set_epoch", None)):
                 part.set_epoch(epoch)
@@ -205,6 +218,7 @@ class IndexBatches(BatchSampler):
         if "own" in begin.order:
             self._draw_from(begin.order)
         self.drawn_from = self._generators()
+        self._asked.begin(self._epoch)
         yield from repeat([], begin.batches)
         size = (self.batch_size or 1) * self._world_size
         first = self._epoch * self._samples + (begin.samples or begin.batches * size)
@@ -215,13 +229,33 @@ class IndexBatches(BatchSampler):
 
     def _catch_up(self) -> None:
         """Draw the orders of the epochs before: a sampler of the user's may count them itself."""
-        if self.beginning is None or self._has_caught_up:
+        begin, self._to_catch_up = self._to_catch_up, None
+        if begin is None or all(hasattr(part, "set_epoch") for part in self._own):
             return
-        self._has_caught_up = True
-        own, now = filter(keeps_attributes, _parts(self.inner)), self._generators()
-        epochs = self._epoch if any(not hasattr(part, "set_epoch") for part in own) else 0
-        deque((0 for _ in range(epochs) for _ in islice(self.inner, len(self.inner))), maxlen=0)
+        now, saved = self._generators(), begin.saved_order
+        self._asked.times = [*saved.get("asked", [])]
+        for epoch in range(self._epoch):
+            is_known = saved.get("epoch") == epoch
+            if is_known:
+                self._draw_from(saved)
+            holders = {"batch_sampler": self.inner}
+            digests = EpochDigests("train_dataset", holders, begin.trail if is_known else {})
+            times = dict(enumerate(self._asked.times)).get(epoch, len(self.inner) + 1)
+            draw_again(map(str, self._drawn()), times, digests.add, digests.end)
         self._draw_from(now)
+
+    def _drawn(self) -> Iterator[list[int]]:
+        """Return the lists of an epoch; those of a sampler of the user's are drawn apart."""
+        lists = iter(self.inner)
+        return drawn_apart(lists) if self._own else lists
+
+    @property
+    def order(self) -> dict[str, Any]:
+        """What the order of this epoch was drawn from, and how many lists of each were drawn."""
+        if not (self._own and self.drawn_from):
+            return self.drawn_from
+        asked = self._asked.times
+        return self.drawn_from | {"epoch": len(asked) - 1, "asked": [*asked]}
 
     def _begin_digests(self, begin: Beginning) -> EpochDigests | None:
         """Return the digests of the order, where it is read from its beginning."""
@@ -236,8 +270,9 @@ class IndexBatches(BatchSampler):
 
     def _lists(self, begin: Beginning, digests: EpochDigests | None) -> Iterator[list[int]]:
         if begin.samples is not None:
-            return iter(_rest(self.inner, begin.samples))
-        return islice(_counted(iter(self.inner), digests), begin.batches, None)
+            return iter(rest_of(self.inner, begin.samples))
+        lists = self._asked.count(self._drawn())
+        return islice(_counted(lists, digests), begin.batches, None)
 
     def _generators(self) -> dict[str, Any]:
         own = {str(i): generator.get_state() for i, generator in enumerate(self._own_generators())}
@@ -250,7 +285,7 @@ class IndexBatches(BatchSampler):
                 generator.set_state(states["own"][str(i)])
 
     def _own_generators(self) -> list[torch.Generator]:
-        found = [getattr(part, "generator", None) for part in _parts(self.inner)]
+        found = [getattr(part, "generator", None) for part in parts_of(self.inner)]
         return [generator for generator in found if isinstance(generator, torch.Generator)]
 
 
@@ -268,217 +303,18 @@ def is_drawn_from(order: Mapping[str, Any]) -> bool:
     return "ambient" in order
 
 
+def are_counts(numbers: object) -> bool:
+    """Return whether these can be how many lists of each epoch were drawn."""
+    return isinstance(numbers, list) and all(type(one) is int and one >= 0 for one in numbers)
+
+
 def _counted(lists: Iterator[list[int]], digests: EpochDigests | None) -> Iterator[list[int]]:
     for indices in lists:
         if digests is not None:
             digests.add(str(indices))
         yield indices
-
-
-@stored_name("unbroken.adapters.transformers.batches._Rest")
-class _Rest(BatchSampler):
-    """What is left of an epoch, cut into batches from a sample on."""
-
-    def __init__(self, inner: Any, samples: int) -> None:
-        self.inner, self.samples = inner, samples
-        self.batch_size, self.drop_last = inner.batch_size, inner.drop_last
-
-    def __iter__(self) -> Iterator[list[int]]:
-        left = islice(iter(self.inner.sampler), self.samples, None)
-        while batch := list(islice(left, self.batch_size)):
-            if len(batch) == self.batch_size or not self.drop_last:
-                yield batch
-
-    def __len__(self) -> int:
-        left = max(0, len(self.inner.sampler) - self.samples)
-        return left // self.batch_size if self.drop_last else -(-left // self.batch_size)
-
-
-def _rest(inner: Any, samples: int) -> Any:
-    """Return the rest of an epoch; of one that ranks share, each one's part of it."""
-    shared = getattr(inner, "batch_sampler", None)
-    if shared is None:
-        return _Rest(inner, samples)
-    part = copy.copy(inner)
-    part.batch_sampler = _Rest(shared, samples)
-    return part
-
-
-def _parts(inner: Any) -> list[Any]:
-    """Return a batch sampler and all that it is made of, each once."""
-    found: list[Any] = []
-    waiting = [inner]
-    while waiting:
-        part = waiting.pop()
-        if part is None or any(part is one for one in found):
-            continue
-        found.append(part)
-        waiting += [getattr(part, name, None) for name in ("sampler", "batch_sampler")]
-    return found
-
-
-# Batches of an iterable data set, with randomness keyed by epoch and batch.
-
-
-_LOADER = "get_train_dataloader"
-
-
-@stored_name("unbroken.adapters.transformers.passes.KeyedPasses")
-class KeyedIterable(IterableDataset[Any]):
-    """An iterable data set whose every epoch gives the same batches whenever it is read.
-
-    Reading and collating draw from generators keyed by (seed, epoch, worker, batch), and leave
-    the ambient ones as they were. The batches that are over when a run is resumed are read, but
-    not collated: their places are filled with None, which the host skips.
-
-    A data set that restores its position exactly (`state_dict`, `load_state_dict`) is not
-    read again, where this process reads it; what a worker has read is out of reach.
-
-    Args:
-        dataset: The user's data set, or this rank's part of it.
-        seed: The seed of the data.
-        batch_size: Samples in a batch.
-        collate_fn: Makes a batch of a list of samples.
-        drop_last: Leave out a last batch that is smaller.
-        fills: Whether batches that are over are made all the same.
-        remembers: After how many of the last batches the data set's state is kept.
-        reads_epochs_before: Whether a resumed run reads all epochs from the first: nothing is
-            known of the data set, and it is not told the epoch.
-
-    Example:
-        >>> list(KeyedIterable([1, 2, 3], 0, batch_size=2, collate_fn=tuple))
-        [(1, 2), (3,)]
-    """
-
-    def __init__(
-        self,
-        dataset: Any,
-        seed: int,
-        *,
-        batch_size: int,
-        collate_fn: Callable[[list[Any]], Any],
-        drop_last: bool = False,
-        fills: bool = False,
-        remembers: int = 0,
-        reads_epochs_before: bool = False,
-    ) -> None:
-        self.dataset = dataset
-        self._fills = fills
-        keeps = remembers if reason_to_replay(dataset) is None else 0
-        self._states: deque[tuple[int, int, Any]] = deque(maxlen=keeps)
-        self._state: Any = None
-        self._seed, self._batch_size, self._drop_last = seed, batch_size, drop_last
-        self._collate = collate_fn
-        self._digests: tuple[int, EpochDigests] | None = None
-        self._trail: Mapping[str, Any] = {}
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call] # workers that live on
-        self._over = (-1, 0)
-        self._reads_epochs_before = self._is_foreign = reads_epochs_before
-
-    def begin(
-        self, epoch: int, batches: int, state: Any = None, trail: Mapping[str, Any] | None = None
-    ) -> None:
-        """Skip the first batches of an epoch, as a resumed run has used them.
-
-        Args:
-            epoch: The epoch.
-            batches: So many batches of it are over.
-            state: What `state_after` returned for this place.
-            trail: What `trail` returned for it.
-        """
-        self._trail = {} if trail is None else trail
-        self._over = (epoch, batches)
-        self._state = state
-
-    def _read_epochs_before(self, epoch: int) -> None:
-        """Bring an unknown iterable to the beginning of an epoch by reading it again."""
-        done = self._trail.get("batches")
-        whole = self._trail if not hasattr(self.dataset, "__len__") or done == len(self) else {}
-        for before in range(epoch):
-            is_last = before == epoch - 1 and self._over in ((epoch, 0), (before, done))
-            digests = EpochDigests(_LOADER, {"dataset": self.dataset}, whole if is_last else {})
-            for batch in self._read(before):
-                digests.add(batch)
-
-    def _read(self, epoch: int) -> Iterator[Any]:
-        """Yield the batches of a whole epoch, keyed as they are in it."""
-        with KeyedRandom() as rng:
-            rng.seed(derive_key(self._seed, "pass", epoch, 0))
-            samples = iter(self.dataset)
-        for number in count():
-            with KeyedRandom() as rng:
-                rng.seed(derive_key(self._seed, "batch of a pass", epoch, 0, number))
-                batch = list(islice(samples, self._batch_size))
-            if not batch:
-                return
-            yield batch
-
-    def trail(self, epoch: int, batches: int) -> dict[str, Any]:
-        """Return the digests that the batches of an epoch must match up to a position."""
-        known = self._digests is not None and self._digests[0] == epoch
-        return self._digests[1].trail(batches) if self._digests and known else {}
-
-    def state_after(self, epoch: int, batches: int) -> Any:
-        """Return the data set's state after `batches`; None: it must be read again."""
-        return next((s for e, n, s in self._states if (e, n) == (epoch, batches)), None)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Begin the next iteration as this epoch."""
-        self._epoch.fill_(epoch)
-        self._set_epoch_of_dataset(epoch)
-
-    def _set_epoch_of_dataset(self, epoch: int) -> None:
-        if callable(getattr(self.dataset, "set_epoch", None)):
-            self.dataset.set_epoch(epoch)
-
-    def _follows_epochs(self) -> bool:
-        return callable(getattr(self.dataset, "set_epoch", None))
-
-    def __len__(self) -> int:
-        samples = len(self.dataset)
-        size = self._batch_size
-        return samples // size if self._drop_last else -(-samples // size)
-
-    def __iter__(self) -> Iterator[Any]:
-        epoch, worker = int(self._epoch), get_worker_info()
-        mine, of_all = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        if worker is not None:
-            self._set_epoch_of_dataset(epoch)
-        over = self._over[1] if self._over[0] == epoch and not self._fills else 0
-        if self._reads_epochs_before and not self._follows_epochs():
-            self._read_epochs_before(epoch)
-        self._reads_epochs_before = False
-        first = over if self._state is not None and self._states.maxlen else 0
-        self._digests = None
-        if first:
-            self.dataset.load_state_dict(copy.deepcopy(self._state))
-        with KeyedRandom() as rng:
-            rng.seed(derive_key(self._seed, "pass", epoch, mine))
-            samples = iter(self.dataset)
-        yield from repeat(None, first)
-        digests = self._begin_digests(epoch) if worker is None and not first else None
-        for number in count(first):
-            with KeyedRandom() as rng:
-                rng.seed(derive_key(self._seed, "batch of a pass", epoch, mine, number))
-                batch = list(islice(samples, self._batch_size))
-                if not batch or (self._drop_last and len(batch) < self._batch_size):
-                    return
-                if digests is not None:
-                    digests.add(batch)
-                # Workers take turns; one that has ended makes the others come earlier, not later.
-                is_over = number * of_all + mine < over
-                data = None if is_over else self._collate(batch)
-            if self._states.maxlen:
-                self._states.append((epoch, number + 1, copy.deepcopy(self.dataset.state_dict())))
-            yield data
-
-    def _begin_digests(self, epoch: int) -> EpochDigests:
-        """Return the digests of an epoch that this process reads from its beginning."""
-        trail = self._trail if self._over == (epoch, self._trail.get("batches")) else {}
-        where = _LOADER if self._is_foreign else "train_dataset"
-        digests = EpochDigests(where, {"dataset": self.dataset}, trail)
-        self._digests = (epoch, digests)
-        return digests
+    if digests is not None:
+        digests.end()
 
 
 _OPTIONS = (
@@ -597,10 +433,9 @@ def begin_at(loader: Any, beginning: Beginning) -> None:
     """Let a loader of `keyed_loader` begin in the middle of an epoch."""
     if isinstance(loader.dataset, KeyedIterable):
         at = (beginning.epoch, beginning.batches)
-        loader.dataset.begin(*at, beginning.data, beginning.trail)
+        loader.dataset.begin(*at, beginning.data, beginning.trail, beginning.saved_order)
     else:
-        loader.batch_sampler.beginning = beginning
-        loader.batch_sampler.seeds = beginning.seeds
+        loader.batch_sampler.begin(beginning)
 
 
 def data_state(loader: Any, epoch: int, batches: int) -> Any:
@@ -618,7 +453,9 @@ def trail_of(loader: Any, epoch: int, batches: int) -> dict[str, Any]:
 
 def order_of(loader: Any) -> dict[str, Any]:
     """Return what the order of the epoch under way was drawn from."""
-    return {} if isinstance(loader.dataset, KeyedIterable) else loader.batch_sampler.drawn_from
+    holder = loader.dataset if isinstance(loader.dataset, KeyedIterable) else loader.batch_sampler
+    found: dict[str, Any] = holder.order
+    return found
 
 
 def unknown_order(loader: Any, position: DataPosition) -> tuple[Difference, ...]:

@@ -222,7 +222,7 @@ def plan_loop_start(
     before = position.epoch * counts.steps_per_epoch + batches // now.accumulation
     changed = stored.batching is not None and stored.batching != now
     shift = stored.step - before if changed else stored.shift
-    counts = _lengthened(counts, stored.step, before, shift, by_epochs=by_epochs)
+    counts = _lengthened(counts, shift, by_epochs=by_epochs)
     run_ends = stored.stopped[0] or stored.step >= counts.max_steps
     empty = not is_over and (run_ends or stored.stopped[1] or batches >= counts.batches_per_epoch)
     position.batches = batches
@@ -243,12 +243,14 @@ def _batches_of_stream(position: DataPosition, now: Batching) -> int:
     return position.samples // size
 
 
-def _lengthened(
-    counts: LoopCounts, step: int, before: int, shift: int, *, by_epochs: bool
-) -> LoopCounts:
+def _lengthened(counts: LoopCounts, shift: int, *, by_epochs: bool) -> LoopCounts:
+    """Return the counts of a run whose epochs were batched otherwise before.
+
+    Epochs that were shorter than their length says are no reason: the host counts them whole.
+    """
     if by_epochs:
         return replace(counts, max_steps=counts.max_steps + shift)
     if counts.num_train_epochs == sys.maxsize:
         return counts
-    needed = -(-(before + counts.max_steps - step) // counts.steps_per_epoch)
+    needed = -(-(counts.max_steps - shift) // counts.steps_per_epoch)
     return replace(counts, num_train_epochs=max(counts.num_train_epochs, needed))

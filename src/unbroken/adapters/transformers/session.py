@@ -32,6 +32,7 @@ from unbroken.adapters.transformers.checkpoint_files import (
 )
 from unbroken.adapters.transformers.dataloader import (
     Beginning,
+    are_counts,
     batch_size_of,
     batches_left,
     begin_at,
@@ -505,7 +506,8 @@ class TrainSession:
         reseeded = {"seed", "data_seed"} & {one.path for one in self.report.differences}
         seeds = {} if reseeded else stored.get("seeds", {})
         given = {"data": self.values.get("data"), "seeds": seeds, "trail": self._trail()}
-        begin_at(self._loader, Beginning(epoch, self._loop_start.batches, samples, order, **given))
+        place = (epoch, self._loop_start.batches, samples, order, stored)
+        begin_at(self._loader, Beginning(*place, **given))
         self.restore_after_host_reset()
         self._workers_begin()
         if "before" in order:  # the host restores its own after the first batch
@@ -645,6 +647,7 @@ def _check_values(values: Any) -> None:
         "loss": are_losses(found.get("loss")),
         "order": isinstance(order, dict)
         and ("own" not in order or is_drawn_from(order))
+        and are_counts(order.get("asked", []))
         and isinstance(seeds := order.get("seeds", {}), dict)
         and all(type(seed) is int for seed in seeds.values()),
         "trail": trail is None or isinstance(trail, dict),

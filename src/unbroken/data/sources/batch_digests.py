@@ -201,6 +201,17 @@ class EpochDigests:
         if self._count == self._expected.get("batches") and digest not in (None, found):
             self._refuse(f"batches 0 to {self._count - 1} of the epoch", digest, found)
 
+    def end(self) -> None:
+        """Raise if the epoch is over before the position is reached that it was read up to."""
+        if self._count < self._expected.get("batches", 0):
+            raise DataError(
+                self._where,
+                "the epoch is shorter than when it was saved",
+                expected=f"at least {self._expected['batches']} batches",
+                found=self._count,
+                hint=f"{_OTHERWISE} {OR_ALLOW}",
+            )
+
     def trail(self, batches: int) -> dict[str, Any]:
         """Return what to store for the position after `batches`; {}: it is not known."""
         if not self._count - len(self._digests) < batches <= self._count:
