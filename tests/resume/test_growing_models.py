@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.ao.quantization import HistogramObserver, PerChannelMinMaxObserver
+from torch.nn.utils import prune
 
 from fresh import run_fresh
 from small_trainers import small_trainer
@@ -89,6 +90,21 @@ class OwnWay(nn.Module):
         return super().load_state_dict(state, strict, assign)
 
 
+class Pruned(nn.Module):
+    """Has weights left out from some step on, and says how it comes to their mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.layer(x)
+
+    def prepare_to_load(self, stored):
+        if "layer.weight_orig" in stored:
+            prune.identity(self.layer, "weight")
+
+
 def observed() -> nn.Module:
     per_channel = PerChannelMinMaxObserver(ch_axis=1)
     return nn.Sequential(nn.Linear(4, 4), HistogramObserver(), nn.Linear(4, 4), per_channel)
@@ -107,6 +123,10 @@ def add_block(model, optimizer) -> None:
 def add_row(model, optimizer) -> None:
     model.rows["first"] = nn.Parameter(torch.rand(4))
     optimizer.add_param_group({"params": [model.rows["first"]]})
+
+
+def leave_out(model, _optimizer) -> None:
+    prune.l1_unstructured(model.layer, "weight", amount=0.5)
 
 
 def unfreeze(model, optimizer) -> None:
@@ -129,6 +149,7 @@ MODELS = {
     "parameters of a list": (Scales, add_scale),
     "more layers": (Blocks, add_block),
     "a way of its own": (OwnWay, add_row),
+    "weights that are left out": (Pruned, leave_out),
     "unfrozen later": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), unfreeze),
     "frozen later": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), freeze),
 }

@@ -675,7 +675,8 @@ def _check_names(objects: Mapping[str, object]) -> None:
     """Raise where something given by name is no object to save, or has a name that is taken."""
     check_objects(objects, _KEYWORDS)
     if taken := [name for name in _RESERVED if name in objects]:
-        raise ConfigError(f"Checkpointer({taken[0]}=...)", "this name is taken: choose another")
+        where, hint = f"Checkpointer({taken[0]}=...)", f"For example own_{taken[0]}=..."
+        raise ConfigError(where, "this name is taken: choose another", hint=hint)
 
 
 _KEYWORDS = [
