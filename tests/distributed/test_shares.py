@@ -108,7 +108,9 @@ def loaded(storage: MemoryStorage, per_rank, alike: bool, rank: int, size: int) 
     reader = CheckpointReader(storage, "checkpoint-1")
     group = StoreGroup(HashStore(), rank=rank, world_size=size)
     tree, of_a_file = read(reader, STATE_FILE), partial(read, reader)
-    own, anew, _ = state_of_rank(tree, reader.manifest, group, per_rank, of_a_file, alike=alike)
+    own, anew, _ = state_of_rank(
+        tree, reader.manifest, group, per_rank, of_a_file, read_by_rank_0=alike
+    )
     return spelled({name: {**tree, **own}[name] for name in NAMES}), anew
 
 
