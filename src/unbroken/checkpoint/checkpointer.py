@@ -199,7 +199,7 @@ class Checkpointer:
         )
         self._loop: LoopWatch | None = None
         if not facts.is_complete:
-            self._loop = LoopWatch(self.objects, self.attributes.covers, self._tell)
+            self._loop = LoopWatch(self.objects, self.attributes, self._tell)
         self._rehearsal = Rehearsal(self.objects)
 
     def _more_facts(self, more: Callable[[], Mapping[str, Any]] | None) -> Mapping[str, Any]:
@@ -307,6 +307,8 @@ class Checkpointer:
             lines = self._loop.lines()
         if not self._lineage.is_torn:  # else an attempt before has noted what was here
             self.attributes.note()
+            if self._loop is not None and self.group.world_size == 1:
+                self._loop.around.note()
         with self.attributes.initial_values():
             self.comparison.record_current_facts()
         agree_on_versions(self.group)
@@ -454,7 +456,7 @@ class Checkpointer:
             group.agree("the random generators at a save", rng_digest())
         missing = group.run_on_all("look for what was not given", lambda: self._look_back(values))
         tree = group.run_on_all("capture the state", lambda: capture(self.objects))
-        tree |= modes_apart(group, tree) | self._moved(tree) | self._gradients()
+        tree |= modes_apart(group, tree) | self._moved(tree, values) | self._gradients()
         tree |= {"values": values, "rng": capture_rng()}
         differing, once = self._differing(tree, own)
         self._tell_of(once)
@@ -532,9 +534,10 @@ class Checkpointer:
         if self._tell_user is not None and self.group.rank == 0:
             self._tell_user(line)
 
-    def _moved(self, tree: Mapping[str, Any]) -> dict[str, Any]:
+    def _moved(self, tree: Mapping[str, Any], values: Any) -> dict[str, Any]:
         """Return what training has made of attributes; nothing if no rank has any."""
         moved = self.group.run_on_all("capture the state", lambda: self.attributes.state(tree))
+        moved |= {} if self._loop is None else self._loop.around.state(values)
         alone = self.group.world_size == 1
         return {ATTRIBUTES_KEY: moved} if (moved if alone else self.group.any(bool(moved))) else {}
 

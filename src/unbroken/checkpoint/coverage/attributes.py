@@ -129,7 +129,7 @@ class Attributes:
             if isinstance(one, MapSource | LoaderSource):
                 one.on_workers = self.workers_begin
         self._built, self._before, self._put_back = {}, {}, set()
-        registered = self._registered()
+        registered = self.registered()
         owners = list(self._owners())
         self._known = {owner.path for owner in owners}
         for owner in owners:
@@ -137,7 +137,7 @@ class Attributes:
             self._note_covered(owner, (value for _, value in held))
             looks = {name: look_at(name, value, registered).noted() for name, value in held}
             self._before |= {f"{owner.path}.{name}": look for name, look in looks.items()}
-            first = _FIRST.of(owner.identity, looks)
+            first = FIRST.of(owner.identity, looks)
             self._built |= {f"{owner.path}.{name}": look for name, look in first.items()}
 
     @contextmanager
@@ -188,7 +188,7 @@ class Attributes:
         owners = list(self._owners())
         if not owners:
             return {}
-        registered = self._registered() | self._kept_by_sources()
+        registered = self.registered() | self._kept_by_sources()
         covered = _names_in_states(tree)
         for owner in owners:
             for name, value in owner.held().items():
@@ -280,7 +280,7 @@ class Attributes:
 
     def _looks_at_data(self) -> dict[str, Look]:
         owners = (owner for owner in self._owners() if is_of_data(owner.path))
-        return self._looks(owners, self._registered())
+        return self._looks(owners, self.registered())
 
     def _looks(self, owners: Iterable[Owner], registered: Mapping[int, Any]) -> dict[str, Look]:
         return {
@@ -353,7 +353,7 @@ class Attributes:
             again: What was put back before, whatever has been done to it since; and what had no
                 place then.
         """
-        registered = self._registered()
+        registered = self.registered()
         owners = {owner.path: owner for owner in self._owners()}
         if again:
             self._begun = self._looks(owners.values(), registered)
@@ -416,7 +416,7 @@ class Attributes:
     # What follows looks at live objects.
 
     def _live_objects(self, owners: Mapping[str, Owner]) -> dict[str, Any]:
-        registered = self._registered()
+        registered = self.registered()
         return {
             f"{path}.{name}": value
             for path, owner in owners.items()
@@ -428,7 +428,7 @@ class Attributes:
         roots = [*named_objects(self._objects), *self.bare.items(), *self._more().items()]
         return owners_in(roots, self._code)
 
-    def _registered(self) -> dict[int, Any]:
+    def registered(self) -> dict[int, Any]:
         """Return by their ids the objects and tensors that are saved anyway; by address, too."""
         found: dict[int, Any] = {}
         for _, one in named_objects(self._objects):
@@ -453,7 +453,7 @@ class Attributes:
         return {id(own): own for one in sources for own in one.own_generators.all}
 
     def _registered_bytes(self) -> int:
-        tensors = {id(t): t for t in self._registered().values() if isinstance(t, torch.Tensor)}
+        tensors = {id(t): t for t in self.registered().values() if isinstance(t, torch.Tensor)}
         return sum(t.nbytes for t in tensors.values())
 
 
@@ -480,7 +480,8 @@ class _First:
         return looks
 
 
-_FIRST = _First()
+FIRST = _First()
+"""Of this process."""
 
 
 def is_bare(value: object) -> bool:
@@ -566,7 +567,8 @@ def _has_memory(tensor: torch.Tensor) -> bool:
     return not is_lazy(tensor) and not comes_apart(tensor) and tensor.numel() > 0
 
 
-def _tensors_in(value: Any) -> list[Any]:
+def tensors_in(value: Any) -> list[Any]:
+    """Return the tensors and arrays in a value."""
     todo, found = [value], []
     while todo:
         one = todo.pop()
@@ -577,4 +579,4 @@ def _tensors_in(value: Any) -> list[Any]:
 
 
 def _nbytes(value: Any) -> int:
-    return sum(one.nbytes for one in _tensors_in(value))
+    return sum(one.nbytes for one in tensors_in(value))

@@ -26,6 +26,8 @@ from unbroken.capture import (
     restore_gradients,
 )
 from unbroken.changes.differences import Difference
+from unbroken.checkpoint.coverage.around import AroundLoop
+from unbroken.checkpoint.coverage.attributes import Attributes
 from unbroken.checkpoint.coverage.schedules import FoundSchedules
 from unbroken.checkpoint.coverage.unregistered import NotGiven
 from unbroken.errors import CorruptCheckpointError, UnbrokenError, spelled
@@ -38,10 +40,11 @@ class LoopWatch:
 
     Args:
         objects: The registered objects, by name; schedules that are found are added.
-        covers: Returns whether an object is saved though it is not one of these.
+        attributes: Those that are saved though they are none of these.
         tell: Called with each line about what is found between two looks.
 
     Attributes:
+        around: What objects hold that stand in the frames of the loop.
         schedules: Those that were found on the optimizers.
         gradients: Those that wait for a step.
     """
@@ -49,12 +52,13 @@ class LoopWatch:
     def __init__(
         self,
         objects: dict[str, object],
-        covers: Callable[[object], bool],
+        attributes: Attributes,
         tell: Callable[[str], None],
     ) -> None:
+        self.around = AroundLoop(objects, attributes)
         self.schedules = FoundSchedules(objects)
         self.gradients = UnfinishedGradients(objects)
-        self._not_given = NotGiven(objects, covers)
+        self._not_given = NotGiven(objects, attributes.covers)
         self._tell = tell
         self._step_hook: RemovableHandle | None = None
 
@@ -90,6 +94,7 @@ class LoopWatch:
         if hook is not None:
             hook.remove()
             self._not_given.end()
+        self.around.end()
 
     def _before_step(self, optimizer: Optimizer) -> None:
         if not self.schedules.is_checked:

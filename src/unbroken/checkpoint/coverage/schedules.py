@@ -40,21 +40,37 @@ def things_around() -> Iterator[tuple[str, object]]:
     objects of the user's own classes. Nothing is called, and no property is asked.
     """
     seen: set[int] = set()
-    for names in _scopes(sys._getframe(1)):  # noqa: SLF001 (has no public name)
-        for name, value in list(names.items()):
+    for scope in scopes_around():
+        for name, value in list(scope.names.items()):
             yield from _within(name, value, seen, depth=0)
 
 
-def _scopes(frame: FrameType | None) -> Iterator[Mapping[str, Any]]:
+@dataclass(frozen=True)
+class Scope:
+    """The variables of one frame of the user's own code, or of its module."""
+
+    name: str
+    names: Mapping[str, Any]
+    code: CodeType
+
+    @property
+    def file(self) -> str:
+        """Where the code stands."""
+        return self.code.co_filename
+
+
+def scopes_around() -> Iterator[Scope]:
     """Yield the variables of frames of the user's own code, and then of their modules."""
-    modules: dict[int, Mapping[str, Any]] = {}
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 (has no public name)
+    modules: dict[int, Scope] = {}
     for _ in range(_MOST_FRAMES):
         if frame is None:
             break
-        if _is_users(frame.f_code, frame.f_globals):
-            if frame.f_locals is not frame.f_globals:
-                yield frame.f_locals
-            modules.setdefault(id(frame.f_globals), frame.f_globals)
+        code, module = frame.f_code, frame.f_globals
+        if _is_users(code, module):
+            if frame.f_locals is not module:
+                yield Scope(code.co_qualname, frame.f_locals, code)
+            modules.setdefault(id(module), Scope(str(module.get("__name__")), module, code))
         frame = frame.f_back
     yield from modules.values()
 

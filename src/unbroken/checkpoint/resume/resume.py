@@ -385,7 +385,8 @@ class _Attempt:
         found = tuple(row for row in rows if not self._is_of_newly_registered(row))
         reported = {row.path for row in found}
         found = by_severity((*found, *(one for one in more if one.path not in reported)))
-        return facts, by_severity((*found, *attributes.differences(moved, found)))
+        around = () if request.loop is None else request.loop.around.differences(moved)
+        return facts, by_severity((*found, *attributes.differences(moved, found), *around))
 
     def _is_of_newly_registered(self, row: Difference) -> bool:
         """Return whether a row tells only that an object came, which is told otherwise."""
@@ -406,6 +407,7 @@ class _Attempt:
         request.attributes.restore()
         request.attributes.take_effect(self.differences)
         if request.loop is not None:
+            request.loop.around.restore()
             request.loop.gradients.restore(found.gradients)
         request.comparison.take_effect(self.differences)
         restore_rng(found.rng)
