@@ -236,3 +236,46 @@ def test_a_second_resume_in_a_process_leaves_its_counters(tmp_path):
         "            step = checkpointer.resume().step\n",
     )
     assert run(text, tmp_path).get("verdict") is not None
+
+
+BESIDE = """
+class Shift:
+    def __init__(self):
+        self.calls = 0
+    def __call__(self, a):
+        self.calls += 1
+        return a + 0.01 * self.calls
+class Shifted:
+    def __init__(self, shift):
+        self.shift, self.read = shift, 0
+    def __len__(self):
+        return len(pairs)
+    def __getitem__(self, index):
+        self.read += 1
+        return self.shift(pairs[index][0]), pairs[index][1]
+class Throughput:
+    def __init__(self):
+        self.at, self.rates, self.tokens = time.perf_counter(), [], 0
+    def update(self, n):
+        now, self.tokens = time.perf_counter(), self.tokens + n
+        self.rates.append(n / (now - self.at))
+        self.at = now
+class Stopper:
+    def __init__(self, patience=5):
+        self.patience, self.bad, self.best, self.state = patience, 0, None, None
+    def step(self, value):
+        self.bad = 0 if self.best is None or value < self.best else self.bad + 1
+        if self.bad == 0:
+            self.best, self.state = value, copy.deepcopy(model.state_dict())
+shift = Shift()
+valid, speed, stopper = Shifted(shift), Throughput(), Stopper()
+"""
+
+
+def test_what_reads_data_and_what_only_shows_a_run_is_no_new_line(tmp_path):
+    after = "speed.update(4); stopper.step(loss.item()); _ = [valid[i] for i in range(3)]"
+    resumes_exactly(loop(before=BESIDE, after=after), tmp_path)
+    held = (tmp_path / "killed/run/checkpoint-8/state.json").read_text()
+    assert "speed.at" not in held
+    assert "shift.calls" not in held
+    assert "stopper.best" in held
