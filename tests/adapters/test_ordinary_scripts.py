@@ -69,6 +69,23 @@ def test_what_a_subclass_trains_by_is_compared(edit, killed, by_server, tmp_path
     assert edit[2] in found["message"]
 
 
+READS_A_VARIABLE = f"{LOSS} * float(os.environ['SCALE_OF_IT']) * (2.0 if KIND == 'a' else 1.0)"
+AROUND_IT = {
+    "a variable": ("'] = '1'", "'] = '2'", "trainer.values.compute_loss.environ.SCALE_OF_IT"),
+    "a text in a global": ("KIND = 'a'", "KIND = 'b'", "trainer.values.compute_loss.KIND"),
+}
+
+
+@pytest.mark.parametrize("edit", AROUND_IT.values(), ids=AROUND_IT)
+def test_a_variable_and_a_text_that_a_subclass_trains_by_are_compared(edit, by_server, tmp_path):
+    begin = "os.environ['SCALE_OF_IT'] = '1'\nKIND = 'a'\n\nmodel = Net()"
+    script = edited(SUBCLASS, ("\nmodel = Net()", f"\n{begin}"), (LOSS, READS_A_VARIABLE))
+    assert run(script, tmp_path, KILLED_AT, how=by_server)["status"] == -signal.SIGKILL
+    found = run(edited(script, edit[:2]), tmp_path, how=by_server)
+    assert found.get("error") == "DifferenceError", found
+    assert edit[2] in found["message"]
+
+
 @pytest.mark.parametrize("edit", CHANGES_NOTHING.values(), ids=CHANGES_NOTHING)
 def test_what_no_step_of_a_subclass_uses_may_change(edit, killed, by_server, tmp_path):
     found = again(killed, tmp_path, by_server, *edit)

@@ -476,6 +476,33 @@ def texts_in(function: FunctionType) -> set[str]:
 _LONG = 64
 
 
+def variables_in(function: FunctionType) -> set[str]:
+    """Return the names of the environment variables that a function may read, inner ones included.
+
+    Those are the names among the texts of code that asks the environment; not what a scheduler, a
+    launcher or a shell sets anew at each start, nor what is secret.
+
+    Example:
+        >>> import os
+        >>> variables_in(lambda: os.environ.get("SCALE", "1") + os.environ["RANK"])
+        {'SCALE'}
+    """
+    asking = (code for code in _nested(function.__code__) if _ASKS & {*code.co_names})
+    texts = (one for code in asking for one in code.co_consts if isinstance(one, str))
+    return {one for one in texts if one.isidentifier() and not _OF_A_START.fullmatch(one)}
+
+
+_ASKS = {"environ", "environb", "getenv"}
+_OF_A_START = re.compile(
+    r"(local_|group_|node_|role_|global_)?rank|(local_|group_|role_)?world_size|(ROLE|NODE)_.*"
+    r"|(MASTER|SLURM|PBS|LSB|OMPI|PMI|PMIX|TORCHELASTIC|KUBERNETES|SAGEMAKER|WANDB|HF|COMET)_.*"
+    r"|(CUDA|HIP|ROCR|NVIDIA)_VISIBLE_DEVICES|(\w+_)?(PORT|ADDR|HOST|HOSTNAME|ID|PID|TOKEN)"
+    r"|(\w+_)?((API|ACCESS|SECRET)_?KEY|SECRET|PASSWORD|DIR|PATH|CACHE|URL|URI)|TMP|TEMP|TMPDIR|HOME|PWD|USER|LOGNAME"
+    r"|PYTHON\w+|SHELL|TERM|LANG|LC_\w+|DISPLAY",
+    re.IGNORECASE,
+)
+
+
 def _nested(code: CodeType) -> Iterator[CodeType]:
     yield code
     for constant in code.co_consts:

@@ -28,6 +28,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
 from unbroken.data import Permutation, derive_key
+from unbroken.fingerprint.environment import VARIABLES
 from unbroken.fingerprint.source_code import (
     called_by,
     functions_of,
@@ -39,6 +40,7 @@ from unbroken.fingerprint.source_code import (
     reached,
     source_digest,
     texts_in,
+    variables_in,
 )
 from unbroken.introspection import Failed, attributes_of, safe_call, safe_getattr, try_call
 from unbroken.stored_names import stored_class_name
@@ -513,6 +515,7 @@ class _Walk:
             for function in functions_of(one, leave_out):
                 prefix = "" if one is ones[0] else f"{function.__qualname__}."
                 values = self.items(_around_function(function), depth)
+                values |= _variables_of(function)
                 found |= {f"{prefix}{name}": value for name, value in values.items()}
         self._used = outer
         return dict(sorted(found.items()))
@@ -607,15 +610,27 @@ def _attributes(thing: Any) -> dict[str, Any]:
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
+def _variables_of(function: FunctionType) -> dict[str, Any]:
+    """Return digests of the environment variables that a function reads: they may be secret."""
+    names = variables_in(function) if is_user_code(function) else set()
+    values = {name: os.environ.get(name) for name in sorted(names - {*VARIABLES})}
+    return {
+        f"environ.{name}": None if value is None else xxhash.xxh3_128_hexdigest(value.encode())
+        for name, value in values.items()
+        if value is None or not is_volatile_text(value)
+    }
+
+
 def _around_function(function: FunctionType) -> dict[str, Any]:
     """Return the defaults, closures and globals of a function that are not code.
 
-    Texts among the globals are left out: they are names and paths more often than settings.
+    Not what Python says of a module (`__name__`): its functions may move to another one.
     """
     values = {
         name: value
         for name, value in (globals_of(function) if is_user_code(function) else {}).items()
-        if not isinstance(value, str | FunctionType | BuiltinFunctionType | type)
+        if not isinstance(value, FunctionType | BuiltinFunctionType | type)
+        and not name.rpartition(".")[2].startswith("__")
     }
     code = function.__code__
     arguments = code.co_varnames[: code.co_argcount][::-1]
