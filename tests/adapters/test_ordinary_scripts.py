@@ -71,8 +71,8 @@ def test_what_a_subclass_trains_by_is_compared(edit, killed, by_server, tmp_path
 
 READS_A_VARIABLE = f"{LOSS} * float(os.environ['SCALE_OF_IT']) * (2.0 if KIND == 'a' else 1.0)"
 AROUND_IT = {
-    "a variable": ("'] = '1'", "'] = '2'", "trainer.values.compute_loss.environ.SCALE_OF_IT"),
-    "a text in a global": ("KIND = 'a'", "KIND = 'b'", "trainer.values.compute_loss.KIND"),
+    "a variable": ("'] = '1'", "'] = '2'", "trainer.globals.WeightedTrainer.environ.SCALE_OF_IT"),
+    "a text in a global": ("KIND = 'a'", "KIND = 'b'", "trainer.globals.WeightedTrainer.KIND"),
 }
 
 
