@@ -71,6 +71,7 @@ def tmp_path(request, tmp_path):
 
 # Scripts of users that tests edit and start; they are no modules of tests.
 collect_ignore_glob = ["*/scripts/*"]
+collect_ignore = ["fresh_modules.py"]  # of the process alone that fresh ones are forked from
 
 
 def pytest_collection_finish():

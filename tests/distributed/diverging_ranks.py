@@ -158,7 +158,7 @@ CASES = {
     "another schedule, and another scale": Case(another_schedule),
     "a schedule of rank 0 for all": Case(
         another_schedule,
-        ("scaler: not covered: each rank has a state of its own", "scheduler: not covered"),
+        ("scaler: not covered: the ranks hold different states", "scheduler: not covered"),
         {"per_rank": ()},
     ),
     "a schedule that may differ": Case(
