@@ -50,5 +50,6 @@ if __name__ == "__main__":
     for picture in draw_all(arguments.results):
         print(picture)
         if arguments.png is not None:
+            arguments.png.mkdir(parents=True, exist_ok=True)
             png = arguments.png / picture.with_suffix(".png").name
             figure(picture.with_suffix(".json")).savefig(png, dpi=110)
