@@ -52,8 +52,8 @@ class Alternate:
 
 def measure(method: str, size: str) -> None:
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    from unbroken.check.recorder.protocol import RecordPlan
-    from unbroken.check.recorder.recorder import Recorder
+    from unbroken.recorder.protocol import RecordPlan
+    from unbroken.recorder.recorder import Recorder
 
     with tempfile.TemporaryDirectory() as folder:
         recorder = None

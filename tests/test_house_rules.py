@@ -103,7 +103,7 @@ PARTS = {  # modules that serve one other module, each an idea of its own
     "unbroken.capture.tensor_distance": "how far apart two tensors are",
     "unbroken.check.diagnose": "why a step differs",
     "unbroken.check.judge": "from recordings to a verdict",
-    "unbroken.check.recorder.live_objects": "what takes part in a training, found without asking",
+    "unbroken.recorder.live_objects": "what takes part in a training, found without asking",
     "unbroken.cli.check": "a command",
     "unbroken.cli.demo": "a command",
     "unbroken.cli.diff": "a command",

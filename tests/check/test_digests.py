@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from unbroken.check.recorder.digests import SAMPLE_FROM, TensorDigester, batch_digest
+from unbroken.recorder.digests import SAMPLE_FROM, TensorDigester, batch_digest
 
 FULL, SAMPLED = TensorDigester(sampled=False), TensorDigester(sampled=True)
 

@@ -13,8 +13,8 @@ import pytest
 from check.trials import SCRIPTS
 from unbroken.check.isolation import Workspace
 from unbroken.check.launch import launch, processes_of
-from unbroken.check.recorder.protocol import RecordPlan
 from unbroken.check.recording import read_recordings
+from unbroken.recorder.protocol import RecordPlan
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 

@@ -15,8 +15,8 @@ from unbroken.check.isolation import Workspace
 from unbroken.check.judge import Kill, Reference, judge_killed, make_reference
 from unbroken.check.launch import Launch, launch
 from unbroken.check.prove import judge_launch
-from unbroken.check.recorder.protocol import RecordPlan
 from unbroken.check.recording import read_recordings
+from unbroken.recorder.protocol import RecordPlan
 
 SCRIPTS = Path(__file__).parent / "scripts"
 TIMEOUT = 120.0

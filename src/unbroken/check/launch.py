@@ -15,10 +15,10 @@ from types import TracebackType
 from typing import Self
 
 from unbroken.check.isolation import VARIABLE, Workspace
-from unbroken.check.recorder.protocol import RecordPlan
 from unbroken.check.recording import Recording, read_recordings
 from unbroken.check.verdict import Culprit, Verdict, unknown
 from unbroken.errors import ConfigError
+from unbroken.recorder.protocol import RecordPlan
 
 _ENTRY = Path(__file__).parent / "entry"
 _PLAN = "UNBROKEN_CHECK_PLAN"

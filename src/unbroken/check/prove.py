@@ -16,10 +16,10 @@ from unbroken.check.compare import states_before
 from unbroken.check.isolation import Separation, Workspace, Workspaces, choose_separation
 from unbroken.check.judge import Kill, Reference, judge_killed, judge_resumed, make_reference
 from unbroken.check.launch import Launch, launch
-from unbroken.check.recorder.protocol import Digests, RecordPlan, state_keys
 from unbroken.check.recording import Recording
 from unbroken.check.verdict import Culprit, Status, Verdict, not_exact
 from unbroken.errors import ConfigError
+from unbroken.recorder.protocol import Digests, RecordPlan, state_keys
 
 # What a launch of the script means: by how it ended and by what it did.
 

@@ -100,7 +100,7 @@ def _compare(batches: Sequence[str], ours: Sequence[str], done: int) -> None:
 
 
 def _digest(value: Any) -> str:
-    from unbroken.check.recorder.digests import TensorDigester, batch_digest
+    from unbroken.recorder.digests import TensorDigester, batch_digest
 
     found = batch_digest(value, TensorDigester(sampled=False))
     return "" if found is None else str(found[0])

@@ -19,7 +19,7 @@ _RECORDER = "_unbroken_recorder"
 
 
 def _enter(plan: str) -> None:
-    folder = os.path.join(os.path.dirname(_HERE), "recorder")
+    folder = os.path.join(os.path.dirname(os.path.dirname(_HERE)), "recorder")
     spec = spec_from_file_location(
         _RECORDER, os.path.join(folder, "__init__.py"), submodule_search_locations=[folder]
     )
