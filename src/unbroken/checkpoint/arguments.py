@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from types import FunctionType
@@ -279,16 +279,22 @@ _KINDS: Mapping[str, tuple[str, Callable[[Any], bool], str | None]] = {
 }
 
 
-def check_objects(objects: Mapping[str, object], keywords: Collection[str]) -> None:
-    """Raise where an object to save is none: a keyword that was misspelt, a loader, a number.
+def check_objects(
+    objects: Mapping[str, object], keywords: Collection[str], reserved: Sequence[str]
+) -> None:
+    """Raise where an object to save is none (a misspelt keyword, a number), or its name is taken.
 
     Args:
         objects: What was given by names that are no keywords.
         keywords: The keywords there are.
+        reserved: Names that a checkpoint has for parts of its own.
 
     Raises:
         ConfigError: With the nearest keyword, or what to give instead.
     """
+    if taken := [name for name in reserved if name in objects]:
+        where, hint = f"Checkpointer({taken[0]}=...)", f"For example own_{taken[0]}=..."
+        raise ConfigError(where, "this name is taken: choose another", hint=hint)
     for name, value in objects.items():
         if name in _IN_POLICIES or _is_plain(value):
             what = "is neither an argument of a Checkpointer nor an object to save"

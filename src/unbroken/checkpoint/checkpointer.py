@@ -28,6 +28,7 @@ from unbroken.checkpoint.arguments import (
     tell_line,
 )
 from unbroken.checkpoint.cadence import SavePolicy, SaveSteps, SaveTimer
+from unbroken.checkpoint.confirm import Hears, StepConfirmation
 from unbroken.checkpoint.coverage.attributes import ATTRIBUTES_KEY, Attributes, is_bare
 from unbroken.checkpoint.coverage.loop_watch import GRADIENTS, LoopWatch
 from unbroken.checkpoint.coverage.unregistered import missing_facts
@@ -70,7 +71,7 @@ from unbroken.checkpoint.save.session import (
     SaveSession,
 )
 from unbroken.distributed import Group
-from unbroken.errors import ConfigError, RankError, SaveError, UnbrokenError, spelled
+from unbroken.errors import RankError, SaveError, UnbrokenError, spelled
 from unbroken.fingerprint import object_facts
 from unbroken.goodput import SaveInterval
 from unbroken.storage import Storage
@@ -122,6 +123,7 @@ class Checkpointer:
             registered and those that `RunFacts` names: they are saved and restored.
         comparison: What this start is, for checkpoints to be compared with.
         buckets: How `DistributedDataParallel` adds gradients.
+        confirmation: Whether the steps that a killed start had taken are repeated bit for bit.
 
     Example:
         >>> import tempfile, torch
@@ -154,7 +156,7 @@ class Checkpointer:
     ) -> None:
         check_keywords(save, keep, resume, clock)
         check_kinds(directory=directory, branch=branch, types=types, tell=tell)
-        _check_names(objects)
+        check_objects(objects, _KEYWORDS, _RESERVED)
         save = save_policy_of(save, save_steps)
         self._clock = Clock() if clock is None else clock
         self._ranks, self._run_facts = RankPolicy.of(ranks), RunFacts.of(settings)
@@ -201,6 +203,8 @@ class Checkpointer:
         if not facts.is_complete:
             self._loop = LoopWatch(self.objects, self.attributes, self._tell)
         self._rehearsal = Rehearsal(self.objects)
+        hears = Hears(self._tell, self._report, self.note_event)
+        self.confirmation = StepConfirmation(self.objects, self.group, self._clock.wall, hears)
 
     def _more_facts(self, more: Callable[[], Mapping[str, Any]] | None) -> Mapping[str, Any]:
         bare = self.attributes.bare.items()
@@ -221,7 +225,7 @@ class Checkpointer:
         Raises:
             ConfigError: One of them cannot be saved, or a name is taken.
         """
-        _check_names(objects)
+        check_objects(objects, _KEYWORDS, _RESERVED)
         bare = {name: one for name, one in objects.items() if is_bare(one)}
         self.attributes.bare.update(bare)
         self.objects.update({name: one for name, one in objects.items() if name not in bare})
@@ -332,6 +336,8 @@ class Checkpointer:
         if self.comparison.is_strict:
             self.group.run_on_all("look for what is not covered", self._tell_uncovered)
         self._rehearsal.begin(report.step)
+        is_here, strict = self._lineage.previous is not None, self.comparison.is_strict
+        self.confirmation.resumed(self.run, report, resumed.facts, is_here=is_here, strict=strict)
         return report
 
     def _chosen_here(self, which: ResumeFrom | ResumeChoice, request: ResumeRequest) -> Candidate:
@@ -439,11 +445,13 @@ class Checkpointer:
         with self._errors_in_loop_words():
             self._saver.finish_previous()  # an error of that save is raised here
             run = self.run
+            self.confirmation.agree()
             if self._loop is not None:
                 self._loop.look()
             state, missing = self._captured(values)
             request = self._save_request(step, run, missing, facts or {})
             self._saver.submit(SaveSession(run, request, state, self._plan, self._lineage))
+            self.confirmation.saved(run, step)
             self._rehearsal.note_saved(step)
             self._lineage.has_begun = True
             self._timer.done(step)
@@ -509,7 +517,8 @@ class Checkpointer:
 
     def _look_back(self, values: Any) -> tuple[Difference, ...]:
         """Tell of what the training until now had and a save has not; return it."""
-        found = () if self._loop is None else self._loop.look_back(values)
+        found = self.confirmation.differences
+        found += () if self._loop is None else self._loop.look_back(values)
         self._tell_of((*self._uncovered(), *found))
         return found
 
@@ -529,6 +538,10 @@ class Checkpointer:
         self._reported_paths |= {one.path for one in new}
         for one in new:
             self._tell(str(one))
+
+    def _report(self, difference: Difference) -> None:
+        self._reported_paths.add(difference.path)
+        self._tell(str(difference))
 
     def _tell(self, line: str) -> None:
         if self._tell_user is not None and self.group.rank == 0:
@@ -606,6 +619,7 @@ class Checkpointer:
             **self._lineage.facts(),
             **self.comparison.facts,
             "covers": self._covers(),
+            **self.confirmation.facts(),
             **({} if buckets is None else buckets.facts()),
             **({"found": schedules.facts()} if schedules is not None and schedules.found else {}),
             **({RANK_FACTS_KEY: self._rank_facts} if self._rank_facts else {}),
@@ -648,6 +662,7 @@ class Checkpointer:
 
     def _close(self, error: BaseException | None) -> None:
         self.buckets.close()
+        self.confirmation.close()
         try:
             self._rehearsal.end()
             self._saver.close(hurried=error is not None)
@@ -672,14 +687,6 @@ class Checkpointer:
             if error is None:
                 raise
             error.add_note(f"and a save failed: {failure}")
-
-
-def _check_names(objects: Mapping[str, object]) -> None:
-    """Raise where something given by name is no object to save, or has a name that is taken."""
-    check_objects(objects, _KEYWORDS)
-    if taken := [name for name in _RESERVED if name in objects]:
-        where, hint = f"Checkpointer({taken[0]}=...)", f"For example own_{taken[0]}=..."
-        raise ConfigError(where, "this name is taken: choose another", hint=hint)
 
 
 _KEYWORDS = [

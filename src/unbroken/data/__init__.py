@@ -12,6 +12,7 @@ from unbroken.data.order import Permutation as Permutation
 from unbroken.data.order import SampleKey as SampleKey
 from unbroken.data.sources.batch_digests import BatchDigest as BatchDigest
 from unbroken.data.sources.batch_digests import EpochDigests as EpochDigests
+from unbroken.data.sources.batch_digests import arrays_in as arrays_in
 from unbroken.data.sources.batch_digests import drawn_from as drawn_from
 from unbroken.data.sources.batch_digests import generators_in as generators_in
 from unbroken.data.sources.factory import batch_source as batch_source
@@ -46,6 +47,7 @@ __all__ = [
     "Position",
     "SampleKey",
     "StatefulSource",
+    "arrays_in",
     "batch_source",
     "derive_key",
     "drawn_from",

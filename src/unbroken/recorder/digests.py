@@ -10,7 +10,7 @@ import hashlib
 import random
 import sys
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
@@ -115,6 +115,12 @@ def _local(tensor: Tensor) -> Tensor:
     return here
 
 
+def sample_of(tensor: Tensor) -> Tensor:
+    """Return what a sampling digest reads of a tensor, on its device; a small one is whole."""
+    here = _local(tensor)
+    return _sample(here) if here.nbytes > SAMPLE_FROM else here
+
+
 def _sample(tensor: Tensor) -> Tensor:
     raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
     stride = (raw.numel() - BLOCK) // (BLOCKS - 1)
@@ -215,8 +221,11 @@ def _rows(tensors: list[Tensor], digester: TensorDigester) -> list[str]:
 # Digests of the global random generators. Looking at a generator does not draw from it.
 
 
-def generator_digests() -> dict[str, str]:
+def generator_digests(names: Collection[str] | None = None) -> dict[str, str]:
     """Return a digest for each global generator that this process has.
+
+    Args:
+        names: Some of "python", "torch" (with those of all CUDA devices) and "numpy"; None: all.
 
     Example:
         >>> before = generator_digests()
@@ -226,13 +235,18 @@ def generator_digests() -> dict[str, str]:
         >>> sorted(name for name, digest in generator_digests().items() if digest != before[name])
         ['torch']
     """
-    digests = {"python": _python(), "torch": digest_of(torch.get_rng_state().numpy().data)}
-    if "numpy.random" in sys.modules:
+    asked = ("python", "torch", "numpy") if names is None else names
+    digests = {}
+    if "python" in asked:
+        digests["python"] = _python()
+    if "numpy" in asked and "numpy.random" in sys.modules:
         digests["numpy"] = _numpy()
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        for index in range(torch.cuda.device_count()):
-            state = torch.cuda.get_rng_state(index)
-            digests[f"cuda:{index}"] = digest_of(state.numpy().data)
+    if "torch" in asked:
+        digests["torch"] = digest_of(torch.get_rng_state().numpy().data)
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            for index in range(torch.cuda.device_count()):
+                state = torch.cuda.get_rng_state(index)
+                digests[f"cuda:{index}"] = digest_of(state.numpy().data)
     return digests
 
 

@@ -453,6 +453,7 @@ class Trainer:
         )
 
     def _announce(self, event: dict[str, Any], line: str) -> None:
+        self.checkpointer.confirmation.rounds_otherwise()
         self._run_checkpoints.announce(event, line)
 
     def _count_time(self) -> None:

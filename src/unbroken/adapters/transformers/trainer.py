@@ -288,6 +288,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             raise
         if self._session is not None:
             self._session.preemption.training_begins()
+            for batch in samples[0]:
+                self._session.checkpointer.confirmation.observer.note_batch(batch)
         return samples
 
     def _stop_without_workers(self, error: RuntimeError) -> None:

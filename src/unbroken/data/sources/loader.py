@@ -89,7 +89,7 @@ class LoaderSource:
         self.position = Position()
         self._loader = ForeignLoader(loader, seed)
         self._grouping = Grouping() if grouping is None else grouping
-        self._running = RunningIterator()
+        self.running = RunningIterator()
         self.rank_states: list[dict[str, Any]] = []
         self.first_items: list[Any] = []
         self.is_reading = False
@@ -160,11 +160,11 @@ class LoaderSource:
         self.first_items = []
         start = self.position if position is None else position
         self._left = _Left()
-        self._running.close()
+        self.running.close()
         left, self._left = self._left, None
         if left.position is not start:
             left.end()
-        return self._running.begin(
+        return self.running.begin(
             self._read(start, left.reader if left.position is start else None)
         )
 
@@ -223,7 +223,7 @@ class LoaderSource:
         """
         self.check_state_dict(state)
         state, facts = self._of_this_rank(state), self._facts()
-        self._running.close()
+        self.running.close()
         names = ("samples", "epoch", "taken", "pending", "loader_state")
         is_same = "trail" not in self._may_change and all(state.get(n) == facts[n] for n in facts)
         trail = state.get("trail", {}) if is_same else {}
@@ -264,7 +264,7 @@ class LoaderSource:
 
     def close(self) -> None:
         """Stop reading; the position stays."""
-        self._running.close()
+        self.running.close()
 
     @contextmanager
     def _reading(self) -> Iterator[KeyedRandom]:

@@ -214,7 +214,7 @@ class MapSource:
         self._batches = KeyedDataset(dataset, order.seed, collate_fn)
         self._fingerprint = declared(dataset, "fingerprint")
         self._loading = Loading() if loading is None else loading
-        self._running = RunningIterator()
+        self.running = RunningIterator()
         self.on_workers: Callable[[], object] = lambda: None
         self.own_generators = OwnGenerators(
             {"data": dataset, "collate_fn": collate_fn},
@@ -237,7 +237,7 @@ class MapSource:
         Raises:
             ConfigError: The global batch cannot be cut so.
         """
-        self._running.close()
+        self.running.close()
         self.shape = replace(self.shape, micro_batch_size=micro_batch_size)
 
     def iterate(self, position: Position | None = None) -> Iterator[MicroBatch]:
@@ -258,7 +258,7 @@ class MapSource:
             start,
             steps_from=self._steps_from,
         )
-        return self._running.begin(self._read(sampler, position or self.position))
+        return self.running.begin(self._read(sampler, position or self.position))
 
     def used(self, micro: MicroBatch) -> None:
         """Record that a micro-batch was used."""
@@ -282,7 +282,7 @@ class MapSource:
             DataError: The order of the data would not be that of the saved run.
         """
         self.check_state_dict(state)
-        self._running.close()
+        self.running.close()
         self.position = Position(samples=state["samples"])
         self._steps_from = state.get("steps_from", 0)
         if state["global_batch_size"] != self.shape.global_batch_size:
@@ -311,7 +311,7 @@ class MapSource:
 
     def close(self) -> None:
         """Stop reading and shut the workers down; the position stays."""
-        self._running.close()
+        self.running.close()
 
     def _read(
         self, sampler: MicroBatchSampler, start: Position

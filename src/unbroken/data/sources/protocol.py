@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Protocol, runtime_checkable
@@ -114,10 +114,12 @@ class RunningIterator:
 
     Attributes:
         handed_out: Micro-batches that all iterators have given.
+        on_batch: Called with the data of each; may be set.
     """
 
     def __init__(self) -> None:
         self.handed_out = 0
+        self.on_batch: Callable[[Any], object] = lambda _: None
         self._running: Generator[MicroBatch, None, None] | None = None
 
     def begin(self, batches: Generator[MicroBatch, None, None]) -> Iterator[MicroBatch]:
@@ -129,6 +131,7 @@ class RunningIterator:
     def _counted(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         for batch in batches:
             self.handed_out += 1
+            self.on_batch(batch.data)
             yield batch
 
     def close(self) -> None:

@@ -1,0 +1,347 @@
+"""Confirming a resume: steps that a killed start had taken already are taken again, and compared.
+
+A resume restores what is known to matter. Whether that was all shows in the steps that the killed
+start took after the checkpoint: it left a record of each. Where the same steps have the same bits
+again, *these steps* are confirmed, and nothing later; where one has not, its record tells what
+differs first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from unbroken.changes.differences import Difference, ResumeReport
+from unbroken.checkpoint.resume.readers import UnseenStorage
+from unbroken.distributed import Group
+from unbroken.step_records import (
+    Recorded,
+    RecordWriter,
+    Scope,
+    StepDifference,
+    StepObserver,
+    StepRecord,
+    Window,
+    compare_steps,
+    read_recorded,
+    remove_abandoned,
+    scope_of,
+)
+from unbroken.store import Json, RunDirectory
+from unbroken.store.format.names import checkpoint_name
+
+PATH = "repeated_steps"
+"""The path of the difference between steps and their records; `allow` takes it."""
+
+RECORDS_KEY = "step_records"
+"""Where the facts of a checkpoint hold which start has saved it."""
+
+_WINDOWS = 4  # whose files are kept without a look whether their checkpoints still stand
+
+
+@dataclass
+class _Earlier:
+    """An earlier start, and how the steps of this one compare with its records.
+
+    Attributes:
+        recorded: Its records.
+        was_killed: It is the start that saved the checkpoint, and went on without a resume.
+        offset: What is added to the number of a step since the last save of this start.
+        same: Steps that were the same.
+        difference: The first that was not.
+    """
+
+    recorded: Recorded
+    was_killed: bool
+    offset: int = 0
+    same: int = 0
+    difference: StepDifference | None = None
+
+    def compare(self, record: StepRecord, scope: Scope) -> None:
+        """Compare a step, if it has a record and none has differed yet."""
+        here = record._replace(number=record.number + self.offset)
+        if self.difference is not None or here.number not in self.recorded.records:
+            return
+        self.difference = compare_steps(self.recorded, here, scope)
+        self.same += self.difference is None
+
+
+@dataclass(frozen=True)
+class Hears:
+    """Who hears of what is found.
+
+    Attributes:
+        tell: Called with each line.
+        report: Called with a difference that is told at once.
+        note: Called with each event for the history.
+    """
+
+    tell: Callable[[str], None]
+    report: Callable[[Difference], None]
+    note: Callable[[Mapping[str, Any]], None]
+
+
+class StepConfirmation:
+    """Records the steps of this start, and compares them with those of earlier ones.
+
+    Args:
+        objects: What is registered, by name.
+        group: The ranks; each records and compares its own steps.
+        clock: Seconds since 1970.
+        hears: Who hears of what is found.
+
+    Attributes:
+        observer: Sees the steps.
+        differences: What was found not to repeat; empty, or one difference.
+    """
+
+    def __init__(
+        self,
+        objects: Mapping[str, object],
+        group: Group,
+        clock: Callable[[], float],
+        hears: Hears,
+    ) -> None:
+        self.observer = StepObserver(objects, self._stepped)
+        self.differences: tuple[Difference, ...] = ()
+        self._group, self._clock = group, clock
+        self._hears = hears
+        self._attempt = ""
+        self._run: RunDirectory | None = None
+        self._writer: RecordWriter | None = None
+        self._written: list[tuple[int, str]] = []  # the windows of this start: step and path
+        self._base = 0  # the step of the last checkpoint
+        self._counted: int | None = None  # steps of the run until then
+        self._resumed_at = 0
+        self._scope = Scope()
+        self._earlier: list[_Earlier] = []
+        self._asks_ranks = self._is_strict = self._is_over = False
+        self._steps: list[int] = []  # the first and the last that were the same
+        self._events = 0  # steps of all optimizers that were the same
+
+    # A window of steps begins after each resume and each save.
+
+    def resumed(
+        self,
+        run: RunDirectory,
+        report: ResumeReport,
+        facts: Mapping[str, Any],
+        *,
+        is_here: bool,
+        strict: bool,
+    ) -> None:
+        """Begin after a resume, or a fresh start; all ranks call this.
+
+        Args:
+            run: The run directory.
+            report: What the resume did.
+            facts: Those of the checkpoint.
+            is_here: Whether the checkpoint is in this run directory.
+            strict: Whether a difference is to be raised at the next save, and not told at once.
+        """
+        self._end_window()
+        self._attempt, self._run = self._named(), run
+        self._is_strict, self._is_over = strict, False
+        self._scope = scope_of((one.path, one.verdict) for one in report.differences)
+        self.differences = tuple(one for one in report.differences if one.path == PATH)
+        stored = facts.get(RECORDS_KEY)
+        saved_by, counted = _who_saved(stored) if report.resumed else ("", 0)
+        self._base, self._counted, self._resumed_at = report.step, counted, report.step
+        self._earlier, self._steps, self._events = [], [], 0
+        if is_here and saved_by:
+            self._earlier = self._recorded(saved_by)
+            self._write_after(saved_by)
+        self._remove_abandoned(run)
+        self._asks_ranks = self._group.world_size > 1 and report.resumed
+        self.observer.begin(is_recording=is_here)
+
+    def _named(self) -> str:
+        """Return a name for this start: unique, and later ones sort behind earlier ones."""
+        mine = f"{int(self._clock() * 1000):013d}-{os.getpid()}"
+        return str(self._group.broadcast("the name of this start", mine))
+
+    def _recorded(self, saved_by: str) -> list[_Earlier]:
+        if self._run is None:
+            return []
+        ranks = {"rank": self._group.rank, "world_size": self._group.world_size}
+        found = read_recorded(self._run.storage, **ranks, saved_by=saved_by, step=self._base)
+        return [_Earlier(one, one.attempt == saved_by) for one in found]
+
+    def _write_after(self, saved_by: str) -> None:
+        if self._run is None or isinstance(self._run.storage, UnseenStorage):
+            return
+        window = Window(
+            attempt=self._attempt,
+            rank=self._group.rank,
+            world_size=self._group.world_size,
+            saved_by=saved_by,
+            step=self._base,
+            counted=self._counted,
+        )
+        self._writer = RecordWriter(self._run.storage, window)
+        self._written.append((self._base, self._writer.path))
+
+    def _remove_abandoned(self, run: RunDirectory) -> None:
+        try:
+            steps = frozenset(step for step, _ in run.catalog.folders())
+        except OSError:
+            return
+        remove_abandoned(run.storage, rank=self._group.rank, steps=steps)
+
+    def saved(self, run: RunDirectory, step: int) -> None:
+        """Begin after a save of this step, durable or not yet; all ranks call this."""
+        if not self._attempt:
+            self._attempt, self._counted = self._named(), None
+        self._end_window()
+        agreeing = [one for one in self._earlier if one.difference is None]
+        for one in self._earlier:
+            one.offset += self.observer.number
+        self._run, self._base, self._counted = run, step, self._counted_now()
+        self._write_after(self._attempt)
+        self._remove_oldest(run)
+        more = [found for one in agreeing for found in self._recorded(one.recorded.attempt)]
+        self._earlier += [one for one in more if not self._is_over]
+        self.observer.begin(is_recording=True)
+
+    def _counted_now(self) -> int | None:
+        return None if self._counted is None else self._counted + self.observer.counted
+
+    def facts(self) -> dict[str, Json]:
+        """Return what a checkpoint that is saved now says of its start."""
+        if not self._attempt:
+            self._attempt, self._counted = self._named(), None
+        return {RECORDS_KEY: {"attempt": self._attempt, "counted": self._counted_now()}}
+
+    def _remove_oldest(self, run: RunDirectory) -> None:
+        """Remove the records after a checkpoint of this start that retention has removed."""
+        if len(self._written) <= _WINDOWS:
+            return
+        step, path = self._written.pop(0)
+        try:
+            if run.storage.stat(checkpoint_name(step)) is None:
+                run.storage.remove_file(path)
+            else:
+                self._written.append((step, path))
+        except OSError:
+            return
+
+    def _end_window(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
+
+    def close(self) -> None:
+        """Look no longer; what was compared is told."""
+        self.observer.end()
+        self._end_window()
+        self._tell_of_the_same()
+
+    # The comparison.
+
+    def _stepped(self, record: StepRecord) -> None:
+        if self._writer is not None:
+            self._writer.write(record)
+        if not self._earlier or self._is_over:
+            return
+        before = sum(one.same for one in self._earlier)
+        for one in self._earlier:
+            one.compare(record, self._scope)
+        if sum(one.same for one in self._earlier) > before:
+            step = self._base + self.observer.counted
+            self._steps = [*self._steps[:1], step]
+            self._events += 1
+        self._judge(record)
+
+    def _judge(self, record: StepRecord) -> None:
+        judged = [one for one in self._earlier if one.same or one.difference is not None]
+        killed = [one for one in judged if one.was_killed and one.difference is not None]
+        if judged and (killed or all(one.difference is not None for one in judged)):
+            self._differs((killed or judged)[0])
+            return
+        last = max(one.recorded.last - one.offset for one in self._earlier)
+        if record.number >= last:
+            self._tell_of_the_same()
+
+    def _differs(self, earlier: _Earlier) -> None:
+        difference = earlier.difference
+        if difference is None:
+            return
+        step = self._base + self.observer.counted
+        words = f"{self._called(step, step)} was not repeated with the same bits: "
+        words += difference.words
+        agree = [one for one in self._earlier if one.same and one.difference is None]
+        if agree and earlier.was_killed:
+            words += "; another resume of the same checkpoint gave the same bits as this one, so "
+            words += "what a resume restores is not all, rather than that the machine is flaky"
+        self._tell_of_the_same()
+        if self._is_repeatable():
+            found = Difference(PATH, None, None, words, "not covered")
+            self.differences = (found,)
+            self._hears.note({"event": "repeated", "step": step, "same": False, "words": words})
+            if not self._is_strict:
+                self._hears.report(found)
+        else:
+            self._hears.note({"event": "repeated", "step": step, "same": None, "words": words})
+            self._hears.tell(f"{PATH}: not repeatable here, deterministic kernels are off: {words}")
+
+    def _is_repeatable(self) -> bool:
+        is_accelerated = torch.accelerator.is_available() and self.observer.is_on_a_device
+        return torch.are_deterministic_algorithms_enabled() or not is_accelerated
+
+    def _tell_of_the_same(self) -> None:
+        """Tell, once, of the steps that were the same, and what was compared of them."""
+        if self._is_over:
+            return
+        self._is_over = bool(self._earlier)
+        if not self._steps:
+            return
+        first, last = self._steps[0], self._steps[-1]
+        steps = self._called(first, last)
+        odd = next((one for one in self._earlier if one.difference is not None), None)
+        self._hears.note({"event": "repeated", "from": first, "to": last, "same": True})
+        if self._scope.reason:
+            parts = " and ".join(one for one in self._scope.parts if one != "optimizer")
+            self._hears.tell(f"{steps} repeated with the same {parts} ({self._scope.reason})")
+            return
+        self._hears.tell(f"{steps} repeated with the same bits")
+        if odd is not None and odd.difference is not None and not odd.was_killed:
+            self._hears.tell(f"an earlier start differs from these two: {odd.difference.words}")
+
+    def _called(self, first: int, last: int) -> str:
+        """Return what to call steps: by their numbers, where a step of the run is one of theirs."""
+        if self._counted is not None and self._counted == self._base:
+            return f"step {first}" if first == last else f"steps {first} to {last}"
+        start, end = first - self._resumed_at, last - self._resumed_at
+        numbers = f"optimizer step {start}" if start == end else f"optimizer steps {start} to {end}"
+        return f"{numbers} after checkpoint {self._resumed_at}"
+
+    def rounds_otherwise(self) -> None:
+        """From here on steps are rounded in another order: with their records ends this window."""
+        self.observer.forget_step()
+        self._end_window()
+        self._scope = scope_of([("micro_batch_size", "equivalent")])
+
+    def agree(self) -> None:
+        """Share what each rank has found; all ranks call this before each save."""
+        if not self._asks_ranks:
+            return
+        words = [one.effect for one in self.differences]
+        is_over = self._is_over or not self._earlier
+        every: Any = self._group.gather("repeated steps", [words, is_over])
+        found = [(rank, words[0]) for rank, (words, _) in enumerate(every) if words]
+        if found and not self.differences:
+            rank, effect = found[0]
+            difference = Difference(PATH, None, None, f"rank {rank}: {effect}", "not covered")
+            self.differences = (difference,)
+        self._asks_ranks = not found and not all(is_over for _, is_over in every)
+
+
+def _who_saved(stored: Any) -> tuple[str, int | None]:
+    found = stored if isinstance(stored, dict) else {}
+    attempt, counted = found.get("attempt"), found.get("counted")
+    name = attempt if isinstance(attempt, str) and "/" not in attempt else ""
+    return name, counted if type(counted) is int else None

@@ -1,0 +1,278 @@
+"""Steps that are taken again, held against their records: what may differ, and what did first.
+
+The order in which parts are looked at is that in which one follows from another: the first that
+differs is the cause, or next to it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from unbroken.step_records.records import MODES, Recorded, StepRecord
+
+Part = Literal[
+    "optimizer",
+    "learning rate",
+    "batch",
+    "samples",
+    "modes",
+    "state",
+    "generators",
+    "loss",
+    "gradients",
+    "others",
+]
+EVERY_PART: tuple[Part, ...] = (
+    *("optimizer", "learning rate", "batch", "modes", "state", "generators"),
+    *("loss", "gradients", "others"),
+)
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What of a repeated step must be as it was.
+
+    Attributes:
+        parts: These.
+        reason: Why not all; "": all are compared.
+    """
+
+    parts: tuple[Part, ...] = EVERY_PART
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class StepDifference:
+    """The first difference of a repeated step.
+
+    Attributes:
+        number: Which step after the checkpoint.
+        part: What differs.
+        words: What differs, and the likeliest reason.
+    """
+
+    number: int
+    part: Part
+    words: str
+
+
+def scope_of(differences: Iterable[tuple[str, str]]) -> Scope:
+    """Return what a resume with these differences must repeat.
+
+    Args:
+        differences: Path and verdict of each.
+
+    Example:
+        >>> scope_of([]).parts == EVERY_PART, scope_of([("packages.torch", "equivalent")]).parts
+        (True, ('optimizer', 'learning rate', 'samples'))
+    """
+    found = list(differences)
+    changed = [path for path, verdict in found if verdict in ("changed", "refused")]
+    if changed:
+        groups = {path.partition(".")[0] for path in changed}
+        kept: tuple[Part, ...] = ("optimizer", "learning rate", "samples")
+        for touched, part in ((_OF_RATE, "learning rate"), (_OF_DATA, "samples")):
+            kept = tuple(one for one in kept if one != part or not groups & touched)
+        return Scope(kept, f"accepted by name: {', '.join(changed[:_SHOWN])}")
+    if any(verdict == "equivalent" for _, verdict in found):
+        return Scope(("optimizer", "learning rate", "samples"), "equivalent, not exact")
+    if any(verdict == "harmless" for _, verdict in found):
+        return Scope(tuple(part for part in EVERY_PART if part != "generators"))
+    return Scope()
+
+
+_OF_RATE = frozenset(
+    {
+        *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "scheduler"),
+        *("warmup_ratio", "schedule", "max_steps", "num_train_epochs", "optimizer", "optim"),
+        *("min_lr_rate", "eval_data", "batch_size", "gradient_accumulation_steps", "data"),
+    }
+)
+_OF_DATA = frozenset(
+    {
+        *("data", "seed", "data_seed", "batch_size", "gradient_accumulation_steps", "epoch_size"),
+        *("per_device_train_batch_size", "group_by_length", "shuffle", "collate_fn"),
+    }
+)
+
+
+def compare_steps(recorded: Recorded, now: StepRecord, scope: Scope) -> StepDifference | None:
+    """Return the first difference between a step and its record; None: what is compared is equal.
+
+    A part that either side does not know is not compared.
+    """
+    before = recorded.records.get(now.number)
+    if before is None:
+        return None
+    for part in scope.parts:
+        words = _DIFFERENCES[part](before, now, recorded.records)
+        if words:
+            return StepDifference(now.number, part, words)
+    return None
+
+
+Records = Mapping[int, StepRecord]
+
+
+def _optimizer(before: StepRecord, now: StepRecord, _: Records) -> str:
+    if before.optimizer == now.optimizer:
+        return ""
+    return (
+        f"{now.optimizer} steps where {before.optimizer} did: what decides whose turn it is was "
+        "not restored"
+    )
+
+
+def _learning_rate(before: StepRecord, now: StepRecord, _: Records) -> str:
+    if before.learning_rates == now.learning_rates:
+        return ""
+    was, is_now = _numbers(before.learning_rates), _numbers(now.learning_rates)
+    return (
+        f"the learning rate is {is_now} and was {was}: the scheduler, or what else sets the rate, "
+        "was not restored"
+    )
+
+
+def _batch(before: StepRecord, now: StepRecord, records: Records) -> str:
+    if before.batches is None or now.batches is None or before.batches == now.batches:
+        return ""
+    if now.losses and (now.losses, now.gradients) == (before.losses, before.gradients):
+        return ""  # a loop may fetch batches ahead, and not as far ahead after a resume
+    return _which_batch(before, now, records)
+
+
+def _samples(before: StepRecord, now: StepRecord, records: Records) -> str:
+    """Return how the samples differ, in whatever order and portions they came."""
+    if not before.samples or not now.samples:
+        return ""
+    same = Counter(before.samples) == Counter(now.samples)
+    return "" if same else _which_batch(before, now, records)
+
+
+def _which_batch(before: StepRecord, now: StepRecord, records: Records) -> str:
+    for number, other in records.items():
+        if number != now.number and other.batches == now.batches:
+            apart = number - now.number
+            steps = f"{abs(apart)} step{'s' if abs(apart) > 1 else ''}"
+            side = "later" if apart > 0 else "earlier"
+            return f"the batch is the one of {steps} {side}: the position in the data was lost"
+    if before.samples and Counter(before.samples) == Counter(now.samples):
+        return "the batch has the same samples in another order: the order within it was drawn anew"
+    common = Counter(before.samples) & Counter(now.samples)
+    if not common or len(before.samples) != len(now.samples):
+        return (
+            "the batch is another one: the order of the samples, what was drawn for them, or the "
+            "data themselves are not what they were"
+        )
+    return (
+        f"{common.total()} of {len(now.samples)} samples of the batch are the same: the others "
+        "are in other places, or were augmented by other random numbers"
+    )
+
+
+def _modes(before: StepRecord, now: StepRecord, _: Records) -> str:
+    here, there = now.state.get(MODES), before.state.get(MODES)
+    if here is None or there is None or here == there:
+        return ""
+    return "modules are in training mode that were in evaluation mode, or the other way round"
+
+
+def _state(before: StepRecord, now: StepRecord, records: Records) -> str:
+    names = [one for one in _differing(before.state, now.state) if one != MODES]
+    if not names:
+        return ""
+    weights = [name for name in names if ":" not in name]
+    if not weights:
+        return (
+            f"the optimizer's state differs before the step ({_some(names)}): it was not restored, "
+            "or belongs to other parameters"
+        )
+    if now.number == 1 or now.number - 1 not in records:
+        return (
+            f"weights differ before the step ({_some(weights)}): something changed them after the "
+            "resume, or the resume did not reach them"
+        )
+    return (
+        f"weights differ after steps with the same gradients ({_some(weights)}): something that "
+        "the optimizer's update depends on was not restored"
+    )
+
+
+def _generators(before: StepRecord, now: StepRecord, _: Records) -> str:
+    names = _differing(before.generators, now.generators)
+    if not names:
+        return ""
+    return (
+        f"the global random generator of {_some(names)} differs: it was not restored, or as many "
+        "numbers were not drawn from it"
+    )
+
+
+def _loss(before: StepRecord, now: StepRecord, _: Records) -> str:
+    if before.losses == now.losses:
+        return ""
+    where = f"the loss is {_shown(now.losses)} and was {_shown(before.losses)}"
+    if before.batches is None or now.batches is None:
+        return (
+            f"{where}, with the same learning rate, weights and optimizer state: the batch, which "
+            f"is not seen here, was another one, or {_FORWARD}"
+        )
+    return f"{where}, with the same batch, learning rate, weights and optimizer state: {_FORWARD}"
+
+
+_FORWARD = (
+    "something else that the forward pass depends on was not saved (an attribute, a counter, a "
+    "cache), or kernels are not deterministic"
+)
+
+
+def _gradients(before: StepRecord, now: StepRecord, _: Records) -> str:
+    names = _differing(before.gradients, now.gradients)
+    if not names:
+        return ""
+    return (
+        f"gradients differ with the same loss ({_some(names)}): gradients that waited for the step "
+        "were lost, or kernels of the backward pass are not deterministic"
+    )
+
+
+def _others(before: StepRecord, now: StepRecord, _: Records) -> str:
+    names = _differing(before.others, now.others)
+    if not names:
+        return ""
+    return f"buffers or weights that no optimizer moves differ ({_some(names)}): not restored"
+
+
+_DIFFERENCES: Mapping[Part, Callable[[StepRecord, StepRecord, Records], str]] = {
+    "optimizer": _optimizer,
+    "learning rate": _learning_rate,
+    "batch": _batch,
+    "samples": _samples,
+    "modes": _modes,
+    "state": _state,
+    "generators": _generators,
+    "loss": _loss,
+    "gradients": _gradients,
+    "others": _others,
+}
+
+
+def _differing(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    return [name for name, digest in now.items() if before.get(name, digest) != digest]
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{', '.join(names[:_SHOWN])}{more}"
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.6g}" for value in dict.fromkeys(values)) or "none"
+
+
+def _shown(losses: Sequence[str]) -> str:
+    return _numbers([float.fromhex(one) for one in losses[:_SHOWN] if "x" in one]) or "another"

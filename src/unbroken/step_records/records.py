@@ -1,0 +1,270 @@
+"""Records of steps on disk: what a killed run leaves behind, for the run that repeats its steps.
+
+A file holds the steps that one start took after one checkpoint, a line for each. Lines are written
+without a sync: the kernel keeps them when the process dies, and a power cut may lose them, which
+costs nothing but the comparison. Each line carries a checksum; a line that a kill has cut is none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import xxhash
+
+from unbroken.storage import Storage, WriteHandle
+
+FOLDER = "step-records"
+"""Where a run directory holds them."""
+
+MODES = "training modes"
+"""The name that the modes of all modules have in the state of a step."""
+
+DENSE = 1024  # steps after a checkpoint of which each is recorded; later ones are thinned
+_MAX_BYTES = 64 << 20  # of a file that is read
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Window:
+    """The steps that one start takes after one checkpoint, on one rank.
+
+    Attributes:
+        attempt: The start that takes them.
+        rank: Its rank.
+        world_size: How many ranks take part.
+        saved_by: The start that saved the checkpoint.
+        step: The step of the checkpoint.
+        counted: How many steps the optimizer that steps first had taken in the whole run by then;
+            None: nobody knows.
+    """
+
+    attempt: str
+    rank: int
+    world_size: int
+    saved_by: str
+    step: int
+    counted: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of its file."""
+        return f"{self.attempt}{_end_of_name(self.rank, self.step)}"
+
+
+def _end_of_name(rank: int, step: int) -> str:
+    return f"-rank{rank}-after{step}.jsonl"
+
+
+class StepRecord(NamedTuple):  # made in each step: a dataclass takes five times as long
+    """What one step of an optimizer was made of; digests are hexadecimal texts.
+
+    Attributes:
+        number: Which step after the checkpoint it is, from 1; those of all optimizers count.
+        optimizer: The name of the optimizer.
+        learning_rates: Of each group.
+        losses: What backward passes began at since the step before, as `float.hex` writes it.
+        batches: Digests of the micro-batches used since the step before; None: not known.
+        samples: A digest of each sample in them, in order; empty: not taken for this step.
+        generators: Digests of global random generators when the optimizer was called, by name.
+        state: Digests of weights and of the optimizer's state before the step, by name.
+        gradients: Digests of gradients, by name.
+        others: Digests of buffers, and of weights that no registered optimizer moves, by name.
+    """
+
+    number: int
+    optimizer: str
+    learning_rates: tuple[float, ...] = ()
+    losses: tuple[str, ...] = ()
+    batches: tuple[str, ...] | None = None
+    samples: tuple[str, ...] = ()
+    generators: Mapping[str, str] = MappingProxyType({})
+    state: Mapping[str, str] = MappingProxyType({})
+    gradients: Mapping[str, str] = MappingProxyType({})
+    others: Mapping[str, str] = MappingProxyType({})
+
+    def line(self) -> bytes:
+        """Return the line that stands for it in a file."""
+        return _line(self)
+
+    @classmethod
+    def of_line(cls, line: bytes) -> StepRecord | None:
+        """Return the record of a line; None: it is torn, or something else.
+
+        Example:
+            >>> record = StepRecord(1, "optimizer", (0.1,), ("0x1.0p+0",))
+            >>> StepRecord.of_line(record.line()) == record, StepRecord.of_line(record.line()[:-9])
+            (True, None)
+        """
+        found = _value_of(line)
+        if not isinstance(found, list) or len(found) != len(cls._fields):
+            return None
+        number, optimizer, rates, losses, batches, samples, *digests = found
+        is_right = (
+            type(number) is int
+            and isinstance(optimizer, str)
+            and _are(rates, float | int)
+            and _are(losses, str)
+            and (batches is None or _are(batches, str))
+            and _are(samples, str)
+            and all(isinstance(one, dict) and _are([*one.values()], str) for one in digests)
+        )
+        if not is_right:
+            return None
+        lists = (tuple(rates), tuple(losses), None if batches is None else tuple(batches))
+        return cls(number, optimizer, *lists, tuple(samples), *digests)
+
+
+def _are(values: Any, kind: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(one, kind) for one in values)
+
+
+def _line(value: Any) -> bytes:
+    text = _ENCODER.encode(value).encode()
+    return b"%s\t%016x\n" % (text, xxhash.xxh3_64_intdigest(text))
+
+
+_ENCODER = json.JSONEncoder(separators=(",", ":"), default=dict)
+
+
+def _value_of(line: bytes) -> Any:
+    text, tab, digest = line.rstrip(b"\n").rpartition(b"\t")
+    if not tab or digest != b"%016x" % xxhash.xxh3_64_intdigest(text):
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+class RecordWriter:
+    """Writes the records of one window; an error of the disk ends that, and nothing else.
+
+    Dense after the checkpoint, later ever fewer: of the steps from 1,024 on every second, from
+    2,048 on every fourth, and so on. So a file holds some thousand records at most.
+    """
+
+    def __init__(self, storage: Storage, window: Window) -> None:
+        self.path = f"{FOLDER}/{window.name}"
+        self._storage, self._window = storage, window
+        self._file: WriteHandle | None = None
+        self._is_over = False
+
+    def write(self, record: StepRecord) -> None:
+        """Append a record, unless it is one of those that are left out."""
+        if self._is_over or not is_kept(record.number):
+            return
+        try:
+            if self._file is None:
+                self._file = self._created()
+            self._file.write(record.line())
+        except OSError:
+            self.close()
+
+    def _created(self) -> WriteHandle:
+        with suppress(FileExistsError):
+            self._storage.make_folder(FOLDER)
+        file = self._storage.create(self.path)
+        file.write(_line({"format": _FORMAT, **asdict(self._window)}))
+        return file
+
+    def close(self) -> None:
+        """Write no more."""
+        self._is_over = True
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):
+                file.close()
+
+
+def is_kept(number: int) -> bool:
+    """Return whether the record of a step is written.
+
+    Example:
+        >>> [n for n in (1023, 1024, 1025, 1026, 4097, 4104) if is_kept(n)]
+        [1023, 1024, 1026, 4104]
+    """
+    return number % (1 << max(0, number.bit_length() - DENSE.bit_length() + 1)) == 0
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The steps that an earlier start took after the checkpoint that is resumed.
+
+    Attributes:
+        attempt: The start.
+        records: By number.
+    """
+
+    attempt: str
+    records: Mapping[int, StepRecord]
+
+    @property
+    def last(self) -> int:
+        """The number of the last one."""
+        return max(self.records, default=0)
+
+
+def read_recorded(
+    storage: Storage, *, rank: int, world_size: int, saved_by: str, step: int
+) -> list[Recorded]:
+    """Return what earlier starts recorded after a checkpoint, the newest start first.
+
+    Damaged lines are left out; a file that cannot be read is none.
+
+    Args:
+        storage: The run directory.
+        rank: This rank; each compares with its own.
+        world_size: How many ranks there are; others are not compared.
+        saved_by: The start that saved the checkpoint.
+        step: Its step.
+    """
+    found: list[Recorded] = []
+    for name in sorted(_names(storage, _end_of_name(rank, step)), reverse=True):
+        lines = _lines(storage, f"{FOLDER}/{name}")
+        header = _value_of(next(lines, b""))
+        if not isinstance(header, dict) or header.get("format") != _FORMAT:
+            continue
+        if (header.get("saved_by"), header.get("world_size")) != (saved_by, world_size):
+            continue
+        records = [record for line in lines if (record := StepRecord.of_line(line)) is not None]
+        if records:
+            found.append(Recorded(str(header.get("attempt")), {one.number: one for one in records}))
+    return found
+
+
+def remove_abandoned(storage: Storage, *, rank: int, steps: frozenset[int]) -> None:
+    """Remove this rank's records after checkpoints that are gone.
+
+    Args:
+        storage: The run directory.
+        rank: This rank.
+        steps: Those of the checkpoints that are still there.
+    """
+    kept = {_end_of_name(rank, step) for step in steps}
+    for name in _names(storage, ".jsonl"):
+        end = name[name.find("-rank") :]
+        if f"-rank{rank}-" in name and end not in kept:
+            with suppress(OSError):
+                storage.remove_file(f"{FOLDER}/{name}")
+
+
+def _names(storage: Storage, end: str) -> list[str]:
+    try:
+        return [name for name in storage.list(FOLDER) if name.endswith(end)]
+    except OSError:
+        return []
+
+
+def _lines(storage: Storage, path: str) -> Iterator[bytes]:
+    try:
+        with storage.open(path) as file:
+            buffer = memoryview(bytearray(min(file.nbytes, _MAX_BYTES)))
+            file.read_into(0, buffer)
+    except (OSError, EOFError):
+        return
+    yield from bytes(buffer).splitlines()
