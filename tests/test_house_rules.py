@@ -122,6 +122,7 @@ PARTS = {  # modules that serve one other module, each an idea of its own
     "unbroken.adapters.transformers.keyed_iterable": "the batches of an iterable",
     "unbroken.adapters.transformers.hf_checkpoint": "a checkpoint of the host's own, read",
     "unbroken.adapters.transformers.session": "one call of train",
+    "unbroken.checkpoint.confirm": "whether the steps that a resume repeats have the same bits",
     "unbroken.checkpoint.coverage.around": "what objects hold in the frames of a loop",
     "unbroken.checkpoint.coverage.replays": "how a script's text brings back its objects by itself",
     "unbroken.checkpoint.resume.resume": "checks, then the load",

@@ -22,9 +22,9 @@ from unbroken.step_records import (
     Recorded,
     RecordWriter,
     Scope,
-    StepDifference,
     StepObserver,
     StepRecord,
+    UnrepeatedStep,
     Window,
     compare_steps,
     read_recorded,
@@ -59,7 +59,7 @@ class _Earlier:
     was_killed: bool
     offset: int = 0
     same: int = 0
-    difference: StepDifference | None = None
+    difference: UnrepeatedStep | None = None
 
     def compare(self, record: StepRecord, scope: Scope) -> None:
         """Compare a step, if it has a record and none has differed yet."""
@@ -278,7 +278,8 @@ class StepConfirmation:
             words += "; another resume of the same checkpoint gave the same bits as this one, so "
             words += "what a resume restores is not all, rather than that the machine is flaky"
         self._tell_of_the_same()
-        if self._is_repeatable():
+        excuse = self._excuse()
+        if not excuse:
             found = Difference(PATH, None, None, words, "not covered")
             self.differences = (found,)
             self._hears.note({"event": "repeated", "step": step, "same": False, "words": words})
@@ -286,11 +287,14 @@ class StepConfirmation:
                 self._hears.report(found)
         else:
             self._hears.note({"event": "repeated", "step": step, "same": None, "words": words})
-            self._hears.tell(f"{PATH}: not repeatable here, deterministic kernels are off: {words}")
+            self._hears.tell(f"{PATH}: cannot be judged, {excuse}: {words}")
 
-    def _is_repeatable(self) -> bool:
-        is_accelerated = torch.accelerator.is_available() and self.observer.is_on_a_device
-        return torch.are_deterministic_algorithms_enabled() or not is_accelerated
+    def _excuse(self) -> str:
+        """Return why a difference says nothing about the resume; "": it does."""
+        if self._scope.excuse:
+            return f"as it may follow from a change ({self._scope.excuse})"
+        is_fixed = torch.are_deterministic_algorithms_enabled() or not self.observer.is_on_a_device
+        return "" if is_fixed else "as deterministic kernels are off"
 
     def _tell_of_the_same(self) -> None:
         """Tell, once, of the steps that were the same, and what was compared of them."""

@@ -111,11 +111,31 @@ def _identity(summary: RunSummary) -> dict[str, str]:
         facts["checkpoints"] = str(len(run.catalog.folders()))
         starts = [record for record in summary.history if record.get("event") == "started"]
         facts["segments"] = str(len(starts))
+        facts |= _resumes(summary.history)
         cadence = _cadence(summary)
         facts |= {} if cadence is None else {"cadence": str(cadence.get("text"))}
     if summary.reader is None:
         return {**facts, "checkpoint": "none yet" if not summary.skipped else "none can be opened"}
     return facts | _checkpoint_identity(summary, summary.reader) | summary.skipped
+
+
+def _resumes(history: Iterable[Mapping[str, Json]]) -> dict[str, str]:
+    """Return how many resumes there were, and whether repeated steps were the same."""
+    resumes, same, differing = 0, 0, []
+    for record in history:
+        if record.get("event") == "started" and record.get("checkpoint") is not None:
+            resumes += 1
+        elif record.get("event") == "repeated" and record.get("same") is True:
+            first, last = record.get("from"), record.get("to")
+            same += last - first + 1 if isinstance(first, int) and isinstance(last, int) else 0
+        elif record.get("event") == "repeated":
+            differing.append(str(record.get("step")))
+    if not resumes:
+        return {}
+    steps = f"{same} repeated steps, all with the same bits" if same else "no step repeated"
+    if differing:
+        steps = f"{same} repeated steps with the same bits; others from step {', '.join(differing)}"
+    return {"resumes": f"{resumes}; {steps}"}
 
 
 def _cadence(summary: RunSummary) -> Mapping[str, Json] | None:
@@ -218,11 +238,19 @@ def _lines_of(number: int, record: Mapping[str, Any]) -> list[str]:
     if event == "given up":
         modified = ", ".join(map(str, record.get("edited") or []))
         return [f"   gave up step {record.get('step')}: changed while copied: {modified}"]
+    if event == "repeated":
+        return [f"   {_repeated(record)}"]
     if event == "failed":
         return [f"   failed: {record.get('by')}"]
     if event == "stopped":
         return [f"   stopped by {record.get('by')} after step {record.get('step')}"]
     return [f"   {value_text(dict(record))}"]
+
+
+def _repeated(record: Mapping[str, Any]) -> str:
+    if record.get("same") is True:
+        return f"steps {record.get('from')} to {record.get('to')} repeated with the same bits"
+    return str(record.get("words"))
 
 
 def _is_as_written(record: Mapping[str, Any]) -> bool:

@@ -8,7 +8,7 @@ confirmed, whatever anybody forgot to save; where one has not, its record tells 
 from __future__ import annotations
 
 from unbroken.step_records.compare import Scope as Scope
-from unbroken.step_records.compare import StepDifference as StepDifference
+from unbroken.step_records.compare import UnrepeatedStep as UnrepeatedStep
 from unbroken.step_records.compare import compare_steps as compare_steps
 from unbroken.step_records.compare import scope_of as scope_of
 from unbroken.step_records.observer import StepObserver as StepObserver

@@ -39,14 +39,16 @@ class Scope:
     Attributes:
         parts: These.
         reason: Why not all; "": all are compared.
+        excuse: What was changed, where a difference may follow from that; "": nothing.
     """
 
     parts: tuple[Part, ...] = EVERY_PART
     reason: str = ""
+    excuse: str = ""
 
 
 @dataclass(frozen=True)
-class StepDifference:
+class UnrepeatedStep:
     """The first difference of a repeated step.
 
     Attributes:
@@ -78,13 +80,17 @@ def scope_of(differences: Iterable[tuple[str, str]]) -> Scope:
         for touched, part in ((_OF_RATE, "learning rate"), (_OF_DATA, "samples")):
             kept = tuple(one for one in kept if one != part or not groups & touched)
         return Scope(kept, f"accepted by name: {', '.join(changed[:_SHOWN])}")
-    if any(verdict == "equivalent" for _, verdict in found):
+    equivalent = [path for path, verdict in found if verdict == "equivalent"]
+    if any(path.partition(".")[0] not in _OF_CODE for path in equivalent):
         return Scope(("optimizer", "learning rate", "samples"), "equivalent, not exact")
+    if equivalent:
+        return Scope(excuse=", ".join(equivalent[:_SHOWN]))
     if any(verdict == "harmless" for _, verdict in found):
         return Scope(tuple(part for part in EVERY_PART if part != "generators"))
     return Scope()
 
 
+_OF_CODE = frozenset({"code", "callbacks"})  # which may compute the same, or not
 _OF_RATE = frozenset(
     {
         *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "scheduler"),
@@ -100,7 +106,7 @@ _OF_DATA = frozenset(
 )
 
 
-def compare_steps(recorded: Recorded, now: StepRecord, scope: Scope) -> StepDifference | None:
+def compare_steps(recorded: Recorded, now: StepRecord, scope: Scope) -> UnrepeatedStep | None:
     """Return the first difference between a step and its record; None: what is compared is equal.
 
     A part that either side does not know is not compared.
@@ -111,7 +117,7 @@ def compare_steps(recorded: Recorded, now: StepRecord, scope: Scope) -> StepDiff
     for part in scope.parts:
         words = _DIFFERENCES[part](before, now, recorded.records)
         if words:
-            return StepDifference(now.number, part, words)
+            return UnrepeatedStep(now.number, part, words)
     return None
 
 
@@ -131,6 +137,11 @@ def _learning_rate(before: StepRecord, now: StepRecord, _: Records) -> str:
     if before.learning_rates == now.learning_rates:
         return ""
     was, is_now = _numbers(before.learning_rates), _numbers(now.learning_rates)
+    if any(":" in name for name in _differing(before.state, now.state)):
+        return (
+            f"the learning rate is {is_now} and was {was}, and the optimizer's state differs, too: "
+            "the optimizer was not restored"
+        )
     return (
         f"the learning rate is {is_now} and was {was}: the scheduler, or what else sets the rate, "
         "was not restored"
@@ -163,7 +174,7 @@ def _which_batch(before: StepRecord, now: StepRecord, records: Records) -> str:
     if before.samples and Counter(before.samples) == Counter(now.samples):
         return "the batch has the same samples in another order: the order within it was drawn anew"
     common = Counter(before.samples) & Counter(now.samples)
-    if not common or len(before.samples) != len(now.samples):
+    if 2 * common.total() < max(len(before.samples), len(now.samples)):
         return (
             "the batch is another one: the order of the samples, what was drawn for them, or the "
             "data themselves are not what they were"
@@ -262,7 +273,13 @@ _DIFFERENCES: Mapping[Part, Callable[[StepRecord, StepRecord, Records], str]] = 
 
 
 def _differing(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    return [name for name, digest in now.items() if before.get(name, digest) != digest]
+    """Return the names whose digests differ; those of one side alone, if it was looked at there."""
+    seen = {name.partition(":")[0] for name in before} & {name.partition(":")[0] for name in now}
+    return [
+        name
+        for name in {**before, **now}
+        if before.get(name) != now.get(name) and name.partition(":")[0] in seen
+    ]
 
 
 def _some(names: Sequence[str]) -> str:

@@ -17,9 +17,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from unbroken.storage import Storage, WriteHandle
-
-FOLDER = "step-records"
-"""Where a run directory holds them."""
+from unbroken.store.format.names import STEP_RECORDS
 
 MODES = "training modes"
 """The name that the modes of all modules have in the state of a step."""
@@ -149,7 +147,7 @@ class RecordWriter:
     """
 
     def __init__(self, storage: Storage, window: Window) -> None:
-        self.path = f"{FOLDER}/{window.name}"
+        self.path = f"{STEP_RECORDS}/{window.name}"
         self._storage, self._window = storage, window
         self._file: WriteHandle | None = None
         self._is_over = False
@@ -167,7 +165,7 @@ class RecordWriter:
 
     def _created(self) -> WriteHandle:
         with suppress(FileExistsError):
-            self._storage.make_folder(FOLDER)
+            self._storage.make_folder(STEP_RECORDS)
         file = self._storage.create(self.path)
         file.write(_line({"format": _FORMAT, **asdict(self._window)}))
         return file
@@ -225,7 +223,7 @@ def read_recorded(
     """
     found: list[Recorded] = []
     for name in sorted(_names(storage, _end_of_name(rank, step)), reverse=True):
-        lines = _lines(storage, f"{FOLDER}/{name}")
+        lines = _lines(storage, f"{STEP_RECORDS}/{name}")
         header = _value_of(next(lines, b""))
         if not isinstance(header, dict) or header.get("format") != _FORMAT:
             continue
@@ -250,12 +248,12 @@ def remove_abandoned(storage: Storage, *, rank: int, steps: frozenset[int]) -> N
         end = name[name.find("-rank") :]
         if f"-rank{rank}-" in name and end not in kept:
             with suppress(OSError):
-                storage.remove_file(f"{FOLDER}/{name}")
+                storage.remove_file(f"{STEP_RECORDS}/{name}")
 
 
 def _names(storage: Storage, end: str) -> list[str]:
     try:
-        return [name for name in storage.list(FOLDER) if name.endswith(end)]
+        return [name for name in storage.list(STEP_RECORDS) if name.endswith(end)]
     except OSError:
         return []
 

@@ -294,6 +294,7 @@ def _is_number(value: Json) -> bool:
 NOT_COUNTED: Mapping[str, frozenset[str]] = {
     "config": frozenset({"config.output_dir"}),
     "other facts": frozenset({"metrics_bytes"}),
+    "step_records": frozenset({"step_records.attempt", "step_records.counted"}),
     "state": frozenset({"statistics.logged_seconds", "statistics.seconds"}),
 }
 """By group: where a run is, and how long it took. No two runs agree on it; no bit depends on it."""

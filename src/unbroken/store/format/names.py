@@ -12,6 +12,7 @@ METRICS_NAME = "metrics.jsonl"
 STAGING = ".staging"
 TRASH = ".trash"
 SET_ASIDE = "set-aside"
+STEP_RECORDS = "step-records"
 BRANCHES = "branches"
 
 MANIFEST_NAME = "manifest.json"

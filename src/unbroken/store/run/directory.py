@@ -42,6 +42,7 @@ from unbroken.store.format.names import (
     RUN_NAME,
     SET_ASIDE,
     STAGING,
+    STEP_RECORDS,
     TRASH,
     step_of,
 )
@@ -214,7 +215,7 @@ def _parse(raw: bytes, where: str) -> RunIdentity:
 # What a start that was killed before it wrote run.json may have left ...
 _OWN_BEGINNINGS = {LOCK_NAME, NEW_RUN_NAME}
 _OWN_FILES = {RUN_NAME, NEW_RUN_NAME, LOCK_NAME, HISTORY_NAME, METRICS_NAME}
-_OWN_FOLDERS = {STAGING, TRASH, SET_ASIDE, BRANCHES}
+_OWN_FOLDERS = {STAGING, TRASH, SET_ASIDE, STEP_RECORDS, BRANCHES}
 # ... and what operating systems put into folders unasked.
 _TOLERATED = {".DS_Store", "Thumbs.db", "desktop.ini", "lost+found"}
 

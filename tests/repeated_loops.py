@@ -1,0 +1,64 @@
+"""A hand-written loop that is killed, and resumes with a number that nobody saved."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from unbroken import Checkpointer, ResumePolicy
+from unbroken.data import batch_source
+
+SAVE_STEPS, END = 4, 20
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One start of the loop.
+
+    Attributes:
+        kill_after: The step after which it kills itself; None: it goes on to its end.
+        temperature: What the loss is divided by: no checkpoint holds it, no fact tells of it.
+        from_step: The first step that has this temperature; those before have 1.
+        policy: What a resume accepts.
+    """
+
+    kill_after: int | None = None
+    temperature: float = 1.0
+    from_step: int = 0
+    policy: ResumePolicy | None = None
+
+    def run(self, folder: str) -> None:
+        """Train in this process; what is told goes to a file beside the folder."""
+        with Path(f"{folder}.out").open("a", buffering=1) as out, redirect_stdout(out):
+            self._train(folder)
+
+    def _train(self, folder: str) -> None:
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.1), nn.Linear(16, 2))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        samples = [(torch.randn(6), torch.tensor(i % 2)) for i in range(40)]
+        data = batch_source(samples, global_batch_size=8, seed=1)
+        objects = {"model": model, "optimizer": optimizer, "data": data}
+        run = Checkpointer(folder, save_steps=SAVE_STEPS, resume=self.policy, **objects)
+        step = run.resume().step
+        for batch in data.iterate():
+            x, y = batch.data
+            divisor = self.temperature if step >= self.from_step else 1.0
+            nn.functional.cross_entropy(model(x) / divisor, y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            data.used(batch)
+            step += 1
+            run.save_if_due(step)
+            if step == self.kill_after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if step == END:
+                break
+        run.close()

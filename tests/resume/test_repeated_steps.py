@@ -1,0 +1,156 @@
+"""Steps that a resume takes again: are they those of the killed run? What differs is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from fresh import run_fresh
+from repeated_loops import Loop
+from scenarios import Cut, Scenario, killed, train
+from small_trainers import steps_in
+from unbroken import ResumePolicy
+
+CUT = Cut(step=9, save_steps=5)  # killed in step 9: 6 to 8 were taken after checkpoint-5
+EVERYTHING = Scenario(workers=2, accumulation=2)
+HALF = Scenario(model="batchnorm", precision="fp16")
+
+CULPRITS = [  # what is left out, in which run, and the words by which that is named
+    ("model", EVERYTHING, "weights differ before the step"),
+    ("optimizer", EVERYTHING, "the optimizer was not restored"),
+    ("scheduler", EVERYTHING, "the scheduler, or what else sets the rate"),
+    ("data", EVERYTHING, "the batch is"),
+    ("order of the data", EVERYTHING, "the batch is another one"),
+    ("keys of the samples", EVERYTHING, "the batch is another one"),
+    ("keys of the forward passes", EVERYTHING, "something else that the forward pass depends on"),
+    ("buffers", HALF, "buffers or weights that no optimizer moves differ"),
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Return the killed run of each scenario."""
+    return {
+        scenario: killed(scenario, CUT, tmp_path_factory.mktemp("run"))
+        for scenario in (EVERYTHING, HALF)
+    }
+
+
+def repeated(run, left_out=None):
+    """Resume a copy of a killed run; return what its history tells of repeated steps."""
+    folder = run.folder / "run"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(run.folder / "killed", folder)
+    arguments = (run.scenario, str(folder), CUT.save_steps, CUT, left_out)
+    assert run_fresh(train, *arguments) in (0, -signal.SIGKILL)  # the same command, killed again
+    lines = (folder / "history.jsonl").read_text().splitlines()
+    return [one for one in map(json.loads, lines) if one["event"] == "repeated"]
+
+
+@pytest.mark.parametrize("scenario", [EVERYTHING, HALF], ids=["everything", "fp16"])
+def test_repeated_steps_with_the_same_bits_are_confirmed(runs, scenario):
+    (found,) = repeated(runs[scenario])
+    assert (found["from"], found["to"], found["same"]) == (6, 8, True)
+
+
+@pytest.mark.parametrize(("part", "scenario", "words"), CULPRITS, ids=[one[0] for one in CULPRITS])
+def test_what_a_resume_forgets_is_found_where_it_first_shows(runs, part, scenario, words):
+    *_, found = repeated(runs[scenario], left_out=part)
+    shows_later = part == "scheduler"  # its rate for step 6 stands in the optimizer
+    assert (found["same"], found["step"]) == (False, 6 + shows_later)
+    assert words in found["words"]
+
+
+# A hand-written loop
+
+
+@pytest.fixture
+def loop(tmp_path):
+    """Run starts of a loop in one run directory; return the statuses, and what was told."""
+    folder = str(tmp_path / "run")
+
+    def run(*starts):
+        statuses = [run_fresh(one.run, folder) for one in starts]
+        return statuses, Path(f"{folder}.out").read_text().splitlines()
+
+    return run
+
+
+KILLED = Loop(kill_after=10)  # 9 and 10 were taken after checkpoint-8
+STRICT = ResumePolicy(exact_resume="require")
+
+
+def test_a_loop_tells_of_repeated_steps_once(loop):
+    statuses, told = loop(KILLED, Loop())
+    assert statuses == [-signal.SIGKILL, 0]
+    assert told[-1] == "steps 9 to 10 repeated with the same bits"
+
+
+def test_a_killed_start_that_took_no_further_step_leaves_nothing_to_tell_of(loop):
+    _, told = loop(Loop(kill_after=8), Loop())
+    assert not [line for line in told if "repeated" in line]
+
+
+def test_a_number_that_nobody_saved_is_told_and_the_run_is_no_longer_exact(loop):
+    statuses, told = loop(KILLED, Loop(kill_after=13, temperature=2.0), Loop(temperature=2.0))
+    assert statuses[-1] == 0
+    (line,) = [line for line in told if "step 9 was not repeated with the same bits" in line][:1]
+    assert "something else that the forward pass depends on was not saved" in line
+    assert any(line.endswith("(step 12): not known to be exact") for line in told)
+
+
+def test_under_require_a_resume_that_forgets_never_commits(loop, tmp_path):
+    strict = Loop(temperature=2.0, policy=STRICT)
+    statuses, _ = loop(KILLED, strict, strict)
+    assert statuses == [-signal.SIGKILL, 1, 1]
+    assert steps_in(tmp_path / "run") == [4, 8]
+
+
+def test_under_require_the_right_resume_still_goes_on_after_a_wrong_one(loop, tmp_path):
+    statuses, told = loop(KILLED, Loop(temperature=2.0, policy=STRICT), Loop(policy=STRICT))
+    assert statuses == [-signal.SIGKILL, 1, 0]
+    assert "steps 9 to 10 repeated with the same bits" in told
+    assert told[-1].startswith("an earlier start differs from these two:")
+
+
+def test_under_require_a_name_accepts_what_was_not_repeated(loop):
+    accepting = ResumePolicy(exact_resume="require", allow=["repeated_steps"])
+    assert loop(KILLED, Loop(temperature=2.0, policy=accepting))[0][-1] == 0
+
+
+def test_two_wrong_resumes_that_agree_do_not_outvote_the_killed_run(loop):
+    wrong = Loop(kill_after=11, temperature=2.0)
+    _, told = loop(KILLED, wrong, wrong)
+    assert "another resume of the same checkpoint gave the same bits" in told[-1]
+
+
+@pytest.mark.parametrize("damage", [b"", b"[1]\n", b"\xff" * 40, None])
+def test_damaged_records_are_none(loop, tmp_path, damage):
+    loop(KILLED)
+    (path,) = (tmp_path / "run" / "step-records").glob("*-after8.jsonl")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9] if damage is None else damage)
+    statuses, told = loop(Loop())
+    assert statuses == [0]
+    found = [line for line in told if "repeated" in line]
+    assert found == (["step 9 repeated with the same bits"] if damage is None else [])
+
+
+def test_records_after_checkpoints_that_are_gone_go_with_them(loop, tmp_path):
+    loop(KILLED)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    loop(Loop())
+    assert not [*(tmp_path / "run" / "step-records").glob("*-after4.jsonl")]
+
+
+def test_records_are_never_the_reason_why_a_run_fails(loop, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    loop(Loop(kill_after=1))
+    (folder / "step-records").write_text("in the way")
+    statuses, _ = loop(Loop())
+    assert statuses == [0]
