@@ -128,6 +128,8 @@ PARTS = {  # modules that serve one other module, each an idea of its own
     "unbroken.checkpoint.resume.resume": "checks, then the load",
     "unbroken.checkpoint.run_access": "one rank owns the run directory, the others look",
     "unbroken.checkpoint.save.staging": "a copy of the state, and whether it changed meanwhile",
+    "unbroken.step_records.compare": "what a resume must repeat, and what differed first",
+    "unbroken.step_records.observer": "what a step is made of, seen while training goes on",
     "unbroken.training.checkpoints": "what a Trainer saves and resumes",
     "unbroken.training.evaluation": "when, over which data, and what follows",
     "unbroken.training.trainer": "the loop",

@@ -19,17 +19,17 @@ from unbroken.changes.differences import Difference, ResumeReport
 from unbroken.checkpoint.resume.readers import UnseenStorage
 from unbroken.distributed import Group
 from unbroken.step_records import (
+    ComparedParts,
     Recorded,
+    RecordedRange,
     RecordWriter,
-    Scope,
     StepObserver,
     StepRecord,
     UnrepeatedStep,
-    Window,
     compare_steps,
+    parts_to_compare,
     read_recorded,
     remove_abandoned,
-    scope_of,
 )
 from unbroken.store import Json, RunDirectory
 from unbroken.store.format.names import checkpoint_name
@@ -61,7 +61,7 @@ class _Earlier:
     same: int = 0
     difference: UnrepeatedStep | None = None
 
-    def compare(self, record: StepRecord, scope: Scope) -> None:
+    def compare(self, record: StepRecord, scope: ComparedParts) -> None:
         """Compare a step, if it has a record and none has differed yet."""
         here = record._replace(number=record.number + self.offset)
         if self.difference is not None or here.number not in self.recorded.records:
@@ -117,7 +117,7 @@ class StepConfirmation:
         self._base = 0  # the step of the last checkpoint
         self._counted: int | None = None  # steps of the run until then
         self._resumed_at = 0
-        self._scope = Scope()
+        self._scope = ComparedParts()
         self._earlier: list[_Earlier] = []
         self._asks_ranks = self._is_strict = self._is_over = False
         self._steps: list[int] = []  # the first and the last that were the same
@@ -146,7 +146,7 @@ class StepConfirmation:
         self._end_window()
         self._attempt, self._run = self._named(), run
         self._is_strict, self._is_over = strict, False
-        self._scope = scope_of((one.path, one.verdict) for one in report.differences)
+        self._scope = parts_to_compare((one.path, one.verdict) for one in report.differences)
         self.differences = tuple(one for one in report.differences if one.path == PATH)
         stored = facts.get(RECORDS_KEY)
         saved_by, counted = _who_saved(stored) if report.resumed else ("", 0)
@@ -174,7 +174,7 @@ class StepConfirmation:
     def _write_after(self, saved_by: str) -> None:
         if self._run is None or isinstance(self._run.storage, UnseenStorage):
             return
-        window = Window(
+        window = RecordedRange(
             attempt=self._attempt,
             rank=self._group.rank,
             world_size=self._group.world_size,
@@ -327,7 +327,7 @@ class StepConfirmation:
         """From here on steps are rounded in another order: with their records ends this window."""
         self.observer.forget_step()
         self._end_window()
-        self._scope = scope_of([("micro_batch_size", "equivalent")])
+        self._scope = parts_to_compare([("micro_batch_size", "equivalent")])
 
     def agree(self) -> None:
         """Share what each rank has found; all ranks call this before each save."""

@@ -7,14 +7,14 @@ confirmed, whatever anybody forgot to save; where one has not, its record tells 
 
 from __future__ import annotations
 
-from unbroken.step_records.compare import Scope as Scope
+from unbroken.step_records.compare import ComparedParts as ComparedParts
 from unbroken.step_records.compare import UnrepeatedStep as UnrepeatedStep
 from unbroken.step_records.compare import compare_steps as compare_steps
-from unbroken.step_records.compare import scope_of as scope_of
+from unbroken.step_records.compare import parts_to_compare as parts_to_compare
 from unbroken.step_records.observer import StepObserver as StepObserver
 from unbroken.step_records.records import Recorded as Recorded
+from unbroken.step_records.records import RecordedRange as RecordedRange
 from unbroken.step_records.records import RecordWriter as RecordWriter
 from unbroken.step_records.records import StepRecord as StepRecord
-from unbroken.step_records.records import Window as Window
 from unbroken.step_records.records import read_recorded as read_recorded
 from unbroken.step_records.records import remove_abandoned as remove_abandoned

@@ -33,7 +33,7 @@ _SHOWN = 3
 
 
 @dataclass(frozen=True)
-class Scope:
+class ComparedParts:
     """What of a repeated step must be as it was.
 
     Attributes:
@@ -62,15 +62,15 @@ class UnrepeatedStep:
     words: str
 
 
-def scope_of(differences: Iterable[tuple[str, str]]) -> Scope:
+def parts_to_compare(differences: Iterable[tuple[str, str]]) -> ComparedParts:
     """Return what a resume with these differences must repeat.
 
     Args:
         differences: Path and verdict of each.
 
     Example:
-        >>> scope_of([]).parts == EVERY_PART, scope_of([("packages.torch", "equivalent")]).parts
-        (True, ('optimizer', 'learning rate', 'samples'))
+        >>> parts_to_compare([("packages.torch", "equivalent")]).parts
+        ('optimizer', 'learning rate', 'samples')
     """
     found = list(differences)
     changed = [path for path, verdict in found if verdict in ("changed", "refused")]
@@ -79,15 +79,15 @@ def scope_of(differences: Iterable[tuple[str, str]]) -> Scope:
         kept: tuple[Part, ...] = ("optimizer", "learning rate", "samples")
         for touched, part in ((_OF_RATE, "learning rate"), (_OF_DATA, "samples")):
             kept = tuple(one for one in kept if one != part or not groups & touched)
-        return Scope(kept, f"accepted by name: {', '.join(changed[:_SHOWN])}")
+        return ComparedParts(kept, f"accepted by name: {', '.join(changed[:_SHOWN])}")
     equivalent = [path for path, verdict in found if verdict == "equivalent"]
     if any(path.partition(".")[0] not in _OF_CODE for path in equivalent):
-        return Scope(("optimizer", "learning rate", "samples"), "equivalent, not exact")
+        return ComparedParts(("optimizer", "learning rate", "samples"), "equivalent, not exact")
     if equivalent:
-        return Scope(excuse=", ".join(equivalent[:_SHOWN]))
+        return ComparedParts(excuse=", ".join(equivalent[:_SHOWN]))
     if any(verdict == "harmless" for _, verdict in found):
-        return Scope(tuple(part for part in EVERY_PART if part != "generators"))
-    return Scope()
+        return ComparedParts(tuple(part for part in EVERY_PART if part != "generators"))
+    return ComparedParts()
 
 
 _OF_CODE = frozenset({"code", "callbacks"})  # which may compute the same, or not
@@ -106,7 +106,9 @@ _OF_DATA = frozenset(
 )
 
 
-def compare_steps(recorded: Recorded, now: StepRecord, scope: Scope) -> UnrepeatedStep | None:
+def compare_steps(
+    recorded: Recorded, now: StepRecord, scope: ComparedParts
+) -> UnrepeatedStep | None:
     """Return the first difference between a step and its record; None: what is compared is equal.
 
     A part that either side does not know is not compared.

@@ -28,7 +28,7 @@ _FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Window:
+class RecordedRange:
     """The steps that one start takes after one checkpoint, on one rank.
 
     Attributes:
@@ -146,7 +146,7 @@ class RecordWriter:
     2,048 on every fourth, and so on. So a file holds some thousand records at most.
     """
 
-    def __init__(self, storage: Storage, window: Window) -> None:
+    def __init__(self, storage: Storage, window: RecordedRange) -> None:
         self.path = f"{STEP_RECORDS}/{window.name}"
         self._storage, self._window = storage, window
         self._file: WriteHandle | None = None

@@ -29,7 +29,7 @@ from unbroken.capture import all_objects, named_objects
 from unbroken.changes.differences import Difference
 from unbroken.checkpoint.coverage.attribute_values import GENERATORS
 from unbroken.checkpoint.coverage.schedules import attributes, steers, things_around
-from unbroken.data import BatchSource, KeyedDataset, LoaderSource
+from unbroken.data import BatchSource, KeyedDataset, LoaderSource, MapSource
 from unbroken.data.sources.iterable import reason_against_its_state
 from unbroken.errors import DataError
 from unbroken.fingerprint import is_user_module, keeps_attributes
@@ -584,8 +584,7 @@ def _sources(objects: Mapping[str, object]) -> Iterator[tuple[str, BatchSource]]
 
 
 def _handed_out_by(source: object) -> int:
-    running = attributes(source).get("_running")
-    return int(getattr(running, "handed_out", 0))
+    return source.running.handed_out if isinstance(source, LoaderSource | MapSource) else 0
 
 
 _open_searches: WeakSet[NotGiven] = WeakSet()
