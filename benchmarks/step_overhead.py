@@ -8,6 +8,9 @@ is the median of its steps, from step WARM to the last but one: no start, no sav
 in it. What is stated is the median over the rounds, and the speed over the bare loop *of the
 same round*: its median and its quartiles. All use fused AdamW, the default of transformers and
 ours.
+
+What the records of steps cost is measured apart: in one process of our Trainer they are made and
+not made in turns of TURN steps, and the medians of both kinds of steps are compared.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ SIZES = {
 }
 STEPS = {"tiny": 1200, "small": 40}
 WARM = {"tiny": 200, "small": 5}
+TURN = {"tiny": 40, "small": 4}
 LEARNING_RATE, LOGGING_STEPS, SEED = 1e-4, 10, 0
 
 
@@ -94,12 +98,15 @@ def bare(size: str, watch: Watch, folder: str) -> None:
                 return
 
 
-def unbroken(size: str, watch: Watch, folder: str) -> None:
+def unbroken(size: str, watch: Watch, folder: str, *, in_turns: bool = False) -> None:
     from unbroken.training import Callback, NoDisplay, Trainer, TrainerConfig
 
     class Stopwatch(Callback):
         def on_step_end(self, trainer) -> None:
-            watch.step(trainer.progress.step)
+            watch.step(step := trainer.progress.step)
+            if in_turns:
+                observer = trainer.checkpointer.confirmation.observer
+                observer.is_recording = step // TURN[size] % 2 == 0
 
     model, data, batch = model_and_data(size)
     config = TrainerConfig(
@@ -183,12 +190,28 @@ def lightning(size: str, watch: Watch, folder: str) -> None:
     trainer.fit(Module(model), loader)
 
 
+def records_in_turns(size: str, watch: Watch, folder: str) -> None:
+    unbroken(size, watch, folder, in_turns=True)
+
+
+def cost_of_records(size: str, watch: Watch) -> float:
+    """Return the median of steps with records over that of steps without, less 1."""
+    steps = list(enumerate(pairwise(watch.times), watch.first))  # after step, from its end on
+    both: dict[bool, list[float]] = {True: [], False: []}
+    for step, (before, after) in steps:
+        both[step // TURN[size] % 2 == 0].append(after - before)
+    return median(both[True]) / median(both[False]) - 1
+
+
 def measure(method: str, size: str) -> None:
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     watch = Watch(size)
     with tempfile.TemporaryDirectory() as folder:
         globals()[method](size, watch, folder)
-    print(json.dumps({"seconds": watch.seconds_per_step()}))
+    found = {"seconds": watch.seconds_per_step()}
+    if method == "records_in_turns":
+        found["records"] = cost_of_records(size, watch)
+    print(json.dumps(found))
 
 
 def compare(size: str, rounds: int) -> dict:
@@ -198,8 +221,14 @@ def compare(size: str, rounds: int) -> dict:
         for method in METHODS[first:] + METHODS[:first]:
             one = measured_in_a_fresh_process(__file__, "--measure", method, size)
             seconds[method].append(one["seconds"])
+    records = [
+        measured_in_a_fresh_process(__file__, "--measure", "records_in_turns", size)["records"]
+        for _ in range(rounds)
+    ]
     return {
         "rounds": rounds,
+        "records_over_a_step": median(records),
+        "all_records": records,
         "seconds_per_step": {method: median(values) for method, values in seconds.items()},
         "speed_over_bare": {method: spread(seconds, method) for method in METHODS},
         "all": seconds,
@@ -218,6 +247,7 @@ def show(size: str, result: dict) -> None:
         microseconds = result["seconds_per_step"][method] * 1e6
         low, middle, high = result["speed_over_bare"][method].values()
         print(f"{size:6} {method:13} {microseconds:9.0f} us  {middle:.3f} [{low:.3f}, {high:.3f}]")
+    print(f"{size:6} records of steps cost {100 * result['records_over_a_step']:.1f} % of a step")
 
 
 if __name__ == "__main__":

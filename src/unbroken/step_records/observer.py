@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any
-from weakref import WeakMethod, WeakSet
+from weakref import WeakMethod, ref
 
 import numpy as np
 import torch
@@ -35,7 +35,10 @@ from unbroken.recorder.digests import (
 )
 from unbroken.step_records.records import MODES, StepRecord
 
-_DETAILED, _DETAILED_EVERY = 8, 16  # steps after a checkpoint, and later every so many
+# Steps after a checkpoint, and later every so many: a small step leaves the caches of a processor
+# cold, so that a digest of a batch takes 20 us in it.
+_DETAILED, _DETAILED_EVERY = 8, 16
+_WITH_BATCH, _WITH_BATCH_EVERY = 16, 4
 _MAX_SAMPLES = 256  # of a step of which each has a digest
 _MAX_WAITING = 4096  # losses and batches that no step follows
 _MAX_BEHIND = 64  # records whose numbers are still on their way from a device
@@ -65,6 +68,7 @@ class StepObserver:
             their way from a device.
 
     Attributes:
+        is_recording: Whether records are made.
         is_on_a_device: Whether parameters are elsewhere than in the memory of this machine.
         counted: Steps that the optimizer which steps first has taken since `begin`.
         number: Steps of all optimizers since `begin`.
@@ -75,7 +79,7 @@ class StepObserver:
     ) -> None:
         self._objects, self._on_step = objects, on_step
         self.number = self.counted = 0
-        self.is_on_a_device = self._is_recording = False
+        self.is_on_a_device = self.is_recording = False
         self._hooks: list[RemovableHandle] = []
         self._watched: dict[int, _Watched] = {}
         self._seen: set[int] = set()  # optimizers that have taken a step since `begin`
@@ -100,7 +104,7 @@ class StepObserver:
             is_recording: Whether records are made, too.
         """
         self._deliver(wait=True)
-        self._is_recording = is_recording
+        self.is_recording = is_recording
         self.number = self.counted = 0
         self._forget()
         self._seen.clear()
@@ -111,7 +115,7 @@ class StepObserver:
             if isinstance(one, MapSource | LoaderSource):
                 one.running.on_batch = self.note_batch
         if not self._hooks:
-            _open.add(self)
+            _open.append(ref(self))
             _hear_of_backward()
             self._hooks = [
                 register_optimizer_step_pre_hook(_weak(self._before_step)),
@@ -124,27 +128,29 @@ class StepObserver:
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._watched, self._others = [], {}, []
-        self._is_recording = False
-        _open.discard(self)
+        self.is_recording = False
+        _open[:] = [one for one in _open if one() is not self]
         _hear_of_backward()
 
     # What leads to a step.
 
     def note_batch(self, batch: Any) -> None:
         """Take note of a micro-batch that is trained on now."""
-        if not self._is_recording or len(self._batches) >= _MAX_WAITING:
+        number = self.number + 1
+        has_turn = number <= _WITH_BATCH or number % _WITH_BATCH_EVERY == 0
+        if not (self.is_recording and has_turn and len(self._batches) < _MAX_WAITING):
             return
         text = _batch_text(batch)
         if text is None:
             self._knows_batches = False
             return
         self._batches.append(text)
-        if is_detailed(self.number + 1):
+        if is_detailed(number):
             self._samples += sample_digests(batch, _MAX_SAMPLES - len(self._samples))
 
     def note_backward(self, roots: Any) -> None:
         """Take note of the loss that a backward pass begins at."""
-        if not self._is_recording:
+        if not self.is_recording:
             return
         tensors = (roots,) if isinstance(roots, Tensor) else tuple(roots)
         if len(self._losses) < _MAX_WAITING:
@@ -162,7 +168,7 @@ class StepObserver:
             return
         self._stepping, number = optimizer, self.number + 1
         self._record = {"optimizer": known.name}
-        if not self._is_recording:
+        if not self.is_recording:
             return
         self._record["learning_rates"] = tuple(learning_rates_of(optimizer))
         is_new = id(optimizer) not in self._seen
@@ -198,7 +204,7 @@ class StepObserver:
         self._first = name if self._first is None else self._first
         self.number += 1
         self.counted += name == self._first
-        if not self._is_recording:
+        if not self.is_recording:
             return
         has_batches = self._knows_batches and bool(self._batches)
         record["number"] = self.number
@@ -362,11 +368,12 @@ def _as_array(value: Any) -> np.ndarray | None:
 # Backward passes are heard of by one function in the place of PyTorch's, while anybody looks.
 
 
-_open: WeakSet[StepObserver] = WeakSet()
+_open: list[ref[StepObserver]] = []
 _replaced: list[tuple[Any, Any]] = []  # PyTorch's own, and what stands in its place
 
 
 def _hear_of_backward() -> None:
+    _open[:] = [one for one in _open if one() is not None]
     if _open and not _replaced:
         plain = torch.autograd.backward
         _replaced.append((plain, _heard(plain)))
@@ -381,8 +388,9 @@ def _heard(plain: Callable[..., None]) -> Callable[..., None]:
     @wraps(plain)
     def backward(tensors: Any, *args: Any, **options: Any) -> None:
         if not torch.compiler.is_compiling():
-            for one in list(_open):
-                one.note_backward(tensors)
+            for one in _open:
+                if (observer := one()) is not None:
+                    observer.note_backward(tensors)
         plain(tensors, *args, **options)
 
     return backward

@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import xxhash
@@ -23,6 +22,7 @@ MODES = "training modes"
 """The name that the modes of all modules have in the state of a step."""
 
 DENSE = 1024  # steps after a checkpoint of which each is recorded; later ones are thinned
+_ONE_BY_ONE, _AT_ONCE = 64, 4  # steps whose records are written at once, and later in fours
 _MAX_BYTES = 64 << 20  # of a file that is read
 _FORMAT = 1
 
@@ -58,6 +58,9 @@ def _end_of_name(rank: int, step: int) -> str:
     return f"-rank{rank}-after{step}.jsonl"
 
 
+_NOTHING: Mapping[str, str] = {}
+
+
 class StepRecord(NamedTuple):  # made in each step: a dataclass takes five times as long
     """What one step of an optimizer was made of; digests are hexadecimal texts.
 
@@ -80,10 +83,10 @@ class StepRecord(NamedTuple):  # made in each step: a dataclass takes five times
     losses: tuple[str, ...] = ()
     batches: tuple[str, ...] | None = None
     samples: tuple[str, ...] = ()
-    generators: Mapping[str, str] = MappingProxyType({})
-    state: Mapping[str, str] = MappingProxyType({})
-    gradients: Mapping[str, str] = MappingProxyType({})
-    others: Mapping[str, str] = MappingProxyType({})
+    generators: Mapping[str, str] = _NOTHING
+    state: Mapping[str, str] = _NOTHING
+    gradients: Mapping[str, str] = _NOTHING
+    others: Mapping[str, str] = _NOTHING
 
     def line(self) -> bytes:
         """Return the line that stands for it in a file."""
@@ -126,7 +129,7 @@ def _line(value: Any) -> bytes:
     return b"%s\t%016x\n" % (text, xxhash.xxh3_64_intdigest(text))
 
 
-_ENCODER = json.JSONEncoder(separators=(",", ":"), default=dict)
+_ENCODER = json.JSONEncoder(separators=(",", ":"), check_circular=False)
 
 
 def _value_of(line: bytes) -> Any:
@@ -140,10 +143,11 @@ def _value_of(line: bytes) -> Any:
 
 
 class RecordWriter:
-    """Writes the records of one window; an error of the disk ends that, and nothing else.
+    """Writes the records of one range; an error of the disk ends that, and nothing else.
 
     Dense after the checkpoint, later ever fewer: of the steps from 1,024 on every second, from
-    2,048 on every fourth, and so on. So a file holds some thousand records at most.
+    2,048 on every fourth, and so on. So a file holds some thousand records at most. After the
+    first steps they are written in fours, so that a kill can lose the last three.
     """
 
     def __init__(self, storage: Storage, window: RecordedRange) -> None:
@@ -151,17 +155,25 @@ class RecordWriter:
         self._storage, self._window = storage, window
         self._file: WriteHandle | None = None
         self._is_over = False
+        self._waiting: list[StepRecord] = []
 
     def write(self, record: StepRecord) -> None:
         """Append a record, unless it is one of those that are left out."""
         if self._is_over or not is_kept(record.number):
             return
+        self._waiting.append(record)
+        if record.number <= _ONE_BY_ONE or len(self._waiting) == _AT_ONCE:
+            self._flush()
+
+    def _flush(self) -> None:
+        lines, self._waiting = b"".join([one.line() for one in self._waiting]), []
         try:
-            if self._file is None:
+            if self._file is None and lines:
                 self._file = self._created()
-            self._file.write(record.line())
+            if self._file is not None:
+                self._file.write(lines)
         except OSError:
-            self.close()
+            self._is_over = True
 
     def _created(self) -> WriteHandle:
         with suppress(FileExistsError):
@@ -172,6 +184,8 @@ class RecordWriter:
 
     def close(self) -> None:
         """Write no more."""
+        if not self._is_over:
+            self._flush()
         self._is_over = True
         file, self._file = self._file, None
         if file is not None:
