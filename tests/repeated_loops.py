@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fresh import run_fresh
 from unbroken import Checkpointer, ResumePolicy
 from unbroken.data import batch_source
 
@@ -62,3 +63,9 @@ class Loop:
             if step == END:
                 break
         run.close()
+
+
+def run_starts(folder: Path, *starts: Loop) -> tuple[list[int], list[str]]:
+    """Run starts, each in a fresh process; return their statuses, and all that was told."""
+    statuses = [run_fresh(one.run, str(folder)) for one in starts]
+    return statuses, Path(f"{folder}.out").read_text().splitlines()

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from fresh import run_fresh
-from repeated_loops import Loop
+from repeated_loops import Loop, run_starts
 from scenarios import Cut, Scenario, killed, train
-from small_trainers import steps_in
+from small_trainers import small_trainer, steps_in
 from unbroken import ResumePolicy
+from unbroken.training import Callback
 
 CUT = Cut(step=9, save_steps=5)  # killed in step 9: 6 to 8 were taken after checkpoint-5
 EVERYTHING = Scenario(workers=2, accumulation=2)
@@ -71,13 +73,7 @@ def test_what_a_resume_forgets_is_found_where_it_first_shows(runs, part, scenari
 @pytest.fixture
 def loop(tmp_path):
     """Run starts of a loop in one run directory; return the statuses, and what was told."""
-    folder = str(tmp_path / "run")
-
-    def run(*starts):
-        statuses = [run_fresh(one.run, folder) for one in starts]
-        return statuses, Path(f"{folder}.out").read_text().splitlines()
-
-    return run
+    return partial(run_starts, tmp_path / "run")
 
 
 KILLED = Loop(kill_after=10)  # 9 and 10 were taken after checkpoint-8
@@ -154,3 +150,29 @@ def test_records_are_never_the_reason_why_a_run_fails(loop, tmp_path):
     (folder / "step-records").write_text("in the way")
     statuses, _ = loop(Loop())
     assert statuses == [0]
+
+
+# What the two Trainers say
+
+
+class FailOnce(Callback):
+    """Fails after step 5 in the first start, and is the same callback in the second."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def on_step_end(self, trainer) -> None:
+        if trainer.progress.step == 5 and not self.marker.exists():
+            self.marker.touch()
+            raise ZeroDivisionError
+
+
+def test_the_report_of_a_trainer_says_what_was_repeated(tmp_path):
+    callbacks = {"callbacks": [FailOnce(tmp_path / "has failed")]}
+    with pytest.raises(ZeroDivisionError):
+        small_trainer(tmp_path / "run", trainer=callbacks).train()
+    again = small_trainer(tmp_path / "run", trainer=callbacks)
+    again.train()
+    report = again.resume_report
+    assert report.verdict == "exact"
+    assert "step 5 repeated with the same bits" in report.notes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from unbroken.errors import DifferenceError
@@ -268,6 +268,12 @@ class ResumeReport:
     def resumed(self) -> bool:
         """Whether the run goes on from a checkpoint."""
         return self.checkpoint is not None
+
+    def with_found(self, line: str, difference: Difference | None) -> ResumeReport:
+        """Return the report with what showed since: a difference, or else a line."""
+        if difference is None:
+            return replace(self, notes=(*self.notes, line))
+        return replace(self, differences=by_severity((*self.differences, difference)))
 
     def lines(self) -> list[str]:
         """Return the report as lines of text, the most important first.

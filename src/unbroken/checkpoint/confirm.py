@@ -97,6 +97,7 @@ class StepConfirmation:
     Attributes:
         observer: Sees the steps.
         differences: What was found not to repeat; empty, or one difference.
+        on_found: Called with each line, and the difference that it tells of; may be set.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class StepConfirmation:
     ) -> None:
         self.observer = StepObserver(objects, self._stepped)
         self.differences: tuple[Difference, ...] = ()
+        self.on_found: Callable[[str, Difference | None], object] = lambda line, difference: None
         self._group, self._clock = group, clock
         self._hears = hears
         self._attempt = ""
@@ -283,11 +285,16 @@ class StepConfirmation:
             found = Difference(PATH, None, None, words, "not covered")
             self.differences = (found,)
             self._hears.note({"event": "repeated", "step": step, "same": False, "words": words})
+            self.on_found(str(found), found)
             if not self._is_strict:
                 self._hears.report(found)
         else:
             self._hears.note({"event": "repeated", "step": step, "same": None, "words": words})
-            self._hears.tell(f"{PATH}: cannot be judged, {excuse}: {words}")
+            self._tell(f"{PATH}: cannot be judged, {excuse}: {words}")
+
+    def _tell(self, line: str) -> None:
+        self._hears.tell(line)
+        self.on_found(line, None)
 
     def _excuse(self) -> str:
         """Return why a difference says nothing about the resume; "": it does."""
@@ -309,11 +316,11 @@ class StepConfirmation:
         self._hears.note({"event": "repeated", "from": first, "to": last, "same": True})
         if self._scope.reason:
             parts = " and ".join(one for one in self._scope.parts if one != "optimizer")
-            self._hears.tell(f"{steps} repeated with the same {parts} ({self._scope.reason})")
+            self._tell(f"{steps} repeated with the same {parts} ({self._scope.reason})")
             return
-        self._hears.tell(f"{steps} repeated with the same bits")
+        self._tell(f"{steps} repeated with the same bits")
         if odd is not None and odd.difference is not None and not odd.was_killed:
-            self._hears.tell(f"an earlier start differs from these two: {odd.difference.words}")
+            self._tell(f"an earlier start differs from these two: {odd.difference.words}")
 
     def _called(self, first: int, last: int) -> str:
         """Return what to call steps: by their numbers, where a step of the run is one of theirs."""

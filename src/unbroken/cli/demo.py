@@ -192,6 +192,16 @@ class RunObserver:
         records: list[dict[str, Any]] = list(self._history.records())
         return [record for record in records if record.get("event") == "started"]
 
+    def repeated(self) -> list[str]:
+        """Return in words what each start has found of the steps that it repeated."""
+        records = [one for one in self._history.records() if one.get("event") == "repeated"]
+        return [
+            f"steps {one['from']} to {one['to']} repeated with the same bits"
+            if one.get("same")
+            else str(one.get("words"))
+            for one in records
+        ]
+
     def metrics(self) -> list[dict[str, Any]]:
         """Return all records of metrics.jsonl."""
         return list(self._metrics.records())
@@ -485,6 +495,7 @@ class KilledRun:
         self._more = more
         self._pace = pace
         self._watch = stage.watch(run)
+        self._repeats = 0  # of how many it was told that they repeated steps
         self._starts = 0  # how many the run had before the process that runs now
         self._left: tuple[str, ...] = ()  # half-written checkpoints that the last kill left
 
@@ -499,7 +510,13 @@ class KilledRun:
         with self._process() as child:
             self._has_begun(child)
             child.finish()
+        self._tell_of_repeated_steps()
         return len(moments)
+
+    def _tell_of_repeated_steps(self) -> None:
+        lines = self._watch.repeated()
+        self._stage.say(*(f"            {line}" for line in lines[self._repeats :]))
+        self._repeats = len(lines)
 
     def _process(self) -> Child:
         self._starts = len(self._watch.starts())
@@ -549,6 +566,7 @@ class KilledRun:
             phase = f"inside the save of {self._left[-1].rpartition('.')[0]}"
         else:
             phase = f"while training, after step {self._watch.step()}"
+        self._tell_of_repeated_steps()
         self._stage.say(f"   kill {number}   {phase} ({seconds:.1f} s after this start)")
 
 

@@ -594,6 +594,7 @@ class RunCheckpoints:
             stack.enter_context(self._deterministic())
             report = self._checkpointer.resume(which, ahead=construction.ahead)
             state.resume_report = report
+            self._checkpointer.confirmation.on_found = state.note_found
             self._put_processor_files()
             if report.resumed:
                 construction.has_weights()

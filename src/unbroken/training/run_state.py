@@ -13,7 +13,7 @@ import xxhash
 from torch import Tensor, nn
 
 from unbroken.capture import capture_gradients, restore_gradients
-from unbroken.checkpoint import ResumeReport
+from unbroken.checkpoint import Difference, ResumeReport
 from unbroken.data import BatchSource, MapSource, MicroBatch
 from unbroken.distributed import Group
 from unbroken.distributed.dtensors import whole
@@ -514,6 +514,10 @@ class RunState:
         requests: Any = group.gather("what callbacks asked for", own)
         self.stop_reason = next((reason for reason, _ in requests if reason is not None), None)
         self.save_requested = any(requested for _, requested in requests)
+
+    def note_found(self, line: str, difference: Difference | None) -> None:
+        """Add to the report of the start what showed since."""
+        self.resume_report = self.resume_report.with_found(line, difference)
 
     def use_micro_batch(self, size: int, source: BatchSource | None) -> None:
         """Divide batches into micro-batches of this size from now on."""

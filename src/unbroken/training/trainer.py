@@ -228,7 +228,7 @@ class Trainer:
         self._refuse_missing_evaluation_data()
         state, checkpoints = self._run_state, self._run_checkpoints
         with self._session() as preemption:
-            report = self._begin(resume_from_checkpoint)
+            self._begin(resume_from_checkpoint)
             self.pace.step_begins()
             with self.randomness.keyed():
                 for micro_batches in self._micro_batches_of_steps(preemption):
@@ -250,7 +250,8 @@ class Trainer:
             checkpoints.poll(wait=True)
             checkpoints.load_best()
             self.call("on_train_end")
-        return TrainResult(state.progress, state.stop_reason, state.statistics.best_metric, report)
+        report, best = state.resume_report, state.statistics.best_metric
+        return TrainResult(state.progress, state.stop_reason, best, report)
 
     @contextmanager
     def _session(self) -> Iterator[Preemption]:
@@ -267,7 +268,7 @@ class Trainer:
             stack.enter_context(self._run_checkpoints.noting_an_early_stop())
             yield preemption
 
-    def _begin(self, which: ResumeFrom) -> ResumeReport:
+    def _begin(self, which: ResumeFrom) -> None:
         state, checkpoints = self._run_state, self._run_checkpoints
         if which is not None or not checkpoints.is_loaded:
             self.load_checkpoint(state.config.resume_from_checkpoint if which is None else which)
@@ -285,7 +286,6 @@ class Trainer:
         self.division.agree_on_the_beginning(self.model, state.max_steps)
         self.call("on_train_begin")
         self.checkpointer.attributes.restore(again=True)
-        return state.resume_report
 
     def _micro_batches_of_steps(self, preemption: Preemption) -> Iterator[list[MicroBatch]]:
         """Yield the micro-batches of one optimizer step after the other, until the end."""

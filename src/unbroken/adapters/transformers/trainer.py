@@ -16,6 +16,7 @@ from unbroken.adapters.transformers.changes import UserChoices, facts_of_subclas
 from unbroken.adapters.transformers.session import TrainSession
 from unbroken.capture import capture_rng, restore_rng
 from unbroken.checkpoint import (
+    Difference,
     ExactResume,
     ResumeFrom,
     ResumeReport,
@@ -258,6 +259,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         prepared = super()._prepare_for_training(max_steps, session.continued_loader, None)
         session.resume()
         self.resume_report = session.report
+        session.checkpointer.confirmation.on_found = self._note_found
         if self.is_world_process_zero():
             _log_report(self.resume_report)
             step = self.state.global_step
@@ -265,6 +267,9 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
                 by = "" if step >= max_steps else " (a callback ended the run)"
                 _log.warning(f"finished at step {step} of {max_steps} already{by}; nothing to do")
         return prepared
+
+    def _note_found(self, line: str, difference: Difference | None) -> None:
+        self.resume_report = self.resume_report.with_found(line, difference)
 
     def _run_epoch(self, *arguments: Any, **options: Any) -> None:
         if self._session is not None:
