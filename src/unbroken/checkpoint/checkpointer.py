@@ -199,12 +199,13 @@ class Checkpointer:
             made_by_settings=facts.made_by_settings,
             check_values=facts.check_values,
         )
-        self._loop: LoopWatch | None = None
-        if not facts.is_complete:
-            self._loop = LoopWatch(self.objects, self.attributes, self._tell)
         self._rehearsal = Rehearsal(self.objects)
         hears = Hears(self._tell, self._report, self.note_event)
         self.confirmation = StepConfirmation(self.objects, self.group, self._clock.wall, hears)
+        self._loop: LoopWatch | None = None
+        if not facts.is_complete:
+            on_batch = self.confirmation.observer.note_batch
+            self._loop = LoopWatch(self.objects, self.attributes, self._tell, on_batch)
 
     def _more_facts(self, more: Callable[[], Mapping[str, Any]] | None) -> Mapping[str, Any]:
         bare = self.attributes.bare.items()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from unbroken.step_records import (
     parts_to_compare,
     read_recorded,
     remove_abandoned,
+    says_something,
 )
 from unbroken.store import Json, RunDirectory
 from unbroken.store.format.names import checkpoint_name
@@ -67,7 +69,8 @@ class _Earlier:
         if self.difference is not None or here.number not in self.recorded.records:
             return
         self.difference = compare_steps(self.recorded, here, scope)
-        self.same += self.difference is None
+        has_bits = bool(scope.reason) or says_something(self.recorded, here)
+        self.same += self.difference is None and has_bits
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class StepConfirmation:
         self._resumed_at = 0
         self._scope = ComparedParts()
         self._earlier: list[_Earlier] = []
-        self._asks_ranks = self._is_strict = self._is_over = False
+        self._asks_ranks = self._is_strict = self._is_over = self._was_refused = False
         self._steps: list[int] = []  # the first and the last that were the same
         self._events = 0  # steps of all optimizers that were the same
 
@@ -169,8 +172,11 @@ class StepConfirmation:
     def _recorded(self, saved_by: str) -> list[_Earlier]:
         if self._run is None:
             return []
-        ranks = {"rank": self._group.rank, "world_size": self._group.world_size}
-        found = read_recorded(self._run.storage, **ranks, saved_by=saved_by, step=self._base)
+        rank, size = self._group.rank, self._group.world_size
+        read = partial(read_recorded, self._run.storage, saved_by=saved_by, step=self._base)
+        found = read(rank=rank, world_size=size)
+        if not found and rank == 0 and (found := read(rank=0, world_size=None)):
+            self._scope = ComparedParts(("optimizer", "learning rate"), "another number of ranks")
         return [_Earlier(one, one.attempt == saved_by) for one in found]
 
     def _write_after(self, saved_by: str) -> None:
@@ -241,6 +247,9 @@ class StepConfirmation:
         self.observer.end()
         self._end_window()
         self._tell_of_the_same()
+        if self._is_strict and not self._was_refused:  # else it was told at once
+            for one in self.differences:
+                self._hears.report(one)
 
     # The comparison.
 
@@ -338,6 +347,7 @@ class StepConfirmation:
 
     def agree(self) -> None:
         """Share what each rank has found; all ranks call this before each save."""
+        self._was_refused = self._is_strict and bool(self.differences)  # by the save
         if not self._asks_ranks:
             return
         words = [one.effect for one in self.differences]

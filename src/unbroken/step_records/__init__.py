@@ -11,6 +11,7 @@ from unbroken.step_records.compare import ComparedParts as ComparedParts
 from unbroken.step_records.compare import UnrepeatedStep as UnrepeatedStep
 from unbroken.step_records.compare import compare_steps as compare_steps
 from unbroken.step_records.compare import parts_to_compare as parts_to_compare
+from unbroken.step_records.compare import says_something as says_something
 from unbroken.step_records.observer import StepObserver as StepObserver
 from unbroken.step_records.records import Recorded as Recorded
 from unbroken.step_records.records import RecordedRange as RecordedRange

@@ -106,6 +106,15 @@ _OF_DATA = frozenset(
 )
 
 
+def says_something(recorded: Recorded, now: StepRecord) -> bool:
+    """Return whether a step and its record have bits in common that depend on the state."""
+    before = recorded.records.get(now.number)
+    if before is None:
+        return False
+    has_digests = before.gradients.keys() & now.gradients.keys()
+    return bool((before.losses and now.losses) or has_digests)
+
+
 def compare_steps(
     recorded: Recorded, now: StepRecord, scope: ComparedParts
 ) -> UnrepeatedStep | None:

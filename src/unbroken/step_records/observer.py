@@ -134,8 +134,19 @@ class StepObserver:
 
     # What leads to a step.
 
+    def look(self, note: Callable[[Any], None], thing: Any) -> None:
+        """Look at something; where that fails, look no longer: training goes on in any case."""
+        try:
+            note(thing)
+        except Exception:  # tensors of any library come here, and a record is worth no run
+            self._behind.clear()
+            self.end()
+
     def note_batch(self, batch: Any) -> None:
         """Take note of a micro-batch that is trained on now."""
+        self.look(self._note_batch, batch)
+
+    def _note_batch(self, batch: Any) -> None:
         number = self.number + 1
         has_turn = number <= _WITH_BATCH or number % _WITH_BATCH_EVERY == 0
         if not (self.is_recording and has_turn and len(self._batches) < _MAX_WAITING):
@@ -154,7 +165,8 @@ class StepObserver:
             return
         tensors = (roots,) if isinstance(roots, Tensor) else tuple(roots)
         if len(self._losses) < _MAX_WAITING:
-            self._losses += [_bits(one) for one in tensors if one.numel() == 1]
+            plain = (one for one in tensors if type(one) is Tensor and not one.is_meta)
+            self._losses += [_bits(one) for one in plain if one.numel() == 1]
 
     def forget_step(self) -> None:
         """Forget what was seen of a step that is tried again."""
@@ -164,13 +176,15 @@ class StepObserver:
 
     def _before_step(self, optimizer: Optimizer) -> None:
         known = self._watched.get(id(optimizer))
-        if known is None or self._stepping is not None or os.getpid() != self._pid:
+        is_inside = self._stepping not in (None, optimizer)  # the same: an exception left its step
+        if known is None or is_inside or os.getpid() != self._pid:
             return
         self._stepping, number = optimizer, self.number + 1
         self._record = {"optimizer": known.name}
         if not self.is_recording:
             return
-        self._record["learning_rates"] = tuple(learning_rates_of(optimizer))
+        if not any(_is_elsewhere(group.get("lr")) for group in optimizer.param_groups):
+            self._record["learning_rates"] = tuple(learning_rates_of(optimizer))
         is_new = id(optimizer) not in self._seen
         if is_new or is_detailed(number):
             self._seen.add(id(optimizer))
@@ -230,6 +244,11 @@ class StepObserver:
                 event.synchronize()
             self._behind.popleft()
             self._on_step(StepRecord(**_arrived(record)))
+
+
+def _is_elsewhere(rate: object) -> bool:
+    """Return whether a learning rate is on a device, which is not waited for."""
+    return isinstance(rate, Tensor) and not rate.is_cpu
 
 
 def _in_turn(values: Named, number: int) -> Named:
@@ -390,7 +409,7 @@ def _heard(plain: Callable[..., None]) -> Callable[..., None]:
         if not torch.compiler.is_compiling():
             for one in _open:
                 if (observer := one()) is not None:
-                    observer.note_backward(tensors)
+                    observer.look(observer.note_backward, tensors)
         plain(tensors, *args, **options)
 
     return backward
@@ -402,4 +421,4 @@ def _weak(method: Callable[[Optimizer], None]) -> Callable[..., None]:
 
 def _call(method: WeakMethod[Callable[[Optimizer], None]], optimizer: Optimizer, *_: Any) -> None:
     if not torch.compiler.is_compiling() and (found := method()) is not None:
-        found(optimizer)
+        found.__self__.look(found, optimizer)  # type: ignore[attr-defined]

@@ -222,7 +222,7 @@ class Recorded:
 
 
 def read_recorded(
-    storage: Storage, *, rank: int, world_size: int, saved_by: str, step: int
+    storage: Storage, *, rank: int, world_size: int | None, saved_by: str, step: int
 ) -> list[Recorded]:
     """Return what earlier starts recorded after a checkpoint, the newest start first.
 
@@ -231,7 +231,7 @@ def read_recorded(
     Args:
         storage: The run directory.
         rank: This rank; each compares with its own.
-        world_size: How many ranks there are; others are not compared.
+        world_size: How many ranks there were; None: any number.
         saved_by: The start that saved the checkpoint.
         step: Its step.
     """
@@ -241,7 +241,8 @@ def read_recorded(
         header = _value_of(next(lines, b""))
         if not isinstance(header, dict) or header.get("format") != _FORMAT:
             continue
-        if (header.get("saved_by"), header.get("world_size")) != (saved_by, world_size):
+        is_other = world_size not in (None, header.get("world_size"))
+        if is_other or header.get("saved_by") != saved_by:
             continue
         records = [record for line in lines if (record := StepRecord.of_line(line)) is not None]
         if records:

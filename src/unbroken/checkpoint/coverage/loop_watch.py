@@ -42,6 +42,7 @@ class LoopWatch:
         objects: The registered objects, by name; schedules that are found are added.
         attributes: Those that are saved though they are none of these.
         tell: Called with each line about what is found between two looks.
+        on_batch: Called with each batch of a loader that was not given.
 
     Attributes:
         around: What objects hold that stand in the frames of the loop.
@@ -54,12 +55,13 @@ class LoopWatch:
         objects: dict[str, object],
         attributes: Attributes,
         tell: Callable[[str], None],
+        on_batch: Callable[[Any], object],
     ) -> None:
         self.around = AroundLoop(objects, attributes)
         self.schedules = FoundSchedules(objects)
         self.gradients = UnfinishedGradients(objects)
         self._not_given = NotGiven(objects, attributes.covers)
-        self._tell = tell
+        self._tell, self._on_batch = tell, on_batch
         self._step_hook: RemovableHandle | None = None
 
     def look(self) -> None:
@@ -74,7 +76,7 @@ class LoopWatch:
         if self._step_hook is None:
             hook = partial(_before_step, weakref.WeakMethod(self._before_step))
             self._step_hook = register_optimizer_step_pre_hook(hook)
-            self._not_given.begin()
+            self._not_given.begin(self._on_batch)
         return self.schedules.look()
 
     def look_back(self, values: Any) -> tuple[Difference, ...]:

@@ -66,21 +66,26 @@ class LoadersSeen:
         sign: Returns what changes with each backward pass and each step.
         trains: Whether a batch that is read now could be one to train on.
         given: Returns how many batches registered sources have handed out.
+
+    Attributes:
+        on_batch: Called with each batch that may be one to train on.
     """
 
     def __init__(
         self, sign: Callable[[], Sign], trains: Callable[[], bool], given: Callable[[], int]
     ) -> None:
         self.trained: list[Any] = []
+        self.on_batch: Callable[[Any], object] = lambda _: None
         self._sign, self._trains, self._given = sign, trains, given
         self._epochs: WeakKeyDictionary[Any, _Pass] = WeakKeyDictionary()
         self._last: tuple[Any, _Pass] | None = None
         self._steps = 0
 
-    def gave(self, batches: Any) -> None:
+    def gave(self, batches: Any, batch: Any) -> None:
         """Take note of a batch that an iterator gives."""
         if isinstance(batches._dataset, KeyedDataset) or not self._trains():
             return
+        self.on_batch(batch)
         before, sign = self._epochs.get(batches), self._sign()
         now = _Pass(sign, self._given(), self._steps)
         if before is not None and before.sign != sign and self._is_for_steps(before, now):
@@ -170,7 +175,7 @@ def _heard(plain: Callable[[Any], Any]) -> Callable[[Any], Any]:
         finally:
             _inside.one = outer
         for seen in list(_open_logs):
-            seen.gave(self)
+            seen.gave(self, batch)
         return batch
 
     return __next__
@@ -201,8 +206,14 @@ class NotGiven:
         self._stepping: dict[int, Optimizer | None] = {}  # None: one that is not registered
         self._trained: list[nn.Module] = []
 
-    def begin(self) -> None:
-        """Look from now on, until `end`."""
+    def begin(self, on_batch: Callable[[Any], object]) -> None:
+        """Look from now on, until `end`.
+
+        Args:
+            on_batch: Called with each batch of a loader that may be one to train on, where no
+                registered source gives any.
+        """
+        self._loaders.on_batch = lambda batch: None if self._has_sources() else on_batch(batch)
         _open_searches.add(self)
         _hear_of_averages()
         watch(self._loaders)
