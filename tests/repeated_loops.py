@@ -14,6 +14,7 @@ from torch import nn
 from fresh import run_fresh
 from unbroken import Checkpointer, ResumePolicy
 from unbroken.data import batch_source
+from unbroken.distributed import join
 
 SAVE_STEPS, END = 4, 20
 
@@ -69,3 +70,34 @@ def run_starts(folder: Path, *starts: Loop) -> tuple[list[int], list[str]]:
     """Run starts, each in a fresh process; return their statuses, and all that was told."""
     statuses = [run_fresh(one.run, str(folder)) for one in starts]
     return statuses, Path(f"{folder}.out").read_text().splitlines()
+
+
+def train_on_a_rank(temperature: float, folder: str, kill_after: int | None, exact: str) -> None:
+    """Train a replica of a model on this rank; nothing adds gradients but the save compares.
+
+    Args:
+        temperature: What this rank divides its loss by, with a factor of 0: weights stay equal.
+        folder: The run directory.
+        kill_after: The step after which all ranks kill themselves; None: none does.
+        exact: As `ResumePolicy(exact_resume=...)`.
+    """
+    out = f"{folder}.out{os.environ['RANK']}"
+    with Path(out).open("a", buffering=1) as stream, redirect_stdout(stream):
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        model = nn.Linear(6, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        policy = ResumePolicy(exact_resume=exact)
+        run = Checkpointer(
+            folder, save_steps=4, resume=policy, ranks=join(), model=model, optimizer=optimizer
+        )
+        step = run.resume().step
+        while step < END:
+            optimizer.zero_grad()
+            (model(torch.ones(1, 6)).sum() / temperature).backward()
+            optimizer.step()
+            step += 1
+            run.save_if_due(step)
+            if step == kill_after:
+                os.kill(os.getpid(), signal.SIGKILL)
+        run.close()
