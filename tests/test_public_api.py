@@ -68,7 +68,11 @@ PARAMETERS = {
     unbroken.Checkpointer.should_save: "self step",
     unbroken.Checkpointer.wait: "self",
     unbroken.Checkpointer.poll: "self",
-    unbroken.Checkpointer.log: "self record",
+    unbroken.Checkpointer.log: "self record values",
+    unbroken.Checkpointer.steps: "self until batch_size accumulate resume",
+    unbroken.Checkpointer.epochs: "self until batch_size accumulate resume",
+    unbroken.Checkpointer.batches: "self",
+    unbroken.Checkpointer.stop: "self",
     unbroken.Checkpointer.close: "self",
     assert_resumes_exactly: "command arguments resume_command at kills steps seed timeout folder "
     "clean",

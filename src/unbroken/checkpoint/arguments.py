@@ -34,6 +34,7 @@ _OF_SAVE = {
 _OF_RANKS = ("group", "read_from", "per_rank")
 _OF_FACTS = {"fingerprint": "more", "examine": "filter", "told": "made_by_settings"}
 _OF_CLOCK = ("wall_clock",)
+_OF_LOOPS = ("batch_size", "accumulate", "until")
 _IN_POLICIES = (*_OF_SAVE, *_OF_RANKS, *_OF_FACTS, *_OF_CLOCK, "policy")
 _SHORT, _NEAR = 40, 0.6
 
@@ -301,6 +302,9 @@ def check_objects(
             raise ConfigError(_spelled(name, value), what, hint=_meant(name, value, keywords))
         for path, one in _within(name, value):
             _refuse_data(path, one)
+    if taken := [name for name in reserved if name in objects]:
+        where, hint = f"Checkpointer({taken[0]}=...)", f"For example own_{taken[0]}=..."
+        raise ConfigError(where, "this name is taken: choose another", hint=hint)
 
 
 def _is_plain(value: object) -> bool:
@@ -320,6 +324,8 @@ def _meant(name: str, value: object, keywords: Collection[str]) -> str:
         return "leave it out where there is none"
     if name in _IN_POLICIES or name in _OF_POLICY:
         return f"{_in_policy(name, value)}, from unbroken"
+    if name in _OF_LOOPS:
+        return f"run.steps({name}={value!r})"
     if name == "resume_from_checkpoint":
         return f"say so when you resume: resume({value!r})"
     if name in ("output_dir", "folder", "path", "run_dir"):
@@ -362,9 +368,9 @@ def _refuse_data(path: str, value: object) -> None:
         raise ConfigError(
             path,
             f"a {kind} does not know its place, so that it cannot be saved",
-            hint="data = batch_source(it, seed=0, global_batch_size=...), from unbroken, knows it: "
-            "Checkpointer(..., data=data); train on `batch.data` for each batch of data.iterate(), "
-            "and call data.used(batch)",
+            hint="Checkpointer(..., data=it) does, and gives its batches by run.steps(); or data = "
+            "batch_source(it, seed=0, global_batch_size=...), from unbroken: train on `batch.data` "
+            "for each batch of data.iterate(), and call data.used(batch)",
         )
 
 

@@ -131,6 +131,11 @@ class SavePolicy:
     mode: SaveMode = "blocking"
     layout: Callable[[Mapping[str, object]], Layout] = Layout.of
 
+    @property
+    def has_cadence(self) -> bool:
+        """Whether it says when to save."""
+        return any(one is not None for one in (self.steps, self.minutes, self.max_lost_minutes))
+
 
 class SaveTimer:
     """Says when a run is to be saved; the ranks of a group always hear the same.

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import torch.distributed as dist
 
-from unbroken.capture import capture, capture_rng, named_objects
+from unbroken.capture import capture, capture_rng
 from unbroken.changes.compare import Comparison, ResumePolicy
 from unbroken.changes.differences import Difference, ResumeReport
 from unbroken.checkpoint.arguments import (
@@ -23,7 +23,6 @@ from unbroken.checkpoint.arguments import (
     check_keywords,
     check_kinds,
     check_objects,
-    loggable,
     save_policy_of,
     tell_line,
 )
@@ -31,8 +30,12 @@ from unbroken.checkpoint.cadence import SavePolicy, SaveSteps, SaveTimer
 from unbroken.checkpoint.confirm import Hears, StepConfirmation
 from unbroken.checkpoint.coverage.attributes import ATTRIBUTES_KEY, Attributes, is_bare
 from unbroken.checkpoint.coverage.loop_watch import GRADIENTS, LoopWatch
-from unbroken.checkpoint.coverage.unregistered import missing_facts
+from unbroken.checkpoint.coverage.schedules import covers
+from unbroken.checkpoint.coverage.unregistered import UncoveredNotices, missing_facts
 from unbroken.checkpoint.ddp_buckets import DdpBuckets
+from unbroken.checkpoint.loop.data import LoopData, data_apart
+from unbroken.checkpoint.loop.stored import values_of_user
+from unbroken.checkpoint.loop.training_loop import Around, LoopMethods, TrainingLoop
 from unbroken.checkpoint.resume.per_rank import (
     RANK_FACTS_KEY,
     RankFact,
@@ -75,15 +78,14 @@ from unbroken.errors import RankError, SaveError, UnbrokenError, spelled
 from unbroken.fingerprint import object_facts
 from unbroken.goodput import SaveInterval
 from unbroken.storage import Storage
-from unbroken.store import Json, KeepPolicy, RunDirectory
+from unbroken.store import KeepPolicy, RunDirectory
 from unbroken.store.run.directory import now_as_text
-from unbroken.stored_names import stored_class_name
 
 _ONCE = "the ranks hold different states; only rank 0's is saved"
 _RESERVED = ("rng", "values", ATTRIBUTES_KEY, GRADIENTS, MODES)
 
 
-class Checkpointer:
+class Checkpointer(LoopMethods):
     """Saves objects of a training run, and resumes them bit for bit.
 
     A save is atomic and durable: when `save` returns (or `wait`, with a mode other than
@@ -156,6 +158,8 @@ class Checkpointer:
     ) -> None:
         check_keywords(save, keep, resume, clock)
         check_kinds(directory=directory, branch=branch, types=types, tell=tell)
+        data = data_apart(objects)
+        objects = {name: one for name, one in objects.items() if name not in data}
         check_objects(objects, _KEYWORDS, _RESERVED)
         save = save_policy_of(save, save_steps)
         self._clock = Clock() if clock is None else clock
@@ -178,18 +182,22 @@ class Checkpointer:
         self._access = RunAccess(self.group, directory, branch, clock=wall, unseen=unseen)
         self._layout, self._tell_user, self._types = save.layout, tell, tuple(types)
         self._may_hold_foreign_files = False  # which are of no run
-        self._reported_paths: set[str] = set()  # of what is not covered
         self._rank_facts: dict[str, list[RankFact]] | None = None  # that differ from rank 0's
         self._build_checks(resume)
         self._lineage = SaveLineage()
         self._saver = AsyncSaver(save.mode, self.group, self.objects)
         self._plan = SharePlan()
         self._timer = SaveTimer(save, group=self.group, clock=self._clock.monotonic)
+        self._training_loop = TrainingLoop(
+            self,
+            LoopData(data, objects, bare, self.group),
+            Around(self.attributes, self._loop, self._clock, self._tell),
+            has_cadence=save.has_cadence,
+        )
 
     def _build_checks(self, policy: ResumePolicy | None) -> None:
         """Make what compares this start with others, and finds what was not given to be saved."""
         facts = self._run_facts
-        self.buckets = DdpBuckets(self.objects, self.group, self._tell_of)
         self.comparison = Comparison(
             self.objects,
             settings=facts.settings,
@@ -199,8 +207,15 @@ class Checkpointer:
             made_by_settings=facts.made_by_settings,
             check_values=facts.check_values,
         )
+        self._notices = UncoveredNotices(
+            self.comparison,
+            self._uncovered_buckets,
+            where=lambda: self.run.storage.describe(),
+            tell=self._tell,
+        )
+        self.buckets = DdpBuckets(self.objects, self.group, self._notices.tell_of)
         self._rehearsal = Rehearsal(self.objects)
-        hears = Hears(self._tell, self._report, self.note_event)
+        hears = Hears(self._tell, self._notices.report, self.note_event)
         self.confirmation = StepConfirmation(self.objects, self.group, self._clock.wall, hears)
         self._loop: LoopWatch | None = None
         if not facts.is_complete:
@@ -210,13 +225,16 @@ class Checkpointer:
     def _more_facts(self, more: Callable[[], Mapping[str, Any]] | None) -> Mapping[str, Any]:
         bare = self.attributes.bare.items()
         own = {"state": {name: object_facts(one) for name, one in bare}} if bare else {}
-        return {**own, **({} if more is None else more())}
+        return {**own, **self._training_loop.facts(), **({} if more is None else more())}
 
     @property
     def _shared_buckets(self) -> DdpBuckets | None:
         """The buckets, where processes add gradients together; None: this one is alone."""
         has_group = dist.is_available() and dist.is_initialized()
         return self.buckets if has_group and dist.get_world_size() > 1 else None
+
+    def _uncovered_buckets(self) -> tuple[Difference, ...]:
+        return () if (buckets := self._shared_buckets) is None else buckets.uncovered()
 
     def register(self, **objects: object) -> None:
         """Add objects to save, or put others in the place of those of the same names.
@@ -296,10 +314,12 @@ class Checkpointer:
             StateMismatchError: If the checkpoint does not fit the objects; likewise.
             DamagedCandidateError: If what `choose` returned is damaged; the error has the next one.
         """
+        self._training_loop.refuse_resume()
         with self._errors_in_loop_words():
             report = self._resumed(which, ahead)
         for line in () if self._run_facts.is_complete else report.lines():
             self._tell(line)
+        self._training_loop.resumed(report)
         return report
 
     def _resumed(
@@ -333,9 +353,9 @@ class Checkpointer:
         self._access.has_started = True
         if self._loop is not None:
             self._loop.schedules.note_resumed()
-        self._reported_paths = {one.path for one in report.differences}
+        self._notices.begin(report.differences)
         if self.comparison.is_strict:
-            self.group.run_on_all("look for what is not covered", self._tell_uncovered)
+            self.group.run_on_all("look for what is not covered", self._notices.tell)
         self._rehearsal.begin(report.step)
         is_here, strict = self._lineage.previous is not None, self.comparison.is_strict
         self.confirmation.resumed(self.run, report, resumed.facts, is_here=is_here, strict=strict)
@@ -411,6 +431,7 @@ class Checkpointer:
 
     def save_if_due(self, step: int, values: Any = None) -> str | None:
         """Save if the cadence says so; return the folder of the checkpoint, or None."""
+        self._training_loop.refuse_by_hand("save_if_due")
         self.rehearse(step, lambda: values)
         return self.save(step, values) if self.should_save(step) else None
 
@@ -420,6 +441,7 @@ class Checkpointer:
         Raises:
             CaptureError: After the first step: something could not be saved.
         """
+        self._training_loop.refuse_by_hand("should_save")
         self.rehearse(step)
         self._saver.poll()
         return self._timer.due(step, again=self._saver.must_repeat, cost=self._saver.cost)
@@ -443,6 +465,7 @@ class Checkpointer:
             SaveError: If the disk fails or is full; all earlier checkpoints are as they were.
             RankError: If it failed on another rank, or the ranks do not hold the same state.
         """
+        self._training_loop.refuse_by_hand("save")
         with self._errors_in_loop_words():
             self._saver.finish_previous()  # an error of that save is raised here
             run = self.run
@@ -463,12 +486,15 @@ class Checkpointer:
         group, own = self.group, () if self._ranks.read_from == "rank0" else self._ranks.per_rank
         if group.world_size > 1 and own is not None and "rng" not in own:
             group.agree("the random generators at a save", rng_digest())
-        missing = group.run_on_all("look for what was not given", lambda: self._look_back(values))
+        missing = group.run_on_all(
+            "look for what was not given", lambda: self._look_back(values_of_user(values))
+        )
         tree = group.run_on_all("capture the state", lambda: capture(self.objects))
-        tree |= modes_apart(group, tree) | self._moved(tree, values) | self._gradients()
+        tree |= modes_apart(group, tree) | self._moved(tree, values)
+        tree |= {} if self._loop is None else self._loop.gradients.on_all(group)
         tree |= {"values": values, "rng": capture_rng()}
         differing, once = self._differing(tree, own)
-        self._tell_of(once)
+        self._notices.tell_of(once)
         buckets, by_hand = self._shared_buckets, not self._run_facts.is_complete
         buffers = () if buckets is None else buckets.buffers_of_rank_0()
         return CapturedState(tree, own, differing, buffers, by_hand), (*missing, *once)
@@ -484,13 +510,6 @@ class Checkpointer:
         layout, facts = self._layout(self.objects), {**self._facts(run), **not_given, **facts}
         history_fields = self._timer.history_fields(self._saver.cost)
         return SaveRequest(step, layout, facts, self.keep, history_fields, self._clock.wall)
-
-    def _gradients(self) -> dict[str, Any]:
-        """Return the gradients that wait for a step; on all ranks where one has any."""
-        if self._loop is None:
-            return {}
-        found = self._loop.gradients.capture()
-        return {GRADIENTS: found} if self.group.any(found is not None) else {}
 
     @contextmanager
     def _errors_in_loop_words(self) -> Iterator[None]:
@@ -520,29 +539,8 @@ class Checkpointer:
         """Tell of what the training until now had and a save has not; return it."""
         found = self.confirmation.differences
         found += () if self._loop is None else self._loop.look_back(values)
-        self._tell_of((*self._uncovered(), *found))
+        self._notices.tell(found)
         return found
-
-    def _tell_uncovered(self) -> None:
-        """Tell, once, of what a resume will not be exact for; raise where that is not accepted."""
-        self._tell_of(self._uncovered())
-
-    def _uncovered(self) -> tuple[Difference, ...]:
-        buckets = self._shared_buckets
-        return (*self.comparison.uncovered, *(() if buckets is None else buckets.uncovered()))
-
-    def _tell_of(self, found: tuple[Difference, ...]) -> None:
-        new = tuple(one for one in found if one.path not in self._reported_paths)
-        if not new:
-            return
-        self.comparison.refuse(self.run.storage.describe(), new)
-        self._reported_paths |= {one.path for one in new}
-        for one in new:
-            self._tell(str(one))
-
-    def _report(self, difference: Difference) -> None:
-        self._reported_paths.add(difference.path)
-        self._tell(str(difference))
 
     def _tell(self, line: str) -> None:
         if self._tell_user is not None and self.group.rank == 0:
@@ -551,7 +549,7 @@ class Checkpointer:
     def _moved(self, tree: Mapping[str, Any], values: Any) -> dict[str, Any]:
         """Return what training has made of attributes; nothing if no rank has any."""
         moved = self.group.run_on_all("capture the state", lambda: self.attributes.state(tree))
-        moved |= {} if self._loop is None else self._loop.around.state(values)
+        moved |= {} if self._loop is None else self._loop.around.state(values_of_user(values))
         alone = self.group.world_size == 1
         return {ATTRIBUTES_KEY: moved} if (moved if alone else self.group.any(bool(moved))) else {}
 
@@ -619,7 +617,7 @@ class Checkpointer:
             "best_step": self.best_step,
             **self._lineage.facts(),
             **self.comparison.facts,
-            "covers": self._covers(),
+            "covers": covers(self.objects, () if schedules is None else schedules.found),
             **self.confirmation.facts(),
             **({} if buckets is None else buckets.facts()),
             **({"found": schedules.facts()} if schedules is not None and schedules.found else {}),
@@ -627,26 +625,19 @@ class Checkpointer:
             **({"not_judged": self.attributes.unknown} if self.attributes.unknown else {}),
         }
 
-    def _covers(self) -> dict[str, Json]:
-        """Return the objects that a checkpoint holds, each with its class."""
-        kinds = {path: stored_class_name(type(one)) for path, one in named_objects(self.objects)}
-        found = () if self._loop is None else self._loop.schedules.found
-        return {**kinds, **{name: f"{kinds[name]}, found" for name in found if name in kinds}}
-
-    def log(self, record: Mapping[str, Any]) -> None:
+    def log(self, record: Mapping[str, Any] | None = None, **values: Any) -> None:
         """Append one line to metrics.jsonl: there exactly once, however often the run is killed.
 
         Args:
             record: Numbers, texts, and lists and dicts of these; tensors and arrays of one number,
                 and numbers of NumPy, are taken as numbers.
+            values: More of these, by name; in a loop over `steps` or `epochs` the step belongs to
+                them, and the epoch.
 
         Raises:
             ConfigError: A value is something else.
         """
-        run, record = (
-            self.run,
-            {str(name): loggable(one, str(name)) for name, one in record.items()},
-        )
+        run, record = self.run, self._training_loop.record(record or {}, values)
         if self.group.rank == 0:
             self._lineage.require_resumed(run)
             run.metrics.append(record)
@@ -663,6 +654,7 @@ class Checkpointer:
 
     def _close(self, error: BaseException | None) -> None:
         self.buckets.close()
+        self._training_loop.closed()
         self.confirmation.close()
         try:
             self._rehearsal.end()

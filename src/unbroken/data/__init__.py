@@ -16,6 +16,7 @@ from unbroken.data.sources.batch_digests import arrays_in as arrays_in
 from unbroken.data.sources.batch_digests import drawn_from as drawn_from
 from unbroken.data.sources.batch_digests import generators_in as generators_in
 from unbroken.data.sources.factory import batch_source as batch_source
+from unbroken.data.sources.factory import loop_source as loop_source
 from unbroken.data.sources.iterable import Grouping as Grouping
 from unbroken.data.sources.iterable import reason_against_its_state as reason_against_its_state
 from unbroken.data.sources.loader import CountedSource as CountedSource
@@ -25,6 +26,7 @@ from unbroken.data.sources.map_style import KeyedDataset as KeyedDataset
 from unbroken.data.sources.map_style import Loading as Loading
 from unbroken.data.sources.map_style import MapSource as MapSource
 from unbroken.data.sources.protocol import BatchSource as BatchSource
+from unbroken.data.sources.protocol import EpochSource as EpochSource
 from unbroken.data.sources.protocol import MicroBatch as MicroBatch
 from unbroken.data.sources.protocol import Position as Position
 
@@ -34,6 +36,7 @@ __all__ = [
     "BatchSource",
     "CountedSource",
     "EpochDigests",
+    "EpochSource",
     "GlobalOrder",
     "Grouping",
     "KeyedDataset",
@@ -53,5 +56,6 @@ __all__ = [
     "drawn_from",
     "generators_in",
     "keyed_random",
+    "loop_source",
     "reason_against_its_state",
 ]

@@ -337,6 +337,7 @@ class MicroBatchSampler:
         world_size: W, number of ranks.
         start: Samples used so far by all ranks; it may lie in the middle of a step.
         steps_from: The position that steps of this size are counted from.
+        stop: The position, between two steps, where it ends; None: it is endless.
 
     Raises:
         ConfigError: The sizes do not fit each other, or not the start position.
@@ -359,6 +360,7 @@ class MicroBatchSampler:
         start: int = 0,
         *,
         steps_from: int = 0,
+        stop: int | None = None,
     ) -> None:
         if start < 0:
             raise ConfigError("start", expected="a position >= 0", found=start)
@@ -366,13 +368,13 @@ class MicroBatchSampler:
         self.shape = BatchShape(global_batch_size, micro_batch_size, rank, world_size)
         self.start = start
         self.shape.micro_batches_left(start - steps_from)
-        self._steps_from = steps_from
+        self._steps_from, self._stop = steps_from, stop
 
     def first_positions(self) -> Iterator[int]:
         """Yield the position of the first sample of each micro-batch of this rank."""
         shape, begin = self.shape, self.start
         left = shape.micro_batches_left(self.start - self._steps_from)
-        while True:
+        while self._stop is None or begin < self._stop:
             for micro in range(left):  # of a step that is pending only the rest is dealt out
                 yield begin + (shape.rank * left + micro) * shape.micro_batch_size
             begin += left * shape.stride

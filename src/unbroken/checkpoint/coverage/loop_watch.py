@@ -1,4 +1,4 @@
-"""Watching a hand-written loop: what steers it and was not given, and gradients that wait.
+"""Watching a hand-written loop: what steers it and was not given, gradients that wait, its steps.
 
 A Trainer gives all that it depends on, and needs none of this.
 """
@@ -13,8 +13,12 @@ from weakref import ref
 
 import torch
 from torch import nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils.hooks import RemovableHandle
 
 from unbroken.capture import (
@@ -30,7 +34,8 @@ from unbroken.checkpoint.coverage.around import AroundLoop
 from unbroken.checkpoint.coverage.attributes import Attributes
 from unbroken.checkpoint.coverage.schedules import FoundSchedules
 from unbroken.checkpoint.coverage.unregistered import NotGiven
-from unbroken.errors import CorruptCheckpointError, UnbrokenError, spelled
+from unbroken.distributed import Group
+from unbroken.errors import ConfigError, CorruptCheckpointError, UnbrokenError, spelled
 
 
 class LoopWatch:
@@ -89,6 +94,10 @@ class LoopWatch:
             return ()
         self._not_given.require_used()
         return self._not_given.found(values)
+
+    def holds(self, thing: object) -> bool:
+        """Return whether a thing is registered, or a part of what is."""
+        return self._not_given.holds(thing)
 
     def end(self) -> None:
         """Look no longer."""
@@ -163,6 +172,11 @@ class UnfinishedGradients:
                 old is None or old[0]() is not now for old, now in pairs
             )
         self._at_step[id(optimizer)] = [_signed(one) for one in marks]
+
+    def on_all(self, group: Group) -> dict[str, Any]:
+        """Return what is to be saved of them; on all ranks where one has any."""
+        found = self.capture()
+        return {GRADIENTS: found} if group.any(found is not None) else {}
 
     def capture(self) -> Captured | None:
         """Return the gradients by the names of their parameters, or None where there are none."""
@@ -269,3 +283,89 @@ def _is_zero(gradient: torch.Tensor) -> bool:
     words = flat.view(torch.int64) if is_aligned else flat  # eight at once take a fifth of the time
     size = _PART // words.element_size()
     return not any(bool(words[at : at + size].any()) for at in range(0, len(words), size))
+
+
+# Which steps of a loop count.
+
+
+class StepsSeen:
+    """Sees the steps of registered optimizers, and those that a registered scaler skips.
+
+    Args:
+        objects: The registered objects, by name.
+        holds: Whether an object is registered, or a part of what is.
+
+    Attributes:
+        has_stepped: Whether an optimizer has stepped since `turn_begins`.
+    """
+
+    def __init__(self, objects: Mapping[str, object], holds: Callable[[object], bool]) -> None:
+        self.has_stepped = False
+        self._objects, self._holds = objects, holds
+        self._known: dict[int, tuple[Optimizer, bool]] = {}
+        self._scales: list[tuple[GradScaler, torch.Tensor | float]] = []
+        self._hooks: list[RemovableHandle] = []
+
+    def begin(self) -> None:
+        """Look from now on, until `end`."""
+        self._known = {}
+        self._hooks = [
+            register_optimizer_step_pre_hook(self._before_step),
+            register_optimizer_step_post_hook(self._after_step),
+        ]
+
+    def end(self) -> None:
+        """Look no longer."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._scales = [], []
+
+    def turn_begins(self) -> None:
+        """Forget the turn before."""
+        self.has_stepped = False
+        scalers = [one for one in all_objects(self._objects) if isinstance(one, GradScaler)]
+        self._scales = [(one, _scale_of(one)) for one in scalers if one.is_enabled()]
+
+    def counts_without_a_step(self) -> bool:
+        """Return whether a turn in which no optimizer stepped is a step all the same.
+
+        It is one where a scaler has skipped it, which then lowers its scale; and where there is no
+        optimizer at all.
+        """
+        if not self._has_optimizer():
+            return True
+        return any(bool(_scale_of(one) < before) for one, before in self._scales)
+
+    def waits_for_a_step(self) -> bool:
+        """Return whether gradients were gathered for a step still to come."""
+        optimizers = [one for one in all_objects(self._objects) if isinstance(one, Optimizer)]
+        groups = [group for one in optimizers for group in one.param_groups]
+        return any(p.grad is not None for group in groups for p in group["params"])
+
+    def _has_optimizer(self) -> bool:
+        known = any(is_own for _, is_own in self._known.values())
+        return known or any(isinstance(one, Optimizer) for one in all_objects(self._objects))
+
+    def _before_step(self, optimizer: Optimizer, *_: object) -> None:
+        """Refuse a step of which no checkpoint would know anything."""
+        if torch.compiler.is_compiling():
+            return
+        known = self._known.get(id(optimizer))
+        if known is None or known[0] is not optimizer:
+            self._known[id(optimizer)] = (optimizer, self._holds(optimizer))
+            if not self._has_optimizer():
+                kind = type(optimizer).__name__
+                what = f"this {kind} steps, and the Checkpointer was given no optimizer"
+                raise ConfigError("optimizer", what, hint="Checkpointer(..., optimizer=optimizer)")
+
+    def _after_step(self, optimizer: Optimizer, *_: object) -> None:
+        # While a step is compiled this is traced, and run again in each step: it must be simple.
+        is_own = torch.compiler.is_compiling() or self._known[id(optimizer)][1]
+        if is_own:
+            self.has_stepped = True
+
+
+def _scale_of(scaler: GradScaler) -> torch.Tensor | float:
+    """Return the factor of a scaler, without waiting for a device."""
+    scale = scaler._scale  # noqa: SLF001 (get_scale waits)
+    return float(scaler._init_scale) if scale is None else scale.detach().clone()  # noqa: SLF001

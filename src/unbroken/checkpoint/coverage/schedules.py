@@ -21,6 +21,7 @@ from unbroken.changes.differences import Difference
 from unbroken.changes.rules import fingerprint_differences
 from unbroken.errors import StateMismatchError
 from unbroken.fingerprint import is_user_code, qualified_name, scheduler_facts
+from unbroken.store import Json
 from unbroken.stored_names import stored_class_name
 
 # What stands around a call in the user's own code: the objects that his frames hold, by name.
@@ -395,6 +396,12 @@ def _parts(value: object) -> Iterator[object]:
             if isinstance(part, LRScheduler) or steers(part):
                 yield part
                 yield from _parts(part)
+
+
+def covers(objects: Mapping[str, object], found: Collection[str]) -> dict[str, Json]:
+    """Return the objects that a checkpoint holds, each with its class; `found` are schedules."""
+    kinds = {path: stored_class_name(type(one)) for path, one in named_objects(objects)}
+    return {**kinds, **{name: f"{kinds[name]}, found" for name in found if name in kinds}}
 
 
 def steers(thing: object) -> bool:

@@ -26,6 +26,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset, Sampler, dataloader
 
 from unbroken.capture import all_objects, named_objects
+from unbroken.changes.compare import Comparison
 from unbroken.changes.differences import Difference
 from unbroken.checkpoint.coverage.attribute_values import GENERATORS
 from unbroken.checkpoint.coverage.schedules import attributes, steers, things_around
@@ -181,6 +182,56 @@ def _heard(plain: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return __next__
 
 
+class UncoveredNotices:
+    """What is not covered by the checkpoints of a start, as far as the user was told of it.
+
+    Args:
+        comparison: What this start is compared by.
+        more: Returns what else is not covered.
+        where: Returns where the run is.
+        tell: Called with each line.
+    """
+
+    def __init__(
+        self,
+        comparison: Comparison,
+        more: Callable[[], tuple[Difference, ...]],
+        *,
+        where: Callable[[], str],
+        tell: Callable[[str], None],
+    ) -> None:
+        self._comparison, self._more = comparison, more
+        self._where, self._tell = where, tell
+        self._reported: set[str] = set()
+
+    def begin(self, differences: Iterable[Difference]) -> None:
+        """Begin with what a resume has told."""
+        self._reported = {one.path for one in differences}
+
+    def tell(self, more: tuple[Difference, ...] = ()) -> None:
+        """Tell of all that is not covered, and of more; raise where that is not accepted."""
+        self.tell_of((*self._comparison.uncovered, *self._more(), *more))
+
+    def tell_of(self, found: tuple[Difference, ...]) -> None:
+        """Tell of these alone.
+
+        Raises:
+            DifferenceError: Only an exact resume is accepted.
+        """
+        new = tuple(one for one in found if one.path not in self._reported)
+        if not new:
+            return
+        self._comparison.refuse(self._where(), new)
+        self._reported |= {one.path for one in new}
+        for one in new:
+            self._tell(str(one))
+
+    def report(self, difference: Difference) -> None:
+        """Tell of a difference that was accepted, or is refused elsewhere."""
+        self._reported.add(difference.path)
+        self._tell(str(difference))
+
+
 NOT_GIVEN_KEY = "not_given"
 """Where the facts of a checkpoint hold what its training had and it has not."""
 
@@ -230,11 +281,11 @@ class NotGiven:
     def before_step(self, optimizer: Optimizer) -> None:
         """Take note of who steps, and what is around a step."""
         if self._stepping.get(id(optimizer)) is not optimizer:
-            self._stepping[id(optimizer)] = optimizer if self._holds(optimizer) else None
+            self._stepping[id(optimizer)] = optimizer if self.holds(optimizer) else None
         if self._stepping[id(optimizer)] is None:
             if id(optimizer) in self._seen:
                 return
-            if not any(one._holds(optimizer) for one in list(_open_searches)):
+            if not any(one.holds(optimizer) for one in list(_open_searches)):
                 self._see(optimizer, f"steps {_count(optimizer)} and keeps a state of its own")
             return
         if self.steps < _STEPS:
@@ -252,7 +303,7 @@ class NotGiven:
 
     def averaged(self, average: AveragedModel) -> None:
         """Take note of an average that is updated."""
-        if not any(one._holds(average) for one in list(_open_searches)):
+        if not any(one.holds(average) for one in list(_open_searches)):
             self._see(average, "averages the weights")
 
     def _see(self, thing: Any, does: str) -> None:
@@ -284,7 +335,7 @@ class NotGiven:
         found = [
             _difference(_name(names.get(one), thing), thing, does)
             for one, (thing, does) in self._seen.items()
-            if not self._holds(thing) and not _is_kept(thing, kept)
+            if not self.holds(thing) and not _is_kept(thing, kept)
         ]
         given = {id(one) for one in self._datasets()}
         trained = [one for one in self._loaders.trained if self._is_read_beside(one, given)]
@@ -328,7 +379,7 @@ class NotGiven:
 
     # What is around.
 
-    def _holds(self, thing: object) -> bool:
+    def holds(self, thing: object) -> bool:
         """Return whether a thing is registered, or a part of what is."""
         for one in all_objects(self._objects):
             if one is thing or any(part is thing for part in _parts(one)):
@@ -386,7 +437,7 @@ class NotGiven:
         for one in around:
             is_own = isinstance(one, nn.Module) and keeps_attributes(one)
             draws = isinstance(one, GENERATORS) and id(one) not in _SAVED_ANYWAY
-            if (is_own or draws) and id(one) not in of_data and not self._holds(one):
+            if (is_own or draws) and id(one) not in of_data and not self.holds(one):
                 yield one
 
     def _copies_among(self, around: Iterable[object]) -> Iterator[_Copy]:
@@ -400,13 +451,13 @@ class NotGiven:
                 if model is None or any(id(tensor) in known for tensor in tensors):
                     continue
                 # Few things come this far; to ask whether one is held takes longer.
-                if not isinstance(value, AveragedModel) and not self._holds(value):
+                if not isinstance(value, AveragedModel) and not self.holds(value):
                     known.update(map(id, tensors))  # what holds it comes before it
                     yield _Copy(value, name, model)
 
     def _compare(self, copy: _Copy) -> None:
         """See whether a copy of a model is changed by training, other than to a copy again."""
-        if copy.has_moved() and not self._holds(copy.owner):
+        if copy.has_moved() and not self.holds(copy.owner):
             self._see(copy.owner, "holds a copy of the model's weights that training changes")
 
 

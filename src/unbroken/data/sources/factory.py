@@ -96,6 +96,61 @@ def batch_source(
     return _loader_source(data, seed, shape, grouping, on_skip, may_change)
 
 
+def loop_source(
+    data: Any,
+    *,
+    seed: int,
+    batch_size: int | None,
+    whole_epochs: bool,
+    rank: int = 0,
+    world_size: int = 1,
+) -> BatchSource:
+    """Return the source of a hand-written loop: each micro-batch is one of the loop's batches.
+
+    What a loader gives is a batch. So is what an iterable gives, unless it is a data set of single
+    samples and `batch_size` says how many make a batch.
+
+    Args:
+        data: As `batch_source` takes it.
+        seed: As `batch_source` takes it.
+        batch_size: Samples in a batch of this rank; None: the data give batches.
+        whole_epochs: Whether an epoch is a whole number of batches: what fills none is left out of
+            a map-style data set's.
+        rank: This rank.
+        world_size: Number of ranks.
+
+    Raises:
+        DataError: The data cannot be read again from a position, or are too few.
+        ConfigError: `batch_size` is missing, or has no meaning for these data.
+
+    Example:
+        >>> next(loop_source([[1, 2]], seed=0, batch_size=1, whole_epochs=False).iterate()).samples
+        1
+    """
+    gives_samples = _is_map_style(data) or (_gives_samples(data) and batch_size is not None)
+    kind = type(data).__name__
+    if gives_samples and batch_size is None:
+        hint = "run.steps(..., batch_size=...); or give a DataLoader, which has one"
+        raise ConfigError("batch_size", f"is needed to make batches of a {kind}", hint=hint)
+    if not gives_samples and batch_size is not None:
+        what = f"has no meaning for a {kind}, which gives batches"
+        raise ConfigError("batch_size", what, found=batch_size, hint="leave it out")
+    size = 1 if batch_size is None else batch_size
+    if gives_samples:
+        return batch_source(
+            data,
+            seed=seed,
+            global_batch_size=size * world_size,
+            micro_batch_size=size,
+            drop_last=whole_epochs and _is_map_style(data),
+            rank=rank,
+            world_size=world_size,
+        )
+    _refuse_what_is_no_data(data)
+    shape = BatchShape(world_size, 1, rank, world_size)
+    return _loader_source(data, seed, shape, Grouping(), None, ())
+
+
 def _loader_source(
     data: Any,
     seed: int,

@@ -205,6 +205,10 @@ class Grouping:
     drop_last: bool = False
 
 
+class EpochOverError(Exception):
+    """An epoch has no more micro-batches, and the next one is not to be begun."""
+
+
 @dataclass
 class Reader:
     """A position in the endless chain of epochs of a loader.
@@ -218,6 +222,8 @@ class Reader:
         drawn_from: What the loader held when the first item of this epoch had come.
         expected: What it must hold then in an epoch that the run had begun to read before it was
             killed: `epoch`, `drawn_from`.
+        is_bounded: Whether it ends with the epoch, and begins no other one.
+        gives_rest: Whether it then gives the last items, fewer than were asked for.
     """
 
     loader: ForeignLoader
@@ -227,6 +233,8 @@ class Reader:
     seen: BatchDigest = field(default_factory=BatchDigest)
     drawn_from: Mapping[str, str] = field(default_factory=dict)
     expected: Mapping[str, Any] = field(default_factory=dict)
+    is_bounded: bool = False
+    gives_rest: bool = False
 
     def read(self, rng: KeyedRandom) -> Any:
         """Return the next item of this epoch, or END."""
@@ -248,11 +256,20 @@ class Reader:
                 raise read_otherwise(where, what, digest, now)
 
     def take(self, count: int, grouping: Grouping, rng: KeyedRandom) -> tuple[list[Any], int]:
-        """The next `count` items, and the epoch of the first one."""
+        """The next `count` items, fewer at the end of a bounded epoch; the epoch of the first.
+
+        Raises:
+            EpochOverError: A bounded epoch is over.
+        """
         items: list[Any] = []
         epoch = self.epoch
         while len(items) < count:
             item = self.read(rng)
+            if item is END and self.is_bounded:
+                self._require_items(1)
+                if items and self.gives_rest:
+                    break
+                raise EpochOverError
             if item is END:
                 if grouping.drop_last:
                     items.clear()
@@ -263,7 +280,7 @@ class Reader:
             items.append(item)
         return items, epoch
 
-    def _next_epoch(self, least: int, rng: KeyedRandom) -> None:
+    def _require_items(self, least: int) -> None:
         if self.taken < least:
             raise DataError(
                 type(self.loader.loader).__name__,
@@ -272,6 +289,9 @@ class Reader:
                 found=self.taken,
                 hint="An iterable must give its items again each time it is iterated.",
             )
+
+    def _next_epoch(self, least: int, rng: KeyedRandom) -> None:
+        self._require_items(least)
         self.epoch, self.taken, self.seen = self.epoch + 1, 0, BatchDigest()
         self.batches = self.loader.begin(self.epoch, rng)
 

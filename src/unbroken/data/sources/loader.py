@@ -12,12 +12,18 @@ from fractions import Fraction
 from typing import Any, ClassVar
 
 import torch
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from unbroken.data.keyed_rng import KeyedRandom, derive_key
 from unbroken.data.order import BatchShape
 from unbroken.data.sources.batch_digests import OR_ALLOW, BatchDigest, read_otherwise, weights_of
-from unbroken.data.sources.iterable import END, ForeignLoader, Grouping, Reader
+from unbroken.data.sources.iterable import (
+    END,
+    EpochOverError,
+    ForeignLoader,
+    Grouping,
+    Reader,
+)
 from unbroken.data.sources.own_generators import OwnGenerators
 from unbroken.data.sources.protocol import (
     MAY_CHANGE_WITH_DATA,
@@ -98,6 +104,7 @@ class LoaderSource:
         self._batch: list[Any] = []
         self._reader: Reader | None = None
         self._left: _Left | None = None
+        self._over: Position | None = None  # where an epoch was seen to end
         self.own_generators = OwnGenerators(
             {"data": loader},
             is_alone=self.kind == "counted" and _is_read_here(loader) and shape.world_size == 1,
@@ -157,16 +164,52 @@ class LoaderSource:
 
         A pass that stands there already goes on, with nothing to be read again.
         """
-        self.first_items = []
         start = self.position if position is None else position
+        return self.running.begin(self._read(start, self._reader_left_at(start)))
+
+    def _reader_left_at(self, start: Position) -> Reader | None:
+        """Close the iterator that runs; return what it reads with, if it stands there."""
+        self.first_items = []
         self._left = _Left()
         self.running.close()
         left, self._left = self._left, None
         if left.position is not start:
             left.end()
-        return self.running.begin(
-            self._read(start, left.reader if left.position is start else None)
-        )
+        return left.reader if left.position is start else None
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the position lies in; at the edge of two, the one that was read last."""
+        return self.position.epoch
+
+    def rest_of_epoch(self, epoch: int) -> Iterator[MicroBatch]:
+        """Return the micro-batches of this epoch that are still to come.
+
+        Raises:
+            DataError: The position lies in another epoch.
+        """
+        start = self.position
+        if start.epoch != epoch:
+            what = "the position lies in another epoch than the loop"
+            raise DataError("data", what, expected=epoch, found=start.epoch)
+        if start is self._over or self._is_known_to_be_over(start):
+            return iter(())
+        return self.running.begin(self._read(start, self._reader_left_at(start), bounded=True))
+
+    def _is_known_to_be_over(self, position: Position) -> bool:
+        """Return whether nothing is left of an epoch, by a length that is always right."""
+        loader = self._loader.loader
+        is_plain = type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset)
+        length = self._loader.length if is_plain else None
+        return length is not None and position.taken >= length
+
+    def end_epoch(self, epoch: int) -> None:
+        """Go to the beginning of the next epoch, whatever of this one was left out."""
+        self._reader_left_at(self.position)
+        if self.position.epoch == epoch:
+            self.position = Position(samples=self.position.samples, epoch=epoch + 1)
+            self.own_generators.note(self.position)
+        self._reader = None
 
     def used(self, micro: MicroBatch) -> None:
         """Record that a micro-batch was used."""
@@ -276,13 +319,17 @@ class LoaderSource:
             finally:
                 self.is_reading = False
 
-    def _read(self, position: Position, reader: Reader | None) -> Generator[MicroBatch, None, None]:
+    def _read(
+        self, position: Position, reader: Reader | None, *, bounded: bool = False
+    ) -> Generator[MicroBatch, None, None]:
         if reader is None:
             with self._reading() as rng:
                 reader = self._resume(position, rng)
             reader.expected = position.trail.get("next") or {}
             self._refuse_other_weights()
         self._reader = reader
+        reader.is_bounded = bounded  # what not all ranks get, none gets
+        reader.gives_rest = self.shape.world_size == 1 and not self._grouping.drop_last
         try:
             while True:
                 with self._reading() as rng:  # closed before each yield: the trainer draws too
@@ -291,6 +338,8 @@ class LoaderSource:
                 position = micro.after
                 self.own_generators.note(position)
                 yield micro
+        except EpochOverError:
+            self._over = position
         finally:
             left = _Left(reader, position)
             if self._left is None:
@@ -337,7 +386,7 @@ class LoaderSource:
             self._batch = [size, _digest_of(data)]
         if position.pending == own - 1:
             self._skip_of_others(reader, (shape.world_size - 1 - shape.rank) * own, rng)
-        return MicroBatch(data, size, epoch, first, self._after(reader, position, size))
+        return MicroBatch(data, len(items), epoch, first, self._after(reader, position, len(items)))
 
     def _skip_of_others(self, reader: Reader, micro_batches: int, rng: KeyedRandom) -> None:
         """Read what other ranks take."""

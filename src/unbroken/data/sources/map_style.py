@@ -247,18 +247,56 @@ class MapSource:
             ConfigError: The position lies in the middle of a step that cannot be finished with
                 these sizes.
         """
-        start = (self.position if position is None else position).samples
+        start = self.position if position is None else position
+        return self.running.begin(self._read(self._sampler(start), start))
+
+    def _sampler(self, start: Position, stop: int | None = None) -> MicroBatchSampler:
         shape = self.shape
-        sampler = MicroBatchSampler(
+        return MicroBatchSampler(
             self.order,
             shape.global_batch_size,
             shape.micro_batch_size,
             shape.rank,
             shape.world_size,
-            start,
+            start.samples,
             steps_from=self._steps_from,
+            stop=stop,
         )
-        return self.running.begin(self._read(sampler, position or self.position))
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the position lies in; at the edge of two, the next one."""
+        return self.order.epoch(self.position.samples)
+
+    def rest_of_epoch(self, epoch: int) -> Iterator[MicroBatch]:
+        """Return the micro-batches of this epoch that are still to come.
+
+        Raises:
+            DataError: An epoch is no whole number of batches.
+        """
+        size, stop = self.order.epoch_size, (epoch + 1) * self.order.epoch_size
+        if (stop - self._steps_from) % self.shape.global_batch_size:
+            raise DataError(
+                "data",
+                "a batch would span two epochs",
+                expected=f"epochs of a multiple of {self.shape.global_batch_size} samples",
+                found=f"{size} samples",
+                hint="batch_source(..., drop_last=True) leaves out the samples that fill no batch, "
+                "others in each epoch",
+            )
+        if self.position.samples >= stop:
+            return iter(())
+        sampler = self._sampler(self.position, stop)
+        return self.running.begin(self._read(sampler, self.position))
+
+    def end_epoch(self, epoch: int) -> None:
+        """Go to the beginning of the next epoch, whatever of this one was left out."""
+        stop = (epoch + 1) * self.order.epoch_size
+        if self.position.samples == stop:
+            return
+        self.running.close()
+        self.position = Position(stop)
+        self.own_generators.note(self.position)
 
     def used(self, micro: MicroBatch) -> None:
         """Record that a micro-batch was used."""

@@ -109,6 +109,28 @@ class BatchSource(Protocol):
         """Stop reading and shut the workers down; the position stays."""
 
 
+@runtime_checkable
+class EpochSource(BatchSource, Protocol):
+    """A source that can be read epoch by epoch: nothing of the next one is read before it begins.
+
+    A loop over epochs may change what the next one is drawn from, between the two.
+    """
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the position lies in; at the edge of two, the next one."""
+
+    def rest_of_epoch(self, epoch: int) -> Iterator[MicroBatch]:
+        """Return the micro-batches of this epoch that are still to come.
+
+        Args:
+            epoch: The epoch that the position lies in, or whose end it is.
+        """
+
+    def end_epoch(self, epoch: int) -> None:
+        """Go to the beginning of the next epoch, whatever of this one was left out."""
+
+
 class RunningIterator:
     """The running iterator over the data; beginning another one closes it.
 

@@ -1,0 +1,1 @@
+"""The loop in which nothing can be forgotten, and what it is given."""
