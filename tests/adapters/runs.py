@@ -220,7 +220,9 @@ def train(order: dict) -> None:
     callbacks = callbacks_of(order)
     options = {"resume_from_checkpoint": order["start"]} if "start" in order else {}
     options |= {
-        key: order[key] for key in ("allow", "skip", "exact_resume", "save_mode") if key in order
+        key: order[key]
+        for key in ("allow", "skip", "exact_resume", "save_mode", "confirm_stops")
+        if key in order
     }
     trainer = trainer_class(order)(
         model_of(order),

@@ -106,3 +106,11 @@ def test_what_an_exception_left_of_a_step_is_not_counted_when_the_same_trainer_g
 
 def test_a_finished_run_says_what_transformers_own_would_make_of_its_checkpoints(run):
     assert "unbroken export RUN TARGET --to transformers" in run().text
+
+
+def test_a_stop_leaves_a_step_to_compare_where_that_is_asked_for(run, uninterrupted):
+    case = {**CASES["shuffled"], "confirm_stops": True}
+    assert run(kill_at=7, signal=signal.SIGTERM, **case).status == 75
+    resumed = run(**case)
+    assert resumed.bits == uninterrupted(**CASES["shuffled"]).bits
+    assert "step 8 repeated with the same bits" in resumed.report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 from functools import partial
@@ -12,9 +13,9 @@ import pytest
 
 from fresh import run_fresh
 from repeated_loops import Loop, run_starts
-from scenarios import Cut, Scenario, killed, train
-from small_trainers import small_trainer, steps_in
-from unbroken import ResumePolicy
+from scenarios import Cut, Scenario, killed, metrics, train
+from small_trainers import bits, small_trainer, steps_in
+from unbroken import ResumePolicy, TrainingStopped
 from unbroken.training import Callback
 
 CUT = Cut(step=9, save_steps=5)  # killed in step 9: 6 to 8 were taken after checkpoint-5
@@ -176,3 +177,42 @@ def test_the_report_of_a_trainer_says_what_was_repeated(tmp_path):
     report = again.resume_report
     assert report.verdict == "exact"
     assert "step 5 repeated with the same bits" in report.notes
+
+
+class StopOnce(Callback):
+    """Sends this process SIGTERM in step 3 of the first start."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def on_micro_batch_end(self, trainer) -> None:
+        if trainer.progress.step == 2 and not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("confirms", [True, False])
+def test_a_stop_leaves_a_step_to_compare_where_that_is_asked_for(tmp_path, confirms):
+    def trainer():
+        stop = {"callbacks": [StopOnce(tmp_path / "has stopped")]}
+        return small_trainer(tmp_path / "run", trainer=stop, confirm_stops=confirms)
+
+    with pytest.raises(TrainingStopped) as stopped:
+        trainer().train()
+    assert (stopped.value.step, steps_in(tmp_path / "run")[-1]) == (3, 3)
+    again = trainer()
+    again.train()
+    told = [line for line in again.resume_report.notes if "repeated" in line]
+    assert told == ["step 4 repeated with the same bits"] * confirms
+
+
+def test_a_run_that_confirms_its_stops_ends_with_the_same_bits(tmp_path):
+    whole = small_trainer(tmp_path / "whole")
+    whole.train()
+    stop = {"callbacks": [StopOnce(tmp_path / "has stopped")]}
+    with pytest.raises(TrainingStopped):
+        small_trainer(tmp_path / "run", trainer=stop, confirm_stops=True).train()
+    again = small_trainer(tmp_path / "run", trainer=stop, confirm_stops=True)
+    again.train()
+    assert bits(again.model) == bits(whole.model)
+    assert [one["step"] for one in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]

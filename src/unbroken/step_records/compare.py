@@ -74,20 +74,25 @@ def parts_to_compare(differences: Iterable[tuple[str, str]]) -> ComparedParts:
     """
     found = list(differences)
     changed = [path for path, verdict in found if verdict in ("changed", "refused")]
-    if changed:
-        groups = {path.partition(".")[0] for path in changed}
-        kept: tuple[Part, ...] = ("optimizer", "learning rate", "samples")
-        for touched, part in ((_OF_RATE, "learning rate"), (_OF_DATA, "samples")):
-            kept = tuple(one for one in kept if one != part or not groups & touched)
-        return ComparedParts(kept, f"accepted by name: {', '.join(changed[:_SHOWN])}")
     equivalent = [path for path, verdict in found if verdict == "equivalent"]
+    if changed:
+        return ComparedParts(_untouched(changed), f"accepted by name: {_some(changed)}")
     if any(path.partition(".")[0] not in _OF_CODE for path in equivalent):
-        return ComparedParts(("optimizer", "learning rate", "samples"), "equivalent, not exact")
+        return ComparedParts(_untouched(equivalent), "equivalent, not exact")
     if equivalent:
-        return ComparedParts(excuse=", ".join(equivalent[:_SHOWN]))
+        return ComparedParts(excuse=_some(equivalent))
     if any(verdict == "harmless" for _, verdict in found):
         return ComparedParts(tuple(part for part in EVERY_PART if part != "generators"))
     return ComparedParts()
+
+
+def _untouched(paths: Iterable[str]) -> tuple[Part, ...]:
+    """Return what is the same, however sums are rounded, where these differ."""
+    groups = {path.partition(".")[0] for path in paths}
+    kept: list[Part] = ["optimizer"]
+    kept += [] if groups & _OF_RATE else ["learning rate"]
+    kept += [] if groups & _OF_DATA else ["samples"]
+    return tuple(kept)
 
 
 _OF_CODE = frozenset({"code", "callbacks"})  # which may compute the same, or not
@@ -102,6 +107,7 @@ _OF_DATA = frozenset(
     {
         *("data", "seed", "data_seed", "batch_size", "gradient_accumulation_steps", "epoch_size"),
         *("per_device_train_batch_size", "group_by_length", "shuffle", "collate_fn"),
+        *("micro_batch_size", "auto_find_batch_size"),  # collators pad what comes together
     }
 )
 

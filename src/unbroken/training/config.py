@@ -277,6 +277,9 @@ class TrainerConfig:
     """Keep, besides, every checkpoint whose step is a multiple of this."""
     max_time: float | str | None = setting(None, STOPPING)
     """Save and stop after so many seconds, or "HH:MM:SS", in this process."""
+    confirm_stops: bool = setting(False, STOPPING)
+    """Take one step more after the save for a stop, and throw it away: the next start repeats it
+    and says whether it is the same. Without it a stop leaves no step to compare."""
 
     metric_for_best_model: str = setting("eval_loss", METRIC, steers=True, ends=True)
     """The evaluation metric that decides which checkpoint is the best."""

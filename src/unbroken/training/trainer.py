@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import islice
-from typing import Any, Generic, NoReturn, TypeVar, overload
+from typing import Any, Generic, TypeVar, overload
 
 from torch import nn
 from torch.optim import Optimizer
@@ -21,6 +21,7 @@ from unbroken.checkpoint import (
     ResumeFrom,
     ResumeReport,
     Timer,
+    TrainingStopped,
     agreed_reason,
 )
 from unbroken.checkpoint.arguments import check_kinds
@@ -42,7 +43,14 @@ from unbroken.training.config import TrainerConfig
 from unbroken.training.display import Display
 from unbroken.training.evaluation import Evaluation
 from unbroken.training.micro_batches import LossFn
-from unbroken.training.run_state import Pace, Progress, Statistics, TrainResult, Window
+from unbroken.training.run_state import (
+    Pace,
+    Progress,
+    Statistics,
+    StepResult,
+    TrainResult,
+    Window,
+)
 from unbroken.training.setup import (
     Given,
     MakeModel,
@@ -175,6 +183,7 @@ class Trainer:
         retry = OomRetry(parts, run_state, window, hooks, self._announce)
         self._step_runner = StepRunner(parts, run_state, window, self.call, retry)
         self._at_edge = False
+        self._stopping: TrainingStopped | None = None  # raised after one step more
         self.pace = Pace(clock)
         logging = Cadence(self.config.logging_steps, self.config.logging_minutes)
         self._log_timer = Timer(logging, clock)
@@ -233,7 +242,7 @@ class Trainer:
             with self.randomness.keyed():
                 for micro_batches in self._micro_batches_of_steps(preemption):
                     preemption.training_begins()
-                    if self._step_runner.run(micro_batches) is None:
+                    if self._run_step(micro_batches) is None:
                         continue  # it did not fit into memory: again, in smaller micro-batches
                     self._count_time()
                     checkpoints.poll()
@@ -270,6 +279,7 @@ class Trainer:
 
     def _begin(self, which: ResumeFrom) -> None:
         state, checkpoints = self._run_state, self._run_checkpoints
+        self._stopping = None
         if which is not None or not checkpoints.is_loaded:
             self.load_checkpoint(state.config.resume_from_checkpoint if which is None else which)
         checkpoints.training_begins()
@@ -312,19 +322,30 @@ class Trainer:
         """Save and stop, if what asks for a stop has killed workers that were still starting."""
         is_whole = self.group.world_size == 1 and self.progress.pending == 0
         if reason is not None and is_whole and is_end_of_a_worker(error):
-            self._stop(reason)
+            raise self._saved_stop(reason)
+
+    def _run_step(self, micro_batches: list[MicroBatch]) -> StepResult | None:
+        """Take a step; where a stop was saved already, it only leaves a record to compare with."""
+        if self._stopping is None:
+            return self._step_runner.run(micro_batches)
+        with suppress(Exception):  # all that matters is durable, however this step ends
+            self._step_runner.run(micro_batches)
+        raise self._stopping
 
     def _stop_if_asked(self, preemption: Preemption) -> None:
         self.pace.step_is_over()
         preemption.margin_seconds = self.pace.seconds_to_stop()
         reason = agreed_reason(self.group, preemption.reason())
         if reason is not None and not self._run_state.is_finished:
-            self._stop(reason)
+            self._stopping = self._saved_stop(reason)
+            if not self.config.confirm_stops:
+                raise self._stopping
 
-    def _stop(self, reason: str) -> NoReturn:
+    def _saved_stop(self, reason: str) -> TrainingStopped:
+        """Return what ends the process, when the state is durable."""
         if not self._run_checkpoints.is_saved:
             self.save_checkpoint()
-        raise self._run_checkpoints.stopped(reason)
+        return self._run_checkpoints.stopped(reason)
 
     def _log_if_due(self) -> None:
         state = self._run_state

@@ -263,6 +263,7 @@ class UserChoices:
     skip: Sequence[str] = ()
     exact_resume: ExactResume = "prefer"
     save_mode: SaveMode = "async"
+    confirm_stops: bool = False
     has_optimizer: bool = False
     has_scheduler: bool = False
 

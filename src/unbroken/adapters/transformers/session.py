@@ -76,6 +76,7 @@ from unbroken.checkpoint import (
     ResumeReport,
     RunFacts,
     SavePolicy,
+    TrainingStopped,
     agreed_reason,
     may_go_on,
     origin_of,
@@ -150,6 +151,7 @@ class TrainSession:
         shift: Steps done, less those that so much data makes as it is batched now.
         restarted: The position in an epoch that is begun again; None: none is.
         own_loader: The loader of the training data, if it is the user's own.
+        stopping: What ends the process after one step more; None: nothing.
     """
 
     def __init__(
@@ -167,6 +169,7 @@ class TrainSession:
         self.restarted: DataPosition | None = None
         self.own_loader: Any = None
         self.saved_step: int | None = None
+        self.stopping: TrainingStopped | None = None
         self._requested = requested
         self._restarts_epochs = trainer.args.ignore_data_skip
         self._stack = ExitStack()

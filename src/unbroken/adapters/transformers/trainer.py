@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NoReturn
+from typing import Any
 
 import transformers
 from transformers.utils import logging
@@ -100,6 +100,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         save_mode: "async": what is saved is copied, and written while training goes on, unless a
             callback's `on_save` or the hub waits for the folder; "blocking": no copy, and training
             waits; "overlap": as `Checkpointer` takes it.
+        confirm_stops: Take one step more after the save for a stop, and throw it away: the next
+            start repeats it and says whether it is the same.
         options: As `transformers.Trainer` takes them.
 
     Attributes:
@@ -117,6 +119,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         skip: Sequence[str] = (),
         exact_resume: ExactResume = "prefer",
         save_mode: SaveMode = "async",
+        confirm_stops: bool = False,
         **options: Any,
     ) -> None:
         require_supported_version()
@@ -135,6 +138,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             tuple(skip),
             exact_resume,
             save_mode,
+            confirm_stops,
             has_optimizer=self.optimizer is not None,
             has_scheduler=self.lr_scheduler is not None,
         )
@@ -302,17 +306,20 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         session = self._session
         reason = None if session is None else session.preemption.reason()
         if reason is not None and self.args.world_size == 1 and is_end_of_a_worker(error):
-            self._stop(reason)
+            self._stop(reason, may_confirm=False)
 
-    def _stop(self, reason: str) -> NoReturn:
-        """Save, unless this step is saved, and raise what ends the process."""
+    def _stop(self, reason: str, *, may_confirm: bool = True) -> None:
+        """Save, unless this step is saved, and raise what ends the process, perhaps a step on."""
         session, step = self._session, self.state.global_step
         if session is not None and session.saved_step != step:
             session.save()
         stopped = TrainingStopped(step, reason)
         if self.is_world_process_zero():
             _log.warning(str(stopped))
-        raise stopped
+        if session is None or not may_confirm or not self.resume_choices.confirm_stops:
+            raise stopped
+        session.checkpointer.wait()
+        session.stopping = stopped
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
         if skip_scheduler and self._session is not None and self._session.report.resumed:
@@ -330,6 +337,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         if session is None:
             super()._maybe_log_save_evaluate(*arguments, **options)
             return
+        if session.stopping is not None:
+            raise session.stopping  # the step after the save has left its record
         reason = session.end_of_step()
         if reason is not None:
             self.control.should_save = True
