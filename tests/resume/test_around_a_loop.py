@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from quiet.programs import FORWARD, loop
-from quiet.running import KILLED_AT, resumes_exactly, run
+from quiet.running import KILLED_AT, on_two_ranks, resumes_exactly, run
 
 CLASS = """
 class MyTrainer:
@@ -126,6 +126,33 @@ PROGRAMS = {
 @pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
 def test_what_objects_around_a_loop_hold_comes_back(program, tmp_path):
     resumes_exactly(program, tmp_path)
+
+
+def on_ranks(program: str) -> str:
+    """Return the program for two ranks, which train on other samples and add their gradients."""
+    ranks = "import torch.distributed as dist\nfrom unbroken.distributed import join\n"
+    ranks += "dist.init_process_group('gloo')\nranks = join()\n"
+    add = "[dist.all_reduce(p.grad) for p in self.model.parameters()]"
+    for old, new in {
+        "global_batch_size=4": "global_batch_size=4, rank=ranks.rank, world_size=2",
+        "save_steps=4,": "save_steps=4, ranks=ranks,",
+        "self.optimizer.step()": f"{add}\n                self.optimizer.step()",
+    }.items():
+        assert old in program
+        program = program.replace(old, new)
+    return ranks + program
+
+
+def test_what_each_rank_holds_around_its_loop_comes_back_to_it(tmp_path):
+    resumes_exactly(on_ranks(PROGRAMS["a loop that is a method"]), tmp_path, on_two_ranks)
+
+
+def test_what_one_rank_alone_holds_around_its_loop_comes_back_to_it(tmp_path):
+    program = as_a_class(
+        more="self.drift = 0.0",
+        before="loss = loss * (1 + self.drift); self.drift += 0.01 * (ranks.rank == 1)",
+    )
+    resumes_exactly(on_ranks(program), tmp_path, on_two_ranks)
 
 
 FORGET = """

@@ -332,7 +332,7 @@ class Checkpointer(LoopMethods):
             lines = self._loop.lines()
         if not self._lineage.is_torn:  # else an attempt before has noted what was here
             self.attributes.note()
-            if self._loop is not None and self.group.world_size == 1:
+            if self._loop is not None:
                 self._loop.around.note()
         with self.attributes.initial_values():
             self.comparison.record_current_facts()
