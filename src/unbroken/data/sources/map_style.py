@@ -281,7 +281,7 @@ class MapSource:
                 "a batch would span two epochs",
                 expected=f"epochs of a multiple of {self.shape.global_batch_size} samples",
                 found=f"{size} samples",
-                hint="give batch_source drop_last, which leaves out the samples that fill no batch, "
+                hint="give batch_source drop_last, which leaves out samples that fill no batch, "
                 "others in each epoch",
             )
         if self.position.samples >= stop:
