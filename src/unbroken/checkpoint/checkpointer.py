@@ -10,6 +10,7 @@ from functools import partial
 from inspect import signature
 from types import TracebackType
 from typing import Any, Self
+from weakref import WeakMethod
 
 import torch.distributed as dist
 
@@ -57,7 +58,7 @@ from unbroken.checkpoint.resume.selection import (
     ResumeChoice,
     ResumeFrom,
 )
-from unbroken.checkpoint.run_access import RunAccess
+from unbroken.checkpoint.run_access import RunAccess, let_go_when_dropped
 from unbroken.checkpoint.save.async_saver import AsyncSaver, SaveCost
 from unbroken.checkpoint.save.rank_shares import (
     MODES,
@@ -177,9 +178,6 @@ class Checkpointer(LoopMethods):
         self.values: Any = None
         self.resumed_facts: Mapping[str, Any] = {}
         self.group = self._ranks.given_group
-        unseen = self._ranks.read_from == "rank0"
-        wall = self._clock.wall
-        self._access = RunAccess(self.group, directory, branch, clock=wall, unseen=unseen)
         self._layout, self._tell_user, self._types = save.layout, tell, tuple(types)
         self._may_hold_foreign_files = False  # which are of no run
         self._rank_facts: dict[str, list[RankFact]] | None = None  # that differ from rank 0's
@@ -188,12 +186,20 @@ class Checkpointer(LoopMethods):
         self._saver = AsyncSaver(save.mode, self.group, self.objects)
         self._plan = SharePlan()
         self._timer = SaveTimer(save, group=self.group, clock=self._clock.monotonic)
-        self._training_loop = TrainingLoop(
-            self,
-            LoopData(data, objects, bare, self.group),
-            Around(self.attributes, self._loop, self._clock, self._tell),
-            has_cadence=save.has_cadence,
+        self._build_loop(LoopData(data, objects, bare, self.group), has_cadence=save.has_cadence)
+        self._access = RunAccess(
+            self.group,
+            directory,
+            branch,
+            clock=self._clock.wall,
+            unseen=self._ranks.read_from == "rank0",
+            give_way=WeakMethod(self._training_loop.give_way),
         )
+        let_go_when_dropped(self, self._saver, self._access)
+
+    def _build_loop(self, data: LoopData, *, has_cadence: bool) -> None:
+        around = Around(self.attributes, self._loop, self._clock, self._tell)
+        self._training_loop = TrainingLoop(self, data, around, has_cadence=has_cadence)
 
     def _build_checks(self, policy: ResumePolicy | None) -> None:
         """Make what compares this start with others, and finds what was not given to be saved."""

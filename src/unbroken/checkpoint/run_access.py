@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from weakref import WeakMethod, WeakValueDictionary, finalize
 
 from unbroken.changes.differences import ResumeReport
 from unbroken.checkpoint.resume.readers import UnseenStorage
 from unbroken.checkpoint.resume.selection import ResumeChoice, best_step
+from unbroken.checkpoint.save.async_saver import AsyncSaver
 from unbroken.distributed import Group
-from unbroken.errors import CheckpointNotFoundError, ConfigError, RunDirectoryError, SaveError
+from unbroken.errors import (
+    CheckpointNotFoundError,
+    ConfigError,
+    LockHeldError,
+    RunDirectoryError,
+    SaveError,
+)
 from unbroken.storage import FolderStorage, Storage
 from unbroken.store import (
     CheckpointReader,
@@ -39,6 +48,7 @@ class RunAccess:
         branch: The branch of it that is meant.
         clock: Seconds since 1970.
         unseen: Whether the other ranks cannot see it.
+        give_way: Closes what holds this, if it is idle, and returns whether it did.
 
     Attributes:
         notes: What the report of a resume says of the opening.
@@ -53,6 +63,7 @@ class RunAccess:
         *,
         clock: Callable[[], float],
         unseen: bool,
+        give_way: WeakMethod[Callable[[], bool]],
     ) -> None:
         if isinstance(directory, str | os.PathLike):
             directory = os.path.abspath(directory)  # the same run after a chdir
@@ -63,12 +74,18 @@ class RunAccess:
         self._branch = branch
         self._clock = clock
         self._unseen = unseen
+        self._give_way = give_way
         self._run: RunDirectory | None = None
 
     @property
     def is_open(self) -> bool:
         """Whether the run directory has been opened."""
         return self._run is not None
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether one process trains."""
+        return self._group.world_size == 1
 
     def holds(self, path: Path) -> bool:
         """Return whether a path is that of something in the run directory."""
@@ -151,6 +168,31 @@ class RunAccess:
     def _open_as_owner(
         self, selection: ResumeChoice | None, may_hold_foreign_files: bool
     ) -> RunDirectory:
+        try:
+            run = self._opened(selection, may_hold_foreign_files)
+        except LockHeldError:
+            if not self._gets_way():
+                raise
+            run = self._opened(selection, may_hold_foreign_files)
+        _OWNERS[self._key] = self
+        return run
+
+    @property
+    def _key(self) -> str:
+        given = self._directory
+        where = given if isinstance(given, str) else given.describe()
+        return where if self._branch is None else f"{where}: {self._branch}"
+
+    def _gets_way(self) -> bool:
+        """Return whether an owner in this process, dropped or idle, has let the run go."""
+        if self._key not in _OWNERS:
+            return False
+        gc.collect()  # what was dropped may stand in a cycle; its end lets the run go
+        other = _OWNERS.get(self._key)
+        give_way = None if other is None else other._give_way()  # noqa: SLF001 (of its own class)
+        return other is None or (give_way is not None and give_way())
+
+    def _opened(self, selection: ResumeChoice | None, may_hold_foreign_files: bool) -> RunDirectory:
         directory, clock = self._directory, self._clock
         if self._branch is None:
             run = RunDirectory.open(
@@ -161,6 +203,28 @@ class RunAccess:
         run, notes = _open_branch(directory, self._branch, selection, clock=clock)
         self.notes = (*notes, *run.notes)
         return run
+
+
+def let_go_when_dropped(owner: object, saver: AsyncSaver, access: RunAccess) -> None:
+    """Finish the last save and release the run when nobody holds its owner any more.
+
+    Not on several ranks, which do that together; nor at the exit, where others see to it.
+    """
+    if not access.is_alone:
+        return
+    pid = os.getpid()
+
+    def let_go() -> None:
+        if os.getpid() == pid:  # a forked process has copies of both
+            with suppress(SaveError):
+                saver.close(hurried=True)
+            access.close(None)
+
+    finalize(owner, let_go).atexit = False
+
+
+_OWNERS: WeakValueDictionary[str, RunAccess] = WeakValueDictionary()
+"""Who has opened a run in this process as its owner, by the directory."""
 
 
 # What other ranks see of it.

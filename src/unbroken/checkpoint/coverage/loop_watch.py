@@ -303,12 +303,15 @@ class StepsSeen:
         self.has_stepped = False
         self._objects, self._holds = objects, holds
         self._known: dict[int, tuple[Optimizer, bool]] = {}
+        self._scalers: list[GradScaler] = []
         self._scales: list[tuple[GradScaler, torch.Tensor | float]] = []
         self._hooks: list[RemovableHandle] = []
 
     def begin(self) -> None:
         """Look from now on, until `end`."""
         self._known = {}
+        scalers = [one for one in all_objects(self._objects) if isinstance(one, GradScaler)]
+        self._scalers = [one for one in scalers if one.is_enabled()]
         self._hooks = [
             register_optimizer_step_pre_hook(self._before_step),
             register_optimizer_step_post_hook(self._after_step),
@@ -323,8 +326,7 @@ class StepsSeen:
     def turn_begins(self) -> None:
         """Forget the turn before."""
         self.has_stepped = False
-        scalers = [one for one in all_objects(self._objects) if isinstance(one, GradScaler)]
-        self._scales = [(one, _scale_of(one)) for one in scalers if one.is_enabled()]
+        self._scales = [(one, _scale_of(one)) for one in self._scalers]
 
     def counts_without_a_step(self) -> bool:
         """Return whether a turn in which no optimizer stepped is a step all the same.

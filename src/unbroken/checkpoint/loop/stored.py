@@ -10,6 +10,7 @@ from unbroken.errors import ConfigError
 
 _PLACE, _STATE = "loop.place", "loop.state"
 _EPOCH, _ENTERED, _STOPPED = "loop.epoch", "loop.entered", "loop.stopped"
+_BEGAN = "loop.began_with"
 
 
 class LoopState(dict[str, Any]):
@@ -61,6 +62,7 @@ class StoredLoop:
         epoch: The epoch that the place lies in, or that comes next; None: the loop has none.
         entered: The generators and the state at the begin of that epoch, if it was begun.
         stopped: The `until` of the loop that was ended by `stop`, if it was.
+        began_with: The names that the state of the fresh run began with.
         is_of_loop: Whether the checkpoint is that of such a loop.
     """
 
@@ -68,6 +70,7 @@ class StoredLoop:
     epoch: int | None = None
     entered: tuple[dict[str, Any], dict[str, Any]] | None = None
     stopped: Sequence[int | None] = ()
+    began_with: Sequence[str] = ()
     is_of_loop: bool = True
 
     @classmethod
@@ -78,12 +81,22 @@ class StoredLoop:
             return cls(is_of_loop=False)
         entered, stopped = place.get(_ENTERED), place.get(_STOPPED) or ()
         start = (entered[0], entered[1]) if isinstance(entered, list) else None
-        return cls(values[_STATE], place.get(_EPOCH), start, stopped)
+        return cls(values[_STATE], place.get(_EPOCH), start, stopped, place.get(_BEGAN) or ())
+
+    def with_new(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the state, with what this start has set that the run did not begin with."""
+        new = {name: one for name, one in state.items() if name not in self.began_with}
+        return {**new, **self.state}
 
     def values(self) -> dict[str, Any]:
         """Return the values for a checkpoint."""
         entered = None if self.entered is None else [*self.entered]
-        place = {_EPOCH: self.epoch, _ENTERED: entered, _STOPPED: [*self.stopped]}
+        place = {
+            _EPOCH: self.epoch,
+            _ENTERED: entered,
+            _STOPPED: [*self.stopped],
+            _BEGAN: [*self.began_with],
+        }
         return {_PLACE: place, _STATE: self.state}
 
 

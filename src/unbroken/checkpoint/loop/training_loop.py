@@ -62,6 +62,9 @@ class LoopHost(Protocol):
     def save(self, step: int, values: Any = None) -> str:
         """Save the objects and these values."""
 
+    def close(self) -> None:
+        """Release the run."""
+
     def wait(self) -> None:
         """Wait until all that was saved is durable."""
 
@@ -147,6 +150,7 @@ class TrainingLoop:
         self._stored = StoredLoop()
         self._stopped: Sequence[int | None] = ()  # the `until` of a loop that stop() ended
         self._until: int | None = None
+        self._began_with: Sequence[str] = ()  # the names in the state of a fresh run
         self._slowest = 0.0
 
     # What the host asks and tells.
@@ -213,7 +217,15 @@ class TrainingLoop:
         self._stored = stored = StoredLoop.of(self._host.values if report.resumed else None)
         self._next_epoch, self._stopped = stored.epoch, tuple(stored.stopped)
         if stored.is_of_loop:
-            self.state.put(stored.state)
+            self.state.put(stored.with_new(self.state))
+            self._began_with = stored.began_with
+
+    def give_way(self) -> bool:
+        """Close the host if one of these loops was begun, and none is under way; say whether."""
+        is_idle = self.is_used and self._running is None and not self._is_at_work
+        if is_idle:
+            self._host.close()
+        return is_idle
 
     def closed(self) -> None:
         """Take note that the host was closed: the next loop resumes again."""
@@ -234,6 +246,7 @@ class TrainingLoop:
         if self._stored.entered is not None or self._epoch is not None:
             what = "the checkpoint was made in the middle of an epoch of epochs()"
             raise ConfigError("steps()", what, hint="go on with epochs()")
+        self._next_epoch = None
         return self._steps(until)
 
     def epochs(
@@ -246,9 +259,13 @@ class TrainingLoop:
     ) -> Iterator[int]:
         """See `LoopMethods.epochs`."""
         self._begin("epochs", until, batch_size, accumulate, resume)
-        if self._next_epoch is None:
-            source = self._data.source
-            self._next_epoch = source.epoch if isinstance(source, EpochSource) else 0
+        source = self._data.source
+        if not isinstance(source, EpochSource):
+            found = "no data" if source is None else type(source).__name__
+            what = "needs data that come in epochs"
+            hint = "Checkpointer(..., data=...) takes a data set or a loader; without: run.steps()"
+            raise ConfigError("epochs()", what, found=found, hint=hint)
+        self._next_epoch = source.epoch if self._next_epoch is None else self._next_epoch
         return self._epochs(until)
 
     def batches(self) -> Iterator[Any]:
@@ -260,14 +277,8 @@ class TrainingLoop:
         if self._turn is not None or epoch.is_read:
             what = "the batches of an epoch are given once"
             raise ConfigError(where, what, hint="for a second pass, take a second epoch")
-        source = self._data.source
-        if not isinstance(source, EpochSource):
-            found = "no data" if source is None else type(source).__name__
-            what = "needs data that come in epochs"
-            hint = "Checkpointer(..., data=...) takes a data set or a loader; without: run.steps()"
-            raise ConfigError(where, what, found=found, hint=hint)
         epoch.is_read = True
-        return self._batches(source, epoch, self._running)
+        return self._batches(epoch, self._running)
 
     def stop(self) -> None:
         """End the loop at its next edge: of the step in steps(), of the epoch in epochs()."""
@@ -295,6 +306,8 @@ class TrainingLoop:
         self._count()
         self._turn, self._epoch, self._until = None, None, until
         self.is_used = True
+        if not self._is_begun:
+            self._began_with = (*self.state,)
         if not self._is_begun or resume != "auto":
             with self._working(), self._signals():
                 self._host.resume(resume)
@@ -331,11 +344,18 @@ class TrainingLoop:
                     self._stop_if_asked(preemption)
             self._finish()
 
-    def _batches(self, source: EpochSource, epoch: _Epoch, preemption: Preemption) -> Iterator[Any]:
+    @property
+    def _epochs_of_data(self) -> EpochSource:
+        source = self._data.source
+        if not isinstance(source, EpochSource):
+            raise TypeError("epochs() has looked at this")
+        return source
+
+    def _batches(self, epoch: _Epoch, preemption: Preemption) -> Iterator[Any]:
         place, epoch.place = epoch.place, None
         if place is not None:
             place()
-        for given, last in self._cut(source.rest_of_epoch(epoch.number), preemption):
+        for given, last in self._cut(self._epochs_of_data.rest_of_epoch(epoch.number), preemption):
             self._turn_begins(last, preemption)
             try:
                 yield given
@@ -421,6 +441,7 @@ class TrainingLoop:
     def _enter_epoch(self) -> _Epoch:
         """Begin an epoch; or let the code before its batches find what it found at its begin."""
         stored, self._stored = self._stored, StoredLoop()
+        self._seen.turn_begins()
         if stored.entered is None:
             start = (capture_rng(), _copy(dict(self.state)))
             self._epoch = _Epoch(self._number, start)
@@ -438,7 +459,7 @@ class TrainingLoop:
     def _way_back(self) -> Callable[[], None]:
         """Return what goes back to where the run is now, whatever has been changed meanwhile."""
         rng, state, step = capture_rng(), _copy(dict(self.state)), self._step
-        before = _signs(self._host.objects)
+        before = _signs(self._host.objects) if self._is_saved else {}
 
         def go_back() -> None:
             now, group = _signs(self._host.objects), self._host.group
@@ -455,9 +476,11 @@ class TrainingLoop:
         return go_back
 
     def _leave_epoch(self, epoch: _Epoch) -> None:
-        source = self._data.source
-        if isinstance(source, EpochSource):
-            source.end_epoch(epoch.number)
+        if not epoch.is_read and self._seen.has_stepped:
+            what = "an optimizer has stepped in an epoch whose batches were not asked for"
+            hint = "for epoch in run.epochs(5): for batch in run.batches(): ..."
+            raise ConfigError("epochs()", what, hint=hint)
+        self._epochs_of_data.end_epoch(epoch.number)
         self._epoch, self._next_epoch, self._is_saved = None, epoch.number + 1, False
 
     # Beginning, saving and ending.
@@ -472,6 +495,8 @@ class TrainingLoop:
                 yield preemption
         finally:
             self._count()
+            if self._epoch is not None:  # a loop in this process goes on in it
+                self._stored = StoredLoop(entered=self._epoch.start)
             self._running = self._turn = self._epoch = None
             self._seen.end()
             if self._data.source is not None:
@@ -498,10 +523,15 @@ class TrainingLoop:
             self._is_at_work = False
 
     def _values(self) -> dict[str, Any]:
-        epoch, state = self._epoch, dict(self.state)
-        if epoch is None:
-            return StoredLoop(state, self._next_epoch, None, self._stopped).values()
-        return StoredLoop(state, epoch.number, epoch.start, self._stopped).values()
+        epoch = self._epoch
+        stored = StoredLoop(
+            state=dict(self.state),
+            epoch=self._next_epoch if epoch is None else epoch.number,
+            entered=None if epoch is None else epoch.start,
+            stopped=self._stopped,
+            began_with=self._began_with,
+        )
+        return stored.values()
 
     def _save(self) -> None:
         if self._is_saved:
