@@ -36,6 +36,19 @@ def test_a_plain_script_becomes_exact_by_a_few_lines(name):
     assert 0 < changed_lines(name) <= LINES[name]
 
 
+def shown(name: str) -> str:
+    """Return the difference as the document shows it."""
+    sides = ((EXAMPLES / "plain" / f"{name}.py"), (EXAMPLES / f"{name}.py"))
+    old, new = (path.read_text().splitlines() for path in sides)
+    return "\n".join([*difflib.unified_diff(old, new, lineterm="", n=1)][2:])
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_the_document_shows_the_lines_that_make_a_script_exact(name):
+    page = (EXAMPLES.parent.parent / "docs" / "loops.md").read_text()
+    assert f"```diff\n{shown(name)}\n```" in page
+
+
 def in_folder(name, folder, kills=(), text=None):
     if name == "nanogpt":
         data_of_nanogpt(folder)
