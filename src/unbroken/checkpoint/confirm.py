@@ -126,7 +126,6 @@ class StepConfirmation:
         self._earlier: list[_Earlier] = []
         self._asks_ranks = self._is_strict = self._is_over = self._was_refused = False
         self._steps: list[int] = []  # the first and the last that were the same
-        self._events = 0  # steps of all optimizers that were the same
 
     # A window of steps begins after each resume and each save.
 
@@ -156,7 +155,7 @@ class StepConfirmation:
         stored = facts.get(RECORDS_KEY)
         saved_by, counted = _who_saved(stored) if report.resumed else ("", 0)
         self._base, self._counted, self._resumed_at = report.step, counted, report.step
-        self._earlier, self._steps, self._events = [], [], 0
+        self._earlier, self._steps = [], []
         if is_here and saved_by:
             self._earlier = self._recorded(saved_by)
             self._write_after(saved_by)
@@ -205,14 +204,11 @@ class StepConfirmation:
         if not self._attempt:
             self._attempt, self._counted = self._named(), None
         self._end_window()
-        agreeing = [one for one in self._earlier if one.difference is None]
         for one in self._earlier:
             one.offset += self.observer.number
         self._run, self._base, self._counted = run, step, self._counted_now()
         self._write_after(self._attempt)
         self._remove_oldest(run)
-        more = [found for one in agreeing for found in self._recorded(one.recorded.attempt)]
-        self._earlier += [one for one in more if not self._is_over]
         self.observer.begin(is_recording=True)
 
     def _counted_now(self) -> int | None:
@@ -264,7 +260,6 @@ class StepConfirmation:
         if sum(one.same for one in self._earlier) > before:
             step = self._base + self.observer.counted
             self._steps = [*self._steps[:1], step]
-            self._events += 1
         self._judge(record)
 
     def _judge(self, record: StepRecord) -> None:
