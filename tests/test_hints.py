@@ -69,6 +69,7 @@ SHOWN_IN = {
     "cli/": ("command",),
     "checkpoint/arguments.py": ("trainer or loop",),
     "/unregistered.py": ("loop",),
+    "verification/": ("trainer", "host", "command"),
     "": ("loop", "trainer", "host", "command"),
 }
 """Where the texts of a part of the source can be seen."""

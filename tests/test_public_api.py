@@ -40,6 +40,7 @@ NAMES = [
     "SaveError",
     "SavePolicy",
     "StateMismatchError",
+    "StepVerificationError",
     "TrainResult",
     "Trainer",
     "TrainerConfig",

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from unbroken.errors import RunDirectoryError as RunDirectoryError
     from unbroken.errors import SaveError as SaveError
     from unbroken.errors import StateMismatchError as StateMismatchError
+    from unbroken.errors import StepVerificationError as StepVerificationError
     from unbroken.errors import UnbrokenError as UnbrokenError
     from unbroken.store import KeepEvery as KeepEvery
     from unbroken.store import KeepPolicy as KeepPolicy
@@ -80,6 +81,7 @@ _HOMES = {
         "RunDirectoryError",
         "SaveError",
         "StateMismatchError",
+        "StepVerificationError",
         "UnbrokenError",
     ),
     "unbroken.store": ("KeepEvery", "KeepPolicy"),

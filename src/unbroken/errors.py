@@ -8,6 +8,7 @@
     │   └── LockHeldError                     stop the other process first
     ├── SaveError (OSError)                   make room or repair the disk; nothing saved is lost
     ├── OutOfMemoryError (RuntimeError)       choose a smaller micro-batch
+    ├── StepVerificationError (RuntimeError)  look at the machine: a bit flipped, or a kernel varies
     ├── RankError (RuntimeError)              see the rank that it names: it failed or disagrees
     │   └── RankTimeoutError (TimeoutError)   see the rank that it names: it did not answer
     └── CheckpointError
@@ -212,6 +213,33 @@ class OutOfMemoryError(UnbrokenError, RuntimeError):
     """A step does not fit into the memory of the device; the run is as it was before the step."""
 
     exit_code: ClassVar[int] = 14
+
+
+class StepVerificationError(UnbrokenError, RuntimeError):
+    """A step gave other bits when it was run again, or memory changed that nothing wrote.
+
+    Nothing of the step was saved; all earlier checkpoints are as they were.
+
+    Args:
+        step: The number of the step.
+        tensor: What differs first: a module, a parameter or a moment of the optimizer.
+        rank: The rank where it was found.
+    """
+
+    exit_code: ClassVar[int] = 17
+
+    def __init__(
+        self,
+        where: str,
+        what: str = "",
+        *,
+        step: int = 0,
+        tensor: str = "",
+        rank: int = 0,
+        **more: Any,
+    ) -> None:
+        self.step, self.tensor, self.rank = step, tensor, rank
+        super().__init__(where, what, **more)
 
 
 class RankError(UnbrokenError, RuntimeError):

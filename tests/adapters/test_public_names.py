@@ -15,6 +15,7 @@ from unbroken.errors import ConfigError
 def test_the_public_names_and_parameters_are_these():
     parameters = inspect.signature(adapter.Trainer).parameters
     own = ["resume_from_checkpoint", "allow", "skip", "exact_resume", "save_mode"]
+    own += ["confirm_stops", "verify_steps"]
     assert adapter.__all__ == ["Trainer"]
     assert list(parameters) == ["arguments", *own, "options"]
     assert list(inspect.signature(adapter.Trainer.train).parameters) == [

@@ -187,7 +187,7 @@ OTHER = {
         "logging_steps": 3, "logging_minutes": 5.0, "log_data_digest": True, "eval_steps": 3,
         "eval_minutes": 5.0, "eval_batch_size": 4, "save_steps": 3, "save_minutes": 5.0,
         "save_at_start": False, "save_total_limit": 3, "keep_every_n_steps": 3, "max_time": 3600.0,
-        "confirm_stops": True,
+        "confirm_stops": True, "verify_steps": 2,
         "save_mode": "async", "max_lost_minutes": 5.0, "mtbf_hours": 5.0, "save_compressed": True,
         "output_dir": "another", "branch": "another", "dataloader_num_workers": 1,
         "dataloader_prefetch_factor": 3, "dataloader_pin_memory": True,

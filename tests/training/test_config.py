@@ -105,7 +105,7 @@ OWN = {
     "samples_per_epoch", "sgd_momentum", "device", "lanes",
     "logging_minutes", "log_data_digest", "eval_minutes", "eval_batch_size", "save_minutes",
     "max_lost_minutes", "mtbf_hours", "save_at_start", "save_compressed", "save_mode",
-    "keep_every_n_steps", "max_time", "confirm_stops",
+    "verify_steps", "keep_every_n_steps", "max_time", "confirm_stops",
     "early_stopping_patience", "early_stopping_threshold",
 }  # fmt: skip
 

@@ -46,6 +46,7 @@ CADENCE: Rule = ("harmless", "something happens at other steps; the training is 
 LOGGING: Rule = ("harmless", "what is logged, or shown; the training is the same")
 EVALUATING: Rule = ("harmless", "how evaluations run; the training is the same")
 KEEPING: Rule = ("harmless", "which checkpoints are kept; the training is the same")
+VERIFYING: Rule = ("harmless", "which steps are run twice, to compare; the training is the same")
 STOPPING: Rule = ("harmless", "when a process saves and stops; the training is the same")
 STORING: Rule = ("harmless", "how checkpoints are stored; the training is the same")
 NAMING: Rule = ("harmless", "where things are; the training is the same")

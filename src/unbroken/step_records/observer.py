@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any
@@ -167,6 +168,15 @@ class StepObserver:
         if len(self._losses) < _MAX_WAITING:
             plain = (one for one in tensors if type(one) is Tensor and not one.is_meta)
             self._losses += [_bits(one) for one in plain if one.numel() == 1]
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Look at nothing that happens inside: it repeats what was seen."""
+        was, self.is_recording = self.is_recording, False
+        try:
+            yield
+        finally:
+            self.is_recording = was
 
     def forget_step(self) -> None:
         """Forget what was seen of a step that is tried again."""

@@ -29,6 +29,7 @@ from unbroken.changes.rules import (
     STOPPING,
     STORING,
     UPDATES,
+    VERIFYING,
 )
 from unbroken.checkpoint import ExactResume, ReadFrom, Rule, SaveMode
 from unbroken.config_file import nearest, read_mapping, write_mapping
@@ -275,6 +276,9 @@ class TrainerConfig:
     """Keep only so many of the newest intact checkpoints; None: all."""
     keep_every_n_steps: PositiveInt | None = setting(None, KEEPING)
     """Keep, besides, every checkpoint whose step is a multiple of this."""
+    verify_steps: PositiveInt | None = setting(None, VERIFYING)
+    """Run the forward and backward of every so manieth step twice and compare them, and weights and
+    moments while they rest: a flipped bit is found and named; None: no step, at no cost."""
     max_time: float | str | None = setting(None, STOPPING)
     """Save and stop after so many seconds, or "HH:MM:SS", in this process."""
     confirm_stops: bool = setting(False, STOPPING)

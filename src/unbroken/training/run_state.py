@@ -235,6 +235,15 @@ class Window:
         loss, self.loss = self.loss, None
         return loss
 
+    def put_back(self) -> Callable[[], None]:
+        """Return what brings loss and counts back to what they are now; gradients are not here."""
+        loss, weight, tokens = self.loss, self._weight, self.tokens
+
+        def put_back() -> None:
+            self.loss, self._weight, self.tokens = loss, weight, tokens
+
+        return put_back
+
     def clear(self) -> None:
         """Begin the next window."""
         self.loss, self._weight = None, 0

@@ -25,6 +25,7 @@ from unbroken.training.data_parallel import gradient_sync_for
 from unbroken.training.micro_batches import compute_loss, to_device, tokens_of
 from unbroken.training.run_state import DataDigest, Progress, RunState, StepResult, Window, epoch_at
 from unbroken.training.setup import Parts
+from unbroken.verification import StepVerifier, cloned
 
 # Memory that a step frees stays with the process, for the next step to use.
 
@@ -228,6 +229,9 @@ class OomRetry:
 class StepRunner:
     """Takes optimizer steps; the randomness of each forward pass is derived, never restored.
 
+    Args:
+        verifier: Runs some steps twice; None: none.
+
     Raises:
         ConfigError: If gradients of this model cannot be summed as the configuration says.
     """
@@ -239,12 +243,14 @@ class StepRunner:
         window: Window,
         call: CallHook,
         retry: OomRetry,
+        verifier: StepVerifier | None = None,
     ) -> None:
         self._parts = parts
         self._state = state
         self._window = window
         self._call = call
         self._retry = retry
+        self._verifier = verifier
         self._loss_fn = parts.loss_fn
         self._seed = state.config.seed
         self._sync = gradient_sync_for(parts.model, state.config, parts.division)
@@ -257,6 +263,9 @@ class StepRunner:
             None: It did not fit into memory, and is to be tried again in smaller portions.
         """
         state, tokens_before = self._state, self._state.progress.tokens
+        step, verifier = state.progress.step + 1, self._verifier
+        if verifier is not None:
+            verifier.step_begins(step)
         result = self._retry.attempt(partial(self._gradients_and_step, micro_batches))
         if result is None:
             return None
@@ -265,9 +274,39 @@ class StepRunner:
             self._data_digest.step_is_over()
         state.progress = state.progress.after_step(epoch_at(state.progress, self._parts.batches))
         state.statistics.add_step(result)
+        if verifier is not None:
+            verifier.step_ends(step)
         return result
 
     def _gradients_and_step(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
+        step = self._state.progress.step + 1
+        if self._verifier is None or not self._verifier.is_due(step):
+            self._gradients(micro_batches)
+        else:
+            self._verified_gradients(self._verifier, micro_batches)
+        return self._take_step()
+
+    def _verified_gradients(
+        self, verifier: StepVerifier, micro_batches: Sequence[MicroBatch]
+    ) -> None:
+        """Run forward and backward twice, from the same state and on the same data."""
+        state, progress = self._state, self._state.progress
+        put_back = self._window.put_back()
+        again = [replace(micro, data=cloned(micro.data)) for micro in micro_batches]
+
+        def run_again() -> Tensor | None:
+            put_back()
+            state.progress = progress
+            data = [replace(micro, data=cloned(micro.data)) for micro in again]
+            return self._gradients(data, is_repeated=True)
+
+        first = partial(self._gradients, micro_batches)
+        verifier.verify(progress.step + 1, first, run_again)
+
+    def _gradients(
+        self, micro_batches: Sequence[MicroBatch], *, is_repeated: bool = False
+    ) -> Tensor | None:
+        """Run forward and backward of the micro-batches; return the loss of the step so far."""
         in_lane = len(micro_batches) // self._sync.lanes
         shares = self._window.shares(micro_batches)
         self._sync.begin_step()
@@ -278,10 +317,10 @@ class StepRunner:
                 self._accumulate(micro, share)
             if is_last:
                 self._window.loss = self._sync.add_loss(self._window.take_loss())
-            self._after_micro_batch(micro)
+            self._after_micro_batch(micro, is_repeated=is_repeated)
         if (loss := self._sync.finish()) is not None:
             self._window.loss = loss
-        return self._take_step()
+        return self._window.loss
 
     def _accumulate(self, micro: MicroBatch, share: float) -> None:
         data = to_device(micro.data, self._parts.device)
@@ -292,10 +331,11 @@ class StepRunner:
             self._parts.precision.backward(loss)
         self._window.add(loss)
 
-    def _after_micro_batch(self, micro: MicroBatch) -> None:
-        self._parts.batches.used(micro)
-        if self._state.config.log_data_digest:
-            self._data_digest.add(micro.data)
+    def _after_micro_batch(self, micro: MicroBatch, *, is_repeated: bool) -> None:
+        if not is_repeated:  # the position has moved, and stays there
+            self._parts.batches.used(micro)
+            if self._state.config.log_data_digest:
+                self._data_digest.add(micro.data)
         self._state.progress = self._state.progress.after_micro_batch(
             samples=micro.after.samples, tokens=tokens_of(micro.data)
         )

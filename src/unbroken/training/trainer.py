@@ -60,6 +60,7 @@ from unbroken.training.setup import (
     pick_display,
 )
 from unbroken.training.step import OomRetry, StepRunner, keep_freed_memory
+from unbroken.verification import StepVerifier, Subject
 
 T = TypeVar("T")
 
@@ -181,7 +182,8 @@ class Trainer:
         self._hooks = hooks = Hooks(self, callbacks, run_state, parts.randomness)
         self.window = window = Window(parts.model, parts.division)
         retry = OomRetry(parts, run_state, window, hooks, self._announce)
-        self._step_runner = StepRunner(parts, run_state, window, self.call, retry)
+        self._verifier = self._make_verifier(state or {})
+        self._step_runner = StepRunner(parts, run_state, window, self.call, retry, self._verifier)
         self._at_edge = False
         self._stopping: TrainingStopped | None = None  # raised after one step more
         self.pace = Pace(clock)
@@ -280,6 +282,8 @@ class Trainer:
     def _begin(self, which: ResumeFrom) -> None:
         state, checkpoints = self._run_state, self._run_checkpoints
         self._stopping = None
+        if self._verifier is not None:
+            self._verifier.forget()
         if which is not None or not checkpoints.is_loaded:
             self.load_checkpoint(state.config.resume_from_checkpoint if which is None else which)
         checkpoints.training_begins()
@@ -376,6 +380,8 @@ class Trainer:
 
     def record(self, record: Mapping[str, Any]) -> None:
         """Write one line of statistics, and show it."""
+        if self._verifier is not None and self._verifier.is_repeating:
+            return  # it was written when this pass was first run
         self.checkpointer.log(record)
         self.display.statistics(self.progress.step, record)
 
@@ -397,15 +403,21 @@ class Trainer:
         the step is finished first. Asked for between two steps, by a callback, it is made when
         all that belongs to the step has happened.
         """
-        if self._at_edge or self._run_checkpoints.must_wait():
+        verifier = self._verifier
+        is_verifying = verifier is not None and verifier.is_busy
+        if self._at_edge or is_verifying or self._run_checkpoints.must_wait():
             self.save_requested = True
             # At the edge of a step this step is saved; inside of one, the step that it ends in.
             return self.checkpointer.path(self.progress.step + (not self._at_edge))
         self._count_time()
+        if verifier is not None:
+            verifier.compare_resting(self.progress.step)
         return self._run_checkpoints.save()
 
     def load_checkpoint(self, which: ResumeFrom = "latest") -> ResumeReport:
         """Restore all state, as `Checkpointer.resume` does; `train` continues from there."""
+        if self._verifier is not None:
+            self._verifier.forget()
         return self._run_checkpoints.resume(which)
 
     def _refuse_missing_evaluation_data(self) -> None:
@@ -471,6 +483,24 @@ class Trainer:
             train_dataset=dataset,
             eval_dataset=self.eval_dataset,
             chooses=self.config.chooses_by_evaluations,
+        )
+
+    def _make_verifier(self, more: Mapping[str, object]) -> StepVerifier | None:
+        every = self.config.verify_steps
+        if every is None:
+            return None
+        tell = lambda line: self.display.note(line)  # noqa: E731 (the display may be exchanged)
+        return StepVerifier(every, self.group, partial(self._subject, more), tell)
+
+    def _subject(self, more: Mapping[str, object]) -> Subject:
+        """Return what is verified in a step."""
+        return Subject(
+            self._parts.forward,
+            self.optimizer,
+            {**more, **self._other_objects()},
+            has_user_code=bool(self.callbacks) or type(self) is not Trainer,
+            is_deterministic=self.config.full_determinism,
+            unobserved=self.checkpointer.confirmation.observer.paused,
         )
 
     def _announce(self, event: dict[str, Any], line: str) -> None:

@@ -264,6 +264,7 @@ class UserChoices:
     exact_resume: ExactResume = "prefer"
     save_mode: SaveMode = "async"
     confirm_stops: bool = False
+    verify_steps: int | None = None
     has_optimizer: bool = False
     has_scheduler: bool = False
 

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from unbroken.adapters.transformers.changes import UserChoices, facts_of_subclass
 from unbroken.adapters.transformers.session import TrainSession
+from unbroken.adapters.transformers.verified_steps import VerifiedSteps
 from unbroken.capture import capture_rng, restore_rng
 from unbroken.checkpoint import (
     Difference,
@@ -102,6 +103,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             waits; "overlap": as `Checkpointer` takes it.
         confirm_stops: Take one step more after the save for a stop, and throw it away: the next
             start repeats it and says whether it is the same.
+        verify_steps: Run the forward and backward of every so manieth step twice and compare them,
+            and weights and moments while they rest: a flipped bit is found and named.
         options: As `transformers.Trainer` takes them.
 
     Attributes:
@@ -120,11 +123,13 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         exact_resume: ExactResume = "prefer",
         save_mode: SaveMode = "async",
         confirm_stops: bool = False,
+        verify_steps: int | None = None,
         **options: Any,
     ) -> None:
         require_supported_version()
         self.resume_report = ResumeReport(step=0)
         self._session: TrainSession | None = None
+        self._verified: VerifiedSteps | None = None
         args: Any = options.get("args", arguments[1] if len(arguments) > 1 else None)
         by_signal = getattr(args, "enable_jit_checkpoint", False)
         if by_signal:
@@ -139,6 +144,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             exact_resume,
             save_mode,
             confirm_stops,
+            verify_steps,
             has_optimizer=self.optimizer is not None,
             has_scheduler=self.lr_scheduler is not None,
         )
@@ -186,6 +192,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
                 tell=_log.warning,
             ) as session,
         ):
+            self._verified = VerifiedSteps.of(self, session, choices.verify_steps, self._tell)
             self._session = session
             self.add_callback(session.position_callback)
             skips, self.args.ignore_data_skip = self.args.ignore_data_skip, False  # known by now
@@ -196,6 +203,13 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
                 self.args.ignore_data_skip = skips
                 self._session = None
                 self.remove_callback(session.position_callback)
+                if self._verified is not None:
+                    self._verified.end()
+                    self._verified = None
+
+    def _tell(self, line: str) -> None:
+        if self.is_world_process_zero():
+            _log.warning(line)
 
     @cached_property
     def _subclass_facts(self) -> dict[str, Any]:
@@ -312,6 +326,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         """Save, unless this step is saved, and raise what ends the process, perhaps a step on."""
         session, step = self._session, self.state.global_step
         if session is not None and session.saved_step != step:
+            self._compare_before_save()
             session.save()
         stopped = TrainingStopped(step, reason)
         if self.is_world_process_zero():
@@ -350,14 +365,21 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         if self._session is None:
             super()._save_checkpoint(model, trial)
             return
+        self._compare_before_save()
         folder = self._session.save()
         if self.args.push_to_hub or looks_at_saves(self.callback_handler.callbacks):
             self._session.checkpointer.wait()
         if self.args.push_to_hub:
             self._push_from_checkpoint(folder)
 
+    def _compare_before_save(self) -> None:
+        if self._verified is not None:
+            self._verified.verifier.compare_resting(self.state.global_step)
+
     def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
         """Log as the host does, and into metrics.jsonl, where each line is exactly once."""
+        if self._verified is not None and self._verified.verifier.is_repeating:
+            return  # it was logged when this pass was first run
         super().log(logs, *arguments, **options)
         if self._session is not None:
             self._session.note(logs)
