@@ -86,9 +86,7 @@ def test_a_flip_in_an_activation_is_named(tmp_path):
     model, once = small_gpt(), Once(7)
     layer = model.transformer.h[0].mlp.c_fc
     layer.register_forward_hook(lambda _m, _i, output: flip(output) if once() else None)
-    with pytest.raises(
-        StepVerificationError, match=r"another output of transformer\.h\.0\.mlp\.c_fc"
-    ):
+    with pytest.raises(StepVerificationError, match=r"of transformer\.h\.0\.mlp\.c_fc"):
         train(tmp_path, model, verify_steps=1)
 
 
@@ -107,9 +105,7 @@ def gradient(model, _):
 @pytest.mark.parametrize("choose", [weight, moment])
 def test_a_flip_between_two_steps_is_named(choose, tmp_path):
     flipping = AtEndOfStep(4, choose)
-    with pytest.raises(
-        StepVerificationError, match=r"transformer\.h\.0\.ln_1\.weight.*bit 20"
-    ) as found:
+    with pytest.raises(StepVerificationError, match=r"h\.0\.ln_1\.weight.*bit 20") as found:
         train(tmp_path, small_gpt(), callbacks=[flipping], verify_steps=5)
     assert found.value.step == 4
 
