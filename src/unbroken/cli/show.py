@@ -132,7 +132,9 @@ def _resumes(history: Iterable[Mapping[str, Json]]) -> dict[str, str]:
             differing.append(str(record.get("step")))
     if not resumes:
         return {}
-    steps = f"{same} repeated steps, all with the same bits" if same else "no repeated steps were compared"
+    steps = "no repeated steps were compared"
+    if same:
+        steps = f"{same} repeated steps, all with the same bits"
     if differing:
         steps = f"{same} repeated steps with the same bits; others from step {', '.join(differing)}"
     return {"resumes": f"{resumes}; {steps}"}
