@@ -30,9 +30,6 @@ SUMMED_GRADIENT = "gradient, as the optimizer gets it,"
 BUFFER = "buffer"
 GENERATOR = "generator"
 
-BEFORE_SUMS = (OUTPUT, GRADIENT_OF_OUTPUT, GRADIENT)
-"""What a rank computes by itself, before anything is added up with other ranks."""
-
 
 class Entry(NamedTuple):
     """One thing that a pass computed.
@@ -76,6 +73,10 @@ class PassRecord:
         mine, others = self._digests, other._digests
         differing = [entry for entry, digest in mine.items() if others.get(entry) != digest]
         return [*differing, *(entry for entry in others if entry not in mine)]
+
+    def position(self, entry: Entry) -> int:
+        """Return how many entries come before one; ranks that compute alike have them alike."""
+        return [*self._digests, entry].index(entry)
 
     def add_results(self, parameters: Mapping[str, Tensor], model: nn.Module) -> None:
         """Add what a pass leaves: gradients, buffers, and where generators stand."""

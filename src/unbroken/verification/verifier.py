@@ -16,7 +16,7 @@ from unbroken.capture import named_parameters, unwrapped
 from unbroken.checkpoint.coverage.owners import Known
 from unbroken.distributed import Group
 from unbroken.errors import ConfigError, StepVerificationError
-from unbroken.verification.pass_record import BEFORE_SUMS, Entry, PassRecord, recording
+from unbroken.verification.pass_record import Entry, PassRecord, recording
 from unbroken.verification.pass_state import PassState, has_lazy_parts
 from unbroken.verification.resting import MemoryChange, RestingTensors, weights_and_moments
 
@@ -231,7 +231,10 @@ class StepVerifier:
         two: PassRecord,
         third: Callable[[], PassRecord],
     ) -> None:
-        """Raise where two passes differ, or weights changed; a third pass tells which was odd."""
+        """Raise where two passes differ, or weights changed; a third pass tells which was odd.
+
+        Of several ranks the one is named that differs first: its fault reaches the others by sums.
+        """
         differing = one.differences(two)
         changes = self._changes()
         if not self._group.any(bool(differing or changes)):
@@ -241,7 +244,12 @@ class StepVerifier:
             row = [0, changes[0].name, f"memory that nothing wrote: {changes[0]}"]
         three = third()
         if differing and not changes:
-            row = [*_place_of(differing[0]), _sentence(differing, _odd_one(one, two, three))]
+            entry, third_is = differing[0], _odd_one(one, two, three)
+            row = [
+                1 + one.position(entry),
+                entry.name or entry.kind,
+                _sentence(differing, third_is),
+            ]
         hint = _HINT.format(kernels="" if subject.is_deterministic else _KERNELS)
         what = "its forward and backward pass gave other bits when it was run again"
         if self._group.world_size == 1 and changes:
@@ -336,10 +344,6 @@ def _compilations() -> int:
     """Return how often this process has compiled code for a model."""
     dynamo = sys.modules.get("torch._dynamo.utils")
     return 0 if dynamo is None else sum(dynamo.counters["frames"].values())
-
-
-def _place_of(entry: Entry) -> tuple[int, str]:
-    return (1 if entry.kind in BEFORE_SUMS else 2), entry.name or entry.kind
 
 
 def _odd_one(one: PassRecord, two: PassRecord, three: PassRecord) -> str:
