@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import MemberDescriptorType
+from types import FrameType, MemberDescriptorType
 from typing import Any
 
 from unbroken.errors import DataError
@@ -122,3 +124,26 @@ def attributes_of(thing: object) -> dict[str, Any]:
 def _slots(owner: Any) -> list[tuple[str, MemberDescriptorType]]:
     members = (item for base in owner.__mro__ for item in vars(base).items())
     return [(name, one) for name, one in members if isinstance(one, MemberDescriptorType)]
+
+
+def variables_of(frame: FrameType) -> dict[str, Any]:
+    """Return the variables of a frame by name, and leave no reference to them in it.
+
+    Before Python 3.13 a frame that was asked for `f_locals` keeps what it answered until it is
+    asked again: `del model` in that function frees nothing.
+
+    Source: PEP 667, https://peps.python.org/pep-0667/
+
+    Example:
+        >>> import sys
+        >>> def here():
+        ...     one = 1
+        ...     return variables_of(sys._getframe())
+        >>> here()
+        {'one': 1}
+    """
+    found = frame.f_locals
+    variables = dict(found)
+    if sys.version_info < (3, 13) and frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+        found.clear()
+    return variables

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from weakref import WeakMethod, WeakValueDictionary, finalize
 
@@ -53,6 +54,8 @@ class RunAccess:
     Attributes:
         notes: What the report of a resume says of the opening.
         has_started: Whether a start of the run is told in its history, but no end.
+        closes_in: The thread that makes the last checkpoint of an owner that is gone, and then
+            releases the run.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class RunAccess:
             directory = os.path.abspath(directory)  # the same run after a chdir
         self.notes: tuple[str, ...] = ()
         self.has_started = False
+        self.closes_in: Thread | None = None
         self._group = group
         self._directory = directory
         self._branch = branch
@@ -153,6 +157,11 @@ class RunAccess:
                 run.history.append(record)
         run.close()
 
+    def release(self) -> None:
+        """Release the run directory of an owner that is gone, who can hear of no error."""
+        with suppress(OSError):
+            self.close(None)
+
     def _open(
         self, selection: ResumeChoice | None, *, may_hold_foreign_files: bool
     ) -> RunDirectory:
@@ -189,6 +198,9 @@ class RunAccess:
             return False
         gc.collect()  # what was dropped may stand in a cycle; its end lets the run go
         other = _OWNERS.get(self._key)
+        if other is not None and other.closes_in is not None:
+            other.closes_in.join()
+            return True
         give_way = None if other is None else other._give_way()  # noqa: SLF001 (of its own class)
         return other is None or (give_way is not None and give_way())
 
@@ -208,7 +220,9 @@ class RunAccess:
 def let_go_when_dropped(owner: object, saver: AsyncSaver, access: RunAccess) -> None:
     """Finish the last save and release the run when nobody holds its owner any more.
 
-    Not on several ranks, which do that together; nor at the exit, where others see to it.
+    Not on several ranks, which do that together; nor at the exit, where others see to it. The
+    garbage collector may do this anywhere in the training thread, in a step or while a lock is
+    held: nothing is waited for, and no error is raised there.
     """
     if not access.is_alone:
         return
@@ -216,9 +230,7 @@ def let_go_when_dropped(owner: object, saver: AsyncSaver, access: RunAccess) -> 
 
     def let_go() -> None:
         if os.getpid() == pid:  # a forked process has copies of both
-            with suppress(SaveError):
-                saver.close(hurried=True)
-            access.close(None)
+            access.closes_in = saver.abandon(access.release)
 
     finalize(owner, let_go).atexit = False
 

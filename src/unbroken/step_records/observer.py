@@ -11,19 +11,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import wraps
 from typing import Any
-from weakref import WeakMethod, ref
+from weakref import ref
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
-from torch.utils.hooks import RemovableHandle
 
 from unbroken.capture import ParameterNames, named_objects
 from unbroken.data import BatchDigest, LoaderSource, MapSource, arrays_in
@@ -34,6 +29,7 @@ from unbroken.recorder.digests import (
     learning_rates_of,
     sample_of,
 )
+from unbroken.recorder.step_hooks import StepHooks
 from unbroken.step_records.records import MODES, StepRecord
 
 # Steps after a checkpoint, and later every so many: a small step leaves the caches of a processor
@@ -81,7 +77,7 @@ class StepObserver:
         self._objects, self._on_step = objects, on_step
         self.number = self.counted = 0
         self.is_on_a_device = self.is_recording = False
-        self._hooks: list[RemovableHandle] = []
+        self._hooks: StepHooks | None = None
         self._watched: dict[int, _Watched] = {}
         self._seen: set[int] = set()  # optimizers that have taken a step since `begin`
         self._others: Named = []
@@ -115,20 +111,17 @@ class StepObserver:
         for _, one in named_objects(self._objects):
             if isinstance(one, MapSource | LoaderSource):
                 one.running.on_batch = self.note_batch
-        if not self._hooks:
+        if self._hooks is None:
             _open.append(ref(self))
             _hear_of_backward()
-            self._hooks = [
-                register_optimizer_step_pre_hook(_weak(self._before_step)),
-                register_optimizer_step_post_hook(_weak(self._after_step)),
-            ]
+            self._hooks = StepHooks(self._step_begins, self._step_is_over)
 
     def end(self) -> None:
         """Look no longer."""
         self._deliver(wait=True)
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._watched, self._others = [], {}, []
+        if self._hooks is not None:
+            self._hooks.end()
+        self._hooks, self._watched, self._others = None, {}, []
         self.is_recording = False
         _open[:] = [one for one in _open if one() is not self]
         _hear_of_backward()
@@ -183,6 +176,12 @@ class StepObserver:
         self._forget()
 
     # The step.
+
+    def _step_begins(self, optimizer: Optimizer) -> None:
+        self.look(self._before_step, optimizer)
+
+    def _step_is_over(self, optimizer: Optimizer) -> None:
+        self.look(self._after_step, optimizer)
 
     def _before_step(self, optimizer: Optimizer) -> None:
         known = self._watched.get(id(optimizer))
@@ -423,12 +422,3 @@ def _heard(plain: Callable[..., None]) -> Callable[..., None]:
         plain(tensors, *args, **options)
 
     return backward
-
-
-def _weak(method: Callable[[Optimizer], None]) -> Callable[..., None]:
-    return partial(_call, WeakMethod(method))
-
-
-def _call(method: WeakMethod[Callable[[Optimizer], None]], optimizer: Optimizer, *_: Any) -> None:
-    if not torch.compiler.is_compiling() and (found := method()) is not None:
-        found.__self__.look(found, optimizer)  # type: ignore[attr-defined]

@@ -39,6 +39,7 @@ from unbroken.capture.state_tree import TreeMap, children
 from unbroken.errors import CaptureError, CheckpointError
 from unbroken.fingerprint import keeps_attributes
 from unbroken.fingerprint.values import array_digest, is_volatile_number
+from unbroken.introspection import variables_of
 
 _MOST_VALUES = 65536
 _MOST_TENSORS = 4096
@@ -223,7 +224,7 @@ def _place_of(iterator: Any) -> Any:
         frame = iterator.gi_frame
         return frame and (
             frame.f_lasti,
-            repr({n: v for n, v in frame.f_locals.items() if type(v) in _ATOMS}),
+            repr({n: v for n, v in variables_of(frame).items() if type(v) in _ATOMS}),
         )
     if isinstance(iterator, itertools.count):
         return repr(iterator)

@@ -5,7 +5,6 @@ A Trainer gives all that it depends on, and needs none of this.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -15,11 +14,6 @@ import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
-from torch.utils.hooks import RemovableHandle
 
 from unbroken.capture import (
     Captured,
@@ -36,6 +30,7 @@ from unbroken.checkpoint.coverage.schedules import FoundSchedules
 from unbroken.checkpoint.coverage.unregistered import NotGiven
 from unbroken.distributed import Group
 from unbroken.errors import ConfigError, CorruptCheckpointError, UnbrokenError, spelled
+from unbroken.recorder.step_hooks import StepHooks
 
 
 class LoopWatch:
@@ -67,7 +62,7 @@ class LoopWatch:
         self.gradients = UnfinishedGradients(objects)
         self._not_given = NotGiven(objects, attributes.covers)
         self._tell, self._on_batch = tell, on_batch
-        self._step_hook: RemovableHandle | None = None
+        self._step_hook: StepHooks | None = None
 
     def look(self) -> None:
         """Look for schedules, and tell of each; from now on, at each first step of a start."""
@@ -79,8 +74,7 @@ class LoopWatch:
         if self.schedules.looked_just_now():
             return []
         if self._step_hook is None:
-            hook = partial(_before_step, weakref.WeakMethod(self._before_step))
-            self._step_hook = register_optimizer_step_pre_hook(hook)
+            self._step_hook = StepHooks(self._before_step)
             self._not_given.begin(self._on_batch)
         return self.schedules.look()
 
@@ -103,7 +97,7 @@ class LoopWatch:
         """Look no longer."""
         hook, self._step_hook = self._step_hook, None
         if hook is not None:
-            hook.remove()
+            hook.end()
             self._not_given.end()
         self.around.end()
 
@@ -118,14 +112,6 @@ class LoopWatch:
                 self._tell(line)
         self._not_given.before_step(optimizer)
         self.gradients.before_step(optimizer)
-
-
-def _before_step(
-    call: weakref.WeakMethod[Callable[[Optimizer], None]], optimizer: Optimizer, *_: object
-) -> None:
-    """Call back before a step, if the one who asked for that is still there."""
-    if not torch.compiler.is_compiling() and (found := call()) is not None:
-        found(optimizer)
 
 
 # Gradients that the loop has gathered when it saves, for a step still to come.
@@ -305,23 +291,20 @@ class StepsSeen:
         self._known: dict[int, tuple[Optimizer, bool]] = {}
         self._scalers: list[GradScaler] = []
         self._scales: list[tuple[GradScaler, torch.Tensor | float]] = []
-        self._hooks: list[RemovableHandle] = []
+        self._hooks: StepHooks | None = None
 
     def begin(self) -> None:
         """Look from now on, until `end`."""
         self._known = {}
         scalers = [one for one in all_objects(self._objects) if isinstance(one, GradScaler)]
         self._scalers = [one for one in scalers if one.is_enabled()]
-        self._hooks = [
-            register_optimizer_step_pre_hook(self._before_step),
-            register_optimizer_step_post_hook(self._after_step),
-        ]
+        self._hooks = StepHooks(self._before_step, self._after_step, is_traced=True)
 
     def end(self) -> None:
         """Look no longer."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._scales = [], []
+        if self._hooks is not None:
+            self._hooks.end()
+        self._hooks, self._scales = None, []
 
     def turn_begins(self) -> None:
         """Forget the turn before."""
@@ -348,7 +331,7 @@ class StepsSeen:
         known = any(is_own for _, is_own in self._known.values())
         return known or any(isinstance(one, Optimizer) for one in all_objects(self._objects))
 
-    def _before_step(self, optimizer: Optimizer, *_: object) -> None:
+    def _before_step(self, optimizer: Optimizer) -> None:
         """Refuse a step of which no checkpoint would know anything."""
         if torch.compiler.is_compiling():
             return
@@ -360,7 +343,7 @@ class StepsSeen:
                 what = f"this {kind} steps, and the Checkpointer was given no optimizer"
                 raise ConfigError("optimizer", what, hint="Checkpointer(..., optimizer=optimizer)")
 
-    def _after_step(self, optimizer: Optimizer, *_: object) -> None:
+    def _after_step(self, optimizer: Optimizer) -> None:
         # While a step is compiled this is traced, and run again in each step: it must be simple.
         is_own = torch.compiler.is_compiling() or self._known[id(optimizer)][1]
         if is_own:

@@ -21,6 +21,7 @@ from unbroken.changes.differences import Difference
 from unbroken.changes.rules import fingerprint_differences
 from unbroken.errors import StateMismatchError
 from unbroken.fingerprint import is_user_code, qualified_name, scheduler_facts
+from unbroken.introspection import variables_of
 from unbroken.store import Json
 from unbroken.stored_names import stored_class_name
 
@@ -70,7 +71,7 @@ def scopes_around() -> Iterator[Scope]:
         code, module = frame.f_code, frame.f_globals
         if _is_users(code, module):
             if frame.f_locals is not module:
-                yield Scope(code.co_qualname, frame.f_locals, code)
+                yield Scope(code.co_qualname, variables_of(frame), code)
             modules.setdefault(id(module), Scope(str(module.get("__name__")), module, code))
         frame = frame.f_back
     yield from modules.values()

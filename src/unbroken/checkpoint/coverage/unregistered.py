@@ -34,6 +34,7 @@ from unbroken.data import BatchSource, KeyedDataset, LoaderSource, MapSource
 from unbroken.data.sources.iterable import reason_against_its_state
 from unbroken.errors import DataError
 from unbroken.fingerprint import is_user_module, keeps_attributes
+from unbroken.introspection import variables_of
 from unbroken.store import Json
 
 # Which loaders a hand-written loop trains on: seen by what happens between their batches.
@@ -425,7 +426,7 @@ class NotGiven:
             frame = frame.f_back
             if frame.f_code.co_name != "step":
                 continue
-            one = frame.f_locals.get("self")
+            one = variables_of(frame).get("self")
             if isinstance(one, GradScaler) and one.is_enabled():
                 self._see(one, "scales the loss by what it has seen")
 

@@ -7,20 +7,20 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, get_args
 
-from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.hooks import RemovableHandle
+from torch.optim import Optimizer
 
 from unbroken.checkpoint.save.rank_shares import RankShare
 from unbroken.checkpoint.save.session import SaveAbandonedError, SaveSession
 from unbroken.checkpoint.save.staging import StagedState, StagingBuffer, stable_tensors
 from unbroken.distributed import Group, name_ranks
 from unbroken.errors import ConfigError, RankError, SaveError, one_of
+from unbroken.recorder.step_hooks import StepHooks
 
 _AHEAD = 2  # boundaries: enough for the exchange to be over before a training thread comes there
 
@@ -121,6 +121,7 @@ class SaveThread:
         self._error: BaseException | None = None
         self._rendezvous = StepRendezvous()
         self._copied, self._approved = threading.Event(), threading.Event()
+        self._then: list[Callable[[], None]] = []
         self._stored = threading.Event()
         self._thread = threading.Thread(target=self._run, name="unbroken-save", daemon=True)
         self._began = time.perf_counter()
@@ -199,6 +200,20 @@ class SaveThread:
         self.seconds = time.perf_counter() - self._began
         self.computing = time.thread_time()
         self._report()
+        self._end()
+
+    def call_when_over(self, then: Callable[[], None]) -> threading.Thread:
+        """Let the thread call `then` at its end, or do so here; wait for the copy alone."""
+        self.approve()
+        self._then.append(then)
+        if self.is_over:
+            self._end()
+        return self._thread
+
+    def _end(self) -> None:
+        while self._then:
+            with suppress(IndexError):  # the other thread took it
+                self._then.pop()()
 
     def _copy_rest(self) -> RankShare:
         try:
@@ -258,7 +273,7 @@ class AsyncSaver:
         self._without_storage: tuple[int, ...] | None = None  # ranks, once a save found out
         self._running: SaveThread | None = None
         self._process = 0  # that it runs in
-        self._hook: RemovableHandle | None = None
+        self._hook: StepHooks | None = None
         self._began = self._blocked = 0.0
         self._unstable: set[str] = set()  # paths of tensors that do change between steps
         self._committed: list[int] = []
@@ -312,7 +327,7 @@ class AsyncSaver:
             atexit.register(self._at_exit)
         if self._hook is None and self.mode == "overlap":
             # Any optimizer, also one that is not saved: fused ones do not count versions up.
-            self._hook = register_optimizer_step_pre_hook(self._before_step)
+            self._hook = StepHooks(self._before_step)
         self._process = os.getpid()
         self._running = SaveThread(session, share, staged, self._thread_group)
         if self.mode == "async":
@@ -323,7 +338,7 @@ class AsyncSaver:
         """Return the save that is running; in a forked process there is none."""
         return self._running if self._process == os.getpid() else None
 
-    def _before_step(self, *_: object) -> None:
+    def _before_step(self, _: Optimizer) -> None:
         if self._running is not None and not self._running.is_over:  # it is, in a forked process
             self._running.approve()
 
@@ -387,6 +402,29 @@ class AsyncSaver:
             if self.is_idle:
                 self._release()
 
+    def abandon(self, then: Callable[[], None]) -> threading.Thread | None:
+        """Call `then` when no save is running: at once, or at the end of the running one's thread.
+
+        For an owner whom nobody holds any more: the garbage collector may call it, at any point of
+        the training thread. It waits for a copy alone, and takes no lock.
+
+        Args:
+            then: Called once.
+
+        Returns:
+            The thread in which it will be called; None: it was called.
+        """
+        running = self._current()
+        if running is None:
+            then()
+            return None
+
+        def end() -> None:
+            self._release()
+            then()
+
+        return running.call_when_over(end)
+
     @property
     def is_idle(self) -> bool:
         """Whether no save is running; one may be, where `close` was interrupted."""
@@ -396,7 +434,7 @@ class AsyncSaver:
         self._buffer = None
         hook, self._hook = self._hook, None
         if hook is not None:
-            hook.remove()
+            hook.end()
         group, self._thread_group = self._thread_group, None
         if group is not None:
             atexit.unregister(self._at_exit)
