@@ -64,9 +64,10 @@ def no_collection_of_its_own():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_step_in_which_one_is_collected_goes_on(mode, tmp_path, no_collection_of_its_own):
-    dropped, other = Loop(tmp_path / "dropped", mode), Loop(tmp_path / "other", mode)
-    dropped.steps_and_saves(2)
+    other = Loop(tmp_path / "other", mode)
     other.step()
+    dropped = Loop(tmp_path / "dropped", mode)
+    dropped.steps_and_saves(2)
     of_torch, gone = len(_global_optimizer_pre_hooks), ref(dropped.checkpointer)
     del dropped
     hook = other.optimizer.register_step_pre_hook(lambda *_: bool(gc.collect()) and None)
