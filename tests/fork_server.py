@@ -88,9 +88,11 @@ class ForkServer:
         return int(self._process.stdout.readline())
 
     def close(self) -> None:
+        """End it; what tests have forked may hold its pipe open, so that it never reads the end."""
+        self._process.kill()
+        self._process.wait()
         self._process.stdin.close()
         self._process.stdout.close()
-        self._process.wait()
 
 
 if __name__ == "__main__":

@@ -106,7 +106,10 @@ def test_one_that_is_collected_gives_the_run_back_at_once(tmp_path, no_collectio
 def test_those_that_are_collected_leave_no_hooks(tmp_path):
     def hooks_after(starts) -> tuple[int, int]:
         for one in range(starts):
-            Loop(tmp_path / str(one), "overlap").steps_and_saves(1)
+            loop = Loop(tmp_path / str(one), "overlap")
+            loop.steps_and_saves(1)
+            loop.checkpointer.wait()
+            del loop
             gc.collect()
         return len(_global_optimizer_pre_hooks), len(_global_optimizer_post_hooks)
 

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from threading import Thread
 from typing import Any
 from weakref import WeakMethod, WeakValueDictionary, finalize
 
@@ -54,8 +53,8 @@ class RunAccess:
     Attributes:
         notes: What the report of a resume says of the opening.
         has_started: Whether a start of the run is told in its history, but no end.
-        closes_in: The thread that makes the last checkpoint of an owner that is gone, and then
-            releases the run.
+        finish: Ends the last save of an owner that is gone, after which the run is released; None:
+            the owner is there.
     """
 
     def __init__(
@@ -72,7 +71,7 @@ class RunAccess:
             directory = os.path.abspath(directory)  # the same run after a chdir
         self.notes: tuple[str, ...] = ()
         self.has_started = False
-        self.closes_in: Thread | None = None
+        self.finish: Callable[[], None] | None = None
         self._group = group
         self._directory = directory
         self._branch = branch
@@ -198,8 +197,9 @@ class RunAccess:
             return False
         gc.collect()  # what was dropped may stand in a cycle; its end lets the run go
         other = _OWNERS.get(self._key)
-        if other is not None and other.closes_in is not None:
-            other.closes_in.join()
+        if other is not None and other.finish is not None:
+            with suppress(SaveError):
+                other.finish()
             return True
         give_way = None if other is None else other._give_way()  # noqa: SLF001 (of its own class)
         return other is None or (give_way is not None and give_way())
@@ -230,7 +230,8 @@ def let_go_when_dropped(owner: object, saver: AsyncSaver, access: RunAccess) -> 
 
     def let_go() -> None:
         if os.getpid() == pid:  # a forked process has copies of both
-            access.closes_in = saver.abandon(access.release)
+            access.finish = saver.wait
+            saver.abandon(access.release)
 
     finalize(owner, let_go).atexit = False
 

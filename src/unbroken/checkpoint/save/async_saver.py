@@ -202,13 +202,13 @@ class SaveThread:
         self._report()
         self._end()
 
-    def call_when_over(self, then: Callable[[], None]) -> threading.Thread:
-        """Let the thread call `then` at its end, or do so here; wait for the copy alone."""
-        self.approve()
+    def call_when_over(self, then: Callable[[], None]) -> None:
+        """Let the thread call `then` at its end, or do so here; wait for nothing."""
         self._then.append(then)
+        if self._copied.is_set():
+            self.approve()
         if self.is_over:
             self._end()
-        return self._thread
 
     def _end(self) -> None:
         while self._then:
@@ -402,28 +402,23 @@ class AsyncSaver:
             if self.is_idle:
                 self._release()
 
-    def abandon(self, then: Callable[[], None]) -> threading.Thread | None:
+    def abandon(self, then: Callable[[], None]) -> None:
         """Call `then` when no save is running: at once, or at the end of the running one's thread.
 
         For an owner whom nobody holds any more: the garbage collector may call it, at any point of
-        the training thread. It waits for a copy alone, and takes no lock.
-
-        Args:
-            then: Called once.
-
-        Returns:
-            The thread in which it will be called; None: it was called.
+        the training thread. It waits for nothing. A save whose copy is not over goes on at the
+        next step of an optimizer, at the next `wait`, or at the exit.
         """
         running = self._current()
         if running is None:
             then()
-            return None
+            return
 
         def end() -> None:
             self._release()
             then()
 
-        return running.call_when_over(end)
+        running.call_when_over(end)
 
     @property
     def is_idle(self) -> bool:
