@@ -8,7 +8,10 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
+import random
+import socket
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -45,3 +48,14 @@ def run_fresh(function: Callable[..., object], *arguments: Any) -> int:
     process.start()
     process.join()
     return process.exitcode
+
+
+def free_port() -> int:
+    """Return a port that nobody uses, below those that the system gives to whoever asks for any.
+
+    One of those may be given to another test before it is used here.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port

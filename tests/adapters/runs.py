@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 import traceback
 from contextlib import suppress
@@ -63,6 +62,7 @@ from adapters.faults import (
     kill_when_rotated,
     sabotage,
 )
+from fresh import free_port
 
 OPTIONS = ("betas", "eps", "weight_decay")
 
@@ -273,9 +273,7 @@ def train(order: dict) -> None:
 
 def train_on_ranks(order: dict) -> None:
     """Train on several ranks; when one dies the others are killed, as torchrun does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ranks = {rank_process(order, rank, port): rank for rank in range(order["ranks"])}
     while ranks:
         ended, status = os.wait()

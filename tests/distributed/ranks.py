@@ -16,7 +16,7 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from fresh import fresh_process
+from fresh import free_port, fresh_process
 
 # A TCPStore looks up the name of each address that connects, 127.0.0.1 too; where the name server
 # loses a packet, that takes 5 s, and the store answers nobody meanwhile. See resolv.conf(5).
@@ -63,9 +63,7 @@ def run_ranks(
 def _store(on_rank_0: bool) -> Iterator[int]:
     """Yield the port of the store, which is held here or free for rank 0."""
     if on_rank_0:
-        with socket.create_server(("127.0.0.1", 0)) as listening:
-            port = listening.getsockname()[1]
-        yield port
+        yield free_port()
     else:
         from torch.distributed import TCPStore
 

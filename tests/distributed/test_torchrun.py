@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 from distributed.ranks import run_ranks
 from distributed.training import STEPS, train
+from fresh import free_port
 from scenarios import metrics, outcome
 
 CONFIG = """
@@ -103,10 +103,8 @@ def test_restarts_after_random_kills_end_with_the_bits_of_an_untouched_run(
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"lanes": 4}], ids=["ranks", "lanes"])
 def test_an_elastic_world_goes_on_with_the_node_that_is_left(settings, tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        port = listening.getsockname()[1]
     rendezvous = ["--nnodes", "1:2", "--rdzv-backend", "c10d", "--rdzv-id", "run"]
-    rendezvous += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]
+    rendezvous += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--local-addr", "127.0.0.1"]
     # Waited for in whole where a node is lost. The second node starts first, and so is not late.
     quick = "last_call_timeout=7,keep_alive_interval=1,keep_alive_max_attempt=2,is_host="
     command = [*LAUNCHER, *rendezvous, "--nproc-per-node", "1", "--rdzv-conf"]

@@ -409,16 +409,16 @@ class AsyncSaver:
         the training thread. It waits for nothing. A save whose copy is not over goes on at the
         next step of an optimizer, at the next `wait`, or at the exit.
         """
-        running = self._current()
-        if running is None:
-            then()
-            return
 
         def end() -> None:
             self._release()
             then()
 
-        running.call_when_over(end)
+        running = self._current()
+        if running is None:
+            end()
+        else:
+            running.call_when_over(end)
 
     @property
     def is_idle(self) -> bool:
