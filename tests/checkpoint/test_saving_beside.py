@@ -142,7 +142,7 @@ def test_without_that_hook_the_copy_would_be_torn(tmp_path, monkeypatch):
     training.train_step()
     held = Held(monkeypatch)
     data = training.save()
-    training.checkpointer._saver._hook.remove()
+    training.checkpointer._saver._hook.end()
     monkeypatch.setattr(staging.StagedState, "modified", lambda _self: ())
     monkeypatch.setattr(staging.SourceDigests, "differing", lambda *_: [])
     training.train_step()

@@ -147,7 +147,7 @@ def save_without_waiting_for_the_copy(folder: str, layout: str) -> None:
     run = Run(folder, layout, "overlap")
     run.train_step()
     wanted = run.save()
-    run.checkpointer._saver._hook.remove()
+    run.checkpointer._saver._hook.end()
     staging.StagedState.modified = lambda _self: ()
     staging.SourceDigests.differing = lambda *_: []
     run.train_step()
