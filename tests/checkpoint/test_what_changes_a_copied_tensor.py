@@ -131,6 +131,7 @@ def test_other_hooks_of_the_optimizer_run_as_without_a_save(model, tmp_path):
 
 
 def test_hooks_of_a_closed_checkpointer_are_gone_when_the_next_ones_come(model, tmp_path):
+    StepHooks()
     before = dict(hooks)
     save_and(lambda: None, tmp_path, model=model)
     StepHooks()
