@@ -43,6 +43,7 @@ NOT_OF_FILES = (
     "lseek",
 )
 BEGIN, END = "/begin-of-measurement", "/end-of-measurement"
+WIDTH, OF_A_TENSOR = 8192, 1 << 17  # bytes of one read or write; a manifest has fewer
 WRITES = ("write", "pwrite", "pwritev", "writev")
 READS = ("pread", "preadv", "readv")
 NO_CALLS = {"_path_normpath", "fspath", "getpid", "getuid", "uname", "confstr", "urandom"}
@@ -102,17 +103,17 @@ def small_drop_in(folder: str) -> Any:
     )
 
 
-TRAINERS = {"trainer": partial(small_trainer, width=8192), "drop-in": small_drop_in}
+TRAINERS = {"trainer": partial(small_trainer, width=WIDTH), "drop-in": small_drop_in}
 
 
 # What runs of the package
 
 
 class Trace:
-    """Functions of the package that are entered, and the deepest stack at a byte's way to a file.
+    """Functions of the package that are entered, and the deepest stack at a tensor's way to a file.
 
     Args:
-        calls: Names of the functions of the system that move bytes.
+        calls: Names of the functions of the system that move bytes; a tensor's are many at once.
     """
 
     def __init__(self, calls: tuple[str, ...]) -> None:
@@ -147,7 +148,8 @@ class Trace:
         if function.__module__ != "posix" or name in NO_CALLS:
             return
         self.of_os[name] += 1
-        if name in self._bytes:
+        moved = map(nbytes_of, frame.f_locals.values()) if name in self._bytes else ()
+        if max(moved, default=0) >= OF_A_TENSOR:
             self.at_the_byte = max(stack_of(frame), self.at_the_byte, key=len)
 
     def told(self) -> dict[str, Any]:
@@ -164,6 +166,14 @@ class Trace:
             },
             "stack at the byte": [f"{file}:{name}" for file, name in self.at_the_byte],
         }
+
+
+def nbytes_of(value: Any) -> int:
+    """Return how many bytes a buffer has, or a list of them."""
+    if isinstance(value, list | tuple):
+        return sum(map(nbytes_of, value))
+    is_buffer = isinstance(value, bytes | bytearray | memoryview)
+    return memoryview(value).nbytes if is_buffer else 0
 
 
 def place_of(frame: FrameType) -> tuple[str, str] | None:
@@ -186,20 +196,21 @@ def traced(flow: str) -> dict[str, Any]:
     from unbroken import DifferenceError
 
     folder = tempfile.mkdtemp()
-    first = small_trainer(folder)
+    small = partial(small_trainer, width=WIDTH)
+    first = small(folder)
     first.train()
     with Trace(WRITES if flow == "save" else READS) as trace:
         if flow == "save":
             first.save_checkpoint()
     first.checkpointer.close()
     if flow == "resume":
-        second = small_trainer(folder)
+        second = small(folder)
         with trace:
             second.load_checkpoint("auto")
         second.checkpointer.close()
     if flow == "refuse":
         with trace, contextlib.suppress(DifferenceError):
-            small_trainer(folder, 2e-3).train()
+            small(folder, 2e-3).train()
     shutil.rmtree(folder)
     return trace.told()
 
