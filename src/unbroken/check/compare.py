@@ -15,6 +15,7 @@ _PARTS: dict[str, Callable[[Step], Any]] = {
     "learning rate": lambda step: step.learning_rates,
     "settings": lambda step: step.settings,
     "scaler": lambda step: step.scalers,
+    "modes": lambda step: step.modes,
     "loss": lambda step: step.losses,
     "gradients": lambda step: step.gradients,
     "buffers": lambda step: step.buffers,
@@ -22,6 +23,7 @@ _PARTS: dict[str, Callable[[Step], Any]] = {
     "moments": lambda step: step.after.moments,
     "counts": lambda step: step.after.counts,
 }
+Labelled = tuple[str, str | int]  # a label, and a digest or a step
 LATENT = ("schedulers", "others", "generators")  # they may differ without any effect yet
 PARTS = (*_PARTS, *LATENT)
 
@@ -51,7 +53,7 @@ def first_effect(reference: Sequence[Step], again: Sequence[Step]) -> StepDiffer
 
 
 def differing_parts(
-    there: Step, here: Step, moving: frozenset[str], fixed: frozenset[tuple[str, str]] = frozenset()
+    there: Step, here: Step, moving: frozenset[str], fixed: frozenset[Labelled] = frozenset()
 ) -> tuple[str, ...]:
     """Return what differs in a step, in the order of cause and effect.
 
@@ -59,36 +61,46 @@ def differing_parts(
         there: The step of the reference.
         here: The step of the other run.
         moving: The generators that count.
-        fixed: Weights that no optimizer moves and that do not count: see `fixed_others`.
+        fixed: Schedulers and weights outside the optimizer that do not count: see `fixed_parts`.
     """
     parts = [name for name, look in _PARTS.items() if look(there) != look(here)]
-    if parts == ["data"] and there.losses and _has_seen_more(there, here):
-        parts = []  # same losses, gradients and all: what else was looked at played no part
-    if not _has_all(there.schedulers, here.schedulers):
+    if there.losses and _ends_with(_PARTS["data"](here), _PARTS["data"](there)):
+        # A model was tried out before: that shows in what it left, or it played no part.
+        tried_out = ("data", "loss") if _ends_with(here.losses, there.losses) else ("data",)
+        parts = [part for part in parts if part not in tried_out]
+    elif set(parts) <= {"data", "loss"} and _goes_on_in_a_window(there, here):
+        parts = []
+    if lost(there.schedulers, here.schedulers, fixed):
         parts.append("schedulers")
-    if not _has_all([one for one in there.others if one not in fixed], here.others):
+    if lost(there.others, here.others, fixed):
         parts.append("others")
     if differing_generators(there, here, moving):
         parts.append("generators")
     return tuple(parts)
 
 
-def _has_seen_more(there: Step, here: Step) -> bool:
-    """Return whether the data end with those of the reference: a model was tried out before."""
-    used, seen = _PARTS["data"](there), _PARTS["data"](here)
-    return bool(used) and seen[-len(used) :] == used
+def _goes_on_in_a_window(there: Step, here: Step) -> bool:
+    """Return whether the step is the end of an accumulation window whose gradients were saved."""
+    look = _PARTS["data"]
+    return _ends_with(look(there), look(here)) and _ends_with(there.losses, here.losses)
 
 
-def _has_all(there: Sequence[tuple[Any, Any]], here: Sequence[tuple[Any, Any]]) -> bool:
-    """Return whether all that is there is here too, for each label that both have as often.
+def _ends_with(seen: Sequence[Any], used: Sequence[Any]) -> bool:
+    return bool(used) and list(seen[-len(used) :]) == list(used)
 
-    More of a label here is no difference: a resumed process may hold what it has loaded.
+
+def lost(
+    there: Sequence[Labelled], here: Sequence[Labelled], fixed: frozenset[Labelled] = frozenset()
+) -> list[Labelled]:
+    """Return what is there and moves, and is not here.
+
+    More here is no difference: a resumed process may hold what it has loaded.
+
+    Example:
+        >>> lost([("SWALR", 3), ("StepLR", 8)], [("StepLR", 8), ("StepLR", 0)])
+        [('SWALR', 3)]
     """
-    counted_there = Counter(label for label, _ in there)
-    counted_here = Counter(label for label, _ in here)
-    known = {label for label, count in counted_there.items() if counted_here[label] >= count}
-    missing = Counter(one for one in there if one[0] in known) - Counter(here)
-    return not missing
+    return list((Counter(one for one in there if one not in fixed) - Counter(here)).elements())
 
 
 def differing_generators(there: Step, here: Step, moving: frozenset[str]) -> list[str]:
@@ -100,9 +112,10 @@ def differing_generators(there: Step, here: Step, moving: frozenset[str]) -> lis
     ]
 
 
-def fixed_others(steps: Sequence[Step]) -> frozenset[tuple[str, str]]:
-    """Return the weights outside the optimizer that never change: a teacher, a forgotten copy."""
-    return frozenset.intersection(*(frozenset(step.others) for step in steps))
+def fixed_parts(steps: Sequence[Step]) -> frozenset[Labelled]:
+    """Return what never changes: a teacher, a forgotten copy, a scheduler that nobody steps."""
+    each = (frozenset[Labelled]((*step.others, *step.schedulers)) for step in steps)
+    return frozenset.intersection(*each)
 
 
 def moving_generators(steps: Sequence[Step]) -> frozenset[str]:

@@ -6,9 +6,16 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
-from unbroken.check.compare import StepDifference, differing_generators, first_effect
+from unbroken.check.compare import (
+    StepDifference,
+    differing_generators,
+    first_effect,
+    lost,
+    states_before,
+)
 from unbroken.check.recording import Batch, Recording, Step
 from unbroken.check.verdict import Culprit, Verdict, not_exact
 
@@ -86,19 +93,23 @@ def by_content(steps: Sequence[Step]) -> Stream:
 def by_samples(steps: Sequence[Step]) -> Stream | None:
     """Return the data by the samples that the loader of the training data took.
 
-    What was fetched ahead is counted to the step that uses it: each fetched batch stands for as
-    many uses as all steps have on average. None if a loader did not tell its samples.
+    A step uses what was fetched last before it, also where batches were skipped: each fetched batch
+    stands for as many uses as in most steps. None if a loader did not tell its samples.
     """
     training = _training_dataset(steps)
-    fetched = [fetch for step in steps for fetch in step.fetched if fetch.dataset == training]
-    uses = sum(len(step.data) for step in steps)
+    of_steps = [[one for one in step.fetched if one.dataset == training] for step in steps]
+    fetched = [fetch for step in of_steps for fetch in step]
     if not fetched or not all(fetch.samples for fetch in fetched):
         return None
-    uses_of_each = max(round(uses / len(fetched)), 1)
-    windows, used = [], 0
-    for step in steps:
-        windows.append(min(used // uses_of_each, len(fetched)))
-        used += len(step.data)
+    pairs = zip(steps, of_steps, strict=True)
+    uses = [len(step.data) / len(fetches) for step, fetches in pairs if fetches]
+    uses_of_each = max(round(median(uses)), 1)
+    windows: list[int] = []
+    until = 0
+    for step, fetches in zip(steps, of_steps, strict=True):
+        until += len(fetches)
+        used = -(-len(step.data) // uses_of_each)
+        windows.append(max(until - used, windows[-1] if windows else 0))
     tokens = tuple(fetch.samples for fetch in fetched)
     return Stream(tokens, tuple(windows), tuple(epoch_starts(steps)))
 
@@ -380,7 +391,11 @@ def _data(observed: Evidence) -> Verdict:
     index = observed.difference.index
     found = explain_data(observed.reference, observed.resumed, observed.start, index)
     has_loaders = any(step.fetched for step in observed.resumed.steps)
-    if has_loaders or "generators" not in observed.difference.parts:
+    if "generators" not in observed.difference.parts:
+        return found
+    if found.culprit is Culprit.AUGMENTATION:
+        return replace(found, words=f"{found.words}; {_which_generators(observed)[1]}")
+    if has_loaders:
         return found
     culprit, why = _which_generators(observed)  # batches that no loader gave are drawn at random
     return not_exact(culprit, f"data: other batches; {why}", found.words, *found.evidence)
@@ -438,6 +453,18 @@ def _settings_of(steps: Sequence[Step]) -> tuple[Mapping[str, object], ...]:
     return next((step.setting_values for step in steps if step.setting_values), ())
 
 
+def _modes(observed: Evidence) -> Verdict:
+    pairs = zip(observed.here.modes, observed.there.modes, strict=False)
+    count = sum(here != there for here, there in pairs)
+    is_evaluating = observed.here.modes.count("0") > observed.there.modes.count("0")
+    mode = "evaluation" if is_evaluating else "training"
+    words = (
+        f"{count} modules are in {mode} mode, in the reference they are not: `train()` or `eval()` "
+        "was called, or forgotten, after the resume"
+    )
+    return not_exact(Culprit.MODE, words)
+
+
 def _scaler(observed: Evidence) -> Verdict:
     here, there = observed.here.scalers, observed.there.scalers
     words = (
@@ -458,6 +485,8 @@ def _loss(observed: Evidence) -> Verdict:
         return not_exact(culprit, words, evidence)
     if "buffers" in observed.difference.parts:
         return replace(_buffers(observed), evidence=(evidence,))
+    if "others" in observed.difference.parts:
+        return replace(_others(observed), evidence=(evidence,))
     words = (
         "same batch, same weights, same generators, other loss: something in the model that is "
         "neither parameter nor buffer was not restored (a mode, a flag, a counter), or it draws "
@@ -490,6 +519,13 @@ def _buffers(observed: Evidence) -> Verdict:
 
 
 def _update(observed: Evidence) -> Verdict:
+    begin, there = observed.here.before, states_before(observed.reference)[observed.step_index][1]
+    if begin is not None and begin.moments != there.moments:
+        words = (
+            f"the state of optimizer {observed.here.optimizer + 1} is not that before step "
+            f"{observed.step_index + 1}: it was not loaded"
+        )
+        return not_exact(Culprit.OPTIMIZER, words)
     words = (
         "same weights, gradients and learning rate, other update: something in the optimizer that "
         "is neither moment nor step count was not restored"
@@ -498,10 +534,12 @@ def _update(observed: Evidence) -> Verdict:
 
 
 def _others(observed: Evidence) -> Verdict:
-    here = set(observed.here.others)
-    lost = [label for label, digest in observed.there.others if (label, digest) not in here]
+    here = Counter(label for label, _ in observed.here.others)
+    there = Counter(label for label, _ in observed.there.others)
+    labels = dict.fromkeys(label for label, _ in lost(observed.there.others, observed.here.others))
+    differ = "are not there" if any(there[one] > here[one] for one in labels) else "differ"
     words = (
-        f"weights that no optimizer moves differ ({'; '.join(lost)}): "
+        f"weights that no optimizer moves {differ} ({'; '.join(map(str, labels))}): "
         "an average of the weights (EMA), or another copy of them, was not restored"
     )
     return not_exact(Culprit.AVERAGE, words, "the trained weights do not show it")
@@ -553,6 +591,7 @@ _CAUSES: dict[str, Callable[[Evidence], Verdict]] = {
     "learning rate": _learning_rate,
     "settings": _settings,
     "scaler": _scaler,
+    "modes": _modes,
     "loss": _loss,
     "gradients": _gradients,
     "buffers": _buffers,

@@ -13,10 +13,11 @@ from unbroken.check.compare import (
     align,
     differing_parts,
     first_effect,
-    fixed_others,
+    fixed_parts,
     matching_tensors,
     moving_generators,
     reproducible_generators,
+    states_before,
 )
 from unbroken.check.diagnose import Evidence, epoch_starts, explain
 from unbroken.check.recording import Recording
@@ -81,11 +82,14 @@ def _unknown_weights(reference: Recording, resumed: Recording, found: Alignment)
             "and that was neither saved nor done again"
         )
         return not_exact(Culprit.WEIGHTS, words, step=left + 1)
+    reordered = _in_another_order(reference, resumed)
+    if reordered is not None:
+        return reordered
     evidence = []
     partly = matching_tensors(reference, resumed)
     if partly is not None:
         position, different = partly
-        names = [_name(reference, index) for index in sorted(different)]
+        names = [reference.name_of(index) for index in sorted(different)]
         total = len(resumed.steps[0].before.params_each) if resumed.steps[0].before else 0
         evidence.append(
             f"{total - len(different)} of {total} parameters are those of step {position}; not: "
@@ -100,6 +104,21 @@ def _unknown_weights(reference: Recording, resumed: Recording, found: Alignment)
     return not_exact(Culprit.WEIGHTS, words, *evidence)
 
 
+def _in_another_order(reference: Recording, resumed: Recording) -> Verdict | None:
+    begin = resumed.steps[0].before
+    each = () if begin is None else begin.params_each
+    for position, (_, state) in enumerate(states_before(reference)):
+        if each and sorted(each) == sorted(state.params_each):
+            pairs = enumerate(zip(state.params_each, each, strict=True))
+            moved = [reference.name_of(index) for index, (there, here) in pairs if there != here]
+            words = (
+                f"weights of step {position}, but the optimizer has its parameters in another "
+                f"order ({', '.join(moved[:_SHOWN])}): each gets the moments of another"
+            )
+            return not_exact(Culprit.PARAMETER_ORDER, words, step=position + 1)
+    return None
+
+
 def _left_by_a_step(reference: Recording, resumed: Recording) -> int | None:
     """Return the step that left the weights of the resume, before anything else changed them."""
     begin = resumed.steps[0].before
@@ -107,11 +126,6 @@ def _left_by_a_step(reference: Recording, resumed: Recording) -> int | None:
         if begin is not None and step.after.params == begin.params:
             return position
     return None
-
-
-def _name(reference: Recording, index: int) -> str:
-    known = index < len(reference.names) and reference.names[index]
-    return known or f"parameter {index}"
 
 
 def _untrained_weights(resumed: Recording, found: Alignment, kill: Kill) -> Verdict:
@@ -313,7 +327,7 @@ def _lasting_difference(
     pairs = list(zip(theirs, ours, strict=False))
     if not pairs:
         return None
-    fixed = fixed_others(reference.steps[max(start - 1, 0) :])
+    fixed = fixed_parts(reference.steps[max(start - 1, 0) :])
     lasting = set(differing_parts(*pairs[-1], generators, fixed))
     for index, pair in enumerate(pairs):
         parts = differing_parts(*pair, generators, fixed)

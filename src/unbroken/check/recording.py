@@ -80,6 +80,7 @@ class Step:
         setting_values: With `before`: the optimizer's other settings.
         modified: The parameters before the step, as in `State`, where something else than this
             optimizer has changed them since its last step.
+        modes: For each module with trained parameters whether it is in training mode.
     """
 
     optimizer: int
@@ -101,6 +102,7 @@ class Step:
     had_moments: bool = False
     setting_values: tuple[Mapping[str, Any], ...] = ()
     modified: tuple[str, tuple[str, ...]] | None = None
+    modes: str = ""
 
     @property
     def data(self) -> tuple[Batch, ...]:
@@ -133,6 +135,11 @@ class Recording:
     sampled: bool = False
     errors: tuple[str, ...] = ()
     overhead: float | None = None
+
+    def name_of(self, index: int) -> str:
+        """Return what a parameter is called."""
+        known = index < len(self.names) and self.names[index]
+        return known or f"parameter {index}"
 
 
 def read_recordings(folder: Path) -> dict[int, Recording]:
@@ -208,6 +215,7 @@ def _step(line: Mapping[str, Any]) -> Step:
         others=tuple((label, digest) for label, digest in line["others"]),
         generators=line["generators"],
         before=None if before is None else _state(before),
+        modes=line.get("modes", ""),
         had_moments=before is not None and before["has_moments"],
         setting_values=() if before is None else tuple(before["settings"]),
         modified=None

@@ -30,6 +30,7 @@ class Culprit(StrEnum):
     STALE_STATE = "stale-state"
     OPTIMIZER = "optimizer"
     STALE_OPTIMIZER = "stale-optimizer"
+    PARAMETER_ORDER = "parameter-order"
     # what is wrong with the data
     DATA_RESTARTED = "data-restarted"
     DATA_REPEATED = "data-repeated"
@@ -52,6 +53,7 @@ class Culprit(StrEnum):
     AVERAGE = "average"
     MODEL = "model"
     GRADIENTS = "gradients"
+    MODE = "mode"
     # what is wrong with the resumed process
     NOTHING_TRAINED = "nothing-trained"
     STEPS_MISSING = "steps-missing"

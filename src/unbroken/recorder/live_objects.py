@@ -60,6 +60,11 @@ class LiveObjects:
         """Return the digest of the buffers of all modules that have trained parameters."""
         return digester.of_all(buffer for _, buffer in self._buffers())
 
+    def modes(self) -> str:
+        """Return for each module with trained parameters, and each in it, whether it trains."""
+        modules = (one for root in self._live(self._moving) for one in root.modules())
+        return "".join(str(int(one.training)) for one in modules)
+
     def scalers(self) -> list[list[float]]:
         """Return scale and growth count of each gradient scaler in use."""
         live = [one for one in self._live(self._scalers) if one.is_enabled()]

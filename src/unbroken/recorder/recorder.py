@@ -19,7 +19,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from torch.utils.data import get_worker_info
+from torch.utils.data import Subset, get_worker_info
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from .digests import (
@@ -247,6 +247,7 @@ class Recorder:
                 "buffers": buffers.whole,
                 "buffers_each": buffers.each,
                 "others": live.others(digester),
+                "modes": live.modes(),
                 "generators": generators,
                 "spent": self._spent,
                 "at": time.perf_counter(),
@@ -332,17 +333,30 @@ class LoaderLog:
         if iterator._num_yielded < known.given:  # noqa: SLF001  (the iterator was begun anew)
             known.waiting.clear()
             known.given = 0
+        _, index = _in_the_whole(iterator._dataset, index)  # noqa: SLF001
         known.waiting.append(_names(index))
 
     def place_of(self, iterator: Any, index: int) -> list[Any]:
         """Return dataset, epoch, number in the epoch and samples of the batch that came."""
-        dataset = self._datasets.setdefault(id(iterator._dataset), len(self._datasets))  # noqa: SLF001
+        whole, _ = _in_the_whole(iterator._dataset, None)  # noqa: SLF001
+        dataset = self._datasets.setdefault(id(whole), len(self._datasets))
         if index == 0:
             self._epochs[dataset] = self._epochs.get(dataset, 0) + 1
         known = self._iterators.setdefault(iterator, _EpochIterator())
         known.given = index + 1
         samples = known.waiting.popleft() if known.waiting else []
         return [dataset, self._epochs.get(dataset, 0), index, samples]
+
+
+def _in_the_whole(dataset: Any, index: Any) -> tuple[Any, Any]:
+    """Return the data set that a `Subset` is of, and an index, or a batch of them, in that."""
+    while type(dataset) is Subset:
+        if isinstance(index, list | tuple):
+            index = [dataset.indices[one] for one in index]
+        elif index is not None:
+            index = dataset.indices[index]
+        dataset = dataset.dataset
+    return dataset, index
 
 
 def _names(index: Any) -> list[Any]:
