@@ -54,6 +54,7 @@ optimizer.step()
 LOAD_JUDGE = 'judge.load_state_dict(state["judge"])'
 LOAD_OF_JUDGE = 'of_judge.load_state_dict(state["of_judge"])'
 
+OF_LAST = "torch.optim.SGD(model[2].parameters(), lr=0.01)"
 TRIAL = "if IS_RESUMED:\n    model(data[0]).sum().backward()"
 OWN_FILE = "torch.save(optimizer.state_dict(), FOLDER / 'optimizer.pt')"
 
@@ -317,6 +318,23 @@ for one in state["optimizer"]["state"].values():
         {"load": and_load(LOAD_JUDGE, LOAD_OF_JUDGE)},
         GAN,
         kill_after=20,
+    ),
+    Bug(
+        "second_optimizer_only_at_first",
+        "A second optimizer, which steps now and then, is made at the first start alone.",
+        Culprit.OPTIMIZER,
+        {"setup": f"of_last = None if IS_RESUMED else {OF_LAST}"},
+        {"setup": f"of_last = {OF_LAST}"},
+        {
+            "train": """
+loss = model(batch).square().mean()
+loss.backward()
+optimizer.step()
+if of_last is not None and step % 5 == 0:
+    of_last.step()
+optimizer.zero_grad()
+"""
+        },
     ),
     Bug(
         "judge_not_loaded",

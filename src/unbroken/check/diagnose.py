@@ -379,12 +379,23 @@ class Evidence:
 def explain(observed: Evidence) -> Verdict:
     """Return the verdict for the first thing that differs, and name what else was lost."""
     parts = observed.difference.parts
-    verdict = _CAUSES[parts[0]](observed)
+    verdict = _other_optimizer(observed) or _CAUSES[parts[0]](observed)
     also = {_INDEPENDENT[part] for part in parts[1:] if part in _INDEPENDENT}
     known = {verdict.culprit}
     if verdict.culprit in (Culprit.SEED_RESET, Culprit.WRONG_RANK):
         known.add(Culprit.GENERATORS)
     return replace(verdict, step=observed.step_index + 1, also=tuple(sorted(also - known)))
+
+
+def _other_optimizer(observed: Evidence) -> Verdict | None:
+    theirs, ours = (len(one.after.params_each) for one in (observed.there, observed.here))
+    if theirs == ours:
+        return None
+    words = (
+        f"the step is one of an optimizer with {ours} tensors, in the reference of one with "
+        f"{theirs}: an optimizer is missing after the resume, or steps at other times"
+    )
+    return not_exact(Culprit.OPTIMIZER, words)
 
 
 def _data(observed: Evidence) -> Verdict:
