@@ -17,7 +17,7 @@ from unbroken.checkpoint import Checkpointer, SavePolicy
 from unbroken.checkpoint.save import staging
 from unbroken.errors import SaveError
 from unbroken.storage import LocalStorage
-from unbroken.store import CheckpointReader
+from unbroken.store import CheckpointReader, KeepPolicy
 from unbroken.testing import POWER_CUT_MODES, FaultyStorage, PowerCut
 from unbroken.training import Callback
 
@@ -316,3 +316,33 @@ def test_a_trainer_goes_on_from_a_checkpoint_made_beside_it(mode, tmp_path):
         trainer.train()
     assert trainer.resume_report.step == 3
     assert bits(trainer.model) == bits(whole.model)
+
+
+def second_save(mode, fail_at=None):
+    """Save twice and keep one, with a failure of the disk at a step of the second save."""
+    storage = FaultyStorage()
+    training = Training(storage, mode, keep=KeepPolicy(last=1))
+    training.train_step()
+    training.save()
+    training.checkpointer.wait()
+    training.train_step()
+    storage.arm(fail_at=fail_at)
+    try:
+        data, error = training.save(), None
+        training.checkpointer.wait()
+    except SaveError as one:
+        data, error = training.bytes_now(), str(one)
+    return storage, data, error
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_failure_to_remove_what_is_not_kept_is_a_save_error_and_the_new_one_stands(mode):
+    storage, data, error = second_save(mode)
+    assert (error, stored(storage, 2)) == (None, data)
+    told = []
+    for before_the_end in range(8):
+        failed, data, error = second_save(mode, storage.steps - before_the_end)
+        assert stored(failed, 2) == data
+        told += [error] if error else []  # a step record that is lost is no error
+    assert len(told) >= 6
+    assert all("checkpoint-2: is whole and durable" in error for error in told)

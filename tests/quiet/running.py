@@ -37,7 +37,9 @@ def start(script: str, folder: str, kill_at: int) -> None:
     except UnbrokenError as error:
         found = {"error": type(error).__name__, "message": str(error)}
     sys.stdout.flush()
-    Path(f"{left}.json").write_text(json.dumps(found))
+    new = Path(f"{left}.new")
+    new.write_text(json.dumps(found))
+    new.replace(f"{left}.json")  # it may be killed at any moment
     os._exit(0)
 
 

@@ -32,7 +32,14 @@ from unbroken.capture import (
 from unbroken.checkpoint.resume.selection import Origin
 from unbroken.checkpoint.save.rank_shares import CapturedState, RankShare, SharePlan, plan_share
 from unbroken.distributed import Group, name_ranks
-from unbroken.errors import ConfigError, RankError, SaveError, StateMismatchError
+from unbroken.errors import (
+    ConfigError,
+    LockHeldError,
+    RankError,
+    RunDirectoryError,
+    SaveError,
+    StateMismatchError,
+)
 from unbroken.store import (
     CheckpointReader,
     CheckpointWriter,
@@ -416,9 +423,20 @@ class SaveSession:
         saved = {"event": "saved", "at": now_as_text(request.clock), "step": self.step}
         fields = {"digest": manifest.state_digest, **request.history_fields}
         run.history.append({**saved, **fields})
-        best = request.facts.get("best_step")
-        run.prune(request.keep, best_steps=(best,) if isinstance(best, int) else ())
+        self._prune()
         self._writer = None
+
+    def _prune(self) -> None:
+        best = self._request.facts.get("best_step")
+        try:
+            self._run.prune(self._request.keep, best_steps=(best,) if isinstance(best, int) else ())
+        except LockHeldError:
+            raise
+        except RunDirectoryError as error:
+            where = self._run.storage.describe(checkpoint_name(self.step))
+            what = "is whole and durable, but checkpoints that are not kept could not be removed"
+            hint = "look at what the storage says; the next save tries it again"
+            raise SaveError(where, what, found=str(error), hint=hint) from error
 
 
 # Whether a save would work is known before the first step, or right after it: not at the first
