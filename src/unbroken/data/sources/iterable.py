@@ -99,6 +99,17 @@ class ForeignLoader:
         return {name: fact for name, fact in facts.items() if isinstance(fact, int | None)}
 
     @property
+    def order_parts(self) -> dict[str, Any]:
+        """What gives an epoch its order, by name: samplers, and what is iterated over itself."""
+        found = {str(index): part for index, part in enumerate(_parts(self.loader))}
+        dataset, workers = (
+            getattr(self.loader, "dataset", None),
+            getattr(self.loader, "num_workers", 0),
+        )
+        is_apart = not isinstance(dataset, IterableDataset) or workers
+        return {name: one for name, one in found.items() if one is not dataset or not is_apart}
+
+    @property
     def seeded(self) -> list[torch.Generator]:
         """The generators that are seeded at the begin of each pass."""
         found = (getattr(part, "generator", None) for part in _parts(self.loader))

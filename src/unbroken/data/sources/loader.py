@@ -24,7 +24,7 @@ from unbroken.data.sources.iterable import (
     Grouping,
     Reader,
 )
-from unbroken.data.sources.own_generators import OwnGenerators
+from unbroken.data.sources.own_generators import OrderState, OwnGenerators
 from unbroken.data.sources.protocol import (
     MAY_CHANGE_WITH_DATA,
     MicroBatch,
@@ -112,11 +112,14 @@ class LoaderSource:
         )
         self._epochs: dict[int, dict[str, Any]] = {}  # their states when an epoch began
         self._stored_generators: tuple[Position, Any] | None = None
+        self._order = OrderState(self._loader.order_parts)
+        self._stored_order: tuple[Position, Mapping[str, Any]] | None = None
         self._loader.on_epoch = self._note_epoch
 
     def _note_epoch(self, epoch: int) -> None:
         before = {n: states for n, states in self._epochs.items() if epoch - 2 <= n < epoch}
         self._epochs = {**before, epoch: self.own_generators.states()}
+        self._order.note(epoch)
 
     @property
     def data(self) -> Any:
@@ -239,7 +242,13 @@ class LoaderSource:
             "loader_state": position.loader_state,
             "trail": {**position.trail, **self._what_draws_next(position)},
             **self._generators_at(position),
+            **self._order_of(position),
         }
+
+    def _order_of(self, position: Position) -> dict[str, Any]:
+        """Return what samplers keep, as it stood when the epoch of a position began."""
+        moved = self._order.moved_before(position.epoch, has_begun=position.taken > 0)
+        return {"order": moved} if moved else {}
 
     def _generators_at(self, position: Position) -> dict[str, Any]:
         """Return the states of generators that the data hold, here and when the epoch began."""
@@ -274,6 +283,7 @@ class LoaderSource:
         self.position = Position(**{name: state[name] for name in names}, trail=trail)
         self._stored_generators = (self.position, state.get("generators") if trail else None)
         self.own_generators.restore(self._stored_generators[1])
+        self._stored_order = (self.position, state.get("order", {}) if trail else {})
 
     def accept_other_data(self) -> None:
         """Accept a position even if the data now give other batches up to it."""
@@ -286,6 +296,7 @@ class LoaderSource:
         require_counts(own, "samples", "epoch", "taken", "pending")
         if "trail" not in self._may_change:
             self.own_generators.check(own.get("generators"))
+            self._order.check(own.get("order", {}))
 
     def _of_this_rank(self, state: Any) -> Any:
         if not isinstance(state, Mapping) or self._grouping.samples or state.get("gives_samples"):
@@ -546,6 +557,7 @@ class CountedSource(LoaderSource):
     def _resume(self, position: Position, rng: KeyedRandom) -> Reader:
         began, now = self._generators_for(position)
         self.own_generators.put(began)
+        self._put_order(position)
         reader = Reader(
             self._loader, self._loader.begin(position.epoch, rng), position.epoch, taken=0
         )
@@ -555,6 +567,14 @@ class CountedSource(LoaderSource):
         self.own_generators.put(now)
         self.own_generators.begin(position)
         return reader
+
+    def _put_order(self, position: Position) -> None:
+        stored, self._stored_order = self._stored_order, None
+        is_stored = stored is not None and stored[0] is position
+        self._order.put(stored[1] if stored and is_stored else self._order_at(position))
+
+    def _order_at(self, position: Position) -> Mapping[str, Any]:
+        return self._order.moved_before(position.epoch, has_begun=position.taken > 0)
 
     def _generators_for(self, position: Position) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """Return where generators of the data stood when the epoch began, and stand here."""

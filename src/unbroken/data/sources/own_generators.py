@@ -1,8 +1,9 @@
-"""Random generators that data hold of their own: their states go with the position.
+"""Random generators and counters that data hold of their own: their states go with the position.
 
 What is drawn from the global generators is keyed, and needs no state. A generator in a data set or
 a collator is moved by reading, so that it is known after each batch where this process reads alone;
-worker processes move copies that nobody sees.
+worker processes move copies that nobody sees. A sampler is always asked in this process: what it
+keeps is known when an epoch begins, and brings the epoch's order back when that is read again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from unbroken.errors import DataError
 _BIT_GENERATORS = {
     kind.__name__: kind for kind in (np.random.PCG64, np.random.PCG64DXSM, np.random.MT19937)
 }
+_LIBRARIES = ("torch", "torchdata", "datasets", "accelerate", "lightning", "pytorch_lightning")
+_MANY = 1 << 17  # values in a list that a sampler keeps
 _AHEAD = 64  # batches that may be read and not used yet
 
 
@@ -220,3 +223,128 @@ def _listed(state: Any) -> Any:
     if isinstance(state, Mapping):
         return {name: _listed(value) for name, value in state.items()}
     return state.tolist() if isinstance(state, np.ndarray) else state
+
+
+# What gives an epoch its order may keep more than generators.
+
+
+class OrderState:
+    """What samplers of the user's own keep, as it stood when each epoch began.
+
+    A sampler may count its epochs, shuffle a list in place, or draw from a generator that was made
+    once. So an epoch that is read again must begin as it began.
+
+    Args:
+        parts: What gives a loader its order, by name.
+
+    Example:
+        >>> class Counting(torch.utils.data.Sampler):
+        ...     epoch = 0
+        ...     def __init__(self):
+        ...         self.epoch = 3
+        >>> sampler = Counting()
+        >>> order = OrderState({"sampler": sampler})
+        >>> sampler.epoch = 4
+        >>> order.note(1)
+        >>> order.moved_before(1, has_begun=True)
+        {'sampler.epoch': {'built': ['plain', 3], 'began': ['plain', 4]}}
+    """
+
+    def __init__(self, parts: Mapping[str, Any]) -> None:
+        self._parts = {name: one for name, one in parts.items() if _is_users_own(one)}
+        self._built = self._values()
+        self._epochs: dict[int, dict[str, list[Any]]] = {}
+
+    def note(self, epoch: int) -> None:
+        """Take note of what they keep now: an epoch begins."""
+        before = {n: values for n, values in self._epochs.items() if epoch - 2 <= n < epoch}
+        self._epochs = {**before, epoch: self._values()}
+
+    def moved_before(self, epoch: int, *, has_begun: bool) -> dict[str, Any]:
+        """Return what was no more as it was built when an epoch began, or is not if it has yet to.
+
+        Empty: nothing; also where nobody knows.
+        """
+        began = self._epochs.get(epoch, {} if has_begun else self._values())
+        return {
+            path: {"built": self._built.get(path), "began": value}
+            for path, value in began.items()
+            if value != self._built.get(path)
+        }
+
+    def put(self, moved: Mapping[str, Any]) -> None:
+        """Let them begin as an epoch began; what this start was given anew stays as it is."""
+        for path, entry in moved.items():
+            if self._built.get(path) == entry["built"]:
+                name, _, attribute = path.rpartition(".")
+                _keep(self._parts[name], attribute, entry["began"])
+
+    @staticmethod
+    def check(moved: Any) -> None:
+        """Raise where `put` could not take a stored value.
+
+        Raises:
+            DataError: It is none of `moved_before`.
+        """
+        entries = moved.values() if isinstance(moved, Mapping) else [moved]
+        for entry in entries:
+            if not isinstance(entry, Mapping) or not _is_kept(entry.get("began")):
+                raise DataError("data.order", "is not what samplers keep", found=repr(entry)[:80])
+
+    def _values(self) -> dict[str, list[Any]]:
+        found = {
+            f"{name}.{attribute}": _kept(value)
+            for name, part in self._parts.items()
+            for attribute, value in vars(part).items()
+        }
+        return {path: value for path, value in found.items() if value is not None}
+
+
+def _is_users_own(part: Any) -> bool:
+    library = type(part).__module__.partition(".")[0]
+    return library not in (*_LIBRARIES, "builtins") and hasattr(part, "__dict__")
+
+
+def _kept(value: Any) -> list[Any] | None:
+    """Return a plain value, a list of them, a small tensor or a generator; None: something else."""
+    if value is None or type(value) in (bool, int, float, str):
+        return ["plain", value]
+    if type(value) in (list, tuple) and len(value) <= _MANY:
+        is_plain = all(type(one) in (bool, int, float, str) for one in value)
+        return [type(value).__name__, list(value)] if is_plain else None
+    if isinstance(value, torch.Tensor | np.ndarray):
+        array = np.asarray(value.detach().cpu()) if isinstance(value, torch.Tensor) else value
+        is_small = array.dtype.kind in "biuf" and array.size <= _MANY
+        return ["array", array.dtype.str, array.tolist()] if is_small else None
+    is_generator = isinstance(
+        value, torch.Generator | random.Random | np.random.Generator | np.random.RandomState
+    )
+    return ["generator", _state_of(value)] if is_generator and _is_known(value) else None
+
+
+def _is_kept(value: Any) -> bool:
+    match value:
+        case ["plain", None | bool() | int() | float() | str()] | ["list" | "tuple", list()]:
+            return True
+        case ["array", str(), bool() | int() | float() | list()]:
+            return True
+        case ["generator", state]:
+            return _is_state(state)
+    return False
+
+
+def _keep(part: Any, name: str, value: list[Any]) -> None:
+    held = getattr(part, name)
+    match value:
+        case ["list", values] if type(held) is list:
+            held[:] = values  # others may hold the same list
+        case ["array", kind, values] if isinstance(held, torch.Tensor):
+            held.copy_(torch.from_numpy(np.array(values, dtype=kind)))
+        case ["array", kind, values] if isinstance(held, np.ndarray):
+            held[...] = np.array(values, dtype=kind)
+        case ["generator", state]:
+            _set_state(held, state)
+        case ["tuple", values]:
+            setattr(part, name, tuple(values))
+        case ["plain", plain]:
+            setattr(part, name, plain)

@@ -1,0 +1,164 @@
+"""Samplers that count epochs, or keep what they have drawn, go on in any epoch of any loop."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from quiet.programs import trainer
+from quiet.running import run
+from unbroken.data.sources.own_generators import OrderState
+
+SAMPLERS = """
+class Order(torch.utils.data.Sampler):
+    def __init__(self):
+        self.epoch, self.order, self.pair = 0, list(range(20)), (0, 1)
+        self.tensor, self.array = torch.arange(20), np.arange(20)
+        self.torch, self.python = torch.Generator().manual_seed(7), random.Random(3)
+    def __len__(self):
+        return 20
+
+
+class Counts(Order):
+    def __iter__(self):
+        self.epoch += 1
+        draw = torch.Generator().manual_seed(self.epoch)
+        return iter(torch.randperm(20, generator=draw).tolist())
+
+
+class CountsAtTheEnd(Order):
+    def __iter__(self):
+        draw = torch.Generator().manual_seed(self.epoch)
+        yield from torch.randperm(20, generator=draw).tolist()
+        self.epoch += 1
+
+
+class DrawsFromOneGenerator(Order):
+    def __iter__(self):
+        return iter(torch.randperm(20, generator=self.torch).tolist())
+
+
+class DrawsOneByOne(Order):
+    def __iter__(self):
+        return (self.python.randrange(20) for _ in range(20))
+
+
+class ShufflesItsList(Order):
+    def __iter__(self):
+        self.python.shuffle(self.order)
+        return iter(list(self.order))
+
+
+class TurnsItsTensors(Order):
+    def __iter__(self):
+        self.pair = (self.pair[1], sum(self.pair))
+        self.tensor.copy_(self.tensor.roll(self.pair[1]))
+        self.array[:] = self.array[::-1]
+        return iter(self.tensor[self.array].tolist())
+
+
+class Batches(Counts):
+    def __len__(self):
+        return 5
+    def __iter__(self):
+        yield from (list(part) for part in zip(*[super().__iter__()] * 4))
+
+
+class Stream(torch.utils.data.IterableDataset):
+    epoch = 0
+    def __init__(self):
+        self.epoch = 1
+    def __iter__(self):
+        self.epoch += 1
+        draw = torch.Generator().manual_seed(self.epoch)
+        return (pairs[i] for i in torch.randperm(20, generator=draw).tolist())
+"""
+SHUFFLED = "DataLoader(pairs[:20], batch_size=4, sampler={}(), num_workers={})"
+LOADERS = {
+    name: SHUFFLED.replace("{}", name, 1)
+    for name in (
+        *("Counts", "CountsAtTheEnd", "DrawsFromOneGenerator"),
+        *("DrawsOneByOne", "ShufflesItsList", "TurnsItsTensors"),
+    )
+}
+LOADERS["Batches"] = "DataLoader(pairs[:20], batch_sampler=Batches(), num_workers={})"
+LOADERS["Stream"] = "DataLoader(Stream(), batch_size=4, num_workers={})"
+STEPS = """
+{before}
+model = Net()
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+class report: verdict, step, differences, notes = "", 0, (), ()
+run = Checkpointer(FOLDER, data={data}, model=model, optimizer=optimizer, save_steps=4)
+{loop}
+"""
+STEP = """
+    F.cross_entropy(model(inputs), labels).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    at(run.step)
+"""
+LOOPS = {
+    "steps": STEPS.replace("{loop}", f"for inputs, labels in run.steps(until=14):{STEP}"),
+    "epochs": STEPS.replace(
+        "{loop}",
+        "for epoch in run.epochs(3):\n  for inputs, labels in run.batches():"
+        f"{STEP.replace(chr(10), chr(10) + '  ')}",
+    ),
+}
+CASES = [
+    *((name, loop, 0) for name in LOADERS for loop in ("steps", "epochs", "trainer")),
+    *((name, "steps", 2) for name in ("Counts", "DrawsOneByOne", "Batches")),
+]
+
+
+def program(name, loop, workers) -> str:
+    data = LOADERS[name].replace("{}", str(workers))
+    if loop == "trainer":
+        return trainer(before=SAMPLERS, data=data)
+    return LOOPS[loop].replace("{before}", SAMPLERS).replace("{data}", data)
+
+
+def killed_twice(text, folder) -> dict:
+    folder.mkdir()
+    for step in (7, 13):  # in the second epoch, and in the third
+        assert run(text, folder, step)["status"] == -signal.SIGKILL
+    return run(text, folder)
+
+
+def whole(text, folder) -> dict:
+    folder.mkdir()
+    return run(text, folder)
+
+
+@pytest.mark.parametrize(("name", "loop", "workers"), CASES)
+def test_it_ends_with_the_same_bits(name, loop, workers, tmp_path):
+    text = program(name, loop, workers)
+    ended = killed_twice(text, tmp_path / "killed")
+    assert ended.get("digest") == whole(text, tmp_path / "whole")["digest"], ended
+
+
+WITHOUT = "from unbroken.data.sources.own_generators import OrderState\nOrderState.put = print\n"
+
+
+@pytest.mark.parametrize("loop", ["steps", "epochs", "trainer"])
+def test_where_the_order_is_not_put_back_the_resume_is_refused(loop, tmp_path):
+    text = program("Counts", loop, 0)
+    found = killed_twice(WITHOUT + text, tmp_path / "killed")
+    assert found["error"] == "DataError", found
+    assert "what is read again is not what the run was trained on" in found["message"]
+
+
+class Sampler:
+    def __init__(self, scale):
+        self.scale, self.epoch = scale, 0
+
+
+def test_a_value_that_this_start_was_given_anew_stays():
+    before = Sampler(scale=1)
+    order = OrderState({"sampler": before})
+    before.epoch, before.scale = 3, 2
+    stored = order.moved_before(0, has_begun=False)
+    now = Sampler(scale=5)
+    OrderState({"sampler": now}).put(stored)
+    assert (now.epoch, now.scale) == (3, 5)
