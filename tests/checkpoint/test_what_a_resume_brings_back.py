@@ -52,7 +52,7 @@ def test_objects_that_are_made_late_are_registered(tmp_path):
         checkpointer.register(ema=nn.Linear(4, 4))
         checkpointer.register(ema=again)  # the last of a name counts
         assert checkpointer.resume().step == 1
-        with pytest.raises(ConfigError, match=r"(?s)this name is taken.*For example own_rng="):
+        with pytest.raises(ConfigError, match=r"(?s)stands for.*example own_rng="):
             checkpointer.register(rng=late)
     assert torch.equal(again.weight, late.weight)
 

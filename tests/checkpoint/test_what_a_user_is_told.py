@@ -118,7 +118,7 @@ IN_A_TRAINER = {
     "group": ([0], "group=join()"),
     "callbacks": (Callback, "callbacks=[MyCallback()]"),
     "settings": (3, 'settings={"data"'),
-    "state": ({"keep": nn.Linear(1, 1)}, "state['keep']: this name is taken"),
+    "state": ({"keep": nn.Linear(1, 1)}, "state['keep']: this name stands for"),
     "state of numbers": ({"count": 5}, "state['count']: is no object to save"),
     "state of loaders": ({"more": DataLoader(range(4))}, "as train_dataset"),
 }

@@ -203,8 +203,8 @@ def check_state(state: Mapping[str, object], taken: Collection[str]) -> None:
     check_kinds(state=state)
     for name, value in state.items():
         where = f"state[{name!r}]"
-        if name in taken:
-            raise ConfigError(where, "this name is taken: choose another")
+        if name in taken or name in _IN_POLICIES:
+            raise _taken(where, name, f"state={{'own_{name}': ...}}")
         if _is_plain(value):
             raise ConfigError(where, "is no object to save", found=repr(value), hint=_IN_STATE)
         for path, one in _within(name, value):
@@ -294,17 +294,28 @@ def check_objects(
         ConfigError: With the nearest keyword, or what to give instead.
     """
     if taken := [name for name in reserved if name in objects]:
-        where, hint = f"Checkpointer({taken[0]}=...)", f"For example own_{taken[0]}=..."
-        raise ConfigError(where, "this name is taken: choose another", hint=hint)
+        raise _taken(f"Checkpointer({taken[0]}=...)", taken[0], f"own_{taken[0]}=...")
     for name, value in objects.items():
         if name in _IN_POLICIES or _is_plain(value):
             what = "is neither an argument of a Checkpointer nor an object to save"
             raise ConfigError(_spelled(name, value), what, hint=_meant(name, value, keywords))
         for path, one in _within(name, value):
             _refuse_data(path, one)
-    if taken := [name for name in reserved if name in objects]:
-        where, hint = f"Checkpointer({taken[0]}=...)", f"For example own_{taken[0]}=..."
-        raise ConfigError(where, "this name is taken: choose another", hint=hint)
+
+
+_PARTS_OF_ALL = {
+    "rng": "the states of the random generators",
+    "values": "what a save is given beside the objects",
+    "attributes": "what training has made of attributes",
+    "gradients": "the gradients of a window that is not over",
+    "modes": "the modes of modules that differ between ranks",
+}
+
+
+def _taken(where: str, name: str, instead: str) -> ConfigError:
+    of = _PARTS_OF_ALL.get(name, "a part of every run, or an argument")
+    what = f"this name stands for {of}: choose another"
+    return ConfigError(where, what, hint=f"for example {instead}")
 
 
 def _is_plain(value: object) -> bool:
