@@ -151,7 +151,8 @@ def test_a_run_that_stop_has_ended_stays_ended(tmp_path):
     run.run.close()
     again = Run(tmp_path, data=Noisy(), save_steps=4)
     assert list(again.run.steps(20, batch_size=4)) == []
-    assert "finished: stop() was called after step 6" in again.told
+    line = "finished: stop() was called after step 6; with another `until` the run goes on"
+    assert line in again.told
     again.run.close()
     longer = Run(tmp_path, data=Noisy(), save_steps=4)
     assert len(seen_by(longer, 8)) == 2

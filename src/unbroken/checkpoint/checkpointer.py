@@ -35,8 +35,9 @@ from unbroken.checkpoint.coverage.schedules import covers
 from unbroken.checkpoint.coverage.unregistered import UncoveredNotices, missing_facts
 from unbroken.checkpoint.ddp_buckets import DdpBuckets
 from unbroken.checkpoint.loop.data import LoopData, data_apart
+from unbroken.checkpoint.loop.host import Around
 from unbroken.checkpoint.loop.stored import values_of_user
-from unbroken.checkpoint.loop.training_loop import Around, LoopMethods, TrainingLoop
+from unbroken.checkpoint.loop.training_loop import LoopMethods, TrainingLoop
 from unbroken.checkpoint.resume.per_rank import (
     RANK_FACTS_KEY,
     RankFact,

@@ -56,8 +56,13 @@ class Group(Protocol):
     @property
     def local_rank(self) -> int: ...  # noqa: D102 - an attribute
 
-    def gather(self, what: str, value: Json) -> list[Json]:
+    def gather(self, what: str, value: Json, *, within: float | None = None) -> list[Json]:
         """Return the values of all ranks, by rank, on every rank.
+
+        Args:
+            what: The name of the call.
+            value: What this rank gives.
+            within: Seconds to wait for the other ranks, where that is less than the timeout.
 
         Raises:
             RankTimeoutError: `ranks` did not answer in time.
@@ -145,7 +150,7 @@ class SingleProcess:
     world_size: ClassVar[int] = 1
     local_rank: ClassVar[int] = 0
 
-    def gather(self, what: str, value: Json) -> list[Json]:
+    def gather(self, what: str, value: Json, *, within: float | None = None) -> list[Json]:
         """Return the value, as JSON keeps it."""
         return [json.loads(json.dumps(value))]
 

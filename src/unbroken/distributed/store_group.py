@@ -136,10 +136,10 @@ class StoreExchange:
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         threading.Thread(target=self._work, name="unbroken-mailbox", daemon=True).start()
 
-    def exchange(self, message: bytes) -> list[bytes]:
+    def exchange(self, message: bytes, seconds: float) -> list[bytes]:
         """Post to the next round and return the messages of all ranks to it, by rank."""
         number = self._next_round()
-        messages = self._in_time(lambda: self._post_and_read(number, message))
+        messages = self._in_time(lambda: self._post_and_read(number, message, seconds), seconds)
         self._later(lambda: self._remove_before(number))
         return messages
 
@@ -191,15 +191,15 @@ class StoreExchange:
         while (job := self._jobs.get()) is not None:
             job()
 
-    def _post_and_read(self, number: int, message: bytes) -> list[bytes]:
+    def _post_and_read(self, number: int, message: bytes, seconds: float) -> list[bytes]:
         self._post(number, message)
         keys = [f"{number}/{rank}" for rank in range(self._world_size)]
-        first = self._read_when_there(keys)
+        first = self._read_when_there(keys, seconds)
         return [self._whole(key, part) for key, part in zip(keys, first, strict=True)]
 
-    def _read_when_there(self, keys: list[str]) -> list[bytes]:
+    def _read_when_there(self, keys: list[str], seconds: float) -> list[bytes]:
         """Wait for the first parts of all messages, with a look from time to time."""
-        deadline = time.monotonic() + self._timeout
+        deadline = time.monotonic() + seconds
         while True:
             with contextlib.suppress(DistStoreError):
                 return self._store.multi_get(keys)
@@ -362,9 +362,9 @@ class StoreGroup:
         """Notice from now on when a rank on this machine ends; every rank calls it."""
         self._exchange.watch = ProcessWatch(self.gather("processes", this_process()))
 
-    def gather(self, what: str, value: Json) -> list[Json]:
+    def gather(self, what: str, value: Json, *, within: float | None = None) -> list[Json]:
         """Return the values of all ranks, by rank, on every rank."""
-        return self._ask("gather", what, value)
+        return self._ask("gather", what, value, within)
 
     def broadcast(self, what: str, value: Json = None) -> Json:
         """Return the value of rank 0 on every rank."""
@@ -428,10 +428,12 @@ class StoreGroup:
         self._exchange.watch.close()
         self._on_close()
 
-    def _ask(self, kind: str, what: str, value: Json) -> list[Json]:
+    def _ask(self, kind: str, what: str, value: Json, within: float | None = None) -> list[Json]:
         """Send a value under the name of the call and return those of all ranks, by rank."""
         message = _encoded(kind, what, value)
-        texts = self._in_touch(_call(kind, what), lambda: self._exchange.exchange(message))
+        seconds = self._timeout if within is None else min(within, self._timeout)
+        exchange = partial(self._exchange.exchange, message, seconds)
+        texts = self._in_touch(_call(kind, what), exchange, seconds)
         messages = [json.loads(text) for text in texts]
         self._raise_failures(kind, what, messages)
         return [value for _, _, value in messages]
@@ -440,7 +442,7 @@ class StoreGroup:
         message = _encoded(kind, what, value)
         self._in_touch(_call(kind, what), lambda: self._exchange.post(message))
 
-    def _in_touch(self, call: str, talk: Callable[[], T]) -> T:
+    def _in_touch(self, call: str, talk: Callable[[], T], seconds: float | None = None) -> T:
         if self._broken is not None:
             raise self._broken
         if self._closed:
@@ -448,7 +450,7 @@ class StoreGroup:
         try:
             return talk()
         except NoAnswerError as silent:
-            self._broken = self._without_answer(call, silent)
+            self._broken = self._without_answer(call, silent, seconds or self._timeout)
         except StoreLostError:
             self._broken = self._store_lost(call)
         raise self._broken
@@ -482,10 +484,12 @@ class StoreGroup:
             self._broken = error
         raise error
 
-    def _without_answer(self, call: str, silent: NoAnswerError) -> RankError:
+    def _without_answer(self, call: str, silent: NoAnswerError, seconds: float) -> RankError:
         if self._closed:
             return self._left(call)
-        return (self._ended if silent.ended else self._no_answer)(call, silent.ranks)
+        if silent.ended:
+            return self._ended(call, silent.ranks)
+        return self._no_answer(call, silent.ranks, seconds)
 
     def _left(self, call: str) -> RankError:
         return RankError("group", f"{call}: this rank has left the group")
@@ -494,16 +498,16 @@ class StoreGroup:
         what, hint = f"has ended before {call}", "its own output says why it ended"
         return RankError(name_ranks(ranks), what, ranks=ranks, hint=hint)
 
-    def _no_answer(self, call: str, ranks: tuple[int, ...]) -> RankTimeoutError:
+    def _no_answer(self, call: str, ranks: tuple[int, ...], seconds: float) -> RankTimeoutError:
         if ranks:
             return RankTimeoutError(
                 name_ranks(ranks),
-                f"no answer within {self._timeout:g} s: {call}",
+                f"no answer within {seconds:g} s: {call}",
                 ranks=ranks,
                 hint="a rank that does not answer is slow, stopped or dead: see its output",
             )
         where, holder = self._store_holder()
-        what = f"no answer within {self._timeout:g} s from the store of the process group: {call}"
+        what = f"no answer within {seconds:g} s from the store of the process group: {call}"
         return RankTimeoutError(where, what, ranks=holder, hint=f"{where} holds it")
 
     def _store_lost(self, call: str) -> RankError:

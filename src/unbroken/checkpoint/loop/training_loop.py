@@ -7,11 +7,11 @@ and an exception leave no checkpoint that pairs weights with the position of oth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -19,74 +19,20 @@ import torch
 from unbroken.capture import all_objects, capture, capture_rng, is_sharded, raw, restore_rng
 from unbroken.capture.state_tree import TreeMap
 from unbroken.changes.differences import ResumeReport
-from unbroken.checkpoint.arguments import Clock, loggable
-from unbroken.checkpoint.coverage.attributes import Attributes
-from unbroken.checkpoint.coverage.loop_watch import LoopWatch, StepsSeen
+from unbroken.checkpoint.arguments import loggable
+from unbroken.checkpoint.coverage.loop_watch import StepsSeen
 from unbroken.checkpoint.loop.data import LoopData
+from unbroken.checkpoint.loop.host import Around, LoopHost
 from unbroken.checkpoint.loop.stored import LoopState, StoredLoop
-from unbroken.checkpoint.preemption import Preemption, TrainingStopped, agreed_reason
+from unbroken.checkpoint.preemption import Preemption, TrainingStopped
 from unbroken.checkpoint.resume.selection import ResumeFrom
-from unbroken.checkpoint.save.async_saver import SaveCost
 from unbroken.data import EpochSource, MicroBatch
 from unbroken.data.worker_signals import is_end_of_a_worker
-from unbroken.distributed import Group
-from unbroken.errors import ConfigError
+from unbroken.distributed import disagreement
+from unbroken.errors import ConfigError, RankError
 
-
-class LoopHost(Protocol):
-    """What saves and resumes for a loop: a Checkpointer."""
-
-    group: Group
-    objects: dict[str, object]
-    values: Any
-
-    @property
-    def last_save_cost(self) -> SaveCost | None:
-        """What the last save took."""
-
-    def register(self, **objects: object) -> None:
-        """Add objects to save."""
-
-    def resume(self, which: ResumeFrom = "auto") -> ResumeReport:
-        """Put a saved state into the objects."""
-
-    def load(self, step: int, names: Iterable[str]) -> None:
-        """Put only these objects back, from the checkpoint of a step."""
-
-    def should_save(self, step: int) -> bool:
-        """Return whether a save is due."""
-
-    def rehearse(self, step: int, values: Callable[[], Any] = ...) -> None:
-        """Raise, after the first step, what a save would raise."""
-
-    def save(self, step: int, values: Any = None) -> str:
-        """Save the objects and these values."""
-
-    def close(self) -> None:
-        """Release the run."""
-
-    def wait(self) -> None:
-        """Wait until all that was saved is durable."""
-
-    def note_event(self, event: Mapping[str, Any]) -> None:
-        """Add to the history of the run."""
-
-
-@dataclass(frozen=True)
-class Around:
-    """What a loop needs beside a host.
-
-    Attributes:
-        attributes: What training makes of attributes.
-        watch: Looks at what was not given; None: all was.
-        clock: The clocks.
-        tell: Called with each line for the user.
-    """
-
-    attributes: Attributes
-    watch: LoopWatch | None
-    clock: Clock
-    tell: Callable[[str], None]
+_PATIENCE = 60.0  # seconds, for the ranks that are still in a turn that this one ended without step
+_TOGETHER = "`continue` and optimizer.step() must come on all ranks in the same turns"
 
 
 @dataclass(frozen=True)
@@ -338,10 +284,12 @@ class TrainingLoop:
                 preemption.training_begins()
                 yield epoch.number
                 self._leave_epoch(epoch)
+                reason = self._agreed_reason(preemption)
                 if not self._has_cadence:
                     self._save()
-                if not self._is_over(self._number, until):
-                    self._stop_if_asked(preemption)
+                    reason = reason or self._agreed_reason(preemption)
+                if reason is not None and not self._is_over(self._number, until):
+                    self._stop(reason)
             self._finish()
 
     @property
@@ -422,14 +370,18 @@ class TrainingLoop:
         if self._turn is not None:
             self._take(self._turn, counts=self._seen.counts_without_a_step())
         is_step = self._step > before
-        if is_step:
-            with self._working():
-                self._host.rehearse(self._step, self._values)
-                is_due = self._host.should_save(self._step)
-            if is_due:
-                self._save()
-        if self._epoch is not None or not self._is_over(self._step, self._until):
-            self._stop_if_asked(preemption, is_step=is_step)
+        reason = self._agreed_reason(preemption, is_step=is_step)
+        if is_step and self._is_due():
+            self._save()
+            reason = reason or self._agreed_reason(preemption)
+        goes_on = self._epoch is not None or not self._is_over(self._step, self._until)
+        if reason is not None and goes_on and (is_step or not self._seen.waits_for_a_step()):
+            self._stop(reason)
+
+    def _is_due(self) -> bool:
+        with self._working():
+            self._host.rehearse(self._step, self._values)
+            return self._host.should_save(self._step)
 
     # Epochs.
 
@@ -548,7 +500,10 @@ class TrainingLoop:
     def _tell_if_over(self, unit: str, count: int, until: int | None) -> bool:
         """Say so where nothing is left to be done."""
         if self._stopped == (until,):
-            self._tell(f"finished: stop() was called after step {self._step}")
+            self._tell(
+                f"finished: stop() was called after step {self._step}; "
+                "with another `until` the run goes on"
+            )
         elif until is not None and count >= until:
             done = f"{count} {unit}s are done"
             beyond = f", more than the {until} that are asked for" if count > until else ""
@@ -559,12 +514,29 @@ class TrainingLoop:
         self._save()
         self._host.wait()
 
-    def _stop_if_asked(self, preemption: Preemption, *, is_step: bool = True) -> None:
-        cost = self._host.last_save_cost
+    def _agreed_reason(self, preemption: Preemption, *, is_step: bool = True) -> str | None:
+        """Return why to stop, on any rank; end the loop on all where one has called `stop`.
+
+        Raises:
+            RankError: The ranks have not taken their steps in the same turns.
+        """
+        cost, group = self._host.last_save_cost, self._host.group
         preemption.margin_seconds = self._slowest + 2 * (0.0 if cost is None else cost.durable)
-        reason = agreed_reason(self._host.group, preemption.reason())
-        if reason is not None and (is_step or not self._seen.waits_for_a_step()):
-            self._stop(reason)
+        mine = [self._step, self._stopped == (self._until,), preemption.reason()]
+        try:
+            # Where this rank alone left its turn, the others wait for it in their backward pass.
+            patience = None if is_step else max(_PATIENCE, 10 * self._slowest)
+            every: Any = group.gather("the end of a turn", mine, within=patience)
+        except RankError as error:
+            if not is_step:
+                error.add_note(f"this rank has ended its turn without a step: {_TOGETHER}")
+            raise
+        if len({step for step, *_ in every}) > 1:
+            steps = [str(step) for step, *_ in every]
+            raise disagreement(steps, "the step of the loop", _TOGETHER)
+        if any(is_stopped for _, is_stopped, _ in every):
+            self._stopped = (self._until,)
+        return next((str(reason) for *_, reason in every if reason is not None), None)
 
     def _stop(self, reason: str) -> NoReturn:
         self._save()
@@ -670,7 +642,8 @@ class LoopMethods:
     def stop(self) -> None:
         """End the loop, for good, at its next edge: of the step in `steps`, else of the epoch.
 
-        It is saved there, and the same command started again finds the run finished.
+        It is saved there, and the same command started again finds the run finished: a loop with
+        another `until` goes on. On several ranks it ends the loop of all of them.
 
         Raises:
             ConfigError: No loop is under way.
