@@ -162,3 +162,45 @@ def test_a_value_that_this_start_was_given_anew_stays():
     now = Sampler(scale=5)
     OrderState({"sampler": now}).put(stored)
     assert (now.epoch, now.scale) == (3, 5)
+
+
+WRONG_LENGTHS = """
+class Long:
+    def __init__(self, said):
+        self.said = said
+    def __len__(self):
+        return self.said
+
+
+class Samples(Long, torch.utils.data.Sampler):
+    def __iter__(self):
+        return iter(torch.randperm(20).tolist())
+
+
+class Lists(Long, torch.utils.data.Sampler):
+    def __iter__(self):
+        return iter(torch.randperm(20).view(5, 4).tolist())
+
+
+class Rows(Long, torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return (pairs[i] for i in torch.randperm(20).tolist())
+
+
+import warnings; warnings.simplefilter("ignore")  # torch warns of the last
+"""
+OF_A_WRONG_LENGTH = {
+    "samples": "DataLoader(pairs[:20], batch_size=4, sampler=Samples({}))",
+    "whole batches": "DataLoader(pairs[:20], batch_size=4, sampler=Samples({}), drop_last=True)",
+    "lists": "DataLoader(pairs[:20], batch_sampler=Lists({} // 4))",
+    "rows": "DataLoader(Rows({}), batch_size=4)",
+}
+
+
+@pytest.mark.parametrize("said", [12, 17, 28])
+@pytest.mark.parametrize("name", OF_A_WRONG_LENGTH)
+def test_a_length_that_is_not_what_is_given_changes_no_epoch(name, said, tmp_path):
+    data = OF_A_WRONG_LENGTH[name].format(said)
+    text = LOOPS["epochs"].replace("{before}", WRONG_LENGTHS).replace("{data}", data)
+    ended = killed_twice(text, tmp_path / "killed")
+    assert ended.get("digest") == whole(text, tmp_path / "whole")["digest"], ended

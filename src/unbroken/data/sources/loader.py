@@ -203,7 +203,9 @@ class LoaderSource:
         """Return whether nothing is left of an epoch, by a length that is always right."""
         loader = self._loader.loader
         is_plain = type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset)
-        length = self._loader.length if is_plain else None
+        if not is_plain or not all(map(_is_of_torch, (loader.sampler, loader.batch_sampler))):
+            return False
+        length = self._loader.length
         return length is not None and position.taken >= length
 
     def end_epoch(self, epoch: int) -> None:
@@ -655,6 +657,12 @@ class CountedSource(LoaderSource):
 
     def _trail(self, reader: Reader) -> dict[str, Any]:
         return {**super()._trail(reader), "drawn_from": dict(reader.drawn_from)}
+
+
+def _is_of_torch(sampler: Any) -> bool:
+    """Return whether torch wrote a sampler, so that it gives what its length says; None: it did."""
+    of_torch = ("torch.utils.data.sampler", "torch.utils.data.distributed")
+    return sampler is None or type(sampler).__module__ in of_torch
 
 
 def _is_read_here(loader: Any) -> bool:
