@@ -86,7 +86,22 @@ def two_optimizers(folder: Path, at: At) -> Any:
     return run, [one.tolist() for one in other.parameters()]
 
 
-LOOPS = {one.__name__: one for one in (scaled, epochs, without_an_optimizer, two_optimizers)}
+def compiled(folder: Path, at: At) -> Any:
+    """Take steps that torch.compile has traced, whose hooks run no Python of their own."""
+    run = Run(folder, data=Noisy(10), save_steps=1)
+    step = torch.compile(run.optimizer.step, backend="eager")
+    for number, batch in enumerate(run.run.steps(3, batch_size=4), run.run.step + 1):
+        run.model(batch).square().mean().backward()
+        step()
+        run.optimizer.zero_grad()
+        if run.run.step != number:
+            raise SystemExit(f"step {number} did not count")
+        at("turn")
+    return (run,)
+
+
+KINDS = (scaled, epochs, without_an_optimizer, two_optimizers, compiled)
+LOOPS = {one.__name__: one for one in KINDS}
 
 
 def loop_here(folder: str, loop: str, place: str, turn: int) -> None:

@@ -7,7 +7,15 @@ import random
 
 import pytest
 
-from loops.killed_scripts import EXAMPLES, bits_of, data_of_nanogpt, ended
+from fresh import run_fresh
+from loops.killed_scripts import (
+    EXAMPLES,
+    bits_of,
+    data_of_nanogpt,
+    ended,
+    output_of,
+    run_here,
+)
 
 LINES = {"nanogpt": 8, "mnist": 8, "gan": 10}
 PASSES = {"nanogpt": 600, "mnist": 100, "gan": 340}  # of a whole run: a kill comes within a third
@@ -85,6 +93,17 @@ def test_without_one_of_the_lines_it_does_not(name, whole, tmp_path):
     assert in_folder(name, tmp_path / "run", kills_of(name, 0), text.replace(old, new)) != whole(
         name
     )
+
+
+def test_a_script_in_epochs_that_reads_its_own_loader_is_told_before_anything_is_saved(tmp_path):
+    text = text_of("mnist")
+    own = "enumerate(torch.utils.data.DataLoader(Digits(44, is_train=True), BATCH_SIZE))"
+    assert text.count("enumerate(run.batches())") == 1
+    script = tmp_path / "train.py"
+    script.write_text(text.replace("enumerate(run.batches())", own))
+    assert run_fresh(run_here, str(tmp_path), str(script), 0) == 1
+    assert "in an epoch whose batches were not asked for" in output_of(tmp_path)
+    assert not list(tmp_path.rglob("manifest.json"))
 
 
 @pytest.mark.sweep

@@ -180,15 +180,3 @@ def test_enumerate_goes_on_from_the_steps_of_the_run_where_it_is_told_to(tmp_pat
         numbers.append((number, again.run.step))
         again.train(batch)
     assert numbers == [(2, 2), (3, 3)]
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # its own call
-def test_a_step_that_is_compiled_counts(tmp_path):
-    run = Run(tmp_path, data=Noisy(), save_steps=2)
-    step = torch.compile(run.optimizer.step, backend="eager")
-    for number, batch in enumerate(run.run.steps(4, batch_size=4), 1):
-        run.model(batch).square().mean().backward()
-        step()
-        assert run.run.step == number
-        run.optimizer.zero_grad()
-    assert steps_in(tmp_path) == [2, 4]

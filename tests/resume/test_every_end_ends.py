@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from itertools import product
 from pathlib import Path
@@ -19,6 +20,8 @@ SCRIPT = Path(__file__).with_name("scripts") / "ends.py"
 SECONDS = 60  # an end that is none takes for ever; a start on a busy machine, 20 s
 
 INTERRUPTED = -signal.SIGINT
+TURNS = ("turns of steps", "turns of epochs")
+QUICK = 2.0  # seconds; 0.6 to 0.8 of them are the interpreter's own, with torch loaded
 STATUSES = {"normal": 0, "error": 1, "exit": 7, "SIGKILL": -9, "SIGINT SIGINT": INTERRUPTED}
 STOPS = ("SIGTERM", "SIGTERM SIGTERM", "SIGUSR1", "SIGINT")
 WAYS = ("trainer", "drop-in", "drop-in persistent", "loop", "loop with", "loop loader")
@@ -38,8 +41,15 @@ def run(folder, way: str, end: str, workers: int, context: str = "fork") -> tupl
     return process.returncode, output
 
 
+def timed(folder, way: str, end: str, workers: int) -> tuple[int, str, float]:
+    """Return status, output, and the seconds from the last line to the end of all processes."""
+    status, output = run(folder, way, end, workers)
+    gone = time.monotonic()
+    return status, output, gone - float(output.rsplit("LAST ", 1)[1].split()[0])
+
+
 def status_of(way: str, end: str) -> int:
-    """Return how it must end: Trainers save and say "start me again", loops know no signals."""
+    """Return how it must end: as asked to be started again, but where a loop knows no signals."""
     end = end.removeprefix("hangs ")
     if end not in STOPS:
         return STATUSES[end]
@@ -57,6 +67,8 @@ def status_of(way: str, end: str) -> int:
         ("loop", "normal", 2),
         ("loop with", "SIGINT", 2),
         ("loop loader", "hangs SIGKILL", 2),
+        ("turns of steps", "SIGTERM", 2),
+        ("turns of epochs", "error", 2),
     ],
 )
 def test_a_process_ends_with_its_workers_and_the_right_status(way, end, workers, tmp_path):
@@ -75,6 +87,16 @@ def test_every_way_of_training_comes_to_every_end(way, end, workers, tmp_path):
     status, output = run(tmp_path, way, end.removeprefix("" if workers else "hangs "), workers)
     assert status == status_of(way, end), output
     assert hangs or "exited unexpectedly" not in output
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("end", [*(one for one in STATUSES if one != "SIGKILL"), *STOPS, "break"])
+@pytest.mark.parametrize(("way", "workers"), [*product(TURNS, (0, 2))])
+def test_a_loop_over_turns_ends_soon_after_its_last_save(way, end, workers, tmp_path):
+    status, output, seconds = timed(tmp_path, way, end, workers)
+    assert status == (0 if end == "break" else status_of(way, end)), output
+    if seconds >= QUICK:  # a busy machine: a script without this library takes as long there
+        assert seconds < 2 * timed(tmp_path, "stock", "normal", workers)[2]
 
 
 @pytest.mark.sweep

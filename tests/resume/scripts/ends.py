@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 
 import torch
 
@@ -180,7 +181,52 @@ def train(checkpointer, model, optimizer, data):
         after_step(step)
 
 
+def loop_of_turns():
+    from unbroken import Checkpointer
+
+    model = Model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    samples = torch.utils.data.DataLoader(Samples(), batch_size=4, num_workers=workers)
+    run = Checkpointer(out, data=samples, model=model, optimizer=optimizer, save_steps=2)
+
+    def turn(batch):
+        model(**batch)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        after_step(run.step)
+
+    if "steps" in way:
+        for batch in run.steps(6):
+            turn(batch)
+            if "break" in end and run.step == 3:
+                break
+    else:
+        for _ in run.epochs(1):
+            for batch in run.batches():
+                turn(batch)
+
+
+def stock():
+    model = Model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    for batch in torch.utils.data.DataLoader(Samples(), batch_size=4, num_workers=workers):
+        model(**batch)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.save([model.state_dict(), optimizer.state_dict()], f"{out}/last.pt")
+
+
+WAYS = {
+    "trainer": own_trainer,
+    "drop-in": drop_in,
+    "loop": own_loop,
+    "turns": loop_of_turns,
+    "stock": stock,
+}
+
 if __name__ == "__main__":
     multiprocessing.set_start_method(context)
-    {"trainer": own_trainer, "drop-in": drop_in, "loop": own_loop}[way.split()[0]]()
-    print("came to its end")
+    try:
+        WAYS[way.split()[0]]()
+    finally:
+        print(f"LAST {time.monotonic()}", flush=True)
