@@ -210,7 +210,6 @@ def test_a_collator_of_a_stream_makes_the_same_batch_again_or_is_refused(used, l
 @pytest.mark.parametrize(
     ("make", "name"),
     [
-        (LossWeighted, "losses"),
         (lambda: WeightedRandomSampler(torch.ones(N, dtype=torch.float64), N), "weights"),
     ],
 )
@@ -247,11 +246,37 @@ def test_weights_that_are_saved_and_change_between_epochs_are_no_fault():
     assert bytes_of(read(resumed, 4)) == after
 
 
-def test_weights_that_training_changes_and_nobody_saves_are_refused():
+def test_weights_of_a_sampler_of_the_users_own_are_saved_with_the_position():
+    place, after = trained(LossWeighted())
     resumed = source_of(numbered(LossWeighted()))
-    resumed.load_state_dict(trained(LossWeighted())[0])
+    resumed.load_state_dict(place)
+    assert bytes_of(read(resumed, 4)) == after
+
+
+@pytest.mark.parametrize("used", [2, 5, 7])
+def test_weights_that_training_changed_in_mid_epoch_stand_there_again(used):
+    sampler = LossWeighted()
+    source = source_of(numbered(sampler))
+    read(source, used)
+    sampler.losses[:10] += 5.0
+    again = source_of(numbered(LossWeighted()))
+    again.load_state_dict(source.state_dict())
+    assert bytes_of(read(again, 8)) == bytes_of(read(source, 8))
+
+
+def of_torch() -> WeightedRandomSampler:
+    return WeightedRandomSampler(torch.ones(N, dtype=torch.float64), N)
+
+
+def test_weights_of_a_sampler_of_torch_that_training_changes_and_nobody_saves_are_refused():
+    sampler = of_torch()
+    source = source_of(numbered(sampler))
+    read(source, 5)
+    sampler.weights[:10] += 5.0
+    resumed = source_of(numbered(of_torch()))
+    resumed.load_state_dict(source.state_dict())
     with pytest.raises(
-        DataError, match=r"DataLoader\.sampler\.losses: is not what it was"
+        DataError, match=r"DataLoader\.sampler\.weights: is not what it was"
     ) as caught:
         next(resumed.iterate())
     assert "Save it with the run" in caught.value.hint
@@ -289,7 +314,7 @@ def test_weights_that_nobody_saves_are_refused_when_the_next_epoch_has_begun():
     next(batches)
     again = source_of(numbered(LossWeighted()))
     again.load_state_dict(source.state_dict())
-    with pytest.raises(DataError, match=r"epoch 1 was drawn from another state of sampler\.losses"):
+    with pytest.raises(DataError, match=r"LossWeighted\.losses.*something else than reading"):
         next(again.iterate())
 
 

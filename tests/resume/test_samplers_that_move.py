@@ -158,10 +158,37 @@ def test_a_value_that_this_start_was_given_anew_stays():
     before = Sampler(scale=1)
     order = OrderState({"sampler": before})
     before.epoch, before.scale = 3, 2
-    stored = order.moved_before(0, has_begun=False)
+    stored = order.moved(0, None)
     now = Sampler(scale=5)
     OrderState({"sampler": now}).put(stored)
     assert (now.epoch, now.scale) == (3, 5)
+
+
+MOVED_BY_THE_LOOP = (
+    SAMPLERS
+    + """
+class Weighted(Order):
+    def __iter__(self):
+        return iter(sorted(range(20), key=lambda i: (self.order[i], i)))
+sampler = Weighted()
+"""
+)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("loop", ["steps", "epochs"])
+def test_what_the_loop_itself_moves_in_a_sampler_is_put_back_or_refused(loop, workers, tmp_path):
+    data = f"DataLoader(pairs[:20], batch_size=4, sampler=sampler, num_workers={workers})"
+    text = LOOPS[loop].replace("{before}", MOVED_BY_THE_LOOP).replace("{data}", data)
+    text = text.replace("at(run.step)", "sampler.order[run.step % 7] += run.step; at(run.step)")
+    if workers:
+        (tmp_path / "killed").mkdir()
+        run(text, tmp_path / "killed", 7)
+        ended = run(text, tmp_path / "killed")
+        assert "moved by something else than reading" in ended["message"], ended
+    else:
+        ended = killed_twice(text, tmp_path / "killed")
+        assert ended.get("digest") == whole(text, tmp_path / "whole")["digest"], ended
 
 
 WRONG_LENGTHS = """

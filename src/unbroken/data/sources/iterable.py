@@ -101,7 +101,7 @@ class ForeignLoader:
     @property
     def order_parts(self) -> dict[str, Any]:
         """What gives an epoch its order, by name: samplers, and what is iterated over itself."""
-        found = {str(index): part for index, part in enumerate(_parts(self.loader))}
+        found = {f"{n}:{type(one).__name__}": one for n, one in enumerate(_parts(self.loader))}
         dataset, workers = (
             getattr(self.loader, "dataset", None),
             getattr(self.loader, "num_workers", 0),

@@ -248,9 +248,12 @@ class LoaderSource:
         }
 
     def _order_of(self, position: Position) -> dict[str, Any]:
-        """Return what samplers keep, as it stood when the epoch of a position began."""
-        moved = self._order.moved_before(position.epoch, has_begun=position.taken > 0)
-        return {"order": moved} if moved else {}
+        """Return what samplers keep: as it stood when the epoch of a position began, and here."""
+        reader = self._reader
+        moved = self._order.moved(position.epoch, None if reader is None else reader.epoch)
+        place = None if reader is None else (reader.epoch, reader.taken)
+        is_ahead = place not in (None, (position.epoch, position.taken))
+        return {"order": {"moved": moved, "is_ahead": is_ahead}} if moved else {}
 
     def _generators_at(self, position: Position) -> dict[str, Any]:
         """Return the states of generators that the data hold, here and when the epoch began."""
@@ -298,7 +301,7 @@ class LoaderSource:
         require_counts(own, "samples", "epoch", "taken", "pending")
         if "trail" not in self._may_change:
             self.own_generators.check(own.get("generators"))
-            self._order.check(own.get("order", {}))
+            self._order.check(own.get("order", {}).get("moved", {}))
 
     def _of_this_rank(self, state: Any) -> Any:
         if not isinstance(state, Mapping) or self._grouping.samples or state.get("gives_samples"):
@@ -559,24 +562,27 @@ class CountedSource(LoaderSource):
     def _resume(self, position: Position, rng: KeyedRandom) -> Reader:
         began, now = self._generators_for(position)
         self.own_generators.put(began)
-        self._put_order(position)
+        order = self._order_for(position)
+        moved = order.get("moved", {})
+        self._order.put(moved)
         reader = Reader(
             self._loader, self._loader.begin(position.epoch, rng), position.epoch, taken=0
         )
         if position.taken:
             last = self._skip(reader, position.taken, position.trail, rng)
             self._collate_again(position, last, rng)
+            may_put = not order.get("is_ahead") and _is_read_here(self._loader.loader)
+            self._order.go_on(moved, may_put=may_put)
         self.own_generators.put(now)
         self.own_generators.begin(position)
         return reader
 
-    def _put_order(self, position: Position) -> None:
+    def _order_for(self, position: Position) -> Mapping[str, Any]:
         stored, self._stored_order = self._stored_order, None
-        is_stored = stored is not None and stored[0] is position
-        self._order.put(stored[1] if stored and is_stored else self._order_at(position))
-
-    def _order_at(self, position: Position) -> Mapping[str, Any]:
-        return self._order.moved_before(position.epoch, has_begun=position.taken > 0)
+        if stored is not None and stored[0] is position:
+            return stored[1]
+        found: Mapping[str, Any] = self._order_of(position).get("order", {})
+        return found
 
     def _generators_for(self, position: Position) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """Return where generators of the data stood when the epoch began, and stand here."""

@@ -228,11 +228,15 @@ def _listed(state: Any) -> Any:
 # What gives an epoch its order may keep more than generators.
 
 
+_NOT_THERE = ["not there"]
+
+
 class OrderState:
-    """What samplers of the user's own keep, as it stood when each epoch began.
+    """What samplers of the user's own keep: as it stood when each epoch began, and as it stands.
 
     A sampler may count its epochs, shuffle a list in place, or draw from a generator that was made
-    once. So an epoch that is read again must begin as it began.
+    once. So an epoch that is read again must begin as it began. What training itself changes there
+    is put back when the epoch has been read up to its place.
 
     Args:
         parts: What gives a loader its order, by name.
@@ -246,8 +250,9 @@ class OrderState:
         >>> order = OrderState({"sampler": sampler})
         >>> sampler.epoch = 4
         >>> order.note(1)
-        >>> order.moved_before(1, has_begun=True)
-        {'sampler.epoch': {'built': ['plain', 3], 'began': ['plain', 4]}}
+        >>> sampler.epoch = 5
+        >>> order.moved(1, None)
+        {'sampler.epoch': {'built': ['plain', 3], 'began': ['plain', 4], 'now': ['plain', 5]}}
     """
 
     def __init__(self, parts: Mapping[str, Any]) -> None:
@@ -260,24 +265,53 @@ class OrderState:
         before = {n: values for n, values in self._epochs.items() if epoch - 2 <= n < epoch}
         self._epochs = {**before, epoch: self._values()}
 
-    def moved_before(self, epoch: int, *, has_begun: bool) -> dict[str, Any]:
-        """Return what was no more as it was built when an epoch began, or is not if it has yet to.
+    def moved(self, epoch: int, read_in: int | None) -> dict[str, Any]:
+        """Return what is no more as it was built: when an epoch began, or now.
 
-        Empty: nothing; also where nobody knows.
+        Args:
+            epoch: The epoch; one that has yet to begin begins with what is kept now.
+            read_in: The epoch that is read from now; None: this one.
         """
-        began = self._epochs.get(epoch, {} if has_begun else self._values())
+        now = self._values() if read_in in (None, epoch) else self._epochs.get(read_in, {})
+        began = self._epochs.get(epoch, now)
+        paths = {**self._built, **began, **now}
+        each = {n: [one.get(n, _NOT_THERE) for one in (self._built, began, now)] for n in paths}
         return {
-            path: {"built": self._built.get(path), "began": value}
-            for path, value in began.items()
-            if value != self._built.get(path)
+            path: dict(zip(("built", "began", "now"), values, strict=True))
+            for path, values in each.items()
+            if not values[0] == values[1] == values[2]
         }
 
     def put(self, moved: Mapping[str, Any]) -> None:
         """Let them begin as an epoch began; what this start was given anew stays as it is."""
-        for path, entry in moved.items():
-            if self._built.get(path) == entry["built"]:
-                name, _, attribute = path.rpartition(".")
-                _keep(self._parts[name], attribute, entry["began"])
+        for path, entry in self._same_built(moved):
+            self._keep(path, entry["began"])
+
+    def go_on(self, moved: Mapping[str, Any], *, may_put: bool) -> None:
+        """Let them stand as they stood, once the epoch was read up to its place.
+
+        Raises:
+            DataError: Something else than reading has moved them, and they may not be put back.
+        """
+        values = self._values()
+        for path, entry in self._same_built(moved):
+            here = values.get(path, _NOT_THERE)
+            if here == entry["now"] or entry["now"][0] == "generator":
+                continue
+            if not may_put:
+                what = "was moved by something else than reading, or batches were read ahead"
+                expected, found = _shown(entry["now"]), _shown(here)
+                raise DataError(f"data: {path}", what, expected=expected, found=found)
+            self._keep(path, entry["now"])
+
+    def _same_built(self, moved: Mapping[str, Any]) -> list[tuple[str, Any]]:
+        """Return those that this start has built as that one did."""
+        built = self._built
+        return [(n, one) for n, one in moved.items() if built.get(n, _NOT_THERE) == one["built"]]
+
+    def _keep(self, path: str, value: list[Any]) -> None:
+        name, _, attribute = path.rpartition(".")
+        _keep(self._parts[name], attribute, value)
 
     @staticmethod
     def check(moved: Any) -> None:
@@ -288,7 +322,8 @@ class OrderState:
         """
         entries = moved.values() if isinstance(moved, Mapping) else [moved]
         for entry in entries:
-            if not isinstance(entry, Mapping) or not _is_kept(entry.get("began")):
+            names = ("built", "began", "now")
+            if not isinstance(entry, Mapping) or not all(_is_kept(entry.get(n)) for n in names):
                 raise DataError("data.order", "is not what samplers keep", found=repr(entry)[:80])
 
     def _values(self) -> dict[str, list[Any]]:
@@ -322,8 +357,14 @@ def _kept(value: Any) -> list[Any] | None:
     return ["generator", _state_of(value)] if is_generator and _is_known(value) else None
 
 
+def _shown(value: list[Any]) -> str:
+    return repr(value[-1])[:80]
+
+
 def _is_kept(value: Any) -> bool:
     match value:
+        case ["not there"]:
+            return True
         case ["plain", None | bool() | int() | float() | str()] | ["list" | "tuple", list()]:
             return True
         case ["array", str(), bool() | int() | float() | list()]:
@@ -334,8 +375,10 @@ def _is_kept(value: Any) -> bool:
 
 
 def _keep(part: Any, name: str, value: list[Any]) -> None:
-    held = getattr(part, name)
+    held = getattr(part, name, None)
     match value:
+        case ["not there"]:
+            vars(part).pop(name, None)
         case ["list", values] if type(held) is list:
             held[:] = values  # others may hold the same list
         case ["array", kind, values] if isinstance(held, torch.Tensor):
