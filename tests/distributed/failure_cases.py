@@ -49,6 +49,10 @@ def gather(group):
     return group.gather("loss", group.rank)
 
 
+def gather_soon(group):
+    return group.gather("loss", group.rank, within=1.0)
+
+
 def vote(group):
     return group.any(False)
 

@@ -15,6 +15,7 @@ from distributed.failure_cases import (
     fail_to_save_as_process,
     gather,
     gather_something_else,
+    gather_soon,
     gather_while_saving,
     go_on_after,
     kill_itself,
@@ -143,6 +144,12 @@ def test_after_a_timeout_every_call_raises_it_again_at_once(tmp_path):
     seen = endings(tmp_path, *acts, timeout=SECONDS)
     assert seen[0]["message"] == "rank 1: no answer within 3 s: gather loss"
     assert seen[0]["result"] is None
+
+
+def test_a_call_that_waits_for_less_than_the_timeout_says_for_how_long(tmp_path):
+    seen = endings(tmp_path, gather_soon, stop_itself)
+    assert (seen[0]["error"], seen[0]["ranks"]) == ("RankTimeoutError", [1])
+    assert seen[0]["message"] == "rank 1: no answer within 1 s: gather loss"
 
 
 def test_a_killed_rank_that_held_the_store_is_known_at_once(tmp_path):
