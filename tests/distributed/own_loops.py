@@ -131,3 +131,17 @@ def go_astray(way: str, wrapper: str, folder: str) -> None:
         how = "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
     (Path(folder) / f"how.{group.rank}").write_text(f"{own.run.step} {how}")
     sys.exit(how != "ended well")
+
+
+def stop_in_an_evaluation(folder: str) -> None:
+    """Call stop() on rank 0 alone, behind the batches of the first epoch."""
+    group = join(timeout=10.0)
+    own = OwnLoop(folder, "ddp", group, loader=True)
+    for _ in own.run.epochs(3):
+        for batch in own.run.batches():
+            own.train(batch)
+        if group.rank == 0:
+            own.run.stop()
+    (Path(folder) / f"how.{group.rank}").write_text(str(own.run.step))
+    own.run.close()
+    group.close()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from distributed.own_loops import go_astray, train_on_a_rank
+from distributed.own_loops import go_astray, stop_in_an_evaluation, train_on_a_rank
 from distributed.ranks import run_ranks
 from small_trainers import steps_in
 
@@ -89,4 +89,10 @@ def test_break_on_one_rank_alone_ends_the_others_soon(tmp_path):
 def test_stop_on_one_rank_stops_all_at_the_same_step(tmp_path):
     codes, told = astray("stop", "ddp", tmp_path)
     assert (codes, told) == ([0, 0], ["3 ended well"] * 2)
+    assert steps_in(tmp_path / "run") == [2, 3]
+
+
+def test_stop_on_one_rank_behind_the_batches_stops_all_at_the_edge_of_the_epoch(tmp_path):
+    assert run_ranks(stop_in_an_evaluation, str(tmp_path), timeout=20.0) == [0, 0]
+    assert [(tmp_path / f"how.{rank}").read_text() for rank in (0, 1)] == ["3", "3"]
     assert steps_in(tmp_path / "run") == [2, 3]
