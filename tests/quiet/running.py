@@ -121,7 +121,7 @@ OF_THE_MACHINE = re.compile(r"_runtime'|it/s]|\[c10d\]")
 def resumes_exactly(program: str, folder: Path, how: Way = alone) -> None:
     """Assert that a program that was killed and started again is the same, and says nothing."""
     for name in ("whole", "killed"):
-        (folder / name).mkdir()
+        (folder / name).mkdir(exist_ok=True)
     whole = run(program, folder / "whole", how=how)
     assert "digest" in whole, whole
     killed = run(program, folder / "killed", KILLED_AT, how=how)

@@ -240,6 +240,27 @@ def simplified(program: str) -> str:
     return "\n".join(line for line in program.split("\n") if not line.strip().startswith(lines))
 
 
+HELPERS = """
+def settle(cooling, turns):
+    for _ in range(turns):
+        cooling.cool()
+"""
+
+
+@pytest.mark.parametrize("imports", ["from helpers import settle", "import helpers"])
+def test_what_a_function_of_another_file_brings_back_is_not_brought_back_twice(imports, tmp_path):
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "helpers.py").write_text(HELPERS)
+    called = "settle" if "from" in imports else "helpers.settle"
+    program = BY_ITSELF["what a loop repeats up to its step"].replace(
+        "    for _ in range(report.step):\n        cooling.cool()\n",
+        f"    {called}(cooling, report.step)\n",
+    )
+    here = "sys.path.insert(0, os.path.dirname(__file__))"
+    resumes_exactly(f"{here}\n{imports}\n{program}", tmp_path)
+
+
 def test_another_value_of_a_start_counts_and_is_a_line(tmp_path):
     program = as_a_class()
     killed = run(program, tmp_path, KILLED_AT)

@@ -8,11 +8,12 @@ back by itself, or counts for each process anew, stays as it is.
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,12 @@ from unbroken.checkpoint.coverage.owners import Owner
 from unbroken.checkpoint.coverage.replays import replays_in
 from unbroken.checkpoint.coverage.schedules import attributes, scopes_around, steers
 from unbroken.errors import CaptureError, CheckpointError
-from unbroken.fingerprint import is_user_code, keeps_attributes, names_stored_by
+from unbroken.fingerprint import (
+    is_user_code,
+    is_user_module,
+    keeps_attributes,
+    names_stored_by,
+)
 
 AROUND = "around"
 """Where they stand among the attributes in a checkpoint."""
@@ -70,13 +76,15 @@ class AroundLoop:
     def note(self) -> None:
         """Take note of what stands around the caller, before a resume changes anything."""
         self._roots, self._files = {}, {}
-        on_the_stack = set[str]()
-        for scope in scopes_around():
+        on_the_stack, scopes = set[str](), [*scopes_around()]
+        for scope in scopes:
             self._files.setdefault(scope.file)
             on_the_stack.update(scope.code.co_cellvars)
             for name, value in list(scope.names.items()):
                 if name[:2] != "__" and _is_root(value):
                     self._roots.setdefault(f"{scope.name}:{name}", value)
+        used = (_file_of(value) for scope in scopes for value in scope.names.values())
+        self._files |= dict.fromkeys(path for path in used if path is not None)
         self._roots = {n: v for n, v in self._roots.items() if not _closes_over(v, on_the_stack)}
         self._of_data = dict(self._parts_of_data())
         self._built, self._before = {}, {}
@@ -262,6 +270,17 @@ def _is_root(thing: object) -> bool:
     if not keeps_attributes(thing) or issubclass(type(thing), _NO_ROOTS):
         return False
     return not _reads_data(thing) and not steers(thing)
+
+
+def _file_of(thing: object) -> str | None:
+    """Return where a module of the user's own stands, or that of a function or class."""
+    if isinstance(thing, ModuleType):
+        found = thing if is_user_module(thing) else None
+    elif isinstance(thing, FunctionType | type):
+        found = sys.modules.get(thing.__module__) if is_user_code(thing) else None
+    else:
+        return None
+    return getattr(found, "__file__", None)
 
 
 def _reads_data(thing: object) -> bool:

@@ -32,9 +32,9 @@ def replays_in(files: Iterable[str]) -> Replays:
     """Return what these scripts do with the step of a resume, as far as their text shows it.
 
     Args:
-        files: Where they stand; the first one calls `resume`.
+        files: Where they stand, and what they import; the first one calls `resume`.
     """
-    names: set[str] = set()
+    scripts = []
     for place, path in enumerate(files):
         try:
             tree = ast.parse("".join(linecache.getlines(path)))
@@ -42,7 +42,10 @@ def replays_in(files: Iterable[str]) -> Replays:
             return Replays(any=True)
         if not tree.body and place == 0:
             return Replays(any=True)  # there is no text
-        script = _Script(tree)
+        scripts.append(_Script(tree))
+    names: set[str] = set()
+    for script in scripts:
+        script.use_functions_of(scripts)
         if any(script.repeats(node) for node in script.nodes):
             return Replays(any=True)
         names |= {name for node in script.nodes for name in script.added_to_the_step(node)}
@@ -62,6 +65,12 @@ class _Script:
         functions = [node for node in self.nodes if isinstance(node, ast.FunctionDef)]
         self._repeating = {one.name for one in functions if _repeats_by_a_parameter(one)}
         self._setting = {one.name: {*_attributes_set_in(one)} for one in functions}
+
+    def use_functions_of(self, scripts: Iterable[_Script]) -> None:
+        """Take note of what functions of other files do: this one may call them."""
+        for one in scripts:
+            self._repeating |= one._repeating  # noqa: SLF001 (of its own class)
+            self._setting = {**one._setting, **self._setting}  # noqa: SLF001
 
     def _set_by(self, node: ast.AST) -> Iterator[str]:
         """Yield the names that a statement sets to what comes from a resume."""
