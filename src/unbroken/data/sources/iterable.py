@@ -23,7 +23,7 @@ from torch.utils.data import (
 from unbroken.data.keyed_rng import KeyedRandom, derive_key
 from unbroken.data.sources.batch_digests import BatchDigest, drawn_from, read_otherwise
 from unbroken.data.sources.map_style import is_deterministic
-from unbroken.data.worker_signals import leave_signals_of
+from unbroken.data.worker_signals import leave_signals_of, shut_down
 from unbroken.errors import DataError
 from unbroken.introspection import answers_anything, has, is_of
 
@@ -58,6 +58,7 @@ class ForeignLoader:
         self.seed = seed
         self.on_workers: Callable[[], object] = lambda: None
         self.on_epoch: Callable[[int], object] = lambda _: None
+        self._begun: Iterator[Any] | None = None
         _require_repeatable(loader)
         base = getattr(loader, "base_dataloader", None) if is_of(loader, "accelerate") else None
         leave_signals_of(loader if base is None else base)
@@ -80,7 +81,8 @@ class ForeignLoader:
             self.loader.load_state_dict(deepcopy(state))
         if getattr(self.loader, "num_workers", 0):
             self.on_workers()
-        return iter(self.loader() if _is_factory(self.loader) else self.loader)
+        self._begun = iter(self.loader() if _is_factory(self.loader) else self.loader)
+        return self._begun
 
     def next(self, batches: Iterator[Any], epoch: int, number: int, rng: KeyedRandom) -> Any:
         """Return the batch with that number in the epoch, or END."""
@@ -108,6 +110,12 @@ class ForeignLoader:
         )
         is_apart = not isinstance(dataset, IterableDataset) or workers
         return {name: one for name, one in found.items() if one is not dataset or not is_apart}
+
+    def end(self) -> None:
+        """Let the workers of the pass that was begun last end."""
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            shut_down(begun)
 
     @property
     def seeded(self) -> list[torch.Generator]:

@@ -6,7 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar
@@ -249,7 +249,9 @@ class LoaderSource:
 
     def _order_of(self, position: Position) -> dict[str, Any]:
         """Return what samplers keep: as it stood when the epoch of a position began, and here."""
-        reader = self._reader
+        stored, reader = self._stored_order, self._reader
+        if stored is not None and stored[0] is position:  # nothing was read since
+            return {"order": stored[1]} if stored[1] else {}
         moved = self._order.moved(position.epoch, None if reader is None else reader.epoch)
         place = None if reader is None else (reader.epoch, reader.taken)
         is_ahead = place not in (None, (position.epoch, position.taken))
@@ -260,7 +262,9 @@ class LoaderSource:
         found = self.own_generators.state(position)
         if found is None:
             return {}
-        began = self._epochs.get(position.epoch)
+        began, stored = self._epochs.get(position.epoch), self._stored_generators
+        if stored is not None and stored[0] is position and isinstance(stored[1], Mapping):
+            began = stored[1].get("epoch")  # nothing was read since
         is_known = found["is_known"] and (began is not None or not position.taken)
         return {"generators": {**found, "is_known": is_known, "epoch": began or {}}}
 
@@ -339,10 +343,7 @@ class LoaderSource:
         self, position: Position, reader: Reader | None, *, bounded: bool = False
     ) -> Generator[MicroBatch, None, None]:
         if reader is None:
-            with self._reading() as rng:
-                reader = self._resume(position, rng)
-            reader.expected = position.trail.get("next") or {}
-            self._refuse_other_weights()
+            reader = self._begin_at(position)
         self._reader = reader
         reader.is_bounded = bounded  # what not all ranks get, none gets
         reader.gives_rest = self.shape.world_size == 1 and not self._grouping.drop_last
@@ -362,6 +363,15 @@ class LoaderSource:
                 left.end()
             else:
                 self._left = left
+
+    def _begin_at(self, position: Position) -> Reader:
+        with ExitStack() as failed, self._reading() as rng:
+            failed.callback(self._loader.end)  # else workers outlive the error, and the process
+            reader = self._resume(position, rng)
+            reader.expected = position.trail.get("next") or {}
+            self._refuse_other_weights()
+            failed.pop_all()
+            return reader
 
     def _refuse_other_weights(self) -> None:
         """Raise if a sampler's weights, which training changes, are not those that were saved."""
@@ -562,7 +572,7 @@ class CountedSource(LoaderSource):
     def _resume(self, position: Position, rng: KeyedRandom) -> Reader:
         began, now = self._generators_for(position)
         self.own_generators.put(began)
-        order = self._order_for(position)
+        order, self._stored_order = self._order_of(position).get("order", {}), None
         moved = order.get("moved", {})
         self._order.put(moved)
         reader = Reader(
@@ -576,13 +586,6 @@ class CountedSource(LoaderSource):
         self.own_generators.put(now)
         self.own_generators.begin(position)
         return reader
-
-    def _order_for(self, position: Position) -> Mapping[str, Any]:
-        stored, self._stored_order = self._stored_order, None
-        if stored is not None and stored[0] is position:
-            return stored[1]
-        found: Mapping[str, Any] = self._order_of(position).get("order", {})
-        return found
 
     def _generators_for(self, position: Position) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """Return where generators of the data stood when the epoch began, and stand here."""
