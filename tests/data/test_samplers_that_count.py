@@ -200,7 +200,10 @@ def last_weights(folder) -> bytes:
 
 @pytest.mark.parametrize(
     ("name", "workers"),
-    [("Counting", 0), ("CountingAtItsEnd", 0), ("DrawingOn", 0), ("Counting", 2)],
+    [
+        *(("Counting", 0), ("CountingAtItsEnd", 0), ("DrawingOn", 0)),
+        pytest.param("Counting", 2, marks=pytest.mark.sweep),
+    ],
 )
 def test_killed_in_each_epoch_a_loop_ends_with_the_same_bits(name, workers, tmp_path):
     assert run_fresh(train, str(tmp_path / "whole"), name, workers, 0) == 0

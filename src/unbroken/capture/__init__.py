@@ -30,6 +30,7 @@ from unbroken.capture.kinds.random_state import check_rng as check_rng
 from unbroken.capture.kinds.random_state import missing_devices as missing_devices
 from unbroken.capture.kinds.random_state import of_devices_here as of_devices_here
 from unbroken.capture.kinds.random_state import restore_rng as restore_rng
+from unbroken.capture.objects import NotBroughtBack as NotBroughtBack
 from unbroken.capture.objects import Stateful as Stateful
 from unbroken.capture.objects import all_objects as all_objects
 from unbroken.capture.objects import capture as capture
@@ -67,6 +68,7 @@ __all__ = [
     "FileOf",
     "Growth",
     "LeafSource",
+    "NotBroughtBack",
     "ParameterNames",
     "Skip",
     "Stateful",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from unbroken.capture import (
     Growth,
+    NotBroughtBack,
     all_objects,
     capture,
     check,
@@ -24,7 +25,7 @@ from unbroken.capture import (
     types_in,
 )
 from unbroken.changes.compare import Comparison
-from unbroken.changes.differences import Difference, ResumeReport, by_severity
+from unbroken.changes.differences import Difference, ResumeReport, brief, by_severity
 from unbroken.checkpoint.arguments import RankPolicy
 from unbroken.checkpoint.coverage.attributes import ATTRIBUTES_KEY, Attributes
 from unbroken.checkpoint.coverage.loop_watch import GRADIENTS, LoopWatch
@@ -172,9 +173,12 @@ def load_only(
         growth.grow(own)  # they may have grown since
         check(objects, own)
 
+    def put() -> None:
+        fill(objects, own)
+
     try:
         damage = selector.readers.load(look)
-        damage = damage or selector.readers.load(lambda: fill(objects, own))
+        damage = damage or selector.readers.load(put)
         if damage is not None:
             raise damage
         growth.keep()
@@ -398,11 +402,21 @@ class _Attempt:
             raise RuntimeError("nothing was examined")
         return self._examined
 
+    def _tell_of_the_lost(self, lost: Sequence[NotBroughtBack]) -> None:
+        """Take what objects did not take back for differences; raise where none is accepted."""
+        found = tuple(
+            Difference(one.path, brief(one.stored), brief(one.now), _FORGETFUL, "not covered")
+            for one in lost
+        )
+        if found:
+            self._request.comparison.refuse(f"checkpoint of step {self._source.step}", found)
+            self.differences = by_severity((*self.differences, *found))
+
     def _fill(self) -> None:
         """Fill the objects with what was examined; the random generators last."""
         found, request = self._checked(), self._request
         request.lineage.is_torn = True
-        fill(found.objects, found.tree)
+        self._tell_of_the_lost(fill(found.objects, found.tree))
         self.growth.keep()
         request.attributes.restore()
         request.attributes.take_effect(self.differences)
@@ -415,6 +429,9 @@ class _Attempt:
             reseed_rank(found.rng, self._selector.group.rank)
         self._source.check_rest()
         request.lineage.is_torn = False
+
+
+_FORGETFUL = "its load_state_dict did not bring it back: state_dict returns another value since"
 
 
 def _of_devices(rng: Mapping[str, Any]) -> tuple[Difference, ...]:
