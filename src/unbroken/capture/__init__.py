@@ -30,7 +30,6 @@ from unbroken.capture.kinds.random_state import check_rng as check_rng
 from unbroken.capture.kinds.random_state import missing_devices as missing_devices
 from unbroken.capture.kinds.random_state import of_devices_here as of_devices_here
 from unbroken.capture.kinds.random_state import restore_rng as restore_rng
-from unbroken.capture.objects import NotBroughtBack as NotBroughtBack
 from unbroken.capture.objects import Stateful as Stateful
 from unbroken.capture.objects import all_objects as all_objects
 from unbroken.capture.objects import capture as capture
@@ -42,6 +41,7 @@ from unbroken.capture.objects import kind_of as kind_of
 from unbroken.capture.objects import named_objects as named_objects
 from unbroken.capture.objects import restore as restore
 from unbroken.capture.objects import restore_unregistered as restore_unregistered
+from unbroken.capture.state_taken_back import NotTakenBack as NotTakenBack
 from unbroken.capture.state_tree import Captured as Captured
 from unbroken.capture.state_tree import types_in as types_in
 from unbroken.capture.stored_tensor import LeafSource as LeafSource
@@ -68,7 +68,7 @@ __all__ = [
     "FileOf",
     "Growth",
     "LeafSource",
-    "NotBroughtBack",
+    "NotTakenBack",
     "ParameterNames",
     "Skip",
     "Stateful",

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from unbroken.capture.codec.leaves import FileOf, file_layout, own_file
 from unbroken.capture.kinds import modules, optimizers, random_state
 from unbroken.capture.kinds.optimizers import ParameterNames
+from unbroken.capture.state_taken_back import NotTakenBack, give_back
 from unbroken.capture.state_tree import (
     Captured,
     Mismatch,
@@ -27,7 +28,7 @@ from unbroken.capture.state_tree import (
     refuse_sharded,
 )
 from unbroken.capture.stored_tensor import Filling, StoredSubclass, StoredTensor, home, load_tensors
-from unbroken.capture.tensors import is_sharded, settle
+from unbroken.capture.tensors import settle
 from unbroken.errors import CaptureError, StateMismatchError, UnbrokenError
 from unbroken.stored_names import stored_class_name
 
@@ -40,7 +41,7 @@ class Kind:
     type: type
     capture: Callable[[Any, str, ParameterNames], State]
     check: Callable[[Any, Captured, str, ParameterNames], Iterator[Mismatch]]
-    restore: Callable[[Any, Captured, ParameterNames, Filling], list[NotBroughtBack] | None]
+    restore: Callable[[Any, Captured, ParameterNames, Filling], list[NotTakenBack] | None]
     class_name: Callable[[Any], str] = lambda value: stored_class_name(type(value))
 
 
@@ -94,102 +95,12 @@ def _stored_in(tree: Any) -> Iterator[StoredTensor | StoredSubclass]:
             todo.extend(children(value))
 
 
-def _restore_stateful(value: Stateful, stored: Captured, *_: object) -> list[NotBroughtBack]:
+def _restore_stateful(value: Stateful, stored: Captured, *_: object) -> list[NotTakenBack]:
     given = load_tensors(stored.state)
-    if not _is_users_own(value):
+    if hasattr(type(value), "__iter__"):  # of data the batches tell, and a loader may do it later
         value.load_state_dict(given)
         return []
-    kept = _sampled(given)  # it may go on with what it is given
-    value.load_state_dict(given)
-    now, again = _sampled(value.state_dict()), _sampled(value.state_dict())
-    moving = {one.path for one in _not_equal(now, again)}  # a clock, say
-    return [one for one in _not_equal(kept, now) if one.path not in moving]
-
-
-_LIBRARIES = (
-    *("unbroken", "torch", "torchdata", "torchmetrics", "transformers", "accelerate", "datasets"),
-    *("lightning", "pytorch_lightning", "peft"),
-)
-
-
-def _is_users_own(value: object) -> bool:
-    """Return whether to look at what an object does with its state; of data the batches tell."""
-    library = type(value).__module__.partition(".")[0]
-    return library not in _LIBRARIES and not hasattr(type(value), "__iter__")
-
-
-@dataclass(frozen=True)
-class NotBroughtBack:
-    """A part of a state that is not what it was after `load_state_dict`.
-
-    Attributes:
-        path: Where it stands.
-        stored: What was given.
-        now: What `state_dict` returns since.
-    """
-
-    path: str
-    stored: Any
-    now: Any
-
-
-_NOTHING = "nothing"
-
-
-def _not_equal(stored: Any, now: Any, path: str = "") -> Iterator[NotBroughtBack]:
-    """Yield where two states differ, as far as their values can be compared."""
-    if isinstance(stored, Mapping) and isinstance(now, Mapping):
-        for key in {**stored, **now}:
-            inner = f"{path}.{key}"
-            yield from _not_equal(stored.get(key, _NOTHING), now.get(key, _NOTHING), inner)
-    elif isinstance(stored, list | tuple) and isinstance(now, list | tuple):
-        if len(stored) != len(now):
-            yield NotBroughtBack(path, f"{len(stored)} values", f"{len(now)} values")
-            return
-        for index, (one, other) in enumerate(zip(stored, now, strict=True)):
-            yield from _not_equal(one, other, f"{path}.{index}")
-    elif not _is_equal(stored, now):
-        yield NotBroughtBack(path, stored, now)
-
-
-def _sampled(tree: Any) -> Any:
-    """Return a copy of a state, in which tensors are samples of their values."""
-    if isinstance(tree, Mapping):
-        return {key: _sampled(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_sampled(value) for value in tree]
-    if isinstance(tree, torch.Tensor):
-        is_seen = not tree.is_meta and tree.layout is torch.strided and not is_sharded(tree)
-        values = tree.detach().reshape(-1)[:: max(1, tree.numel() // _SAMPLE)] if is_seen else None
-        held = (
-            b"" if values is None else values.cpu().contiguous().view(torch.uint8).numpy().tobytes()
-        )
-        return _Sample(f"{tree.dtype} {tuple(tree.shape)}", held)
-    if isinstance(tree, np.ndarray):
-        return _Sample(f"{tree.dtype} {tree.shape}", tree.reshape(-1)[:_SAMPLE].tobytes())
-    return tree
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """What is compared of an array."""
-
-    kind: str
-    values: bytes
-
-    def __str__(self) -> str:
-        return self.kind
-
-
-_SAMPLE = 1 << 16
-
-
-def _is_equal(stored: Any, now: Any) -> bool:
-    is_plain = all(one is None or isinstance(one, _COMPARED) for one in (stored, now))
-    return repr(stored) == repr(now) or bool(stored == now) if is_plain else True
-
-
-_COMPARED = (bool, int, float, complex, str, bytes, _Sample)
+    return give_back(value, given, value.load_state_dict, value.state_dict)
 
 
 def _capture_tensor(value: torch.Tensor, _path: str, _names: object) -> State:
@@ -356,7 +267,7 @@ def restore(objects: Mapping[str, object], tree: Mapping[str, Any]) -> None:
     fill(objects, tree)
 
 
-def fill(objects: Mapping[str, object], tree: Mapping[str, Any]) -> list[NotBroughtBack]:
+def fill(objects: Mapping[str, object], tree: Mapping[str, Any]) -> list[NotTakenBack]:
     """Do what `restore` does, of a tree that was checked.
 
     Returns:
@@ -365,7 +276,7 @@ def fill(objects: Mapping[str, object], tree: Mapping[str, Any]) -> list[NotBrou
     """
     names = ParameterNames(objects)
     called = {id(value): name for name, value in named_objects(objects)}
-    lost: list[NotBroughtBack] = []
+    lost: list[NotTakenBack] = []
     found = list(_pairs(objects, tree))
     found.sort(key=lambda pair: isinstance(pair[0], Optimizer))  # their learning rates come last
     later = Filling()

@@ -9,6 +9,7 @@ import copy
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from unbroken.capture.codec.leaves import TensorLayout, TensorRef, physical, resolve_aliases
+from unbroken.capture.state_taken_back import NotTakenBack, give_back
 from unbroken.capture.state_tree import (
     Captured,
     Mismatch,
@@ -331,7 +333,9 @@ def _groups(leaf_of: Mapping[str, str]) -> set[frozenset[str]]:
     return {frozenset(group) for group in names.values() if len(group) > 1}
 
 
-def restore_module(module: nn.Module, stored: Captured, _names: object, later: Filling) -> None:
+def restore_module(
+    module: nn.Module, stored: Captured, _names: object, later: Filling
+) -> list[NotTakenBack]:
     """Fill a module in place; tensors, ties and the identity of parameters are kept."""
     saved = stored_tensors(stored)
     done: set[tuple[object, ...]] = set()
@@ -347,8 +351,12 @@ def restore_module(module: nn.Module, stored: Captured, _names: object, later: F
     with_extra_state = _with_extra_state(named_modules(module))
     if with_extra_state:
         later.finish()
+    lost: list[NotTakenBack] = []
     for name, owner in with_extra_state.items():
-        owner.set_extra_state(load_tensors(stored.facts["extra_state"][name]))
+        given = load_tensors(stored.facts["extra_state"][name])
+        found = give_back(owner, given, owner.set_extra_state, owner.get_extra_state)
+        lost += [replace(one, path=f".{name}.extra_state{one.path}") for one in found]
+    return lost
 
 
 # Gradients that wait for the next optimizer step, by the names of their parameters.

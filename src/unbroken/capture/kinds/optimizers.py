@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from unbroken.capture.kinds.modules import named_parameters
+from unbroken.capture.state_taken_back import NotTakenBack, give_back
 from unbroken.capture.state_tree import (
     Captured,
     Mismatch,
@@ -323,10 +324,9 @@ def is_optimizer_state(state: Any, facts: Mapping[str, Any]) -> bool:
 
 def restore_optimizer(
     optimizer: Optimizer, stored: Captured, names: ParameterNames, later: Filling
-) -> None:
+) -> list[NotTakenBack]:
     """Bring state and groups back, to whatever positions the parameters have now."""
-    if more := stored.facts.get("more"):
-        optimizer.load_state_dict({**optimizer.state_dict(), **load_tensors(more)})
+    lost = _give_back_more(optimizer, stored.facts.get("more"))
     blocks: Blocks = {}
     saved_groups = list(stored.state["param_groups"])
     kept = ReusableState(optimizer, stored.state["state"])
@@ -348,6 +348,22 @@ def restore_optimizer(
             was = stored.facts.get("devices", {}).get(name, "cpu")
             optimizer.state[one] = _StateLoader(one, was, False, blocks, later, kept)(state)
     optimizer.state.update(load_tensors(stored.facts.get("shared", {})))
+    return lost
+
+
+def _give_back_more(optimizer: Optimizer, more: Any) -> list[NotTakenBack]:
+    """Give an optimizer what it saves besides its state and its groups."""
+    if not more:
+        return []
+
+    def give(given: Any) -> None:
+        optimizer.load_state_dict({**optimizer.state_dict(), **given})
+
+    def ask() -> Any:
+        state = optimizer.state_dict()
+        return {name: state[name] for name in more if name in state}
+
+    return give_back(optimizer, load_tensors(more), give, ask)
 
 
 def _put_in_order(parameters: list[Any], stored: list[str], names: ParameterNames) -> None:
@@ -476,14 +492,16 @@ def _is_number(value: Any) -> bool:
     return is_stored or (type(value) in (int, float) and abs(value) < 2**63) or value != value
 
 
-def restore_scheduler(scheduler: LRScheduler, stored: Captured, *_: object) -> None:
+def restore_scheduler(scheduler: LRScheduler, stored: Captured, *_: object) -> list[NotTakenBack]:
     """Bring back a scheduler and its learning rates, which its state alone does not set."""
-    scheduler.load_state_dict(load_tensors(stored.state))
+    state = load_tensors(stored.state)
+    lost = give_back(scheduler, state, scheduler.load_state_dict, scheduler.state_dict)
     for group, lr in zip(_groups(scheduler), load_tensors(stored.facts["lr"]), strict=True):
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
+    return lost
 
 
 def capture_scaler(scaler: GradScaler, _path: str, _names: object) -> State:

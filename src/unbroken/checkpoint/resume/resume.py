@@ -9,7 +9,7 @@ from typing import Any
 
 from unbroken.capture import (
     Growth,
-    NotBroughtBack,
+    NotTakenBack,
     all_objects,
     capture,
     check,
@@ -402,7 +402,7 @@ class _Attempt:
             raise RuntimeError("nothing was examined")
         return self._examined
 
-    def _tell_of_the_lost(self, lost: Sequence[NotBroughtBack]) -> None:
+    def _tell_of_the_lost(self, lost: Sequence[NotTakenBack]) -> None:
         """Take what objects did not take back for differences; raise where none is accepted."""
         found = tuple(
             Difference(one.path, brief(one.stored), brief(one.now), _FORGETFUL, "not covered")
@@ -431,7 +431,7 @@ class _Attempt:
         request.lineage.is_torn = False
 
 
-_FORGETFUL = "its load_state_dict did not bring it back: state_dict returns another value since"
+_FORGETFUL = "its load_state_dict did not take it back: state_dict returns another value since"
 
 
 def _of_devices(rng: Mapping[str, Any]) -> tuple[Difference, ...]:

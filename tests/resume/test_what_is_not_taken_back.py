@@ -81,7 +81,7 @@ def test_a_part_that_is_forgotten_is_named(name, tmp_path):
     report = resumed(tmp_path, kept)
     assert report.verdict == "not covered"
     assert [one.path.split(".")[:2] for one in report.differences] == [["kept", name]]
-    assert "its load_state_dict did not bring it back" in str(report.differences[0])
+    assert "its load_state_dict did not take it back" in str(report.differences[0])
 
 
 @pytest.mark.parametrize("kind", [Kept, Clock])
@@ -111,4 +111,76 @@ def test_a_callback_of_a_trainer_is_looked_at_too(tmp_path):
     forgetful.forgets = ("count",)
     again = small_trainer(tmp_path, trainer={"callbacks": [forgetful]}, max_steps=8)
     found = [str(one) for one in again.train().resume_report.differences]
-    assert any("count" in one and "did not bring it back" in one for one in found), found
+    assert any("count" in one and "did not take it back" in one for one in found), found
+
+
+class Remembers(nn.Linear):
+    """A module with more than tensors in its state."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.seen, self.noted = 0, 0
+
+    def get_extra_state(self):
+        return {"seen": self.seen, "noted": self.noted}
+
+    def set_extra_state(self, state) -> None:
+        self.seen = state["seen"]
+
+
+class Counts(torch.optim.SGD):
+    """An optimizer that counts what it keeps to itself."""
+
+    counted = 0
+
+    def step(self, closure=None):
+        self.counted += 1
+        return super().step(closure)
+
+    def state_dict(self):
+        return {**super().state_dict(), "counted": self.counted}
+
+    def load_state_dict(self, state) -> None:
+        super().load_state_dict({name: one for name, one in state.items() if name != "counted"})
+
+
+class Falls(torch.optim.lr_scheduler.LRScheduler):
+    """A schedule that forgets how far it fell."""
+
+    height = 8
+
+    def get_lr(self):
+        self.height -= 1
+        return [0.01 for _ in self.base_lrs]
+
+    def load_state_dict(self, state) -> None:
+        super().load_state_dict({name: one for name, one in state.items() if name != "height"})
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("model", "model.0.extra_state.noted"),
+        ("optimizer", "optimizer.counted"),
+        ("scheduler", "scheduler.height"),
+    ],
+)
+def test_what_a_class_of_torch_was_extended_by_is_looked_at_too(name, path, tmp_path):
+    def objects() -> dict:
+        model = nn.Sequential(Remembers() if name == "model" else nn.Linear(2, 2))
+        kind = Counts if name == "optimizer" else torch.optim.SGD
+        optimizer = kind(model.parameters(), lr=0.01)
+        schedule = Falls if name == "scheduler" else torch.optim.lr_scheduler.ConstantLR
+        return {"model": model, "optimizer": optimizer, "scheduler": schedule(optimizer)}
+
+    with Checkpointer(tmp_path, tell=None, **(first := objects())) as saving:
+        saving.resume()
+        first["model"](torch.ones(1, 2)).sum().backward()
+        first["optimizer"].step()
+        first["scheduler"].step()
+        if name == "model":
+            first["model"][0].seen = first["model"][0].noted = 3
+        saving.save(1)
+    with Checkpointer(tmp_path, tell=None, **objects()) as again:
+        report = again.resume()
+    assert [one.path for one in report.differences] == [path], report.differences
