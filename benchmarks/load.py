@@ -78,7 +78,7 @@ def summary(one: dict[str, float]) -> dict[str, float]:
 
 
 def conclude(medians: dict[str, dict[str, float]]) -> dict[str, object]:
-    ours = medians.get("unbroken stream")
+    ours = medians.get("unbroken blocking")
     if ours is None:
         return {}
     peers_hot = {name: one["hot_and_step"] for name, one in medians.items() if one is not ours}

@@ -109,7 +109,7 @@ def seconds_of(call) -> float:
 
 def conclude(medians: dict[str, dict[str, float]]) -> dict[str, float]:
     """Return the ratios that are held to a bound."""
-    ours, stream = medians.get("unbroken overlap"), medians.get("unbroken stream")
+    ours, blocking = medians.get("unbroken overlap"), medians.get("unbroken blocking")
     found: dict[str, float] = {}
     dcp = [one["lost"] for name, one in medians.items() if name.startswith("dcp.async_save")]
     beside = {"transformers": medians.get("transformers", {}).get("lost")}
@@ -120,8 +120,8 @@ def conclude(medians: dict[str, dict[str, float]]) -> dict[str, float]:
         for name, lost in beside.items():
             if lost is not None:
                 found[f"lost over that of {name}"] = ours["lost"] / lost
-    if stream is not None:
-        found["durable over bare"] = stream["durable_over_bare"]
+    if blocking is not None:
+        found["durable over bare"] = blocking["durable_over_bare"]
     return found
 
 

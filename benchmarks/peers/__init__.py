@@ -9,8 +9,8 @@ from peers.method import Method
 
 _PLACES = {
     "unbroken overlap": "ours:Overlap",
-    "unbroken sync": "ours:Sync",
-    "unbroken stream": "ours:Stream",
+    "unbroken async": "ours:Async",
+    "unbroken blocking": "ours:Blocking",
     "torch.save": "files:TorchSave",
     "safetensors": "files:Safetensors",
     "dcp.save": "dcp:Blocking",
@@ -26,7 +26,7 @@ _PLACES = {
 }
 SAVING = tuple(_PLACES)
 LOADING = (
-    "unbroken stream",
+    "unbroken blocking",
     "torch.save",
     "safetensors",
     "dcp.save",

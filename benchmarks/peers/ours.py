@@ -9,7 +9,7 @@ from unbroken import Checkpointer
 from unbroken.checkpoint import SavePolicy
 
 
-class Stream(Method):
+class Blocking(Method):
     save_mode = "blocking"
 
     def __init__(self, model, optimizer, folder: Path) -> None:
@@ -42,9 +42,9 @@ class Stream(Method):
         self._checkpointer.close()
 
 
-class Sync(Stream):
+class Async(Blocking):
     save_mode = "async"
 
 
-class Overlap(Stream):
+class Overlap(Blocking):
     save_mode = "overlap"
