@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import random
 import signal
 
+import numpy as np
 import pytest
+import torch
 
 from quiet.programs import trainer
 from quiet.running import run
 from unbroken.data.sources.own_generators import OrderState
+from unbroken.errors import DataError
 
 SAMPLERS = """
 class Order(torch.utils.data.Sampler):
@@ -231,3 +236,56 @@ def test_a_length_that_is_not_what_is_given_changes_no_epoch(name, said, tmp_pat
     text = LOOPS["epochs"].replace("{before}", WRONG_LENGTHS).replace("{data}", data)
     ended = killed_twice(text, tmp_path / "killed")
     assert ended.get("digest") == whole(text, tmp_path / "whole")["digest"], ended
+
+
+class Holds:
+    """Holds a value under the name that a sampler has for it."""
+
+    def __init__(self, value) -> None:
+        self.value = value
+
+
+HELD = {
+    "another length": ([1, 2], [3, 4, 5]),
+    "a list in place of none": (None, [1, 2]),
+    "a tensor in place of none": (None, torch.arange(3)),
+    "a tensor of another shape": (torch.zeros(0), torch.ones(3, 2)),
+    "a tensor of the same shape": (torch.zeros(3), torch.ones(3)),
+    "an array of another type": (np.zeros(2), np.ones(2, dtype=np.int32)),
+    "a generator in place of none": (None, random.Random(3)),
+    "a tuple": ((1, 2), (2, 1)),
+    "none in place of a number": (3, None),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_whatever_a_sampler_puts_in_a_place_stands_there_again(name):
+    built, moved = HELD[name]
+    before, now = Holds(copy.deepcopy(built)), Holds(copy.deepcopy(built))
+    order, again = OrderState({"one": before}), OrderState({"one": now})
+    before.value = copy.deepcopy(moved)
+    stored = order.moved(0, None)
+    again.check(stored)
+    again.put(stored)
+    assert again.moved(0, None) == stored
+    assert type(now.value) is type(moved)
+
+
+def test_what_is_too_large_or_unknown_is_left_alone():
+    large = torch.zeros(1 << 18)
+    assert OrderState({"one": Holds(large)}).moved(0, None) == {}
+    assert OrderState({"one": Holds(torch.zeros(3, dtype=torch.bfloat16))}).moved(0, None) == {}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *(3, {"a": 3}, {"a": {"built": ["plain", 1]}}),
+        *({"a": {key: ["array", "no type", [1]] for key in ("built", "began", "now")}},),
+        *({"a": {key: ["tensor", "<f4", [[1], [2, 3]]] for key in ("built", "began", "now")}},),
+        *({"a": {key: ["generator", ["torch", b"short"]] for key in ("built", "began", "now")}},),
+    ],
+)
+def test_what_no_sampler_keeps_is_refused_before_anything_changes(wrong):
+    with pytest.raises(DataError, match="is not what samplers keep"):
+        OrderState.check(wrong)

@@ -305,7 +305,8 @@ class LoaderSource:
         require_counts(own, "samples", "epoch", "taken", "pending")
         if "trail" not in self._may_change:
             self.own_generators.check(own.get("generators"))
-            self._order.check(own.get("order", {}).get("moved", {}))
+            order = own.get("order", {})
+            self._order.check(order.get("moved", {}) if isinstance(order, Mapping) else order)
 
     def _of_this_rank(self, state: Any) -> Any:
         if not isinstance(state, Mapping) or self._grouping.samples or state.get("gives_samples"):

@@ -24,6 +24,10 @@ _BIT_GENERATORS = {
 }
 _LIBRARIES = ("torch", "torchdata", "datasets", "accelerate", "lightning", "pytorch_lightning")
 _MANY = 1 << 17  # values in a list that a sampler keeps
+_DTYPES = (
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.float16, torch.float32, torch.float64),
+)
 _AHEAD = 64  # batches that may be read and not used yet
 
 
@@ -318,7 +322,7 @@ class OrderState:
         """Raise where `put` could not take a stored value.
 
         Raises:
-            DataError: It is none of `moved_before`.
+            DataError: It is none of `moved`.
         """
         entries = moved.values() if isinstance(moved, Mapping) else [moved]
         for entry in entries:
@@ -347,10 +351,13 @@ def _kept(value: Any) -> list[Any] | None:
     if type(value) in (list, tuple) and len(value) <= _MANY:
         is_plain = all(type(one) in (bool, int, float, str) for one in value)
         return [type(value).__name__, list(value)] if is_plain else None
-    if isinstance(value, torch.Tensor | np.ndarray):
-        array = np.asarray(value.detach().cpu()) if isinstance(value, torch.Tensor) else value
-        is_small = array.dtype.kind in "biuf" and array.size <= _MANY
-        return ["array", array.dtype.str, array.tolist()] if is_small else None
+    if isinstance(value, torch.Tensor):
+        is_kept = value.dtype in _DTYPES and value.layout is torch.strided and not value.is_meta
+        array = _kept(value.detach().cpu().numpy()) if is_kept else None
+        return None if array is None else ["tensor", *array[1:]]
+    if isinstance(value, np.ndarray):
+        is_small = value.dtype.kind in "biuf" and value.size <= _MANY
+        return ["array", value.dtype.str, value.tolist()] if is_small else None
     is_generator = isinstance(
         value, torch.Generator | random.Random | np.random.Generator | np.random.RandomState
     )
@@ -367,27 +374,50 @@ def _is_kept(value: Any) -> bool:
             return True
         case ["plain", None | bool() | int() | float() | str()] | ["list" | "tuple", list()]:
             return True
-        case ["array", str(), bool() | int() | float() | list()]:
-            return True
+        case ["array" | "tensor", str(), bool() | int() | float() | list()]:
+            return _array_of(value) is not None
         case ["generator", state]:
             return _is_state(state)
     return False
 
 
+def _array_of(value: list[Any]) -> np.ndarray[Any, Any] | None:
+    """Return the array that a stored value is; None: it is none."""
+    _, kind, values = value
+    try:
+        array = np.array(values, dtype=kind)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return array if array.dtype.kind in "biuf" else None
+
+
 def _keep(part: Any, name: str, value: list[Any]) -> None:
+    """Let an attribute be what it was, in the object that it holds where that can be filled."""
     held = getattr(part, name, None)
-    match value:
-        case ["not there"]:
-            vars(part).pop(name, None)
-        case ["list", values] if type(held) is list:
-            held[:] = values  # others may hold the same list
-        case ["array", kind, values] if isinstance(held, torch.Tensor):
-            held.copy_(torch.from_numpy(np.array(values, dtype=kind)))
-        case ["array", kind, values] if isinstance(held, np.ndarray):
-            held[...] = np.array(values, dtype=kind)
-        case ["generator", state]:
-            _set_state(held, state)
-        case ["tuple", values]:
-            setattr(part, name, tuple(values))
-        case ["plain", plain]:
-            setattr(part, name, plain)
+    if value == _NOT_THERE:
+        vars(part).pop(name, None)
+    elif value[0] == "list" and type(held) is list:
+        held[:] = value[1]  # others may hold the same list
+    elif value[0] == "generator":
+        generator = held if _is_known(held) and _state_of(held)[0] == value[1][0] else None
+        setattr(part, name, _new(value[1][0]) if generator is None else generator)
+        _set_state(getattr(part, name), value[1])
+    else:
+        setattr(part, name, _filled(held, value))
+
+
+def _filled(held: Any, value: list[Any]) -> Any:
+    """Return a stored value, in the tensor or array that is held if it fits."""
+    if value[0] in ("plain", "list", "tuple"):
+        return tuple(value[1]) if value[0] == "tuple" else value[1]
+    array = _array_of(value)
+    if array is not None and value[0] == "array":
+        if isinstance(held, np.ndarray) and (held.dtype, held.shape) == (array.dtype, array.shape):
+            held[...] = array
+            return held
+        return array
+    tensor = torch.from_numpy(array)
+    if isinstance(held, torch.Tensor) and (held.dtype, held.shape) == (tensor.dtype, tensor.shape):
+        with torch.no_grad():
+            return held.copy_(tensor)
+    return tensor
