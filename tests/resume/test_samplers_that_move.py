@@ -94,7 +94,7 @@ STEPS = """
 model = Net()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 class report: verdict, step, differences, notes = "", 0, (), ()
-run = Checkpointer(FOLDER, data={data}, model=model, optimizer=optimizer, save_steps=4)
+run = Checkpointer(FOLDER, data={data}, model=model, optimizer=optimizer, save_steps=2)
 {loop}
 """
 STEP = """
@@ -111,6 +111,37 @@ LOOPS = {
         f"{STEP.replace(chr(10), chr(10) + '  ')}",
     ),
 }
+HIDDEN = """
+class Counter:
+    def __init__(self):
+        self.n = 0
+class Nested(Order):
+    def __init__(self):
+        super().__init__()
+        self.counter, self.kept = Counter(), {"n": 0}
+    def __iter__(self):
+        self.counter.n += 1; self.kept["n"] += 2
+        draw = torch.Generator().manual_seed(self.counter.n + self.kept["n"])
+        return iter(torch.randperm(20, generator=draw).tolist())
+number, numbers = 0, {"n": 0}
+class OfAGlobal(Order):
+    def __iter__(self):
+        global number
+        number += 1; numbers["n"] += 2
+        draw = torch.Generator().manual_seed(number + numbers["n"])
+        return iter(torch.randperm(20, generator=draw).tolist())
+def closure():
+    passes, seen = 0, []
+    def batches():
+        nonlocal passes
+        passes += 1; seen.append(passes)
+        draw = torch.Generator().manual_seed(passes + sum(seen))
+        order = torch.randperm(20, generator=draw).view(5, 4)
+        return (tuple(map(torch.stack, zip(*[pairs[i] for i in row]))) for row in order)
+    return batches
+"""
+SAMPLERS += HIDDEN
+LOADERS |= {name: SHUFFLED.replace("{}", name, 1) for name in ("Nested", "OfAGlobal")}
 CASES = [
     *((name, loop, 0) for name in LOADERS for loop in ("steps", "epochs", "trainer")),
     *((name, "steps", 2) for name in ("Counts", "DrawsOneByOne", "Batches")),
@@ -126,7 +157,7 @@ def program(name, loop, workers) -> str:
 
 def killed_twice(text, folder) -> dict:
     folder.mkdir()
-    for step in (7, 13):  # in the second epoch, and in the third
+    for step in (7, 11, 13):  # in the second epoch, behind its end, and in the third
         assert run(text, folder, step)["status"] == -signal.SIGKILL
     return run(text, folder)
 
@@ -143,13 +174,27 @@ def test_it_ends_with_the_same_bits(name, loop, workers, tmp_path):
     assert ended.get("digest") == whole(text, tmp_path / "whole")["digest"], ended
 
 
+@pytest.mark.parametrize("loop", ["steps", "epochs"])
+def test_a_count_that_a_function_closes_over_is_named_and_refused(loop, tmp_path):
+    text = LOOPS[loop].replace("{before}", SAMPLERS).replace("{data}", "closure()")
+    (tmp_path / "killed").mkdir()
+    run(text, tmp_path / "killed", 7)
+    found = run(text, tmp_path / "killed")
+    assert (found["error"], "passes: stored 1, now 0" in found["message"]) == (
+        "DifferenceError",
+        True,
+    )
+
+
 WITHOUT = "from unbroken.data.sources.own_generators import OrderState\nOrderState.put = print\n"
 
 
 @pytest.mark.parametrize("loop", ["steps", "epochs", "trainer"])
 def test_where_the_order_is_not_put_back_the_resume_is_refused(loop, tmp_path):
-    text = program("Counts", loop, 0)
-    found = killed_twice(WITHOUT + text, tmp_path / "killed")
+    text = WITHOUT + program("Counts", loop, 0)
+    (tmp_path / "killed").mkdir()
+    run(text, tmp_path / "killed", 7)
+    found = run(text, tmp_path / "killed")
     assert found["error"] == "DataError", found
     assert "what is read again is not what the run was trained on" in found["message"]
 

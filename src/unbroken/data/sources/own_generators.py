@@ -8,13 +8,17 @@ keeps is known when an epoch begins, and brings the epoch's order back when that
 
 from __future__ import annotations
 
+import dis
 import random
-from collections import deque
-from collections.abc import Collection, Mapping
+from collections import UserDict, deque
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from types import CellType, FunctionType
 from typing import Any, TypeGuard
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset
 
 from unbroken.data.sources.batch_digests import OR_ALLOW, generators_in
 from unbroken.errors import DataError
@@ -260,7 +264,7 @@ class OrderState:
     """
 
     def __init__(self, parts: Mapping[str, Any]) -> None:
-        self._parts = {name: one for name, one in parts.items() if _is_users_own(one)}
+        self._places = dict(_places_in(parts))
         self._built = self._values()
         self._epochs: dict[int, dict[str, list[Any]]] = {}
 
@@ -314,8 +318,8 @@ class OrderState:
         return [(n, one) for n, one in moved.items() if built.get(n, _NOT_THERE) == one["built"]]
 
     def _keep(self, path: str, value: list[Any]) -> None:
-        name, _, attribute = path.rpartition(".")
-        _keep(self._parts[name], attribute, value)
+        name, _, key = path.rpartition(".")
+        _keep(self._places[name].held, key, value)
 
     @staticmethod
     def check(moved: Any) -> None:
@@ -332,11 +336,78 @@ class OrderState:
 
     def _values(self) -> dict[str, list[Any]]:
         found = {
-            f"{name}.{attribute}": _kept(value)
-            for name, part in self._parts.items()
-            for attribute, value in vars(part).items()
+            f"{name}.{key}": _kept(value)
+            for name, place in self._places.items()
+            for key, value in place.items()
         }
         return {path: value for path, value in found.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where values are held by name: attributes, globals, what a function closes over.
+
+    Attributes:
+        held: The values.
+        names: Those that count; None: all.
+    """
+
+    held: MutableMapping[str, Any]
+    names: frozenset[str] | None = None
+
+    def items(self) -> list[tuple[str, Any]]:
+        names = self.held if self.names is None else self.names
+        return [(name, self.held[name]) for name in names if name in self.held]
+
+
+class _Cells(UserDict[str, Any]):
+    """The variables that a function closes over."""
+
+    def __init__(self, function: FunctionType) -> None:
+        pairs = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+        self._cells = {name: cell for name, cell in pairs if cell != CellType()}  # an empty one
+        super().__init__({name: cell.cell_contents for name, cell in self._cells.items()})
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        self._cells[name].cell_contents = value
+
+    def __getitem__(self, name: str) -> Any:
+        return self._cells[name].cell_contents
+
+
+def _places_in(parts: Mapping[str, Any]) -> Iterator[tuple[str, _Place]]:
+    """Yield where parts that give an order may keep something, by name."""
+    for name, part in parts.items():
+        functions = [part]
+        if _is_users_own(part) and not isinstance(part, FunctionType):
+            yield name, _Place(vars(part))
+            inner = ((n, one) for n, one in vars(part).items() if _keeps_values(one))
+            yield from ((f"{name}.{n}", _Place(vars(one))) for n, one in inner)
+            functions = [getattr(type(part), method, None) for method in _READS]
+        for function in functions:
+            if isinstance(function, FunctionType):
+                place = f"{name}.{function.__name__}"
+                yield f"{place}.globals", _Place(function.__globals__, _globals_of(function))
+                yield f"{place}.closure", _Place(_Cells(function))
+
+
+_READS = ("__iter__", "__next__", "__getitem__")
+
+
+def _keeps_values(thing: Any) -> bool:
+    """Return whether an attribute is a small object of the user's own: a counter, say."""
+    is_other = isinstance(thing, type | FunctionType | Dataset | torch.nn.Module | torch.Tensor)
+    return _is_users_own(thing) and not is_other
+
+
+def _globals_of(function: FunctionType) -> frozenset[str]:
+    """Return the globals that a function sets, and the lists and dicts that it reads."""
+    told = [*dis.get_instructions(function)]
+    found = {one.argval for one in told if one.opname == "STORE_GLOBAL"}
+    read = {one.argval for one in told if one.opname == "LOAD_GLOBAL"}
+    held = function.__globals__
+    return frozenset(found | {n for n in read if type(held.get(n)) in (list, dict)})
 
 
 def _is_users_own(part: Any) -> bool:
@@ -346,11 +417,15 @@ def _is_users_own(part: Any) -> bool:
 
 def _kept(value: Any) -> list[Any] | None:
     """Return a plain value, a list of them, a small tensor or a generator; None: something else."""
-    if value is None or type(value) in (bool, int, float, str):
+    if _is_plain(value):
         return ["plain", value]
     if type(value) in (list, tuple) and len(value) <= _MANY:
-        is_plain = all(type(one) in (bool, int, float, str) for one in value)
+        is_plain = all(map(_is_plain, value))
         return [type(value).__name__, list(value)] if is_plain else None
+    if type(value) is dict and len(value) <= _MANY:
+        pairs = [[key, one] for key, one in value.items()]
+        is_plain = all(_is_plain(key) and _is_plain(one) for key, one in pairs)
+        return ["dict", pairs] if is_plain else None
     if isinstance(value, torch.Tensor):
         is_kept = value.dtype in _DTYPES and value.layout is torch.strided and not value.is_meta
         array = _kept(value.detach().cpu().numpy()) if is_kept else None
@@ -364,6 +439,10 @@ def _kept(value: Any) -> list[Any] | None:
     return ["generator", _state_of(value)] if is_generator and _is_known(value) else None
 
 
+def _is_plain(value: Any) -> bool:
+    return value is None or type(value) in (bool, int, float, str)
+
+
 def _shown(value: list[Any]) -> str:
     return repr(value[-1])[:80]
 
@@ -374,6 +453,8 @@ def _is_kept(value: Any) -> bool:
             return True
         case ["plain", None | bool() | int() | float() | str()] | ["list" | "tuple", list()]:
             return True
+        case ["dict", list() as pairs]:
+            return all(isinstance(one, list) and len(one) == 2 for one in pairs)
         case ["array" | "tensor", str(), bool() | int() | float() | list()]:
             return _array_of(value) is not None
         case ["generator", state]:
@@ -391,25 +472,30 @@ def _array_of(value: list[Any]) -> np.ndarray[Any, Any] | None:
     return array if array.dtype.kind in "biuf" else None
 
 
-def _keep(part: Any, name: str, value: list[Any]) -> None:
-    """Let an attribute be what it was, in the object that it holds where that can be filled."""
-    held = getattr(part, name, None)
+def _keep(place: MutableMapping[str, Any], name: str, value: list[Any]) -> None:
+    """Let a value be what it was, in the object that is held where that can be filled."""
+    held = place.get(name)
     if value == _NOT_THERE:
-        vars(part).pop(name, None)
+        place.pop(name, None)
     elif value[0] == "list" and type(held) is list:
         held[:] = value[1]  # others may hold the same list
+    elif value[0] == "dict" and type(held) is dict:
+        held.clear()
+        held.update(value[1])
     elif value[0] == "generator":
         generator = held if _is_known(held) and _state_of(held)[0] == value[1][0] else None
-        setattr(part, name, _new(value[1][0]) if generator is None else generator)
-        _set_state(getattr(part, name), value[1])
+        place[name] = _new(value[1][0]) if generator is None else generator
+        _set_state(place[name], value[1])
     else:
-        setattr(part, name, _filled(held, value))
+        place[name] = _filled(held, value)
 
 
 def _filled(held: Any, value: list[Any]) -> Any:
     """Return a stored value, in the tensor or array that is held if it fits."""
     if value[0] in ("plain", "list", "tuple"):
         return tuple(value[1]) if value[0] == "tuple" else value[1]
+    if value[0] == "dict":
+        return dict(value[1])
     array = _array_of(value)
     if array is not None and value[0] == "array":
         if isinstance(held, np.ndarray) and (held.dtype, held.shape) == (array.dtype, array.shape):
