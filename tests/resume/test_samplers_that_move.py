@@ -193,7 +193,7 @@ WITHOUT = "from unbroken.data.sources.own_generators import OrderState\nOrderSta
 def test_where_the_order_is_not_put_back_the_resume_is_refused(loop, tmp_path):
     text = WITHOUT + program("Counts", loop, 0)
     (tmp_path / "killed").mkdir()
-    run(text, tmp_path / "killed", 7)
+    run(text, tmp_path / "killed", 13)
     found = run(text, tmp_path / "killed")
     assert found["error"] == "DataError", found
     assert "what is read again is not what the run was trained on" in found["message"]
