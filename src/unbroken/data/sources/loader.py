@@ -112,7 +112,7 @@ class LoaderSource:
         )
         self._epochs: dict[int, dict[str, Any]] = {}  # their states when an epoch began
         self._stored_generators: tuple[Position, Any] | None = None
-        self._order = OrderState(self._loader.order_parts)
+        self._order = OrderState(self._loader.order_parts if self.kind == "counted" else {})
         self._stored_order: tuple[Position, Mapping[str, Any]] | None = None
         self._loader.on_epoch = self._note_epoch
 
