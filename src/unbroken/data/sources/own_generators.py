@@ -403,9 +403,9 @@ def _keeps_values(thing: Any) -> bool:
 
 def _globals_of(function: FunctionType) -> frozenset[str]:
     """Return the globals that a function sets, and the lists and dicts that it reads."""
-    told = [*dis.get_instructions(function)]
-    found = {one.argval for one in told if one.opname == "STORE_GLOBAL"}
-    read = {one.argval for one in told if one.opname == "LOAD_GLOBAL"}
+    instructions = [*dis.get_instructions(function)]
+    found = {one.argval for one in instructions if one.opname == "STORE_GLOBAL"}
+    read = {one.argval for one in instructions if one.opname == "LOAD_GLOBAL"}
     held = function.__globals__
     return frozenset(found | {n for n in read if type(held.get(n)) in (list, dict)})
 
