@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from fresh import run_fresh
+from small_trainers import small_trainer
 from unbroken import Checkpointer, ResumePolicy
 from unbroken.data import batch_source
 from unbroken.distributed import join
+from unbroken.training import Callback
 
 SAVE_STEPS, END = 4, 20
 
@@ -101,3 +103,98 @@ def train_on_a_rank(temperature: float, folder: str, kill_after: int | None, exa
             if step == kill_after:
                 os.kill(os.getpid(), signal.SIGKILL)
         run.close()
+
+
+@dataclass(frozen=True)
+class LoopOnRanks:
+    """A loop over data whose samples are shared among the ranks; weights stay as they are.
+
+    Attributes:
+        kill_after: The step after which all ranks kill themselves; None: none does.
+        lost: How many samples a resume is ahead of its place.
+        micro: Samples of a micro-batch.
+        noisy: Whether the collator draws.
+        save_steps: As that of a Checkpointer.
+    """
+
+    kill_after: int | None = None
+    lost: int = 0
+    micro: int = 2
+    noisy: bool = False
+    save_steps: int = 4
+
+    def run(self, folder: str) -> None:
+        """Train on this rank; what is told goes to a file beside the folder."""
+        with Path(f"{folder}.out").open("a", buffering=1) as out, redirect_stdout(out):
+            self._train(folder, join())
+
+    def _train(self, folder: str, group) -> None:
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        model = nn.Linear(6, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        ranks = {"rank": group.rank, "world_size": group.world_size}
+        collate = {"collate_fn": with_noise} if self.noisy else {}
+        data = batch_source(
+            torch.randn(80, 6),
+            global_batch_size=4,
+            micro_batch_size=self.micro,
+            seed=1,
+            **ranks,
+            **collate,
+        )
+        objects = {"model": model, "optimizer": optimizer, "data": data}
+        run = Checkpointer(folder, save_steps=self.save_steps, ranks=group, **objects)
+        step = run.resume().step
+        if step:
+            data.position = replace(data.position, samples=data.position.samples + self.lost)
+        batches = data.iterate()
+        while step < END:
+            for _ in range(4 // self.micro // group.world_size):
+                batch = next(batches)
+                model(batch.data).sum().backward()
+                data.used(batch)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            run.save_if_due(step)
+            if step == self.kill_after:
+                os.kill(os.getpid(), signal.SIGKILL)
+        run.close()
+
+
+def with_noise(samples: list[torch.Tensor]) -> torch.Tensor:
+    """Return a batch with noise that follows the batch."""
+    return torch.stack(samples) + torch.randn(len(samples), 6)
+
+
+@dataclass(frozen=True)
+class TrainerOnRanks:
+    """A Trainer on ranks.
+
+    Attributes:
+        kill_after: The step after which all ranks kill themselves; None: none does.
+        learning_rate: That of the run from here on.
+    """
+
+    kill_after: int | None = None
+    learning_rate: float = 0.01
+
+    def run(self, folder: str) -> None:
+        """Train on this rank; what rank 0 finds goes to a file beside the folder."""
+        more = {"callbacks": [KillAfter(self.kill_after)], "group": join()}
+        settings = {"learning_rate": self.learning_rate, "allow": ["learning_rate"]}
+        sizes = {"batch_size": 4, "micro_batch_size": 2}
+        small_trainer(folder, trainer=more, max_steps=8, save_steps=4, **settings, **sizes).train()
+
+
+@dataclass
+class KillAfter(Callback):
+    """Kills its process after a step."""
+
+    step: int | None
+
+    def on_step_end(self, trainer) -> None:
+        """Kill this process, if it is time."""
+        if trainer.progress.step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)

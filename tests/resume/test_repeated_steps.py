@@ -10,12 +10,16 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from fresh import run_fresh
 from repeated_loops import Loop, run_starts
 from scenarios import Cut, Scenario, killed, metrics, train
 from small_trainers import bits, small_trainer, steps_in
 from unbroken import ResumePolicy, TrainingStopped
+from unbroken.data import batch_source
+from unbroken.step_records import ComparedParts, Recorded, StepObserver, compare_steps
 from unbroken.training import Callback
 
 CUT = Cut(step=9, save_steps=5)  # killed in step 9: 6 to 8 were taken after checkpoint-5
@@ -151,6 +155,25 @@ def test_records_are_never_the_reason_why_a_run_fails(loop, tmp_path):
     (folder / "step-records").write_text("in the way")
     statuses, _ = loop(Loop())
     assert statuses == [0]
+
+
+@pytest.mark.parametrize("cut", [[200, 200], [257], [400]])
+def test_of_more_samples_than_are_looked_at_none_is_known_however_they_are_cut(cut):
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer, found = torch.optim.SGD([weight]), []
+    source = batch_source(torch.zeros(4, 1), global_batch_size=1, seed=0)
+    observer = StepObserver({"optimizer": optimizer, "data": source}, found.append)
+    observer.begin(is_recording=True)
+    for size in cut:
+        observer.note_batch(torch.ones(size, 2))
+    weight.sum().backward()
+    optimizer.step()
+    observer.end()
+    (record,) = found
+    assert (record.samples, len(record.batches)) == ((), len(cut))
+    other = record._replace(batches=("another",), losses=("0x1.0p+0",))
+    words = compare_steps(Recorded("", {1: record}), other, ComparedParts(("batch",)))
+    assert words.difference.words.startswith("the batch is another one")
 
 
 # What the two Trainers say

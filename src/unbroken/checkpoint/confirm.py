@@ -9,9 +9,10 @@ differs first.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -21,17 +22,21 @@ from unbroken.checkpoint.resume.readers import UnseenStorage
 from unbroken.distributed import Group
 from unbroken.step_records import (
     ComparedParts,
+    ComparedStep,
+    Part,
     Recorded,
     RecordedRange,
     RecordWriter,
+    SampleSum,
     StepObserver,
     StepRecord,
     UnrepeatedStep,
+    compare_samples,
     compare_steps,
     parts_to_compare,
     read_recorded,
+    read_recorded_by_ranks,
     remove_abandoned,
-    says_something,
 )
 from unbroken.store import Json, RunDirectory
 from unbroken.store.format.names import checkpoint_name
@@ -42,6 +47,7 @@ PATH = "repeated_steps"
 RECORDS_KEY = "step_records"
 """Where the facts of a checkpoint hold which start has saved it."""
 
+_MOST_SAMPLES = 256  # steps whose samples wait for those of the other ranks
 _WINDOWS = 4  # whose files are kept without a look whether their checkpoints still stand
 
 
@@ -52,25 +58,33 @@ class _Earlier:
     Attributes:
         recorded: Its records.
         was_killed: It is the start that saved the checkpoint, and went on without a resume.
-        offset: What is added to the number of a step since the last save of this start.
         same: Steps that were the same.
+        parts: In how many steps each part was known, and the same.
         difference: The first that was not.
     """
 
     recorded: Recorded
     was_killed: bool
-    offset: int = 0
     same: int = 0
+    parts: Counter[Part] = field(default_factory=Counter)
     difference: UnrepeatedStep | None = None
 
-    def compare(self, record: StepRecord, scope: ComparedParts) -> None:
+    def compare(self, here: StepRecord, scope: ComparedParts) -> None:
         """Compare a step, if it has a record and none has differed yet."""
-        here = record._replace(number=record.number + self.offset)
-        if self.difference is not None or here.number not in self.recorded.records:
+        if self.difference is not None:
             return
-        self.difference = compare_steps(self.recorded, here, scope)
-        has_bits = bool(scope.reason) or says_something(self.recorded, here)
-        self.same += self.difference is None and has_bits
+        found = compare_steps(self.recorded, here, scope)
+        self._add(found)
+        self.same += found.difference is None and scope.is_shown_by(found.parts)
+
+    def _add(self, found: ComparedStep) -> None:
+        self.parts.update(found.parts)
+        self.difference = found.difference
+
+    def compare_samples(self, number: int, samples: SampleSum) -> None:
+        """Compare the samples of a step, of all ranks, if none has differed yet."""
+        if self.difference is None:
+            self._add(compare_samples(self.recorded, number, samples))
 
 
 @dataclass(frozen=True)
@@ -124,6 +138,9 @@ class StepConfirmation:
         self._resumed_at = 0
         self._scope = ComparedParts()
         self._earlier: list[_Earlier] = []
+        self._offset = 0  # what is added to the number of a step since the last save
+        self._on_other_ranks = False  # than the start that was killed
+        self._samples: dict[int, tuple[int, SampleSum]] = {}  # this rank's: step, samples
         self._asks_ranks = self._is_strict = self._is_over = self._was_refused = False
         self._steps: list[int] = []  # the first and the last that were the same
 
@@ -155,10 +172,14 @@ class StepConfirmation:
         stored = facts.get(RECORDS_KEY)
         saved_by, counted = _who_saved(stored) if report.resumed else ("", 0)
         self._base, self._counted, self._resumed_at = report.step, counted, report.step
-        self._earlier, self._steps = [], []
+        self._earlier, self._steps, self._offset, self._samples = [], [], 0, {}
+        self._on_other_ranks = False
         if is_here and saved_by:
             self._earlier = self._recorded(saved_by)
             self._write_after(saved_by)
+        if report.resumed:
+            other = self._group.broadcast("records of other ranks", self._on_other_ranks)
+            self._on_other_ranks = bool(other)
         self._remove_abandoned(run)
         self._asks_ranks = self._group.world_size > 1 and report.resumed
         self.observer.begin(is_recording=is_here)
@@ -172,10 +193,12 @@ class StepConfirmation:
         if self._run is None:
             return []
         rank, size = self._group.rank, self._group.world_size
-        read = partial(read_recorded, self._run.storage, saved_by=saved_by, step=self._base)
-        found = read(rank=rank, world_size=size)
-        if not found and rank == 0 and (found := read(rank=0, world_size=None)):
-            self._scope = ComparedParts(("optimizer", "learning rate"), "another number of ranks")
+        storage, step = self._run.storage, self._base
+        found = read_recorded(storage, rank=rank, world_size=size, saved_by=saved_by, step=step)
+        if not found and rank == 0:
+            found = read_recorded_by_ranks(storage, saved_by=saved_by, step=step)
+            self._on_other_ranks = bool(found)
+            self._scope = self._scope.on_other_ranks() if found else self._scope
         return [_Earlier(one, one.attempt == saved_by) for one in found]
 
     def _write_after(self, saved_by: str) -> None:
@@ -197,15 +220,15 @@ class StepConfirmation:
             steps = frozenset(step for step, _ in run.catalog.folders())
         except OSError:
             return
-        remove_abandoned(run.storage, rank=self._group.rank, steps=steps)
+        rank, size = self._group.rank, self._group.world_size
+        remove_abandoned(run.storage, rank=rank, world_size=size, steps=steps)
 
     def saved(self, run: RunDirectory, step: int) -> None:
         """Begin after a save of this step, durable or not yet; all ranks call this."""
         if not self._attempt:
             self._attempt, self._counted = self._named(), None
         self._end_window()
-        for one in self._earlier:
-            one.offset += self.observer.number
+        self._offset += self.observer.number
         self._run, self._base, self._counted = run, step, self._counted_now()
         self._write_after(self._attempt)
         self._remove_oldest(run)
@@ -252,39 +275,67 @@ class StepConfirmation:
     def _stepped(self, record: StepRecord) -> None:
         if self._writer is not None:
             self._writer.write(record)
+        here = record._replace(number=record.number + self._offset)
+        step = self._base + self.observer.counted
+        if self._waits_for_ranks and not self._is_over:
+            if here.samples and len(self._samples) < _MOST_SAMPLES:
+                self._samples[here.number] = (step, SampleSum.of(here.samples))
+            here = here._replace(samples=())
         if not self._earlier or self._is_over:
             return
         before = sum(one.same for one in self._earlier)
         for one in self._earlier:
-            one.compare(record, self._scope)
+            one.compare(here, self._scope)
         if sum(one.same for one in self._earlier) > before:
-            step = self._base + self.observer.counted
             self._steps = [*self._steps[:1], step]
-        self._judge(record)
+        self._judge(step)
+        if here.number >= self._last_recorded and not self._waits_for_ranks:
+            self._tell_of_the_same()
 
-    def _judge(self, record: StepRecord) -> None:
+    @property
+    def _last_recorded(self) -> int:
+        return max(one.recorded.last for one in self._earlier)
+
+    @property
+    def _waits_for_ranks(self) -> bool:
+        """Whether samples are compared when all ranks have told theirs."""
+        return self._on_other_ranks and self._group.world_size > 1
+
+    def _compare_samples(self) -> None:
+        """Compare the samples of steps since the last save; all ranks call this."""
+        mine, self._samples = self._samples, {}
+        sums = [[number, *found] for number, (_, found) in mine.items()]
+        every: Any = self._group.gather("samples of repeated steps", sums)
+        ranks = [{number: SampleSum(*found) for number, *found in one} for one in every]
+        if not self._earlier:
+            return
+        compares = "samples" in self._scope.parts
+        for number in sorted(set(ranks[0]).intersection(*ranks)) if compares else ():
+            whole = reduce(SampleSum.plus, (one[number] for one in ranks))
+            for one in self._earlier:
+                one.compare_samples(number, whole)
+            self._judge(mine[number][0])
+        if self._offset + self.observer.number >= self._last_recorded:
+            self._tell_of_the_same()
+
+    def _judge(self, step: int) -> None:
         judged = [one for one in self._earlier if one.same or one.difference is not None]
         killed = [one for one in judged if one.was_killed and one.difference is not None]
         if judged and (killed or all(one.difference is not None for one in judged)):
-            self._differs((killed or judged)[0])
-            return
-        last = max(one.recorded.last - one.offset for one in self._earlier)
-        if record.number >= last:
-            self._tell_of_the_same()
+            self._differs((killed or judged)[0], step)
 
-    def _differs(self, earlier: _Earlier) -> None:
+    def _differs(self, earlier: _Earlier, step: int) -> None:
         difference = earlier.difference
-        if difference is None:
+        if difference is None or self._is_over:
             return
-        step = self._base + self.observer.counted
-        words = f"{self._called(step, step)} was not repeated with the same bits: "
-        words += difference.words
+        bits = "" if self._scope.reason else " with the same bits"
+        words = f"{self._called(step, step)} was not repeated{bits}: {difference.words}"
         agree = [one for one in self._earlier if one.same and one.difference is None]
         if agree and earlier.was_killed:
             words += "; another resume of the same checkpoint gave the same bits as this one, so "
             words += "what a resume restores is not all, rather than that the machine is flaky"
         self._tell_of_the_same()
-        excuse = self._excuse()
+        excuse = self._excuse(difference)
         if not excuse:
             found = Difference(PATH, None, None, words, "not covered")
             self.differences = (found,)
@@ -300,8 +351,11 @@ class StepConfirmation:
         self._hears.tell(line)
         self.on_found(line, None)
 
-    def _excuse(self) -> str:
+    def _excuse(self, difference: UnrepeatedStep) -> str:
         """Return why a difference says nothing about the resume; "": it does."""
+        draws = difference.part == "samples" and not self.observer.draws_by_sample
+        if draws and self._on_other_ranks:
+            return "as what is drawn for a batch may follow the number of ranks"
         if self._scope.excuse:
             return f"as it may follow from a change ({self._scope.excuse})"
         is_fixed = torch.are_deterministic_algorithms_enabled() or not self.observer.is_on_a_device
@@ -319,12 +373,21 @@ class StepConfirmation:
         odd = next((one for one in self._earlier if one.difference is not None), None)
         self._hears.note({"event": "repeated", "from": first, "to": last, "same": True})
         if self._scope.reason:
-            parts = " and ".join(one for one in self._scope.parts if one != "optimizer")
-            self._tell(f"{steps} repeated with the same {parts} ({self._scope.reason})")
+            self._tell(f"{steps} repeated with the same {self._parts()} ({self._scope.reason})")
             return
         self._tell(f"{steps} repeated with the same bits")
         if odd is not None and odd.difference is not None and not odd.was_killed:
             self._tell(f"an earlier start differs from these two: {odd.difference.words}")
+
+    def _parts(self) -> str:
+        """Return what was compared of the steps that were the same."""
+        most = max(self._earlier, key=lambda one: one.same)
+        known = [(part, most.parts[part]) for part in self._scope.parts if most.parts[part]]
+        return " and ".join(
+            part if count >= most.same else f"{part} (in {count} of them)"
+            for part, count in known
+            if part != "optimizer"
+        )
 
     def _called(self, first: int, last: int) -> str:
         """Return what to call steps: by their numbers, where a step of the run is one of theirs."""
@@ -345,6 +408,8 @@ class StepConfirmation:
         self._was_refused = self._is_strict and bool(self.differences)  # by the save
         if not self._asks_ranks:
             return
+        if self._on_other_ranks:
+            self._compare_samples()
         words = [one.effect for one in self.differences]
         is_over = self._is_over or not self._earlier
         every: Any = self._group.gather("repeated steps", [words, is_over])
@@ -354,6 +419,7 @@ class StepConfirmation:
             difference = Difference(PATH, None, None, f"rank {rank}: {effect}", "not covered")
             self.differences = (difference,)
         self._asks_ranks = not found and not all(is_over for _, is_over in every)
+        self._on_other_ranks &= self._asks_ranks
 
 
 def _who_saved(stored: Any) -> tuple[str, int | None]:

@@ -7,9 +7,9 @@ differs is the cause, or next to it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, Self
 
 from unbroken.step_records.records import MODES, Recorded, StepRecord
 
@@ -18,6 +18,7 @@ Part = Literal[
     "learning rate",
     "batch",
     "samples",
+    "position",
     "modes",
     "state",
     "generators",
@@ -29,6 +30,7 @@ EVERY_PART: tuple[Part, ...] = (
     *("optimizer", "learning rate", "batch", "modes", "state", "generators"),
     *("loss", "gradients", "others"),
 )
+_COMPUTED = frozenset({"loss", "gradients"})
 _SHOWN = 3
 
 
@@ -45,6 +47,23 @@ class ComparedParts:
     parts: tuple[Part, ...] = EVERY_PART
     reason: str = ""
     excuse: str = ""
+
+    def is_shown_by(self, parts: Collection[Part]) -> bool:
+        """Return whether these parts of a step depend on what a resume restores."""
+        return bool({*parts} - {"optimizer"} if self.reason else {*parts} & _COMPUTED)
+
+    def on_other_ranks(self) -> ComparedParts:
+        """Return what of these is the same on another number of ranks.
+
+        Example:
+            >>> parts_to_compare([("learning_rate", "changed")]).on_other_ranks().parts
+            ('optimizer', 'samples')
+        """
+        kept: list[Part] = [one for one in self.parts if one in ("optimizer", "learning rate")]
+        if "batch" in self.parts or "samples" in self.parts:
+            kept.append("samples")
+        reasons = [self.reason, "another number of ranks"]
+        return replace(self, parts=tuple(kept), reason="; ".join(filter(None, reasons)))
 
 
 @dataclass(frozen=True)
@@ -112,36 +131,91 @@ _OF_DATA = frozenset(
 )
 
 
-def says_something(recorded: Recorded, now: StepRecord) -> bool:
-    """Return whether a step and its record have bits in common that depend on the state."""
-    before = recorded.records.get(now.number)
-    if before is None:
-        return False
-    has_digests = before.gradients.keys() & now.gradients.keys()
-    return bool((before.losses and now.losses) or has_digests)
+class ComparedStep(NamedTuple):
+    """What came of comparing a step with its record.
+
+    Attributes:
+        parts: Those that both know, and that are equal.
+        difference: The first part that is not; None: there is none.
+    """
+
+    parts: tuple[Part, ...] = ()
+    difference: UnrepeatedStep | None = None
 
 
-def compare_steps(
-    recorded: Recorded, now: StepRecord, scope: ComparedParts
-) -> UnrepeatedStep | None:
-    """Return the first difference between a step and its record; None: what is compared is equal.
+def compare_steps(recorded: Recorded, now: StepRecord, scope: ComparedParts) -> ComparedStep:
+    """Return which parts of a step are as its record has them, up to the first that is not.
 
     A part that either side does not know is not compared.
     """
-    before = recorded.records.get(now.number)
+    before, parts = recorded.records.get(now.number), list[Part]()
     if before is None:
-        return None
+        return ComparedStep()
     for part in scope.parts:
         words = _DIFFERENCES[part](before, now, recorded.records)
         if words:
-            return UnrepeatedStep(now.number, part, words)
-    return None
+            return ComparedStep(tuple(parts), UnrepeatedStep(now.number, part, words))
+        parts += [] if words is None else [part]
+    return ComparedStep(tuple(parts))
+
+
+class SampleSum(NamedTuple):
+    """The samples of a step, in whatever order, on whatever ranks.
+
+    Attributes:
+        number: How many.
+        width: Bytes of each; 0: not all have as many.
+        total: The sum of their digests, modulo 2**64.
+    """
+
+    number: int
+    width: int
+    total: int
+
+    @classmethod
+    def of(cls, samples: Sequence[str]) -> Self:
+        """Return the sum over the digests of samples.
+
+        Example:
+            >>> SampleSum.of(["1f.8", "01.8"]), SampleSum.of(["01.8", "1f.9"])
+            (SampleSum(number=2, width=8, total=32), SampleSum(number=2, width=0, total=32))
+        """
+        parts = [one.partition(".") for one in samples]
+        widths = {int(width or "0", 16) for _, _, width in parts}
+        total = sum(int(digest, 16) for digest, _, _ in parts)
+        return cls(len(parts), widths.pop() if len(widths) == 1 else 0, total % (1 << 64))
+
+    def plus(self, other: SampleSum) -> SampleSum:
+        """Return the samples of both."""
+        width = self.width if self.width == other.width else 0
+        return SampleSum(self.number + other.number, width, (self.total + other.total) % (1 << 64))
+
+
+def compare_samples(recorded: Recorded, number: int, now: SampleSum) -> ComparedStep:
+    """Compare the samples of a step, those of all ranks, with the ones of its record.
+
+    Samples whose sizes differ are not compared: a collator may have padded them to the longest
+    that came with them.
+    """
+    before = _sum_of(recorded.records.get(number))
+    if before is None or not before.width or before.width != now.width:
+        return ComparedStep()
+    if before == now:
+        return ComparedStep(("samples",))
+    for other, record in recorded.records.items():
+        if _sum_of(record) == now:
+            return ComparedStep((), UnrepeatedStep(number, "position", _shift(other - number)))
+    return ComparedStep((), UnrepeatedStep(number, "samples", _ANOTHER))
+
+
+def _sum_of(record: StepRecord | None) -> SampleSum | None:
+    return SampleSum.of(record.samples) if record is not None and record.samples else None
 
 
 Records = Mapping[int, StepRecord]
 
 
-def _optimizer(before: StepRecord, now: StepRecord, _: Records) -> str:
+def _optimizer(before: StepRecord, now: StepRecord, _: Records) -> str | None:
     if before.optimizer == now.optimizer:
         return ""
     return (
@@ -150,7 +224,9 @@ def _optimizer(before: StepRecord, now: StepRecord, _: Records) -> str:
     )
 
 
-def _learning_rate(before: StepRecord, now: StepRecord, _: Records) -> str:
+def _learning_rate(before: StepRecord, now: StepRecord, _: Records) -> str | None:
+    if not (before.learning_rates and now.learning_rates):
+        return None
     if before.learning_rates == now.learning_rates:
         return ""
     was, is_now = _numbers(before.learning_rates), _numbers(now.learning_rates)
@@ -165,54 +241,68 @@ def _learning_rate(before: StepRecord, now: StepRecord, _: Records) -> str:
     )
 
 
-def _batch(before: StepRecord, now: StepRecord, records: Records) -> str:
-    if before.batches is None or now.batches is None or before.batches == now.batches:
+def _batch(before: StepRecord, now: StepRecord, records: Records) -> str | None:
+    if before.batches is None or now.batches is None:
+        return None
+    if before.batches == now.batches:
         return ""
     if now.losses and (now.losses, now.gradients) == (before.losses, before.gradients):
         return ""  # a loop may fetch batches ahead, and not as far ahead after a resume
     return _which_batch(before, now, records)
 
 
-def _samples(before: StepRecord, now: StepRecord, records: Records) -> str:
+def _samples(before: StepRecord, now: StepRecord, records: Records) -> str | None:
     """Return how the samples differ, in whatever order and portions they came."""
-    if not before.samples or not now.samples:
-        return ""
-    same = Counter(before.samples) == Counter(now.samples)
-    return "" if same else _which_batch(before, now, records)
+    was, is_now = _sum_of(before), _sum_of(now)
+    if was is None or is_now is None or not was.width or was.width != is_now.width:
+        return None
+    return "" if was == is_now else _which_batch(before, now, records)
 
 
 def _which_batch(before: StepRecord, now: StepRecord, records: Records) -> str:
+    samples = _sum_of(now)
     for number, other in records.items():
-        if number != now.number and other.batches == now.batches:
-            apart = number - now.number
-            steps = f"{abs(apart)} step{'s' if abs(apart) > 1 else ''}"
-            side = "later" if apart > 0 else "earlier"
-            return f"the batch is the one of {steps} {side}: the position in the data was lost"
+        is_same = other.batches == now.batches or (
+            samples is not None and _sum_of(other) == samples
+        )
+        if number != now.number and is_same:
+            return _shift(number - now.number)
     if before.samples and Counter(before.samples) == Counter(now.samples):
         return "the batch has the same samples in another order: the order within it was drawn anew"
     common = Counter(before.samples) & Counter(now.samples)
-    if 2 * common.total() < max(len(before.samples), len(now.samples)):
-        return (
-            "the batch is another one: the order of the samples, what was drawn for them, or the "
-            "data themselves are not what they were"
-        )
+    if not common or 2 * common.total() < max(len(before.samples), len(now.samples)):
+        return _ANOTHER
     return (
         f"{common.total()} of {len(now.samples)} samples of the batch are the same: the others "
         "are in other places, or were augmented by other random numbers"
     )
 
 
-def _modes(before: StepRecord, now: StepRecord, _: Records) -> str:
+_ANOTHER = (
+    "the batch is another one: the order of the samples, what was drawn for them, or the data "
+    "themselves are not what they were"
+)
+
+
+def _shift(apart: int) -> str:
+    steps = f"{abs(apart)} step{'s' if abs(apart) > 1 else ''}"
+    side = "later" if apart > 0 else "earlier"
+    return f"the batch is the one of {steps} {side}: the position in the data was lost"
+
+
+def _modes(before: StepRecord, now: StepRecord, _: Records) -> str | None:
     here, there = now.state.get(MODES), before.state.get(MODES)
-    if here is None or there is None or here == there:
+    if here is None or there is None:
+        return None
+    if here == there:
         return ""
     return "modules are in training mode that were in evaluation mode, or the other way round"
 
 
-def _state(before: StepRecord, now: StepRecord, records: Records) -> str:
+def _state(before: StepRecord, now: StepRecord, records: Records) -> str | None:
     names = [one for one in _differing(before.state, now.state) if one != MODES]
     if not names:
-        return ""
+        return _equal(before.state, now.state)
     weights = [name for name in names if ":" not in name]
     if not weights:
         return (
@@ -230,19 +320,19 @@ def _state(before: StepRecord, now: StepRecord, records: Records) -> str:
     )
 
 
-def _generators(before: StepRecord, now: StepRecord, _: Records) -> str:
+def _generators(before: StepRecord, now: StepRecord, _: Records) -> str | None:
     names = _differing(before.generators, now.generators)
     if not names:
-        return ""
+        return _equal(before.generators, now.generators)
     return (
         f"the global random generator of {_some(names)} differs: it was not restored, or as many "
         "numbers were not drawn from it"
     )
 
 
-def _loss(before: StepRecord, now: StepRecord, _: Records) -> str:
+def _loss(before: StepRecord, now: StepRecord, _: Records) -> str | None:
     if before.losses == now.losses:
-        return ""
+        return "" if now.losses else None
     where = f"the loss is {_shown(now.losses)} and was {_shown(before.losses)}"
     if before.batches is None or now.batches is None:
         return (
@@ -258,24 +348,24 @@ _FORWARD = (
 )
 
 
-def _gradients(before: StepRecord, now: StepRecord, _: Records) -> str:
+def _gradients(before: StepRecord, now: StepRecord, _: Records) -> str | None:
     names = _differing(before.gradients, now.gradients)
     if not names:
-        return ""
+        return _equal(before.gradients, now.gradients)
     return (
         f"gradients differ with the same loss ({_some(names)}): gradients that waited for the step "
         "were lost, or kernels of the backward pass are not deterministic"
     )
 
 
-def _others(before: StepRecord, now: StepRecord, _: Records) -> str:
+def _others(before: StepRecord, now: StepRecord, _: Records) -> str | None:
     names = _differing(before.others, now.others)
     if not names:
-        return ""
+        return _equal(before.others, now.others)
     return f"buffers or weights that no optimizer moves differ ({_some(names)}): not restored"
 
 
-_DIFFERENCES: Mapping[Part, Callable[[StepRecord, StepRecord, Records], str]] = {
+_DIFFERENCES: Mapping[Part, Callable[[StepRecord, StepRecord, Records], str | None]] = {
     "optimizer": _optimizer,
     "learning rate": _learning_rate,
     "batch": _batch,
@@ -287,6 +377,10 @@ _DIFFERENCES: Mapping[Part, Callable[[StepRecord, StepRecord, Records], str]] = 
     "gradients": _gradients,
     "others": _others,
 }
+
+
+def _equal(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
+    return "" if before.keys() & now.keys() - {MODES} else None
 
 
 def _differing(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

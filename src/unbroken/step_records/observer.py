@@ -92,7 +92,15 @@ class StepObserver:
         self._losses: list[str | Tensor] = []
         self._batches: list[str] = []
         self._samples: list[str] = []
-        self._knows_batches = True
+        self._knows_batches = self._knows_samples = True
+
+    @property
+    def draws_by_sample(self) -> bool:
+        """Whether what is drawn for a sample is the same in whatever batch, on whatever rank."""
+        found = [one for _, one in named_objects(self._objects)]
+        sources = [one for one in found if isinstance(one, LoaderSource | MapSource)]
+        keyed = (isinstance(one, MapSource) and one.draws_by_sample for one in sources)
+        return bool(sources) and all(keyed)
 
     def begin(self, *, is_recording: bool) -> None:
         """Count from here on: the state is that of a checkpoint.
@@ -150,8 +158,9 @@ class StepObserver:
             self._knows_batches = False
             return
         self._batches.append(text)
-        if is_detailed(number):
-            self._samples += sample_digests(batch, _MAX_SAMPLES - len(self._samples))
+        if is_detailed(number) and self._knows_samples:
+            found = sample_digests(batch, _MAX_SAMPLES - len(self._samples))
+            self._samples, self._knows_samples = [*self._samples, *found], bool(found)
 
     def note_backward(self, roots: Any) -> None:
         """Take note of the loss that a backward pass begins at."""
@@ -233,7 +242,7 @@ class StepObserver:
         record["number"] = self.number
         record["losses"] = tuple(self._losses)
         record["batches"] = tuple(self._batches) if has_batches else None
-        record["samples"] = tuple(self._samples) if has_batches else ()
+        record["samples"] = tuple(self._samples) if has_batches and self._knows_samples else ()
         self._forget()
         if not self.is_on_a_device:
             self._on_step(StepRecord(**record))
@@ -366,7 +375,9 @@ _PLAIN_PARTS: tuple[type, ...] = (type({}.values()), list, tuple)
 
 
 def sample_digests(batch: Any, most: int) -> list[str]:
-    """Return a digest of each sample of a batch: of the rows of all arrays that are as long.
+    """Return a digest of each sample of a batch, and its size: of the rows of all arrays as long.
+
+    Where there are more than `most`, none: which of them come first depends on how they are cut.
 
     Example:
         >>> one, other = sample_digests(torch.eye(2), 256), sample_digests(torch.eye(2).flip(0), 9)
@@ -378,9 +389,8 @@ def sample_digests(batch: Any, most: int) -> list[str]:
     if not 0 < count <= most:
         return []
     same = [np.ascontiguousarray(one) for one in arrays if len(one) == count]
-    return [
-        digest_of(b"".join(one[row].tobytes() for one in same))[:_DIGITS] for row in range(count)
-    ]
+    rows = (b"".join(one[row].tobytes() for one in same) for row in range(count))
+    return [f"{digest_of(row)[:_DIGITS]}.{len(row):x}" for row in rows]
 
 
 def _as_array(value: Any) -> np.ndarray | None:

@@ -8,6 +8,7 @@ costs nothing but the comparison. Each line carries a checksum; a line that a ki
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -24,7 +25,7 @@ MODES = "training modes"
 DENSE = 1024  # steps after a checkpoint of which each is recorded; later ones are thinned
 _ONE_BY_ONE, _AT_ONCE = 64, 4  # steps whose records are written at once, and later in fours
 _MAX_BYTES = 64 << 20  # of a file that is read
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class StepRecord(NamedTuple):  # made in each step: a dataclass takes five times
         learning_rates: Of each group.
         losses: What backward passes began at since the step before, as `float.hex` writes it.
         batches: Digests of the micro-batches used since the step before; None: not known.
-        samples: A digest of each sample in them, in order; empty: not taken for this step.
+        samples: A digest of each sample in them, in order, and how many bytes it has; empty: not
+            taken for this step, or not of all.
         generators: Digests of global random generators when the optimizer was called, by name.
         state: Digests of weights and of the optimizer's state before the step, by name.
         gradients: Digests of gradients, by name.
@@ -222,7 +224,7 @@ class Recorded:
 
 
 def read_recorded(
-    storage: Storage, *, rank: int, world_size: int | None, saved_by: str, step: int
+    storage: Storage, *, rank: int, world_size: int, saved_by: str, step: int
 ) -> list[Recorded]:
     """Return what earlier starts recorded after a checkpoint, the newest start first.
 
@@ -231,39 +233,84 @@ def read_recorded(
     Args:
         storage: The run directory.
         rank: This rank; each compares with its own.
-        world_size: How many ranks there were; None: any number.
+        world_size: How many ranks there are; records of another number are left out.
         saved_by: The start that saved the checkpoint.
         step: Its step.
     """
-    found: list[Recorded] = []
+    found = []
     for name in sorted(_names(storage, _end_of_name(rank, step)), reverse=True):
-        lines = _lines(storage, f"{STEP_RECORDS}/{name}")
-        header = _value_of(next(lines, b""))
-        if not isinstance(header, dict) or header.get("format") != _FORMAT:
-            continue
-        is_other = world_size not in (None, header.get("world_size"))
-        if is_other or header.get("saved_by") != saved_by:
-            continue
-        records = [record for line in lines if (record := StepRecord.of_line(line)) is not None]
-        if records:
-            found.append(Recorded(str(header.get("attempt")), {one.number: one for one in records}))
-    return found
+        header, recorded = _read(storage, name)
+        if (header.get("world_size"), header.get("saved_by")) == (world_size, saved_by):
+            found.append(recorded)
+    return [one for one in found if one.records]
 
 
-def remove_abandoned(storage: Storage, *, rank: int, steps: frozenset[int]) -> None:
-    """Remove this rank's records after checkpoints that are gone.
+def read_recorded_by_ranks(storage: Storage, *, saved_by: str, step: int) -> list[Recorded]:
+    """Return what starts on any number of ranks recorded after a checkpoint, the newest first.
+
+    A step is the one of rank 0, with the samples of all ranks; without any, where one is missing.
+
+    Args:
+        storage: The run directory.
+        saved_by: The start that saved the checkpoint.
+        step: Its step.
+    """
+    starts: dict[str, dict[int, Recorded]] = {}
+    sizes: dict[str, Any] = {}
+    for name in sorted(_names(storage, f"-after{step}.jsonl"), reverse=True):
+        header, recorded = _read(storage, name)
+        if header.get("saved_by") == saved_by:
+            rank = header.get("rank")
+            starts.setdefault(recorded.attempt, {})[rank if type(rank) is int else -1] = recorded
+            sizes[recorded.attempt] = header.get("world_size")
+    together = [_of_all(ranks, sizes[name]) for name, ranks in starts.items() if 0 in ranks]
+    return [one for one in together if one.records]
+
+
+def _of_all(ranks: Mapping[int, Recorded], world_size: Any) -> Recorded:
+    """Return the records of rank 0 with the samples of all, where all are known."""
+    first, is_whole = ranks[0], len(ranks) == world_size
+    found = {}
+    for number, record in first.records.items():
+        every = [one.records[number].samples for one in ranks.values() if number in one.records]
+        is_known = is_whole and len(every) == len(ranks) and all(every)
+        samples = tuple(sample for one in every for sample in one) if is_known else ()
+        found[number] = record._replace(samples=samples)
+    return Recorded(first.attempt, found)
+
+
+def _read(storage: Storage, name: str) -> tuple[Mapping[str, Any], Recorded]:
+    """Return the header of a file, and its records; nothing of what is no such file."""
+    lines = _lines(storage, f"{STEP_RECORDS}/{name}")
+    header = _value_of(next(lines, b""))
+    if not isinstance(header, dict) or header.get("format") != _FORMAT:
+        return {}, Recorded("", {})
+    records = (record for line in lines if (record := StepRecord.of_line(line)) is not None)
+    return header, Recorded(str(header.get("attempt")), {one.number: one for one in records})
+
+
+def remove_abandoned(
+    storage: Storage, *, rank: int, world_size: int, steps: frozenset[int]
+) -> None:
+    """Remove records after checkpoints that are gone: this rank's, and a share of those without.
 
     Args:
         storage: The run directory.
         rank: This rank.
+        world_size: How many ranks there are; records of ranks beyond are shared among them.
         steps: Those of the checkpoints that are still there.
     """
-    kept = {_end_of_name(rank, step) for step in steps}
     for name in _names(storage, ".jsonl"):
-        end = name[name.find("-rank") :]
-        if f"-rank{rank}-" in name and end not in kept:
+        found = _RANK_AND_STEP.search(name)
+        if found is None:
+            continue
+        of_rank, step = int(found[1]), int(found[2])
+        if of_rank % world_size == rank and step not in steps:
             with suppress(OSError):
                 storage.remove_file(f"{STEP_RECORDS}/{name}")
+
+
+_RANK_AND_STEP = re.compile(r"-rank(\d{1,9})-after(\d{1,18})\.jsonl$")
 
 
 def _names(storage: Storage, end: str) -> list[str]:

@@ -52,6 +52,9 @@ class KeyedDataset:
         seed: The seed of the run.
         collate_fn: Makes a batch of a list of samples; torch's `default_collate` by default.
 
+    Attributes:
+        collator_draws: Whether the collator may draw random numbers.
+
     Example:
         >>> batches = KeyedDataset([10, 20, 30], seed=0)
         >>> batches.__getitems__([SampleKey(2, 0, 0), SampleKey(0, 0, 1)])
@@ -65,8 +68,8 @@ class KeyedDataset:
         self.seed = seed
         self._collate = default_collate if collate_fn is None else collate_fn
         self._deterministic = is_deterministic(dataset)
-        draws = collate_fn is not None and not is_deterministic(collate_fn)
-        self._nothing_random = self._deterministic and not draws
+        self.collator_draws = collate_fn is not None and not is_deterministic(collate_fn)
+        self._nothing_random = self._deterministic and not self.collator_draws
 
     def __getitems__(self, keys: Sequence[SampleKey]) -> Any:
         """Return the collated batch of the samples."""
@@ -220,6 +223,11 @@ class MapSource:
             {"data": dataset, "collate_fn": collate_fn},
             is_alone=self._loading.num_workers == 0 and shape.world_size == 1,
         )
+
+    @property
+    def draws_by_sample(self) -> bool:
+        """Whether nothing is drawn for a whole batch, however it is cut."""
+        return not self._batches.collator_draws
 
     @property
     def steps_per_epoch(self) -> Fraction:
