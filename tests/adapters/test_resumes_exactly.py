@@ -114,3 +114,4 @@ def test_a_stop_leaves_a_step_to_compare_where_that_is_asked_for(run, uninterrup
     resumed = run(**case)
     assert resumed.bits == uninterrupted(**CASES["shuffled"]).bits
     assert "step 8 repeated with the same bits" in resumed.report
+    assert "the state is as it was at the stop" in resumed.report

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from torch import nn
 from fresh import run_fresh
 from repeated_loops import Loop, run_starts
 from scenarios import Cut, Scenario, killed, metrics, train
-from small_trainers import bits, small_trainer, steps_in
-from unbroken import ResumePolicy, TrainingStopped
+from small_trainers import PAIRS, bits, small_model, small_trainer, steps_in
+from unbroken import Checkpointer, DifferenceError, ResumePolicy, TrainingStopped
 from unbroken.data import batch_source
 from unbroken.step_records import ComparedParts, Recorded, StepObserver, compare_steps
 from unbroken.training import Callback
@@ -227,6 +228,86 @@ def test_a_stop_leaves_a_step_to_compare_where_that_is_asked_for(tmp_path, confi
     again.train()
     told = [line for line in again.resume_report.notes if "repeated" in line]
     assert told == ["step 4 repeated with the same bits"] * confirms
+
+
+AT_STOP = "the state and the next samples are as they were at the stop"
+
+
+class Meddling(Callback):
+    """Changes the weights of the model where it gets its own state back."""
+
+    def __init__(self) -> None:
+        self.model = None
+
+    def on_train_begin(self, trainer) -> None:
+        self.model = trainer.model
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state) -> None:
+        with torch.no_grad():
+            self.model[0].weight /= 2
+
+
+def stopped_and_resumed(tmp_path, meddling=None, **settings):
+    """Stop a run by a signal; return the Trainer that resumes it."""
+
+    def trainer(*more):
+        callbacks = [StopOnce(tmp_path / "has stopped"), *more]
+        return small_trainer(tmp_path / "run", trainer={"callbacks": callbacks}, **settings)
+
+    with pytest.raises(TrainingStopped):
+        trainer(*meddling or []).train()
+    again = trainer(*meddling or [])
+    for one in meddling or []:
+        one.model = again.model
+    return again
+
+
+@pytest.mark.parametrize("mode", ["blocking", "async", "overlap"])
+def test_after_a_stop_the_state_and_the_next_samples_are_compared(tmp_path, mode):
+    again = stopped_and_resumed(tmp_path, save_mode=mode)
+    again.train()
+    assert AT_STOP in again.resume_report.notes
+    assert again.resume_report.verdict == "exact"
+
+
+def stop_in_a_loop(folder, at):
+    """Run a loop over steps that gets SIGTERM in one; return what was told."""
+    torch.manual_seed(0)
+    model, told = small_model(), []
+    optimizer = torch.optim.AdamW(model.parameters())
+    objects = {"model": model, "optimizer": optimizer, "data": PAIRS}
+    run = Checkpointer(folder, save_steps=2, tell=told.append, **objects)
+    with run, suppress(TrainingStopped):
+        for inputs, labels in run.steps(6, batch_size=4):
+            nn.functional.cross_entropy(model(inputs), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if run.step == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+    return told
+
+
+def test_a_loop_that_was_stopped_says_what_is_as_it_was(tmp_path):
+    assert "stopped" in stop_in_a_loop(tmp_path / "run", at=3)[-1]
+    assert AT_STOP in stop_in_a_loop(tmp_path / "run", at=None)
+
+
+def test_weights_that_another_object_changes_while_it_loads_are_named_after_a_stop(tmp_path):
+    again = stopped_and_resumed(tmp_path, [Meddling()])
+    again.train()
+    (found,) = again.resume_report.differences
+    assert found.effect.startswith("after the stop at step 3: model is not what it was")
+    assert again.resume_report.verdict == "not covered"
+
+
+def test_under_require_such_weights_are_refused_before_the_first_step(tmp_path):
+    again = stopped_and_resumed(tmp_path, [Meddling()], exact_resume="require")
+    with pytest.raises(DifferenceError, match="after the stop at step 3"):
+        again.train()
+    assert steps_in(tmp_path / "run")[-1] == 3
 
 
 def test_a_run_that_confirms_its_stops_ends_with_the_same_bits(tmp_path):

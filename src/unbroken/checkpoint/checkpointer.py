@@ -360,12 +360,14 @@ class Checkpointer(LoopMethods):
         self._access.has_started = True
         if self._loop is not None:
             self._loop.schedules.note_resumed()
-        self._notices.begin(report.differences)
-        if self.comparison.is_strict:
-            self.group.run_on_all("look for what is not covered", self._notices.tell)
         self._rehearsal.begin(report.step)
         is_here, strict = self._lineage.previous is not None, self.comparison.is_strict
-        self.confirmation.resumed(self.run, report, resumed.facts, is_here=is_here, strict=strict)
+        more, confirmation = {"is_here": is_here, "strict": strict}, self.confirmation
+        report = confirmation.resumed(self.run, report, resumed.facts, **more)
+        self._notices.begin((resumed.report if strict else report).differences)
+        if strict:
+            look = partial(self._notices.tell, confirmation.differences)
+            self.group.run_on_all("look for what is not covered", look)
         return report
 
     def _chosen_here(self, which: ResumeFrom | ResumeChoice, request: ResumeRequest) -> Candidate:

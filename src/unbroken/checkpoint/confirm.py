@@ -33,6 +33,7 @@ from unbroken.step_records import (
     UnrepeatedStep,
     compare_samples,
     compare_steps,
+    compare_stops,
     parts_to_compare,
     read_recorded,
     read_recorded_by_ranks,
@@ -154,7 +155,7 @@ class StepConfirmation:
         *,
         is_here: bool,
         strict: bool,
-    ) -> None:
+    ) -> ResumeReport:
         """Begin after a resume, or a fresh start; all ranks call this.
 
         Args:
@@ -163,6 +164,9 @@ class StepConfirmation:
             facts: Those of the checkpoint.
             is_here: Whether the checkpoint is in this run directory.
             strict: Whether a difference is to be raised at the next save, and not told at once.
+
+        Returns:
+            The report, with what shows already: after a stop the state can be compared.
         """
         self._end_window()
         self._attempt, self._run = self._named(), run
@@ -183,6 +187,31 @@ class StepConfirmation:
         self._remove_abandoned(run)
         self._asks_ranks = self._group.world_size > 1 and report.resumed
         self.observer.begin(is_recording=is_here)
+        return self._compared_with_stop(report)
+
+    def stopped(self) -> None:
+        """Leave what the run is, which was just saved for a stop; each rank for itself."""
+        self.observer.look(self._note_stop, self._writer)
+
+    def _note_stop(self, writer: RecordWriter | None) -> None:
+        if writer is not None:
+            writer.write_stop(self.observer.at_rest())
+
+    def _compared_with_stop(self, report: ResumeReport) -> ResumeReport:
+        """Compare what the run is after the resume with what it was when it was stopped."""
+        found = [one.recorded.stop for one in self._earlier if one.recorded.stop is not None]
+        if not found:
+            return report
+        same, words = compare_stops(found[0], self.observer.at_rest(), self._scope)
+        if words:
+            self._was_refused = self._is_strict
+            difference = self._noted(self._base, f"after the stop at step {self._base}: {words}")
+            return report.with_found(words, difference)
+        if not same:
+            return report
+        self._hears.note({"event": "compared", "step": self._base, "same": [*same]})
+        are = "are as they were" if len(same) > 1 else "is as it was"
+        return report.with_found(f"{' and '.join(same)} {are} at the stop", None)
 
     def _named(self) -> str:
         """Return a name for this start: unique, and later ones sort behind earlier ones."""
@@ -337,15 +366,20 @@ class StepConfirmation:
         self._tell_of_the_same()
         excuse = self._excuse(difference)
         if not excuse:
-            found = Difference(PATH, None, None, words, "not covered")
-            self.differences = (found,)
-            self._hears.note({"event": "repeated", "step": step, "same": False, "words": words})
+            found = self._noted(step, words)
             self.on_found(str(found), found)
             if not self._is_strict:
                 self._hears.report(found)
         else:
             self._hears.note({"event": "repeated", "step": step, "same": None, "words": words})
             self._tell(f"{PATH}: cannot be judged, {excuse}: {words}")
+
+    def _noted(self, step: int, words: str) -> Difference:
+        """Return a difference that belongs to this run from here on."""
+        found = Difference(PATH, None, None, words, "not covered")
+        self.differences = (found,)
+        self._hears.note({"event": "repeated", "step": step, "same": False, "words": words})
+        return found
 
     def _tell(self, line: str) -> None:
         self._hears.tell(line)
@@ -371,9 +405,11 @@ class StepConfirmation:
         first, last = self._steps[0], self._steps[-1]
         steps = self._called(first, last)
         odd = next((one for one in self._earlier if one.difference is not None), None)
-        self._hears.note({"event": "repeated", "from": first, "to": last, "same": True})
-        if self._scope.reason:
-            self._tell(f"{steps} repeated with the same {self._parts()} ({self._scope.reason})")
+        parts = f"{self._parts()} ({self._scope.reason})" if self._scope.reason else ""
+        part_of = {"parts": parts} if parts else {}
+        self._hears.note({"event": "repeated", "from": first, "to": last, "same": True, **part_of})
+        if parts:
+            self._tell(f"{steps} repeated with the same {parts}")
             return
         self._tell(f"{steps} repeated with the same bits")
         if odd is not None and odd.difference is not None and not odd.was_killed:

@@ -125,10 +125,12 @@ def _resumes(history: Iterable[Mapping[str, Json]]) -> dict[str, str]:
     for record in history:
         if record.get("event") == "started" and record.get("checkpoint") is not None:
             resumes += 1
-        elif record.get("event") == "repeated" and record.get("same") is True:
+        elif record.get("event") != "repeated":
+            continue
+        elif record.get("same") is True and "parts" not in record:  # else only those were compared
             first, last = record.get("from"), record.get("to")
             same += last - first + 1 if isinstance(first, int) and isinstance(last, int) else 0
-        elif record.get("event") == "repeated":
+        elif record.get("same") is False:
             differing.append(str(record.get("step")))
     if not resumes:
         return {}
@@ -242,6 +244,8 @@ def _lines_of(number: int, record: Mapping[str, Any]) -> list[str]:
         return [f"   gave up step {record.get('step')}: changed while copied: {modified}"]
     if event == "repeated":
         return [f"   {_repeated(record)}"]
+    if event == "compared" and isinstance(same := record.get("same"), list):
+        return [f"   as at the stop: {' and '.join(map(str, same))}"]
     if event == "failed":
         return [f"   failed: {record.get('by')}"]
     if event == "stopped":
@@ -251,7 +255,8 @@ def _lines_of(number: int, record: Mapping[str, Any]) -> list[str]:
 
 def _repeated(record: Mapping[str, Any]) -> str:
     if record.get("same") is True:
-        return f"steps {record.get('from')} to {record.get('to')} repeated with the same bits"
+        parts = record.get("parts", "bits")
+        return f"steps {record.get('from')} to {record.get('to')} repeated with the same {parts}"
     return str(record.get("words"))
 
 

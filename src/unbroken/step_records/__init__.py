@@ -14,11 +14,13 @@ from unbroken.step_records.compare import SampleSum as SampleSum
 from unbroken.step_records.compare import UnrepeatedStep as UnrepeatedStep
 from unbroken.step_records.compare import compare_samples as compare_samples
 from unbroken.step_records.compare import compare_steps as compare_steps
+from unbroken.step_records.compare import compare_stops as compare_stops
 from unbroken.step_records.compare import parts_to_compare as parts_to_compare
 from unbroken.step_records.observer import StepObserver as StepObserver
 from unbroken.step_records.records import Recorded as Recorded
 from unbroken.step_records.records import RecordedRange as RecordedRange
 from unbroken.step_records.records import RecordWriter as RecordWriter
+from unbroken.step_records.records import StateAtStop as StateAtStop
 from unbroken.step_records.records import StepRecord as StepRecord
 from unbroken.step_records.records import read_recorded as read_recorded
 from unbroken.step_records.records import read_recorded_by_ranks as read_recorded_by_ranks

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Self
 
-from unbroken.step_records.records import MODES, Recorded, StepRecord
+from unbroken.step_records.records import MODES, Recorded, StateAtStop, StepRecord
 
 Part = Literal[
     "optimizer",
@@ -211,6 +211,41 @@ def compare_samples(recorded: Recorded, number: int, now: SampleSum) -> Compared
 def _sum_of(record: StepRecord | None) -> SampleSum | None:
     return SampleSum.of(record.samples) if record is not None and record.samples else None
 
+
+def compare_stops(
+    before: StateAtStop, now: StateAtStop, scope: ComparedParts
+) -> tuple[tuple[str, ...], str]:
+    """Return in words what of a run is as it was when it was stopped, and what is not.
+
+    Args:
+        before: What it was.
+        now: What it is after the resume.
+        scope: What may be compared.
+
+    Example:
+        >>> before, now = StateAtStop({"model": "1f"}, [3]), StateAtStop({"model": "20"}, [3])
+        >>> compare_stops(before, now, ComparedParts())
+        (('the next samples',), 'model is not what it was: something changed it after the resume, \
+or its load_state_dict forgets a part')
+    """
+    same, parts = list[str](), {*scope.parts}
+    if not scope.reason and not scope.excuse:
+        changed = [
+            one for one in before.state if now.state.get(one, "") not in ("", before.state[one])
+        ]
+        if changed:
+            are = "are not what they were" if len(changed) > 1 else "is not what it was"
+            return (), f"{_some(changed)} {are}: {_NOT_AS_SAVED}"
+        same += ["the state"] if before.state.keys() & now.state.keys() else []
+    knows = before.samples is not None and now.samples is not None
+    if knows and parts & {"batch", "samples"}:
+        if before.samples != now.samples:
+            return tuple(same), "the next samples are others: the order or the position was lost"
+        same.append("the next samples")
+    return tuple(same), ""
+
+
+_NOT_AS_SAVED = "something changed it after the resume, or its load_state_dict forgets a part"
 
 Records = Mapping[int, StepRecord]
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from unbroken.capture import ParameterNames, named_objects
+from unbroken.capture import ParameterNames, capture, named_objects
+from unbroken.capture.state_tree import TreeMap
 from unbroken.data import BatchDigest, LoaderSource, MapSource, arrays_in
 from unbroken.recorder.digests import (
     TensorDigester,
@@ -30,13 +31,14 @@ from unbroken.recorder.digests import (
     sample_of,
 )
 from unbroken.recorder.step_hooks import StepHooks
-from unbroken.step_records.records import MODES, StepRecord
+from unbroken.step_records.records import MODES, StateAtStop, StepRecord
 
 # Steps after a checkpoint, and later every so many: a small step leaves the caches of a processor
 # cold, so that a digest of a batch takes 20 us in it.
 _DETAILED, _DETAILED_EVERY = 8, 16
 _WITH_BATCH, _WITH_BATCH_EVERY = 16, 4
 _MAX_SAMPLES = 256  # of a step of which each has a digest
+_MAX_NEXT = 1024  # indices of the samples that come next
 _MAX_WAITING = 4096  # losses and batches that no step follows
 _MAX_BEHIND = 64  # records whose numbers are still on their way from a device
 _GENERATORS = ("torch", "python", "numpy")
@@ -143,6 +145,13 @@ class StepObserver:
         except Exception:  # tensors of any library come here, and a record is worth no run
             self._behind.clear()
             self.end()
+
+    def at_rest(self) -> StateAtStop:
+        """Return what the registered objects are now; of large tensors a sample is read."""
+        found = [one for _, one in named_objects(self._objects)]
+        sources = [one for one in found if isinstance(one, MapSource)]
+        samples = sources[0].next_samples(_MAX_NEXT) if len(sources) == 1 else None
+        return StateAtStop(_state_digests(self._objects), samples)
 
     def note_batch(self, batch: Any) -> None:
         """Take note of a micro-batch that is trained on now."""
@@ -262,6 +271,22 @@ class StepObserver:
                 event.synchronize()
             self._behind.popleft()
             self._on_step(StepRecord(**_arrived(record)))
+
+
+def _state_digests(objects: Mapping[str, object]) -> dict[str, str]:
+    """Return a digest of what would be saved of each object."""
+    return {
+        name: digest_of(repr(TreeMap(_leaf)(tree)).encode())[:_DIGITS]
+        for name, tree in capture(objects).items()
+    }
+
+
+def _leaf(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return (str(value.dtype), tuple(value.shape), _DIGESTER.of(value).hex())
+    if isinstance(value, np.ndarray):
+        return (str(value.dtype), value.shape, digest_of(value.tobytes()))
+    return sorted(map(repr, value)) if isinstance(value, set | frozenset) else value
 
 
 def _is_elsewhere(rate: object) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -144,6 +144,40 @@ def _value_of(line: bytes) -> Any:
         return None
 
 
+@dataclass(frozen=True)
+class StateAtStop:
+    """What a run was when it was stopped by a signal, after its last save.
+
+    Attributes:
+        state: A digest of the state of each registered object, by name.
+        samples: Indices of the samples that come next, of all ranks; None: nobody knows.
+    """
+
+    state: Mapping[str, str]
+    samples: Sequence[int] | None = None
+
+    def line(self) -> bytes:
+        """Return the line that stands for it in a file."""
+        return _line({"stop": [dict(self.state), self.samples]})
+
+    @classmethod
+    def of_line(cls, line: bytes) -> StateAtStop | None:
+        """Return what a line holds; None: it is torn, or something else.
+
+        Example:
+            >>> stop = StateAtStop({"model": "00ff"}, [3, 1])
+            >>> StateAtStop.of_line(stop.line()) == stop, StateAtStop.of_line(stop.line()[:-9])
+            (True, None)
+        """
+        found = _value_of(line)
+        parts = found.get("stop") if isinstance(found, dict) else None
+        if not isinstance(parts, list) or len(parts) != 2 or not isinstance(parts[0], dict):
+            return None
+        state, samples = parts
+        is_right = _are([*state.values()], str) and (samples is None or _are(samples, int))
+        return cls(state, samples) if is_right else None
+
+
 class RecordWriter:
     """Writes the records of one range; an error of the disk ends that, and nothing else.
 
@@ -167,8 +201,16 @@ class RecordWriter:
         if record.number <= _ONE_BY_ONE or len(self._waiting) == _AT_ONCE:
             self._flush()
 
+    def write_stop(self, stop: StateAtStop) -> None:
+        """Append what the run is, now that it stops."""
+        if not self._is_over:
+            self._append(stop.line())
+
     def _flush(self) -> None:
         lines, self._waiting = b"".join([one.line() for one in self._waiting]), []
+        self._append(lines)
+
+    def _append(self, lines: bytes) -> None:
         try:
             if self._file is None and lines:
                 self._file = self._created()
@@ -212,15 +254,22 @@ class Recorded:
     Attributes:
         attempt: The start.
         records: By number.
+        stop: What the run was when it was stopped there; None: it was not, or nobody knows.
     """
 
     attempt: str
     records: Mapping[int, StepRecord]
+    stop: StateAtStop | None = None
 
     @property
     def last(self) -> int:
         """The number of the last one."""
         return max(self.records, default=0)
+
+    @property
+    def says_anything(self) -> bool:
+        """Whether there is something to compare with."""
+        return bool(self.records) or self.stop is not None
 
 
 def read_recorded(
@@ -242,7 +291,7 @@ def read_recorded(
         header, recorded = _read(storage, name)
         if (header.get("world_size"), header.get("saved_by")) == (world_size, saved_by):
             found.append(recorded)
-    return [one for one in found if one.records]
+    return [one for one in found if one.says_anything]
 
 
 def read_recorded_by_ranks(storage: Storage, *, saved_by: str, step: int) -> list[Recorded]:
@@ -264,7 +313,7 @@ def read_recorded_by_ranks(storage: Storage, *, saved_by: str, step: int) -> lis
             starts.setdefault(recorded.attempt, {})[rank if type(rank) is int else -1] = recorded
             sizes[recorded.attempt] = header.get("world_size")
     together = [_of_all(ranks, sizes[name]) for name, ranks in starts.items() if 0 in ranks]
-    return [one for one in together if one.records]
+    return [one for one in together if one.says_anything]
 
 
 def _of_all(ranks: Mapping[int, Recorded], world_size: Any) -> Recorded:
@@ -276,7 +325,7 @@ def _of_all(ranks: Mapping[int, Recorded], world_size: Any) -> Recorded:
         is_known = is_whole and len(every) == len(ranks) and all(every)
         samples = tuple(sample for one in every for sample in one) if is_known else ()
         found[number] = record._replace(samples=samples)
-    return Recorded(first.attempt, found)
+    return Recorded(first.attempt, found, first.stop)
 
 
 def _read(storage: Storage, name: str) -> tuple[Mapping[str, Any], Recorded]:
@@ -285,8 +334,12 @@ def _read(storage: Storage, name: str) -> tuple[Mapping[str, Any], Recorded]:
     header = _value_of(next(lines, b""))
     if not isinstance(header, dict) or header.get("format") != _FORMAT:
         return {}, Recorded("", {})
-    records = (record for line in lines if (record := StepRecord.of_line(line)) is not None)
-    return header, Recorded(str(header.get("attempt")), {one.number: one for one in records})
+    records, stop = dict[int, StepRecord](), None
+    for line in lines:
+        if (record := StepRecord.of_line(line)) is not None:
+            records[record.number] = record
+        stop = StateAtStop.of_line(line) or stop
+    return header, Recorded(str(header.get("attempt")), records, stop)
 
 
 def remove_abandoned(

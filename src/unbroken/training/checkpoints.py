@@ -558,6 +558,7 @@ class RunCheckpoints:
             SaveError: What a save failed at.
         """
         self.poll(wait=True)
+        self._checkpointer.confirmation.stopped()
         end = TrainingStopped(self._state.progress.step, reason)
         self.announce({"event": "stopped", "step": end.step, "by": reason}, str(end))
         return end

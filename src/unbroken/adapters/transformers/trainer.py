@@ -328,6 +328,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         if session is not None and session.saved_step != step:
             self._compare_before_save()
             session.save()
+        if session is not None:
+            session.checkpointer.confirmation.stopped()
         stopped = TrainingStopped(step, reason)
         if self.is_world_process_zero():
             _log.warning(str(stopped))

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from unbroken.changes.differences import ResumeReport
 from unbroken.checkpoint.arguments import Clock
+from unbroken.checkpoint.confirm import StepConfirmation
 from unbroken.checkpoint.coverage.attributes import Attributes
 from unbroken.checkpoint.coverage.loop_watch import LoopWatch
 from unbroken.checkpoint.resume.selection import ResumeFrom
@@ -19,6 +20,7 @@ class LoopHost(Protocol):
     """What saves and resumes for a loop: a Checkpointer."""
 
     group: Group
+    confirmation: StepConfirmation
     objects: dict[str, object]
     values: Any
 

@@ -542,6 +542,7 @@ class TrainingLoop:
         self._save()
         with self._working():
             self._host.wait()
+            self._host.confirmation.stopped()
             self._host.note_event({"event": "stopped", "step": self._step, "by": reason})
         end = TrainingStopped(self._step, reason)
         self._tell(str(end))

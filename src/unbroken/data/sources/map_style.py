@@ -229,6 +229,15 @@ class MapSource:
         """Whether nothing is drawn for a whole batch, however it is cut."""
         return not self._batches.collator_draws
 
+    def next_samples(self, most: int) -> list[int]:
+        """Return the indices of the samples that come next, of all ranks, in their order.
+
+        Args:
+            most: How many at most; at most those of a global batch.
+        """
+        start, count = self.position.samples, min(most, self.shape.global_batch_size)
+        return [int(one) for one in self.order.samples(start, start + count)]
+
     @property
     def steps_per_epoch(self) -> Fraction:
         """Optimizer steps in one epoch, exactly; not whole where a batch may span two epochs."""
