@@ -123,7 +123,6 @@ PARTS = {  # modules that serve one other module, each an idea of its own
     "unbroken.adapters.transformers.verified_steps": "between the host's loop and its step",
     "unbroken.verification.pass_record": "what a pass computed",
     "unbroken.verification.pass_state": "what a pass changes, put back",
-    "unbroken.checkpoint.confirm": "whether the steps that a resume repeats have the same bits",
     "unbroken.checkpoint.coverage.around": "what objects hold in the frames of a loop",
     "unbroken.checkpoint.coverage.replays": "how a script's text brings back its objects by itself",
     "unbroken.checkpoint.loop.training_loop": "the loop of a script: what counts, when it saves",

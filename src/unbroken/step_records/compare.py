@@ -224,9 +224,10 @@ def compare_stops(
 
     Example:
         >>> before, now = StateAtStop({"model": "1f"}, [3]), StateAtStop({"model": "20"}, [3])
-        >>> compare_stops(before, now, ComparedParts())
-        (('the next samples',), 'model is not what it was: something changed it after the resume, \
-or its load_state_dict forgets a part')
+        >>> compare_stops(before, before, ComparedParts())
+        (('the state', 'the next samples'), '')
+        >>> compare_stops(before, now, ComparedParts())[1][:31]
+        'model is not what it was: anoth'
     """
     same, parts = list[str](), {*scope.parts}
     if not scope.reason and not scope.excuse:
@@ -245,7 +246,9 @@ or its load_state_dict forgets a part')
     return tuple(same), ""
 
 
-_NOT_AS_SAVED = "something changed it after the resume, or its load_state_dict forgets a part"
+_NOT_AS_SAVED = (
+    "another object changed it while the run was resumed, or its load_state_dict forgets a part"
+)
 
 Records = Mapping[int, StepRecord]
 
