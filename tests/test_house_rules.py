@@ -114,6 +114,7 @@ PARTS = {  # modules that serve one other module, each an idea of its own
     "unbroken.cli.show": "a command",
     "unbroken.cli.trials": "what is tried out on a machine",
     "unbroken.cli.verify": "a command",
+    "unbroken.data.sources.order_state": "what gives an epoch its order keeps, and gets back",
     "unbroken.language_model.corpus": "text as a data set",
     "unbroken.language_model.tokenizer": "tokens of a text, and back",
     "unbroken.language_model.train": "a command and its settings",

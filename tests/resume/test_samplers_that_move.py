@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 import signal
+from collections import UserList, deque
 
 import numpy as np
 import pytest
@@ -12,10 +14,11 @@ import torch
 
 from quiet.programs import trainer
 from quiet.running import run
-from unbroken.data.sources.own_generators import OrderState
+from unbroken.data.sources.order_state import OrderState
 from unbroken.errors import DataError
 
 SAMPLERS = """
+import collections
 class Order(torch.utils.data.Sampler):
     def __init__(self):
         self.epoch, self.order, self.pair = 0, list(range(20)), (0, 1)
@@ -130,6 +133,52 @@ class OfAGlobal(Order):
         number += 1; numbers["n"] += 2
         draw = torch.Generator().manual_seed(number + numbers["n"])
         return iter(torch.randperm(20, generator=draw).tolist())
+def drawn(seed):
+    return iter(torch.randperm(20, generator=torch.Generator().manual_seed(seed)).tolist())
+class OfItsClass(Order):
+    epochs, seen = 0, []
+    def __iter__(self):
+        OfItsClass.epochs += 1; self.seen.append(1)
+        return drawn(self.epochs + 3 * len(self.seen))
+class Slotted:
+    __slots__ = ("n", "inner")
+    def __init__(self, inner):
+        self.n, self.inner = 0, inner
+class Deep(Order):
+    def __init__(self):
+        super().__init__()
+        self.outer = Slotted(Slotted(Counter()))
+    def __iter__(self):
+        self.outer.n += 1; self.outer.inner.inner.n += 2
+        return drawn(self.outer.n + self.outer.inner.inner.n)
+helped = 0
+def step_of_helper():
+    global helped
+    helped += 1
+class ByAHelper(Order):
+    def advance(self):
+        step_of_helper()
+    def __iter__(self):
+        self.advance()
+        return drawn(helped)
+class ByADefault(Order):
+    def __iter__(self, passes=[]):
+        passes.append(1)
+        return drawn(len(passes))
+class InContainers(Order):
+    def __init__(self):
+        super().__init__()
+        self.done, self.last, self.pools = set(), collections.deque(maxlen=2), {"a": [0], "b": []}
+    def __iter__(self):
+        self.done.add(len(self.done)); self.last.append(len(self.done))
+        self.pools["b"].append([*self.last])
+        return drawn(len(self.done) + sum(self.last) + 5 * len(self.pools["b"]))
+class Queued(Order):
+    def __init__(self):
+        super().__init__()
+        self.seeds = iter(range(100))
+    def __iter__(self):
+        return drawn(next(self.seeds))
 def closure():
     passes, seen = 0, []
     def batches():
@@ -141,15 +190,17 @@ def closure():
     return batches
 """
 SAMPLERS += HIDDEN
+OF_HIDDEN = ("OfItsClass", "Deep", "ByAHelper", "ByADefault", "InContainers")
 LOADERS |= {name: SHUFFLED.replace("{}", name, 1) for name in ("Nested", "OfAGlobal")}
 CASES = [
     *((name, loop, 0) for name in LOADERS for loop in ("steps", "epochs", "trainer")),
+    *((name, "epochs", 0) for name in OF_HIDDEN),
     *((name, "steps", 2) for name in ("Counts", "DrawsOneByOne", "Batches")),
 ]
 
 
 def program(name, loop, workers) -> str:
-    data = LOADERS[name].replace("{}", str(workers))
+    data = LOADERS.get(name, SHUFFLED.replace("{}", name, 1)).replace("{}", str(workers))
     if loop == "trainer":
         return trainer(before=SAMPLERS, data=data)
     return LOOPS[loop].replace("{before}", SAMPLERS).replace("{data}", data)
@@ -186,7 +237,16 @@ def test_a_count_that_a_function_closes_over_is_named_and_refused(loop, tmp_path
     )
 
 
-WITHOUT = "from unbroken.data.sources.own_generators import OrderState\nOrderState.put = print\n"
+def test_an_iterator_that_only_its_reading_moves_is_named_and_refused(tmp_path):
+    text = program("Queued", "epochs", 0)
+    (tmp_path / "killed").mkdir()
+    run(text, tmp_path / "killed", 11)  # after the edge of two epochs, which is saved
+    found = run(text, tmp_path / "killed")
+    assert found["error"] == "DataError", found
+    assert "Queued.seeds: had moved when the epoch began" in found["message"]
+
+
+WITHOUT = "from unbroken.data.sources.order_state import OrderState\nOrderState.put = print\n"
 
 
 @pytest.mark.parametrize("loop", ["steps", "epochs", "trainer"])
@@ -299,6 +359,16 @@ HELD = {
     "an array of another type": (np.zeros(2), np.ones(2, dtype=np.int32)),
     "a generator in place of none": (None, random.Random(3)),
     "a tuple": ((1, 2), (2, 1)),
+    "lists in a dict": ({"a": [1], (2, "b"): [3]}, {"a": [1, 4], (2, "b"): []}),
+    "pairs of what is drawn": ([(0, [1.0])], [(1, [float("nan")]), (2, [None, b"x"])]),
+    "a queue": (deque([1, 2], maxlen=3), deque([3, 1], maxlen=3)),
+    "a queue of another length": (deque([1]), deque([3], maxlen=3)),
+    "sets": ([{1, 2}, frozenset({"a"})], [{3}, frozenset({"b"})]),
+    "a number of NumPy": (np.int64(3), np.float32(0.5)),
+    "many numbers": ([*range(5000)], [*range(5000, 0, -1)]),
+    "many fractions": ([], [n / 7 for n in range(5000)]),
+    "many numbers in a dict": ({"a": [*range(50_000)]}, {"a": [*range(50_000, 0, -1)]}),
+    "a tensor in a list": ([torch.zeros(2)], [torch.ones(2, 2)]),
     "none in place of a number": (3, None),
 }
 
@@ -312,14 +382,56 @@ def test_whatever_a_sampler_puts_in_a_place_stands_there_again(name):
     stored = order.moved(0, None)
     again.check(stored)
     again.put(stored)
-    assert again.moved(0, None) == stored
+    assert repr(again.moved(0, None)) == repr(stored) != "{}"
     assert type(now.value) is type(moved)
 
 
-def test_what_is_too_large_or_unknown_is_left_alone():
-    large = torch.zeros(1 << 18)
-    assert OrderState({"one": Holds(large)}).moved(0, None) == {}
-    assert OrderState({"one": Holds(torch.zeros(3, dtype=torch.bfloat16))}).moved(0, None) == {}
+def read(iterator):
+    """Return an iterator that something was read of."""
+    next(iterator)
+    return iterator
+
+
+def emptied(large):
+    """Return a set with two items, in another order than a new one has them."""
+    large.difference_update(set(large) - {1, 8})
+    assert [*large] != [*{1, 8}]
+    return large
+
+
+UNKNOWN = {  # as it was built, and how it moves
+    "a tensor of a type that is not stored": (torch.zeros(3, dtype=torch.bfloat16), torch.ones(3)),
+    "too many texts": (["a"] * (1 << 18), ["b"] * (1 << 18)),
+    "too many numbers in lists": ([[0] * (1 << 18)], [[1] * (1 << 18)]),
+    "an iterator": (iter([1, 2, 3]), None),
+    "an iterator over two": (zip([1, 2], [3, 4], strict=True), None),
+    "a generator": ((one for one in range(3)), None),
+    "a count": (itertools.count(), None),
+    "a cycle": (itertools.cycle([1, 2, 3]), None),
+    "a list of its own kind": (UserList([1]), UserList([2])),
+    "a set in the order of its history": (set(), emptied(set(range(1000)))),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_what_has_moved_and_cannot_be_stored_is_named_and_refused(name):
+    built, moved = UNKNOWN[name]
+    one = Holds(built)
+    order = OrderState({"sampler": one})
+    assert (order.moved(0, None), order.lost(0, None)) == ({}, [])
+    one.value = read(built) if moved is None else moved
+    assert (order.moved(0, None), order.lost(0, None)) == ({}, ["sampler.value"])
+    with pytest.raises(DataError, match=r"data: sampler\.value: had moved when"):
+        order.check({"moved": {}, "lost": order.lost(0, None)})
+
+
+def test_what_moves_within_an_epoch_and_is_made_anew_in_each_is_not_lost():
+    """It comes to be what it was when the epoch is read again."""
+    one = Holds(None)
+    order = OrderState({"sampler": one})
+    order.note(3)
+    one.value = iter([1, 2])
+    assert (order.moved(3, 3), order.lost(3, 3)) == ({}, [])
 
 
 @pytest.mark.parametrize(
@@ -333,4 +445,4 @@ def test_what_is_too_large_or_unknown_is_left_alone():
 )
 def test_what_no_sampler_keeps_is_refused_before_anything_changes(wrong):
     with pytest.raises(DataError, match="is not what samplers keep"):
-        OrderState.check(wrong)
+        OrderState.check({"moved": wrong})

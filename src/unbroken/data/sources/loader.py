@@ -24,7 +24,8 @@ from unbroken.data.sources.iterable import (
     Grouping,
     Reader,
 )
-from unbroken.data.sources.own_generators import OrderState, OwnGenerators
+from unbroken.data.sources.order_state import OrderState
+from unbroken.data.sources.own_generators import OwnGenerators
 from unbroken.data.sources.protocol import (
     MAY_CHANGE_WITH_DATA,
     MicroBatch,
@@ -252,10 +253,10 @@ class LoaderSource:
         stored, reader = self._stored_order, self._reader
         if stored is not None and stored[0] is position:  # nothing was read since
             return {"order": stored[1]} if stored[1] else {}
-        moved = self._order.moved(position.epoch, None if reader is None else reader.epoch)
+        kept = self._order.state(position.epoch, None if reader is None else reader.epoch)
         place = None if reader is None else (reader.epoch, reader.taken)
         is_ahead = place not in (None, (position.epoch, position.taken))
-        return {"order": {"moved": moved, "is_ahead": is_ahead}} if moved else {}
+        return {"order": {**kept, "is_ahead": is_ahead}} if kept else {}
 
     def _generators_at(self, position: Position) -> dict[str, Any]:
         """Return the states of generators that the data hold, here and when the epoch began."""
@@ -306,7 +307,7 @@ class LoaderSource:
         if "trail" not in self._may_change:
             self.own_generators.check(own.get("generators"))
             order = own.get("order", {})
-            self._order.check(order.get("moved", {}) if isinstance(order, Mapping) else order)
+            self._order.check(order)
 
     def _of_this_rank(self, state: Any) -> Any:
         if not isinstance(state, Mapping) or self._grouping.samples or state.get("gives_samples"):
