@@ -147,10 +147,11 @@ class Slotted:
 class Deep(Order):
     def __init__(self):
         super().__init__()
-        self.outer = Slotted(Slotted(Counter()))
+        self.outer = Slotted([Counter(), {"a": Slotted(Counter())}])
     def __iter__(self):
-        self.outer.n += 1; self.outer.inner.inner.n += 2
-        return drawn(self.outer.n + self.outer.inner.inner.n)
+        first, second = self.outer.inner[0], self.outer.inner[1]["a"]
+        self.outer.n += 1; first.n += 2; second.n += 3
+        return drawn(self.outer.n + first.n + second.n)
 helped = 0
 def step_of_helper():
     global helped

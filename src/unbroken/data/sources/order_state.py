@@ -42,7 +42,8 @@ _STANDARD = frozenset((*sys.stdlib_module_names, "numpy")) - {"__main__"}
 _MANY = 1 << 23  # numbers in a list or an array that a sampler keeps
 _MANY_INSIDE = 1 << 17  # values of another container, in all that it holds
 _MANY_TO_WALK = 1 << 12  # the same, where each look at it has to walk through it
-_SAMPLE = 64  # items by which a container is judged that is not stored
+_DEPTH = 4  # objects in objects, functions that functions call
+_SAMPLE = 64  # items by which a container is judged that is not stored; objects that one holds
 _PACKED_FROM = 1 << 12  # whole numbers in a list that are stored as an array
 _DTYPES = (
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
@@ -282,9 +283,19 @@ def _places_of(name: str, part: Any, seen: set[int], depth: int) -> Iterator[tup
     places = [_Place(vars(part))] if hasattr(part, "__dict__") else []
     for place in (*places, *([_Place(slots)] if slots else [])):
         yield name, place
-        for key, one in place.items():
-            if _keeps_values(one):
-                yield from _places_of(f"{name}.{key}", one, seen, depth - 1)
+        for key, value in place.items():
+            for at, one in _inside(value):
+                if _keeps_values(one):
+                    yield from _places_of(f"{name}.{key}{at}", one, seen, depth - 1)
+
+
+def _inside(value: Any, depth: int = _DEPTH) -> Iterator[tuple[str, Any]]:
+    """Yield a value; of a small container what is in it."""
+    if type(value) not in (list, tuple, deque, dict):
+        yield "", value
+    elif len(value) <= _SAMPLE and depth:
+        for at, one in value.items() if type(value) is dict else enumerate(value):
+            yield from ((f"[{at!r}]{more}", inner) for more, inner in _inside(one, depth - 1))
 
 
 def _places_of_function(
@@ -300,9 +311,6 @@ def _places_of_function(
     yield f"{name}.defaults", _Place({n: one for n, one in defaults.items() if _is_filled(one)})
     for called in _called_by(function):
         yield from _places_of_function(f"{name}.{called.__name__}", called, done, depth - 1)
-
-
-_DEPTH = 4  # objects in objects, functions that functions call
 
 
 def _is_filled(value: Any) -> bool:
